@@ -1,0 +1,48 @@
+from setuptools import find_packages, setup
+
+TEST = [
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "onnxruntime>=1.20",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
+    "rapidocr>=3.8,<4",
+    "ruff>=0.9",
+    "triton>=3.5; platform_system == 'Linux'",
+    "types-PyYAML",
+]
+
+setup(
+    name="dgpo_fast",
+    version="0.1.0",
+    description="Direct Group Preference Optimization for diffusion models, at the speed of the GPU",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # `kernels` itself is no package: the name belongs to a Hugging Face library that diffusers imports.
+    packages=[*find_packages(include=["dgpo_fast", "dgpo_fast.*"]), "dgpo_kernels", "dgpo_kernels.triton"],
+    package_dir={"dgpo_kernels": "kernels/dgpo_kernels"},
+    package_data={"dgpo_fast.tiny": ["pipeline/**/*", "pipeline/*"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "diffusers>=0.36",
+        "transformers>=5.0",
+        "peft>=0.18",
+        "safetensors>=0.5",
+        "accelerate>=1.0",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "pillow>=10",
+        "matplotlib>=3.9",
+        "pydantic>=2.9",
+        "pyyaml>=6",
+        "rich>=13",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.5", "xformers", "bitsandbytes>=0.45", "nvidia-ml-py>=12"],
+        "ocr": ["rapidocr>=3.8,<4", "onnxruntime>=1.20"],
+        "log": ["tensorboard>=2.17", "wandb>=0.18"],
+        "test": TEST,
+    },
+)
