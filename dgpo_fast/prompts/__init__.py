@@ -1,0 +1,86 @@
+"""Prompts to train and to evaluate on: shipped generators, a text file, or a GenEval `.jsonl`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.files import SUFFIXES, in_hash_order, read_prompts, split_held_out
+from dgpo_fast.prompts.geneval import geneval_prompts
+from dgpo_fast.prompts.prompt import Prompt, PromptSets, quoted_text, require_quoted_text, without
+from dgpo_fast.prompts.signs import sign_prompts
+
+__all__ = ["Prompt", "PromptSets", "load_prompts", "quoted_text", "require_quoted_text"]
+
+
+def load_prompts(source: str, *, eval_source: str | None = None, held_out: int = 256) -> PromptSets:
+    """Loads the prompts to train on and the prompts to evaluate on.
+
+    Args:
+        source: a generator (`geneval`, `signs`, `tiny-shapes`, `tiny-signs`) or the path of a `.txt` or `.jsonl` file.
+        eval_source: where the evaluation prompts come from, named alike. Without it, a generator gives its own and a
+            file's are split off, a fifth of it at most.
+        held_out: number of evaluation prompts at most, ≥ 1.
+
+    All prompts of `eval_source`, also those beyond `held_out`, are kept out of training. Nothing here depends on a
+    run's seed: every run of one configuration trains on the same list and is evaluated on the same prompts.
+
+    Raises:
+        UserError: one line naming the file, the line number where there is one, and the remedy.
+    """
+    if held_out < 1:
+        raise UserError(f"held_out must be at least 1, got {held_out}")
+    if eval_source is None:
+        if source in GENERATORS:
+            return GENERATORS[source](held_out)
+        return split_held_out(_read(source), held_out)
+    return _with_evaluation_from(source, eval_source, held_out)
+
+
+def _with_evaluation_from(source: str, eval_source: str, held_out: int) -> PromptSets:
+    training = GENERATORS[source](held_out).train if source in GENERATORS else _read(source)
+    if eval_source in GENERATORS:
+        evaluation = GENERATORS[eval_source](held_out).held_out
+    else:
+        evaluation = in_hash_order(_read(eval_source))
+    train = without(training, evaluation)
+    if not train:
+        raise UserError(f"{source}: every prompt is also in {eval_source}: name a different file for evaluation")
+    note = ""
+    if len(evaluation) > held_out:
+        note = f"evaluation uses {held_out} of the {len(evaluation)} prompts in {eval_source}"
+    return PromptSets(train=train, held_out=evaluation[:held_out], note=note)
+
+
+def _tiny(function: str) -> Callable[[int], PromptSets]:
+    """The generator of the shipped small pipeline, imported when it is first asked for."""
+
+    def generate(held_out: int) -> PromptSets:
+        prompts_of = getattr(importlib.import_module("dgpo_fast.tiny.data"), function)
+        train = [Prompt(text, metadata) for text, metadata in prompts_of("train")]
+        evaluation = [Prompt(text, metadata) for text, metadata in prompts_of("held_out")]
+        return PromptSets(train=train, held_out=evaluation[:held_out])
+
+    return generate
+
+
+GENERATORS: dict[str, Callable[[int], PromptSets]] = {
+    "geneval": geneval_prompts,
+    "signs": sign_prompts,
+    "tiny-shapes": _tiny("shape_prompts"),
+    "tiny-signs": _tiny("sign_prompts"),
+}
+
+
+def _read(source: str) -> list[Prompt]:
+    """The prompts of a file; a word that is neither a generator nor looks like a path is taken for a misspelt one."""
+    path = Path(source).expanduser()
+    if not path.exists() and path.suffix not in SUFFIXES and len(path.parts) < 2:
+        close = difflib.get_close_matches(source, GENERATORS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        known = ", ".join(GENERATORS)
+        raise UserError(f"no prompt source {source!r}: {hint}Name one of {known}, or a .txt or .jsonl file")
+    return read_prompts(path)

@@ -1,0 +1,102 @@
+"""Prompt files: `.txt` (one prompt a line) and `.jsonl` (GenEval's format: one object a line)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.prompt import Prompt, PromptSets, without
+
+MAX_LINE_BYTES = 100_000
+SUFFIXES = (".txt", ".jsonl")
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a `.txt` or `.jsonl` file in file order, repetitions included; blank lines are skipped.
+
+    Raises:
+        UserError: one line that names the file, the line where there is one, and the remedy.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name a .txt or .jsonl file in it")
+    if not path.exists():
+        raise UserError(f"{path}: no such prompt file: check the path (the working folder is {Path.cwd()})")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: unknown kind of prompt file: use .txt (one prompt a line) or .jsonl (GenEval)")
+    parse = _parse_json if path.suffix == ".jsonl" else _parse_text
+    prompts = [parse(line, f"{path}:{number}") for number, line in _numbered_lines(path)]
+    if not prompts:
+        raise UserError(f"{path}: holds no prompts: write one prompt a line")
+    return prompts
+
+
+def split_held_out(prompts: list[Prompt], size: int) -> PromptSets:
+    """Splits off up to `size` distinct prompts, a fifth at most, for evaluation.
+
+    The choice depends on the prompts alone (smallest SHA-256 of what they ask for), neither on a seed nor on their
+    order, so that runs with different seeds are evaluated alike and nothing moves when a file is shuffled.
+    """
+    distinct = in_hash_order(prompts)
+    if len(distinct) < 5:
+        note = f"too few prompts to hold any out ({len(distinct)}): evaluation uses the training prompts"
+        return PromptSets(train=prompts, held_out=distinct, note=note)
+    held_out = distinct[: min(size, len(distinct) // 5)]
+    return PromptSets(train=without(prompts, held_out), held_out=held_out)
+
+
+def in_hash_order(prompts: list[Prompt]) -> list[Prompt]:
+    """The distinct ones of `prompts` (by text and by content, first one kept), in an order set by their hashes."""
+    by_text = {p.text: p for p in reversed(prompts)}
+    by_content = {p.content: p for p in by_text.values()}
+    return sorted(by_content.values(), key=lambda p: hashlib.sha256(p.content.encode()).hexdigest())
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Non-blank lines with their numbers, which count from 1; reads one bounded line at a time."""
+    number, offset = 0, 0
+    try:
+        with path.open("rb") as file:
+            while raw := file.readline(MAX_LINE_BYTES + 2):
+                number += 1
+                line = _decode(raw, f"{path}:{number}", offset)
+                offset += len(raw)
+                if line:
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _decode(raw: bytes, origin: str, offset: int) -> str:
+    """One line as text without surrounding blanks; `offset` is the position of its first byte in the file."""
+    if len(raw.rstrip(b"\r\n")) > MAX_LINE_BYTES:
+        raise UserError(f"{origin}: line longer than {MAX_LINE_BYTES} bytes: is this a prompt file?")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        position = offset + error.start
+        raise UserError(f"{origin}: not UTF-8 at byte {position} of the file: save the file as UTF-8") from error
+    # Editors on Windows put a byte order mark in front of the file; it is no part of the first prompt.
+    return (text.removeprefix("\ufeff") if offset == 0 else text).strip()
+
+
+def _parse_text(line: str, origin: str) -> Prompt:
+    return Prompt(line, {}, origin)
+
+
+def _parse_json(line: str, origin: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: broken JSON ({error}): write one JSON object a line") from error
+    if not isinstance(record, dict):
+        raise UserError(f'{origin}: not a JSON object: write {{"prompt": "…", …}}')
+    text = record.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{origin}: lacks "prompt", a non-empty string: write {{"prompt": "…", …}}')
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f'{origin}: "prompt" holds half a character (\\ud800 to \\udfff): write the letter itself')
+    return Prompt(text.strip(), record, origin)

@@ -1,0 +1,81 @@
+"""What a prompt is: its text, what its rewards need to know about it, and where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dgpo_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        text: what the model is asked to draw.
+        metadata: what a reward needs beside the text, e.g. GenEval's `include` list; never changed after creation.
+        origin: where the prompt came from, e.g. `"prompts.txt:12"`; empty for generated prompts.
+    """
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    origin: str = field(default="", compare=False)
+
+    @property
+    def tag(self) -> str:
+        """The task the prompt belongs to, `"all"` where prompts have none; results are reported per tag."""
+        return str(self.metadata.get("tag", "all"))
+
+    @property
+    def content(self) -> str:
+        """What the prompt asks for, however it is worded: equal for GenEval prompts that differ in wording only."""
+        if "include" not in self.metadata:
+            return self.text
+        return json.dumps([self.tag, self.metadata["include"]], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Prompts to train on and prompts to evaluate on; no prompt is in both unless `note` says so.
+
+    Attributes:
+        train: prompts to draw from uniformly. Repetitions are deliberate: they set the mix of tags.
+        held_out: distinct prompts for evaluation.
+        note: one line that a user should see, or empty.
+    """
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    note: str = ""
+
+
+def without(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
+    """`prompts` less those that share their text or their content with one in `held_out`; order is kept."""
+    held_out = list(held_out)
+    texts, contents = {p.text for p in held_out}, {p.content for p in held_out}
+    return [p for p in prompts if p.text not in texts and p.content not in contents]
+
+
+def quoted_text(text: str) -> str | None:
+    """The text between the first pair of double quotes (`"`), or None where there is no pair or nothing in it."""
+    pieces = text.split('"', 2)
+    return pieces[1] if len(pieces) == 3 and pieces[1].strip() else None
+
+
+def require_quoted_text(prompts: Iterable[Prompt]) -> None:
+    """Raises UserError, naming file and line, for the first prompt without text between double quotes."""
+    for prompt in prompts:
+        if quoted_text(prompt.text) is None:
+            raise UserError(
+                f"{prompt.origin or 'prompt'}: no text between double quotes in {shorten(prompt.text)}: "
+                'write the words to be drawn like this: a sign that says "open"'
+            )
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """`text` quoted on one line, cut to about `limit` characters, for messages."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= limit else line[: limit - 1] + "…")
