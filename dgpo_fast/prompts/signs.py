@@ -70,7 +70,8 @@ def sign_prompts(held_out: int = 256, train: int = 20_000, seed: int = 0) -> Pro
     """Sign prompts with distinct phrases in quotes; metadata is `{"tag": "ocr", "text": phrase}`.
 
     Args:
-        held_out: number of evaluation prompts, at most the tenth of the phrases set aside (about 5,000); independent of `seed`.
+        held_out: number of evaluation prompts, at most the tenth of the phrases set aside for them (about 5,000).
+            They do not depend on `seed`.
         train: number of training prompts, at most the remaining phrases (about 47,000).
         seed: of the training prompts.
     """

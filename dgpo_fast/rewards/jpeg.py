@@ -1,0 +1,42 @@
+"""JPEG compressibility: how small a picture gets; with a negative weight, how rich in detail it is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dgpo_fast.errors import UserError
+
+QUALITY = 95
+KILOBYTES_PER_POINT = 500
+
+
+class JpegReward:
+    """Score = −(size of the picture as a JPEG of quality 95, in kB of 1,000 bytes) / 500.
+
+    Always negative; a flat picture scores highest. The part `kilobytes` is the size itself. `jpeg=-1` rewards detail.
+    """
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores float32 (B,) for uint8 (B, H, W, 3) images; prompts and metadata play no part."""
+        kilobytes = np.array([_jpeg_bytes(image) / 1000 for image in images], np.float32)
+        return -kilobytes / KILOBYTES_PER_POINT, {"kilobytes": kilobytes}
+
+    def self_test(self) -> None:
+        """Raises UserError unless a flat picture is found smaller than noise."""
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        (flat, noisy), _ = self(np.stack([np.full_like(noise, 128), noise]), ["", ""], [{}, {}])
+        if not noisy < flat < 0:
+            raise UserError(f"reward 'jpeg' failed its self-test: flat picture {flat:.4f}, noise {noisy:.4f}")
+
+
+def _jpeg_bytes(image: np.ndarray) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=QUALITY)
+    return buffer.tell()

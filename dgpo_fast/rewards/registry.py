@@ -1,0 +1,108 @@
+"""Rewards by name or import path, with weights: `shapes`, `ocr=0.5`, `my_module:MyReward=2`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, cast
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.rewards.protocol import Reward
+
+# One line per shipped reward; its module is imported when the reward is first asked for.
+BUILT_IN = {
+    "jpeg": "dgpo_fast.rewards.jpeg:JpegReward",
+    "ocr": "dgpo_fast.rewards.ocr:OcrReward",
+    "shapes": "dgpo_fast.tiny.shapes:ShapesReward",
+}
+
+
+def parse_spec(spec: str) -> tuple[str, float]:
+    """`"ocr=0.5"` → `("ocr", 0.5)`; without `=`, the weight is 1. A weight may be negative."""
+    name, equals, number = spec.partition("=")
+    name = name.strip()
+    try:
+        weight = float(number) if equals else 1.0
+    except ValueError:
+        weight = math.nan
+    if not name or not math.isfinite(weight):
+        raise UserError(f"reward {spec!r}: write NAME or NAME=WEIGHT, for example ocr=0.5")
+    return name, weight
+
+
+def load_reward(name: str) -> Reward:
+    """The reward `name`, a shipped one or `module:attribute`, ready to use and self-tested.
+
+    An attribute that is a class, or that takes no argument, is called to make the reward; one that takes images,
+    prompts and metadata is the reward.
+
+    Raises:
+        UserError: one line, where there is no such reward, it cannot be made, or its self-test fails.
+    """
+    if ":" not in name and name not in BUILT_IN:
+        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"no reward {name!r}: {hint}Name one of {', '.join(BUILT_IN)}, or your own as module:attribute")
+    attribute = _import(name, BUILT_IN.get(name, name))
+    reward = _make(name, attribute)
+    self_test = getattr(reward, "self_test", None)
+    if self_test is not None:
+        _run(name, "failed its self-test", self_test)
+    return reward
+
+
+def _import(name: str, path: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise UserError(f"reward {name!r}: write module:attribute, for example my_rewards:Brightness")
+    if not _exists(module_name):
+        raise UserError(f"reward {name!r}: no module {module_name!r} in the working folder or among installed packages")
+    module: ModuleType = _run(name, f"cannot be imported from {module_name}", importlib.import_module, module_name)
+    if not hasattr(module, attribute):
+        close = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"reward {name!r}: module {module_name!r} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def _exists(module_name: str) -> bool:
+    """Whether the module can be found; its parent packages are imported on the way."""
+    try:
+        return importlib.util.find_spec(module_name) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def _make(name: str, attribute: Any) -> Reward:
+    is_factory = inspect.isclass(attribute) or (_accepts(attribute, 0) and not _accepts(attribute, 3))
+    reward = _run(name, "cannot be made", attribute) if is_factory else attribute
+    if not _accepts(reward, 3):
+        raise UserError(f"reward {name!r}: must be callable as reward(images, prompts, metadata)")
+    return cast(Reward, reward)
+
+
+def _accepts(function: Any, arguments: int) -> bool:
+    """Whether `function` can be called with so many positional arguments."""
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _run(name: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls code that may be a user's, and says in one line what went wrong and where."""
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"reward {name!r} {what}: {message} ({place.filename}, line {place.lineno})") from error
