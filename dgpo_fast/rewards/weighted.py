@@ -69,8 +69,8 @@ class WeightedReward:
             failures += failed
             for name, values in scored.items():
                 parts.setdefault(name, np.full(shape, np.nan, np.float32))[index] = values
-        # In float64, so that a sum of large scores stays finite; NaN of a failed reward carries over whatever its weight.
-        total = sum((self.weights[name] * parts[name].astype(np.float64) for name in self.rewards), np.zeros(shape))
+        # In float64, so that large scores sum to a finite one; NaN of a failed reward carries over whatever its weight.
+        total = np.sum([weight * parts[name].astype(np.float64) for name, weight in self.weights.items()], axis=0)
         valid = np.isfinite(total).all(axis=1)
         rewards = np.where(valid[:, None], total, np.nan).astype(np.float32)
         return GroupScores(rewards=rewards, parts=parts, valid=valid, failures=failures)
