@@ -1,0 +1,483 @@
+"""The public ops: arguments are checked, an implementation is chosen explicitly, and nothing falls back in silence.
+
+Shapes: B samples; N elements in a sample; P groups. ``impl`` is one of
+
+* ``"eager"``: plain PyTorch, any device, any float dtype;
+* ``"compile"``: ``torch.compile`` of the same functions;
+* ``"triton"``: the fused kernels, on CUDA tensors of float32, bfloat16 or float16;
+* ``"auto"``: ``"triton"`` where it can run, else ``"eager"``; the choice is logged once for each op and device.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgpo_kernels import reference
+
+IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_logger = logging.getLogger("dgpo_kernels")
+
+
+class DGPOLoss(NamedTuple):
+    """What :func:`dgpo_loss` returns. All but ``loss`` are detached; per-sample tensors are float32 (B,).
+
+    loss: 0-dim, differentiable in ``policy_v``.
+    dsm_policy, dsm_ref, dsm_old: denoising losses mean (v − v*)²; ``dsm_old`` is None without ``old_v``.
+    kl: mean (policy_v − kl_v)²; None without ``kl_v``.
+    clipped: bool (B,), True where the sample's gradient was cut.
+    group_score: s_g of each sample's group, after ``reduce_group_scores``. One value a sample, not one a group: so its
+        shape is known without waiting for the device.
+    """
+
+    loss: Tensor
+    dsm_policy: Tensor
+    dsm_ref: Tensor
+    dsm_old: Tensor | None
+    kl: Tensor | None
+    clipped: Tensor
+    group_score: Tensor
+
+
+def philox_normal(
+    shape: Sequence[int],
+    group_index: Tensor,
+    *,
+    seed: int | Tensor,
+    draw: int | Tensor,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> Tensor:
+    """Standard normal noise that is a pure function of (seed, draw, group): (B, \\*shape), equal rows for equal groups.
+
+    The generator is counter-based Philox-4x32-10 (:mod:`dgpo_kernels.reference` gives the layout), so that any
+    process that holds any part of a group draws the same noise, in any order, and a resumed run draws what an
+    uninterrupted one would.
+
+    Args:
+        shape: of one sample; at most 2³⁴ elements.
+        group_index: int64 (B,), any 64-bit ids.
+        seed: 64 bits; a Python int or a 0-dim int64 tensor on ``device``.
+        draw: number of the draw, 0 ≤ draw < 2³²; a Python int, or a 0-dim int64 tensor on ``device`` (taken modulo
+            2³²).
+        device: of the result; ``group_index``'s by default.
+        dtype: of the result; computed in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+    """
+    shape = tuple(shape)
+    device = group_index.device if device is None else torch.device(device)
+    group_index = group_index.to(device)
+    _check_group_index(group_index)
+    _check_sample_size(math.prod(shape), "shape")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected one of {_names(FLOAT_DTYPES)}, got {dtype}")
+    impl = _resolve(impl, "philox_normal", device, (dtype,))
+    seed, draw = _seed_tensor(seed, device), _draw_tensor(draw, device)
+    with torch.no_grad():
+        return _function("philox_normal", impl)(shape, group_index, seed, draw, dtype)
+
+
+def group_noise(
+    x0: Tensor,
+    sigma: Tensor,
+    group_index: Tensor,
+    *,
+    seed: int | Tensor,
+    draw: int | Tensor,
+    impl: str = "auto",
+) -> Tensor:
+    """x_t = (1 − σ)·x0 + σ·ε with one ε per group: the rectified-flow forward process (Liu et al., 2023, Eq. 1).
+
+    ε is :func:`philox_normal`'s for the same (seed, draw, group) and is never stored. Not differentiable: x_t is data.
+
+    Args:
+        x0: clean latents (B, …), float.
+        sigma: noise levels in [0, 1], float (B,) or ().
+        group_index: int64 (B,).
+        seed, draw: as for :func:`philox_normal`, tensors on x0's device.
+
+    Returns:
+        x_t in x0's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+    """
+    _check_samples(x0, "x0")
+    _check_float(sigma, "sigma")
+    if sigma.shape not in ((), (x0.shape[0],)):
+        raise ValueError(f"sigma: expected shape () or ({x0.shape[0]},), got {tuple(sigma.shape)}")
+    _check_group_index(group_index, x0)
+    _check_device(sigma, "sigma", x0)
+    impl = _resolve(impl, "group_noise", x0.device, (x0.dtype,))
+    seed, draw = _seed_tensor(seed, x0.device), _draw_tensor(draw, x0.device)
+    with torch.no_grad():
+        return _function("group_noise", impl)(x0, sigma, group_index, seed, draw)
+
+
+def dgpo_loss(
+    policy_v: Tensor,
+    ref_v: Tensor,
+    x0: Tensor,
+    advantage: Tensor,
+    group_index: Tensor,
+    *,
+    seed: int | Tensor,
+    draw: int | Tensor,
+    beta: float,
+    old_v: Tensor | None = None,
+    clip_range: float | None = None,
+    kl_v: Tensor | None = None,
+    kl_weight: float = 0.0,
+    num_groups: int | None = None,
+    group_size: int | None = None,
+    reduce_group_scores: Callable[[Tensor], Tensor] | None = None,
+    impl: str = "auto",
+) -> DGPOLoss:
+    """The DGPO loss of one (micro-batch, timestep): Eq. 17 of arXiv 2510.08425, divided by β.
+
+        v* = ε − x0,   d_i = mean (v_i − v*_i)²
+        s_g = (β / G_g) Σ_{i∈g} A_i (d_policy,i − d_ref,i)
+        loss = (1/P) Σ_g softplus(s_g)/β + (kl_weight / B) Σ_i mean (policy_v,i − kl_v,i)²
+
+    ε is that of :func:`group_noise` for the same (seed, draw, group). The gradient of a sample's d_policy is
+    σ(s_g)·A_i / (P·G_g). With ``clip_range`` c, a sample with A > 0 and exp(d_old − d_policy) > 1 + c, or A ≤ 0 and
+    exp(d_old − d_policy) < 1 − c, gets no gradient through d_policy; its value still counts in s_g, and its KL term
+    stays.
+
+    Groups that are spread over calls or processes: give ``group_size`` and ``num_groups`` of the whole and a
+    ``reduce_group_scores``. A group's softplus is then weighted by the fraction of its samples in this call, so that
+    values and gradients add up over the calls to those of the whole.
+
+    Args:
+        policy_v, ref_v, x0: (B, …) of one shape; float dtypes may differ. Gradients flow to ``policy_v`` alone.
+        advantage: float (B,).
+        group_index: int64 (B,), any ids in any order.
+        seed, draw: as for :func:`philox_normal`, tensors on x0's device.
+        beta: β > 0.
+        old_v: the behaviour policy's prediction, needed by ``clip_range``.
+        clip_range: c > 0, or None for no clipping.
+        kl_v: the prediction that the KL term holds the policy to; may be ``ref_v`` itself.
+        kl_weight: ≥ 0; needs ``kl_v`` unless 0. Its divisor B is num_groups·group_size where both are given, else the
+            call's.
+        num_groups: P; the number of distinct groups in the call by default.
+        group_size: G of every group; each group's number of samples in the call by default.
+        reduce_group_scores: called with this call's part of each sample's group score (B,), returns the whole score
+            (B,): a sum over processes, or the scores of an earlier pass. Treated as a constant by the gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+    """
+    _check_samples(policy_v, "policy_v")
+    predictions = {"ref_v": ref_v, "x0": x0, "old_v": old_v, "kl_v": kl_v}
+    for name, tensor in predictions.items():
+        if tensor is not None:
+            _check_like(tensor, name, policy_v, "policy_v")
+    _check_float(advantage, "advantage")
+    if advantage.shape != (policy_v.shape[0],):
+        raise ValueError(f"advantage: expected shape ({policy_v.shape[0]},), got {tuple(advantage.shape)}")
+    _check_device(advantage, "advantage", policy_v)
+    _check_group_index(group_index, policy_v)
+    _check_loss_options(beta, old_v, clip_range, kl_v, kl_weight, num_groups, group_size)
+    dtypes = tuple(t.dtype for t in (policy_v, *predictions.values()) if t is not None)
+    impl = _resolve(impl, "dgpo_loss", policy_v.device, dtypes)
+    seed, draw = _seed_tensor(seed, policy_v.device), _draw_tensor(draw, policy_v.device)
+    loss, losses, clipped, score = _eager_loss(
+        impl,
+        (policy_v, _detach(ref_v), _detach(x0), group_index, seed, draw, _detach(old_v), _detach(kl_v)),
+        advantage.detach(),
+        (beta, clip_range, kl_weight, num_groups, group_size),
+        reduce_group_scores,
+    )
+    return DGPOLoss(
+        loss=loss,
+        dsm_policy=losses.policy.detach(),
+        dsm_ref=losses.ref.detach(),
+        dsm_old=_detach(losses.old),
+        kl=_detach(losses.kl),
+        clipped=clipped,
+        group_score=score.detach(),
+    )
+
+
+def guided_euler_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    *,
+    guidance_scale: float,
+    coefficients: Tensor,
+    impl: str = "auto",
+) -> Tensor:
+    """Guidance and one Euler step of the probability-flow ODE in one pass: x_next = x + (σ_next − σ)·v.
+
+    v = v_uncond + g·(v_cond − v_uncond) (classifier-free guidance, Ho and Salimans, 2022), or v_cond where
+    ``v_uncond`` is None. Not differentiable.
+
+    Args:
+        x: state, float32 (B, …).
+        v_cond, v_uncond: velocities in x's shape, any float dtype.
+        guidance_scale: g.
+        coefficients: float32 (1,) = [σ_next − σ], on x's device.
+
+    Returns:
+        x_next, float32.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+    """
+    impl = _check_step(x, v_cond, v_uncond, None, coefficients, 1, impl, "guided_euler_step")
+    with torch.no_grad():
+        return _function("guided_euler_step", impl)(x, v_cond, v_uncond, float(guidance_scale), coefficients)
+
+
+def guided_dpmpp_2m_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    x0_prev: Tensor | None,
+    *,
+    guidance_scale: float,
+    coefficients: Tensor,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Guidance and one step of DPM-Solver++(2M) (Lu et al., 2022, Algorithm 2) in one pass.
+
+    v as in :func:`guided_euler_step`; x0 = x − σ·v; x_next = a·x + b·x0 + c·x0_prev, without the last term where
+    ``x0_prev`` is None. Not differentiable.
+
+    Args:
+        x: state, float32 (B, …).
+        v_cond, v_uncond: velocities in x's shape, any float dtype; ``v_uncond`` None for no guidance.
+        x0_prev: the previous step's x0, float32, or None.
+        guidance_scale: g.
+        coefficients: float32 (4,) = [σ, a, b, c], on x's device.
+
+    Returns:
+        (x_next, x0), both float32.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+    """
+    impl = _check_step(x, v_cond, v_uncond, x0_prev, coefficients, 4, impl, "guided_dpmpp_2m_step")
+    step = _function("guided_dpmpp_2m_step", impl)
+    with torch.no_grad():
+        return step(x, v_cond, v_uncond, x0_prev, float(guidance_scale), coefficients)
+
+
+def _eager_loss(
+    impl: str,
+    inputs: tuple,
+    advantage: Tensor,
+    options: tuple,
+    reduce_group_scores: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, reference.SampleLosses, Tensor, Tensor]:
+    """The loss from its three stages, eager or each compiled, so that the hook between them may be any Python."""
+    beta, _, _, _, group_size = options
+    group_index = inputs[3]
+    losses = _function("sample_losses", impl)(*inputs)
+    score = _function("group_scores", impl)(losses, advantage, group_index, beta, group_size)
+    if reduce_group_scores is not None:
+        score = _check_scores(reduce_group_scores(score), score)
+    loss, clipped = _function("loss_from_scores", impl)(losses, score, advantage, group_index, *options)
+    return loss, losses, clipped, score
+
+
+@functools.cache
+def _compiled(name: str) -> Callable:
+    return torch.compile(getattr(reference, name), fullgraph=True)
+
+
+def _function(name: str, impl: str) -> Callable:
+    """The function of a resolved implementation."""
+    if impl == "eager":
+        return getattr(reference, name)
+    return _compiled(name)
+
+
+def _resolve(impl: str, op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
+    """Turns "auto" into an implementation and refuses one that cannot run here."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    if impl not in ("auto", "triton"):
+        return impl
+    obstacle = _triton_obstacle(device, dtypes)
+    if impl == "triton":
+        if obstacle is not None:
+            raise RuntimeError(f"impl='triton' of {op} cannot run: {obstacle}; use impl='eager' or 'compile'")
+        return impl
+    # The interpreter is for tests: it is used where asked for, never chosen.
+    chosen = "triton" if obstacle is None and device.type == "cuda" else "eager"
+    if not torch.compiler.is_compiling():
+        _announce(op, device.type, chosen, obstacle or "")
+    return chosen
+
+
+def _triton_obstacle(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    if not _HAS_TRITON:
+        return "the triton package is not installed"
+    if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
+        return f"it needs CUDA tensors, got {device.type}"
+    for dtype in dtypes:
+        if dtype not in TRITON_DTYPES:
+            return f"it needs {_names(TRITON_DTYPES)}, got {_names((dtype,))}"
+    return None
+
+
+@functools.cache
+def _announce(op: str, device: str, chosen: str, why: str) -> None:
+    _logger.info("%s on %s: impl='auto' chose %r%s", op, device, chosen, f" ({why})" if why else "")
+
+
+def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(seed, int):
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+        return torch.full((), seed - (1 << 64) if seed >= 1 << 63 else seed, dtype=torch.int64, device=device)
+    return _check_scalar(seed, "seed", device)
+
+
+def _draw_tensor(draw: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(draw, int):
+        if not 0 <= draw < 1 << 32:
+            raise ValueError(f"draw: expected 0 <= draw < 2**32, got {draw}")
+        return torch.full((), draw, dtype=torch.int64, device=device)
+    return _check_scalar(draw, "draw", device)
+
+
+def _check_scalar(value: Tensor, name: str, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64 or value.dim() != 0:
+        raise TypeError(f"{name}: expected a 0-dim int64 tensor, got {value.dtype} of shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    return value
+
+
+def _check_float(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected one of {_names(FLOAT_DTYPES)}, got {tensor.dtype}")
+
+
+def _check_samples(tensor: Tensor, name: str) -> None:
+    _check_float(tensor, name)
+    if tensor.dim() < 2:
+        raise ValueError(
+            f"{name}: expected shape (B, ...) with at least one element dimension, got {tuple(tensor.shape)}"
+        )
+    _check_sample_size(math.prod(tensor.shape[1:]), name)
+
+
+def _check_sample_size(numel: int, name: str) -> None:
+    if not 0 < numel <= 1 << 34:
+        raise ValueError(f"{name}: expected 1 to 2**34 elements in a sample, got {numel}")
+
+
+def _check_like(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    _check_float(tensor, name)
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name}: expected {other_name}'s shape {tuple(other.shape)}, got {tuple(tensor.shape)}")
+    _check_device(tensor, name, other)
+
+
+def _check_device(tensor: Tensor, name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected a tensor on {other.device}, got one on {tensor.device}")
+
+
+def _check_group_index(group_index: Tensor, samples: Tensor | None = None) -> None:
+    if not isinstance(group_index, Tensor) or group_index.dtype != torch.int64 or group_index.dim() != 1:
+        got = (
+            f"{group_index.dtype} of shape {tuple(group_index.shape)}"
+            if isinstance(group_index, Tensor)
+            else group_index
+        )
+        raise TypeError(f"group_index: expected an int64 tensor of shape (B,), got {got}")
+    if samples is not None:
+        if group_index.shape[0] != samples.shape[0]:
+            raise ValueError(f"group_index: expected shape ({samples.shape[0]},), got {tuple(group_index.shape)}")
+        _check_device(group_index, "group_index", samples)
+
+
+def _check_loss_options(
+    beta: float,
+    old_v: Tensor | None,
+    clip_range: float | None,
+    kl_v: Tensor | None,
+    kl_weight: float,
+    num_groups: int | None,
+    group_size: int | None,
+) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta: expected a positive number, got {beta}")
+    if clip_range is not None and not clip_range > 0:
+        raise ValueError(f"clip_range: expected a positive number or None, got {clip_range}")
+    if clip_range is not None and old_v is None:
+        raise ValueError("clip_range: needs old_v, got None")
+    if not kl_weight >= 0:
+        raise ValueError(f"kl_weight: expected a number >= 0, got {kl_weight}")
+    if kl_weight and kl_v is None:
+        raise ValueError(f"kl_weight: {kl_weight} needs kl_v, got None")
+    for name, count in (("num_groups", num_groups), ("group_size", group_size)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: expected a positive integer or None, got {count}")
+
+
+def _check_scores(scores: Tensor, part: Tensor) -> Tensor:
+    if scores.shape != part.shape or scores.device != part.device:
+        raise ValueError(
+            f"reduce_group_scores: expected a tensor of shape {tuple(part.shape)} on {part.device}, "
+            f"got {tuple(scores.shape)} on {scores.device}"
+        )
+    return scores.detach().to(part.dtype)
+
+
+def _check_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    x0_prev: Tensor | None,
+    coefficients: Tensor,
+    count: int,
+    impl: str,
+    op: str,
+) -> str:
+    """Checks a guided step's arguments and resolves its implementation."""
+    for name, state in (("x", x), ("x0_prev", x0_prev)):
+        if state is None:
+            continue
+        _check_float(state, name)
+        if state.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: the state is kept in float32, got {state.dtype}")
+    for name, tensor in (("v_cond", v_cond), ("v_uncond", v_uncond), ("x0_prev", x0_prev)):
+        if tensor is not None:
+            _check_like(tensor, name, x, "x")
+    _check_float(coefficients, "coefficients")
+    if coefficients.shape != (count,):
+        raise ValueError(f"coefficients: expected shape ({count},), got {tuple(coefficients.shape)}")
+    _check_device(coefficients, "coefficients", x)
+    return _resolve(impl, op, x.device, (x.dtype, v_cond.dtype))
+
+
+def _detach(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
