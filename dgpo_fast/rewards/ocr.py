@@ -62,13 +62,13 @@ class OcrReward:
             from rapidocr import RapidOCR
         except ImportError as error:
             raise UserError("reward 'ocr' needs RapidOCR and onnxruntime: pip install \"dgpo_fast[ocr]\"") from error
-        self._engine = RapidOCR(params=dict(_ENGINE))
+        self._engine: Any = RapidOCR(params=dict(_ENGINE))
         self._pool = ThreadPoolExecutor(workers or min(8, _available_cores()), thread_name_prefix="ocr")
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 (B,) in [0, 1] of uint8 RGB (B, H, W, 3) images. Raises UserError for a prompt without quotes."""
+        """Scores float32 (B,) in [0, 1] of uint8 RGB images (B, H, W, 3). Raises UserError where a prompt has no quotes."""
         require_quoted_text(Prompt(text) for text in prompts)
         targets = [normalise(quoted_text(text) or "") for text in prompts]
         scores = [similarity(target, normalise(text)) for target, text in zip(targets, self.read(images), strict=True)]
@@ -76,7 +76,7 @@ class OcrReward:
         return rewards, {"exact": (rewards == 1).astype(np.float32)}
 
     def read(self, images: np.ndarray) -> list[str]:
-        """The text on each of (B, H, W, 3) uint8 RGB images, its lines joined from top to bottom; "" where there is none."""
+        """The text on each of uint8 RGB images (B, H, W, 3), its lines joined from the top down; "" where there is none."""
         return list(self._pool.map(self._read_one, images))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -87,10 +87,8 @@ class OcrReward:
         """Raises UserError unless a printed word is read right and nothing is read on a blank picture."""
         printed, blank = self.read(np.stack([_printed("Golden 42"), np.full((96, 320, 3), 255, np.uint8)]))
         if normalise(printed) != "golden42" or blank:
-            raise UserError(
-                f"reward 'ocr' failed its self-test: read {printed!r} for 'Golden 42' and {blank!r} on a blank picture: "
-                "reinstall rapidocr and onnxruntime"
-            )
+            seen = f"read {printed!r} for 'Golden 42' and {blank!r} on a blank picture"
+            raise UserError(f"reward 'ocr' failed its self-test: {seen}: reinstall rapidocr and onnxruntime")
 
     def _read_one(self, image: np.ndarray) -> str:
         bgr = np.ascontiguousarray(image[..., ::-1])
