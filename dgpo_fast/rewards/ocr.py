@@ -68,7 +68,7 @@ class OcrReward:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 (B,) in [0, 1] of uint8 RGB images (B, H, W, 3). Raises UserError where a prompt has no quotes."""
+        """Scores float32 (B,) in [0, 1] of uint8 RGB images (B, H, W, 3); a prompt without quotes raises UserError."""
         require_quoted_text(Prompt(text) for text in prompts)
         targets = [normalise(quoted_text(text) or "") for text in prompts]
         scores = [similarity(target, normalise(text)) for target, text in zip(targets, self.read(images), strict=True)]
@@ -76,7 +76,7 @@ class OcrReward:
         return rewards, {"exact": (rewards == 1).astype(np.float32)}
 
     def read(self, images: np.ndarray) -> list[str]:
-        """The text on each of uint8 RGB images (B, H, W, 3), its lines joined from the top down; "" where there is none."""
+        """The text on each of uint8 RGB images (B, H, W, 3), its lines joined from the top; "" where there is none."""
         return list(self._pool.map(self._read_one, images))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
