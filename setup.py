@@ -25,7 +25,7 @@ setup(
     package_data={"dgpo_fast.tiny": ["pipeline/**/*", "pipeline/*"]},
     install_requires=[
         "torch>=2.11,<2.14",
-        "diffusers>=0.36",
+        "diffusers>=0.42",
         "transformers>=5.0",
         "peft>=0.18",
         "safetensors>=0.5",

@@ -1,0 +1,95 @@
+"""What all commands share: errors in one line, and settings from a recipe, a YAML file and the command line."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dgpo_fast.config import Config, parse_overrides, read_yaml, resolve
+from dgpo_fast.errors import UserError
+from dgpo_fast.recipes import RECIPES, get_recipe
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+
+
+def run_command(command: Callable[[list[str]], int | None]) -> int:
+    """Runs `command` with the command line's arguments and returns the exit status, errors printed in one line."""
+    _quieten_libraries()
+    try:
+        return command(sys.argv[1:]) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _quieten_libraries() -> None:
+    """Leaves the terminal to the run: what the libraries say while they are imported is about packages nobody needs
+    here."""
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
+def take_option(args: list[str], name: str) -> str | None:
+    """Removes `--name VALUE` or `--name=VALUE` from `args` and returns the value; None where it is not given."""
+    for index, arg in enumerate(args):
+        if arg.startswith(f"--{name}="):
+            return args.pop(index).split("=", 1)[1]
+        if arg == f"--{name}":
+            if index + 1 == len(args) or args[index + 1].startswith("--"):
+                raise UserError(f"command line: --{name} has no value")
+            args.pop(index)
+            return args.pop(index)
+    return None
+
+
+def configure(args: list[str]) -> Config:
+    """The configuration of `[RECIPE or FILE.yaml] [--config FILE.yaml] [--setting value …]`.
+
+    A YAML file may name the recipe that it starts from under `recipe`.
+    """
+    args = list(args)
+    start = args.pop(0) if args and not args[0].startswith("-") else None
+    file = take_option(args, "config")
+    if start is not None and start.endswith((".yaml", ".yml")):
+        if file is not None:
+            raise UserError(f"command line: two configurations, {start} and {file}: give one")
+        start, file = None, start
+    settings = read_yaml(Path(file)) if file else {}
+    overrides = parse_overrides(args)
+    if start is not None and "recipe" in overrides:
+        raise UserError(f"command line: two recipes, {start} and {overrides['recipe']}: give one")
+    name = start or overrides.get("recipe") or settings.get("recipe") or next(iter(RECIPES))
+    config = resolve(get_recipe(str(name)), {**settings, "recipe": name}, file or "recipe")
+    return resolve(config, overrides, "command line")
+
+
+def print_help(command: str, usage: str, args: list[str]) -> None:
+    """Prints what the command does, the recipes and every setting with the value that `args` would give it."""
+    recipes = "\n".join(f"  {name:<18} {_first_line(function)}" for name, function in RECIPES.items())
+    shown = [arg for arg in args if arg not in ("-h", "--help")]
+    tyro.cli(
+        Config,
+        default=configure(shown),
+        args=["--help"],
+        prog=f"python -m {command}",
+        description=f"{usage}\n\nRecipes:\n\n{recipes}\n\nSettings (defaults: those of the chosen recipe)",
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]

@@ -1,0 +1,339 @@
+"""Every setting of a run: what it means, its unit, its bounds.
+
+A `Config` is checked when it is made. Settings come from a recipe, then a YAML file, then the command line; all three
+pass through `resolve`, so a misspelt key or a wrong type is the same one-line error wherever it was written.
+"""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dgpo_fast.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Rollout:
+    """How a group of images is drawn: a few-step deterministic ODE from the behaviour weights."""
+
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """G: images per prompt. The advantage compares these with one another."""
+    groups: Count = 8
+    """P: prompts per iteration."""
+    solver: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
+    """ODE solver on flow sigmas: DPM-Solver++(2M) or Euler."""
+    num_inference_steps: Count = 10
+    """Solver steps per image."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    """Classifier-free guidance. 1 is unguided and costs half."""
+    shift: Positive = 3.0
+    """Timestep shift of the sigma grid: s·t / (1 + (s − 1)·t)."""
+    resolution: Annotated[int, Field(ge=16)] | None = None
+    """Height and width in pixels. Default: what the model was trained at."""
+    max_sequence_length: Count = 128
+    """Tokens of the T5 prompt encoder."""
+    batch_size: Count = 32
+    """Images per forward of the rollout and of the decoder. Speed and memory only; the images stay the same."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Advantage:
+    """How rewards become advantages (they sum to zero within each group)."""
+
+    std: Literal["group", "global"] = "group"
+    """Divide by the standard deviation of the group, or of the whole iteration."""
+    clamp: Positive = 5.0
+    """Bound on the absolute advantage."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class DGPO:
+    """The DGPO objective."""
+
+    beta: Positive = 100.0
+    """β, the strength of the preference: large values saturate groups that are already well separated."""
+    kl_weight: NonNegative = 0.02
+    """Weight of the squared distance between policy and frozen reference velocities."""
+    kl_guidance_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance on the reference of the KL term (`kl_cfg`); above 1 it distils guidance into the policy."""
+    clip_range: Positive | None = 0.01
+    """PPO-like clip on exp(d_old − d_policy). None switches it off, and the old forward with it."""
+    timesteps: Count = 4
+    """M: training timesteps per iteration, drawn without replacement from the rollout's own grid."""
+    high_noise_steps: Count | None = 5
+    """Timestep clip: train on the first so many (noisiest) steps of the rollout's grid. None: on all of them."""
+    reference: Literal["frozen", "ema"] = "frozen"
+    """Reference in the group score: the frozen base model, or θ_old (the fast EMA)."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Policy:
+    """What is trained."""
+
+    train: Literal["lora", "full"] = "lora"
+    """LoRA adapters through PEFT, or all weights of the transformer."""
+    lora_rank: Count = 64
+    """Rank of the adapters."""
+    lora_alpha: Positive = 128.0
+    """The adapters are scaled by alpha / rank."""
+    lora_targets: tuple[str, ...] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    """Linear layers that get an adapter, by the end of their name."""
+    micro_batch: Count = 16
+    """Images per training forward and backward. Below the group size, a first pass without gradients finds the exact
+    weight of each group: the gradient stays the same."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Optimizer:
+    """AdamW, one step per iteration."""
+
+    lr: Positive = 3e-4
+    """Learning rate."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """The gradient's norm is clipped to this."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class EMA:
+    """Moving averages of the trained weights."""
+
+    old_decay_per_step: NonNegative = 0.001
+    """θ_old, the fast average: decay = min(old_decay_max, old_decay_per_step · step)."""
+    old_decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Upper bound of θ_old's decay."""
+    switch_ema_ref: Annotated[int, Field(ge=0)] = 500
+    """From this step on the rollouts use θ_old instead of the policy itself."""
+    eval_decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """The slow average, which is evaluated and saved: decay = min(eval_decay_max, (1 + s) / (10 + s)). 0: no average.
+    """
+    eval_every: Count = 8
+    """Steps between updates of the slow average."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Evaluation:
+    """Before and after, on held-out prompts with the same initial noise."""
+
+    images: Annotated[int, Field(ge=2)] = 256
+    """Images per evaluation, spread evenly over tags and held-out prompts."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Also evaluate every so many iterations. 0: only before and after."""
+    num_inference_steps: Count = 14
+    """Solver steps per image."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    """Classifier-free guidance."""
+    seed: int = 0
+    """Seed of the initial noise, the same for every run so that runs can be compared."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Checkpoint:
+    """What `--resume` goes on from."""
+
+    every: Count = 20
+    """Iterations between checkpoints. One more is written at the end and on Ctrl-C."""
+    keep: Count = 2
+    """How many of the newest to keep."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Log:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run's folder."""
+    wandb: str | None = None
+    """Weights & Biases project to log to."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Config:
+    """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization (DGPO)."""
+
+    recipe: str = "tiny-shapes"
+    """Where the settings below start from."""
+    model: str = "tiny"
+    """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the Hugging Face
+    hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    prompts: str = "tiny-shapes"
+    """A generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with a prompt a line, or a GenEval .jsonl."""
+    eval_prompts: str | None = None
+    """Held-out prompts. Default: a part of `prompts` that training never sees."""
+    rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
+    """What to raise: names (shapes, ocr, jpeg) or your own `my_module:MyReward`, each with an optional `=weight`."""
+    iterations: Count = 60
+    """Optimizer steps."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of prompts, initial noise, training noise and timesteps."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, fp32 elsewhere."""
+    runs_dir: str = "runs"
+    """Where the run's folder is made."""
+    name: str | None = None
+    """The run's folder. Default: recipe, date and time."""
+    objective: Literal["dgpo"] = "dgpo"
+    """What the groups are used for."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    advantage: Advantage = Field(default_factory=Advantage)
+    dgpo: DGPO = Field(default_factory=DGPO)
+    policy: Policy = Field(default_factory=Policy)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    ema: EMA = Field(default_factory=EMA)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    log: Log = Field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        grid = self.rollout.num_inference_steps
+        available = min(self.dgpo.high_noise_steps or grid, grid)
+        if self.dgpo.timesteps > available:
+            raise ValueError(
+                f"dgpo.timesteps is {self.dgpo.timesteps} but only {available} timesteps can be drawn "
+                "(rollout.num_inference_steps, dgpo.high_noise_steps): lower it or raise those"
+            )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dictionary of `config`, ready for YAML."""
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def resolve(base: Config, overrides: dict[str, Any], origin: str) -> Config:
+    """`base` with nested `overrides` applied and everything checked.
+
+    Raises UserError in one line naming `origin` (a file, or "command line"), the key and the remedy.
+    """
+    settings = to_dict(base)
+    _merge(settings, overrides, origin)
+    try:
+        return TypeAdapter(Config).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        got = f", not {first['input']!r}" if key else ""
+        message = message[0].lower() + message[1:] if key else message
+        raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{got}") from None
+
+
+def _merge(settings: dict[str, Any], overrides: dict[str, Any], origin: str, prefix: str = "") -> None:
+    for key, value in overrides.items():
+        if key not in settings:
+            raise UserError(f"{origin}: unknown setting '{prefix}{key}'{_suggest(prefix + str(key))}")
+        if not isinstance(settings[key], dict):
+            settings[key] = value
+        elif isinstance(value, dict):
+            _merge(settings[key], value, origin, f"{prefix}{key}.")
+        else:
+            raise UserError(f"{origin}: '{prefix}{key}' is a group of settings; name one of them, as in "
+                            f"'{prefix}{key}.{next(iter(settings[key]))}'")  # fmt: skip
+
+
+def _suggest(key: str) -> str:
+    groups = [name for name, value in to_dict(Config()).items() if isinstance(value, dict)]
+    names = [*setting_names(), *groups]
+    last_parts = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    close = close or [last_parts[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last_parts), n=1)]
+    return f": did you mean '{close[0]}'?" if close else "; --help lists them"
+
+
+def setting_names() -> list[str]:
+    """Dotted names of all settings, as the command line takes them."""
+
+    def names(settings: dict[str, Any], prefix: str) -> list[str]:
+        found: list[str] = []
+        for key, value in settings.items():
+            found += names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+        return found
+
+    return names(to_dict(Config()), "")
+
+
+def parse_overrides(args: list[str]) -> dict[str, Any]:
+    """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`."""
+    lists = {field.name for field in dataclasses.fields(Config) if isinstance(getattr(Config(), field.name), tuple)}
+    lists.add("lora_targets")
+    overrides: dict[str, Any] = {}
+    index = 0
+    while index < len(args):
+        name, equals, inline = args[index].removeprefix("--").partition("=")
+        if not args[index].startswith("--") or not name:
+            raise UserError(f"command line: unexpected '{args[index]}': settings are given as --name value")
+        index += 1
+        values = [inline] if equals else []
+        while index < len(args) and not args[index].startswith("--"):
+            values.append(args[index])
+            index += 1
+        *groups, leaf = name.replace("-", "_").split(".")
+        target = overrides
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[leaf] = _value(name, values, leaf in lists)
+    return overrides
+
+
+def _value(name: str, values: list[str], is_list: bool) -> Any:
+    if is_list:
+        return values
+    if len(values) != 1:
+        problem = "has no value" if not values else f"takes one value, not {len(values)}"
+        raise UserError(f"command line: --{name} {problem}")
+    return None if values[0].lower() in ("none", "null") else values[0]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings from a user's YAML file. Raises UserError naming the file, and the line where there is one."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: settings must be `key: value` lines, not a {type(settings).__name__}")
+    return settings
+
+
+def write_yaml(config: Config, path: Path) -> None:
+    """Writes the resolved configuration, one group after another."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")

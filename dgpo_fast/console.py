@@ -1,0 +1,111 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+PLAIN_LINE_EVERY_S = 5.0
+
+
+class Console:
+    """Progress and results of one run on standard output."""
+
+    def __init__(self) -> None:
+        self.rich = RichConsole(highlight=False)
+        self.progress: Progress | None = None
+        self.last_line_s = 0.0
+
+    def note(self, text: str) -> None:
+        """One line; wrapped by the terminal, never by us, so that paths can be copied."""
+        self.rich.print(text, markup=False, soft_wrap=True)
+
+    def track(self, label: str) -> Callable[[float], None]:
+        """A callback that shows how far one piece of work is: told the share done, in (0, 1]."""
+        if not self.rich.is_terminal:
+            self.note(f"{label} …")
+            return lambda share: None
+        progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                            console=self.rich, transient=True)  # fmt: skip
+        task = progress.add_task(label, total=1.0)
+        progress.start()
+
+        def advance(share: float) -> None:
+            progress.update(task, completed=share)
+            if share >= 1.0:
+                progress.stop()
+
+        return advance
+
+    def start_training(self, done: int, total: int) -> None:
+        """Opens the bar of the training loop, or announces the plain lines."""
+        self.started_s, self.first, self.total = time.monotonic(), done, total
+        if self.rich.is_terminal:
+            columns = (
+                TextColumn("training"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            )
+            self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.rich)
+            self.task = self.progress.add_task("training", completed=done, total=total, status="")
+            self.progress.start()
+
+    def iteration(self, metrics: dict[str, Any]) -> None:
+        """Shows one iteration's reward, speed, phases and what is left."""
+        done, now = metrics["iteration"], time.monotonic()
+        eta_s = (now - self.started_s) / max(done - self.first, 1) * (self.total - done)
+        reward = metrics.get("reward_mean")
+        head = f"reward {reward:.3f}" if reward is not None else "no group scored"
+        speed = f"{metrics['images_per_s']:.1f} img/s"
+        if self.progress:
+            self.progress.update(self.task, completed=done, status=f"{head} · {speed} · {duration(eta_s)} left")
+        elif done == self.total or done == self.first + 1 or now - self.last_line_s >= PLAIN_LINE_EVERY_S:
+            self.last_line_s = now
+            phases = " ".join(f"{k.removesuffix('_s')} {v:.2f}" for k, v in metrics.items() if k in PHASE_KEYS)
+            self.note(f"iteration {done}/{self.total}  {head}  {speed}  {duration(eta_s)} left  (s: {phases})")
+
+    def stop_training(self) -> None:
+        """Closes the bar."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+    def before_after(self, before: dict[str, Any], after: dict[str, Any], label: str = "after") -> None:
+        """The table that ends a run: mean reward on held-out prompts, per tag, with 95 % intervals."""
+        table = Table(title="reward on held-out prompts, 95 % interval", title_justify="left")
+        for name, justify in (
+            ("tag", "left"),
+            ("before", "right"),
+            (label, "right"),
+            ("gain", "right"),
+            ("images", "right"),
+        ):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        if len(before["tags"]) > 1:
+            for tag, old in before["tags"].items():
+                table.add_row(tag, *_cells(old, after["tags"][tag]))
+            table.add_section()
+        table.add_row("all", *_cells(before, after), style="bold")
+        self.rich.print(table)
+
+
+PHASE_KEYS = ("encode_s", "rollout_s", "decode_s", "reward_s", "train_s", "optimizer_s")
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1:15`; hours where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _cells(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, str, str, str]:
+    gain = after["reward_mean"] - before["reward_mean"]
+    return _with_interval(before), _with_interval(after), f"{gain:+.3f}", str(after["images"])
+
+
+def _with_interval(scores: dict[str, Any]) -> str:
+    return f"{scores['reward_mean']:.3f} ± {(scores['reward_ci95'][1] - scores['reward_ci95'][0]) / 2:.3f}"

@@ -1,0 +1,138 @@
+"""Scores on held-out prompts: the same prompts and initial noise every time, so that before and after can be
+compared."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dgpo_fast.config import Evaluation as EvaluationConfig
+from dgpo_fast.errors import UserError
+from dgpo_fast.groups import stream_seed
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import WeightedReward
+from dgpo_fast.rollout import Sampler
+from dgpo_fast.schedule import Schedule
+
+Z_95 = 1.959964
+SHOWN_IMAGES = 24
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scored images of held-out prompts.
+
+    Attributes:
+        prompts: one per image.
+        rewards: (N,) float, NaN where the reward failed.
+        images: (N, H, W, 3) uint8; only the first ones where loaded from a file.
+        parts: named parts of the reward, (N,) each.
+        failures: one line per image that could not be scored.
+    """
+
+    prompts: list[Prompt]
+    rewards: np.ndarray
+    images: np.ndarray
+    parts: dict[str, np.ndarray]
+    failures: list[str]
+
+    def summary(self) -> dict:
+        """`reward_mean`, `reward_ci95`, `images`, `parts` and `tags`, as `summary.json` holds them."""
+        mean, interval = mean_with_ci95(self.rewards, [prompt.text for prompt in self.prompts])
+        return {
+            "reward_mean": mean,
+            "reward_ci95": interval,
+            "images": int(np.isfinite(self.rewards).sum()),
+            "images_failed": int((~np.isfinite(self.rewards)).sum()),
+            "parts": {name: float(np.nanmean(values)) for name, values in self.parts.items()},
+            "tags": self.by_tag(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes scores, and the first images, which are the ones that pictures show."""
+        prompts = json.dumps([[p.text, p.metadata] for p in self.prompts])
+        arrays = {"prompts": np.array(prompts), "rewards": self.rewards, "images": self.images[:SHOWN_IMAGES]}
+        arrays |= {f"part:{name}": values for name, values in self.parts.items()}
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """What `save` wrote; only arrays and text are read, nothing is unpickled."""
+        with np.load(path, allow_pickle=False) as file:
+            parts = {name.removeprefix("part:"): file[name] for name in file.files if name.startswith("part:")}
+            prompts = [Prompt(text, metadata) for text, metadata in json.loads(str(file["prompts"]))]
+            return cls(prompts, file["rewards"], file["images"], parts, [])
+
+    def by_tag(self) -> dict[str, dict]:
+        """tag → `reward_mean`, `reward_ci95`, `images`."""
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row, prompt in enumerate(self.prompts):
+            rows[prompt.tag].append(row)
+        tags = {}
+        for tag, members in sorted(rows.items()):
+            mean, interval = mean_with_ci95(self.rewards[members], [self.prompts[row].text for row in members])
+            tags[tag] = {"reward_mean": mean, "reward_ci95": interval, "images": len(members)}
+        return tags
+
+
+def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, list[float]]:
+    """Mean of the finite rewards and its 95 % interval.
+
+    Images of one prompt resemble one another, so the interval counts prompts, not images, as independent (the
+    cluster-robust standard error of a mean).
+
+    Args:
+        rewards: (N,) float, NaN where missing.
+        clusters: the prompt of each image.
+    """
+    kept = np.isfinite(rewards)
+    if not kept.any():
+        return float("nan"), [float("nan"), float("nan")]
+    mean = float(rewards[kept].mean())
+    sums: dict[str, float] = defaultdict(float)
+    for residual, cluster in zip((rewards - mean)[kept], np.array(clusters)[kept], strict=True):
+        sums[cluster] += float(residual)
+    count = len(sums)
+    correction = count / (count - 1) if count > 1 else 1.0
+    half = Z_95 * float(np.sqrt(correction * sum(s * s for s in sums.values()))) / int(kept.sum())
+    return mean, [mean - half, mean + half]
+
+
+def balanced(prompts: list[Prompt], images: int) -> list[Prompt]:
+    """`images` prompts, dealt out evenly over tags and, within a tag, over its prompts."""
+    by_tag: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_tag[prompt.tag].append(prompt)
+    tags = sorted(by_tag)
+    return [by_tag[tags[n % len(tags)]][n // len(tags) % len(by_tag[tags[n % len(tags)]])] for n in range(images)]
+
+
+def evaluate(
+    sampler: Sampler,
+    prompts: list[Prompt],
+    reward: WeightedReward,
+    schedule: Schedule,
+    config: EvaluationConfig,
+    on_step: Callable[[float], None] | None = None,
+) -> Evaluation:
+    """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
+
+    Raises UserError where not one image could be scored.
+    """
+    chosen = balanced(prompts, config.images)
+    device = next(sampler.transformer.parameters()).device
+    samples = torch.arange(len(chosen), device=device)
+    x0, _ = sampler.latents(
+        [prompt.text for prompt in chosen], samples, schedule, guidance_scale=config.guidance_scale,
+        seed=stream_seed(config.seed, "evaluation"), draw=0, on_step=on_step,
+    )  # fmt: skip
+    images = sampler.decode(x0)
+    scores = reward.score_groups(images, chosen, group_size=1)
+    if not scores.valid.any():
+        raise UserError(f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}")
+    parts = {name: values[:, 0] for name, values in scores.parts.items()}
+    return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures)

@@ -1,0 +1,61 @@
+"""Pictures of a run: before and after side by side, and the reward's curve."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dgpo_fast.evaluate import Evaluation
+
+PAIRS_PER_ROW = 3
+BEFORE, AFTER = "#8a8f98", "#1f6feb"
+
+
+def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: int = 12) -> None:
+    """The first `pairs` held-out prompts, each from the same initial noise before and after, with its rewards."""
+    pairs = min(pairs, len(before.prompts))
+    rows = -(-pairs // PAIRS_PER_ROW)
+    figure = Figure(figsize=(3.4 * PAIRS_PER_ROW, 2.35 * rows + 0.3), layout="constrained", dpi=110)
+    blocks = np.ravel(figure.subfigures(rows, PAIRS_PER_ROW, squeeze=False, wspace=0.04, hspace=0.02))
+    for index, block in enumerate(blocks):
+        if index >= pairs:
+            continue
+        block.suptitle("\n".join(textwrap.wrap(before.prompts[index].text, 38)[:2]), fontsize=9)
+        for axis, result, label in zip(block.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+            axis.imshow(
+                result.images[index], interpolation="nearest" if result.images.shape[1] <= 64 else "antialiased"
+            )
+            axis.set_xlabel(f"{label}  {result.rewards[index]:.2f}", fontsize=9)
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_color(AFTER if label == "after" else BEFORE)
+                spine.set_linewidth(1.5)
+    _save(figure, path)
+
+
+def reward_curve(metrics: list[dict[str, Any]], evaluations: list[tuple[int, dict[str, Any]]], path: Path) -> None:
+    """Mean reward of each iteration's images, and of the evaluations on held-out prompts with their 95 % intervals."""
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
+    axis = figure.subplots()
+    points = [(line["iteration"], line["reward_mean"]) for line in metrics if line.get("reward_mean") is not None]
+    if points:
+        iterations, rewards = np.array(points, dtype=float).T
+        axis.plot(iterations, rewards, color=BEFORE, linewidth=1, alpha=0.6, label="training images")
+        width = max(1, len(rewards) // 10)
+        smooth = np.convolve(rewards, np.ones(width) / width, mode="valid")
+        axis.plot(iterations[width - 1 :], smooth, color=BEFORE, linewidth=2, label=f"mean of {width} iterations")
+    steps = [step for step, _ in evaluations]
+    means = [summary["reward_mean"] for _, summary in evaluations]
+    errors = [mean - summary["reward_ci95"][0] for mean, (_, summary) in zip(means, evaluations, strict=True)]
+    axis.errorbar(steps, means, yerr=errors, color=AFTER, marker="o", capsize=4, linewidth=2, label="held-out prompts")
+    axis.set(xlabel="iteration", ylabel="mean reward")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure).print_png(path)

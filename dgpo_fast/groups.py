@@ -1,0 +1,76 @@
+"""Which prompts and timesteps an iteration uses, and how rewards become advantages.
+
+Every draw is a function of (seed, stream, position) alone. No generator carries state from one iteration to the next,
+so a resumed run and a run on other processes draw what an undisturbed one draws.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgpo_fast.config import Advantage
+from dgpo_fast.prompts import Prompt
+
+ADVANTAGE_EPS = 1e-4
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """A 63-bit seed for one named stream of draws; different streams of one run are independent."""
+    digest = hashlib.blake2b(f"{seed}:{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class GroupSampler:
+    """Deals the training prompts out, `groups` an iteration, reshuffled at every pass.
+
+    Args:
+        prompts: the training prompts.
+        groups: P, prompts per iteration.
+        seed: the run's seed.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], groups: int, seed: int):
+        self.prompts = prompts
+        self.groups = groups
+        self.seed = stream_seed(seed, "prompts")
+
+    def draw(self, iteration: int) -> list[Prompt]:
+        """The P prompts of iteration `iteration`, counted from 0."""
+        positions = range(iteration * self.groups, (iteration + 1) * self.groups)
+        orders = {epoch: self._order(epoch) for epoch in {p // len(self.prompts) for p in positions}}
+        return [self.prompts[orders[p // len(self.prompts)][p % len(self.prompts)]] for p in positions]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+
+
+def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:
+    """`count` different step indices out of the first `among` of the rollout's grid, the noisiest ones."""
+    rng = np.random.default_rng([stream_seed(seed, "timesteps"), iteration])
+    return [int(step) for step in rng.choice(among, size=count, replace=False)]
+
+
+def advantages(rewards: np.ndarray, config: Advantage) -> Tensor:
+    """A = (r − mean of the group) / (std + 1e-4), clamped.
+
+    Args:
+        rewards: (P, G) rewards of whole groups, all finite.
+
+    Returns:
+        (P·G,) fp32 advantages on the CPU. A group whose rewards are all equal gets exact zeros.
+    """
+    centred = rewards.astype(np.float64)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    # The mean of equal numbers may differ from them in the last bit; dividing that by a tiny std would make noise of
+    # it.
+    centred[np.ptp(rewards, axis=1) == 0] = 0.0
+    std = (
+        rewards.std(axis=1, keepdims=True, dtype=np.float64)
+        if config.std == "group"
+        else np.std(rewards, dtype=np.float64)
+    )
+    scaled = np.clip(centred / (std + ADVANTAGE_EPS), -config.clamp, config.clamp)
+    return torch.from_numpy(scaled.astype(np.float32).reshape(-1))

@@ -1,0 +1,127 @@
+"""Numbers of a run: `metrics.jsonl`, seconds per phase, and the optional loggers."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgpo_fast.config import Log
+
+Logger = Callable[[dict[str, Any]], None]
+
+
+class Phases:
+    """Seconds spent in each phase of an iteration; waits for the GPU at a phase's ends, so that they add up."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def take(self) -> dict[str, float]:
+        """`{"rollout_s": …}` since the last call."""
+        taken = {f"{name}_s": round(seconds, 6) for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Most GPU memory allocated so far, in MiB; None without a GPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line per iteration, each whole on disk before the next begins.
+
+    Args:
+        path: the file.
+        until: keep only lines of iterations up to this one, as when a run resumes from an earlier checkpoint.
+    """
+
+    def __init__(self, path: Path, until: int = 0):
+        kept = [line for line in read_metrics(path) if line["iteration"] <= until] if path.exists() else []
+        staged = path.with_suffix(".tmp")
+        staged.write_text("".join(_json_line(line) for line in kept), encoding="utf-8")
+        staged.replace(path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Appends one line; NaN and infinity become null, which JSON has."""
+        self.file.write(_json_line(metrics))
+        self.file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` as indented JSON in one step: the file is the old one or the new one."""
+    staged = path.with_name(f".{path.name}")
+    staged.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def open_loggers(log: Log, folder: Path, config: dict[str, Any]) -> tuple[list[Logger], list[str]]:
+    """The loggers that `log` asks for, and a note for each that cannot run; metrics.jsonl is written in any case."""
+    wanted = {"TensorBoard": (log.tensorboard, lambda: _tensorboard(folder))}
+    wanted["Weights & Biases"] = (log.wandb is not None, lambda: _wandb(log, folder, config))
+    loggers, notes = [], []
+    for name, (asked, make) in wanted.items():
+        if not asked:
+            continue
+        try:
+            loggers.append(make())
+        except Exception as error:  # a logger of another project may fail in any way, and must not end the run
+            notes.append(f"{name} is off: {type(error).__name__}: {error}".splitlines()[0])
+    return loggers, notes
+
+
+def _tensorboard(folder: Path) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, metrics["iteration"])
+        writer.flush()
+
+    return log
+
+
+def _wandb(log: Log, folder: Path, config: dict[str, Any]) -> Logger:
+    import wandb
+
+    run = wandb.init(project=log.wandb, dir=str(folder), name=folder.name, config=config)
+    return lambda metrics: run.log(metrics, step=metrics["iteration"])
+
+
+def _json_line(metrics: dict[str, Any]) -> str:
+    return json.dumps(_finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

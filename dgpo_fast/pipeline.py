@@ -1,0 +1,111 @@
+"""Loading a Stable Diffusion 3 pipeline: the shipped one, a folder, or one from the Hugging Face hub."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from dgpo_fast import tiny
+from dgpo_fast.errors import UserError
+
+PIPELINE_CLASS = "StableDiffusion3Pipeline"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU if there is one. Raises UserError if it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device auto")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Weights' dtype for "auto", "fp32" or "bf16". Raises UserError for bf16 on a GPU without it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16; use --precision fp32")
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float32
+
+
+def load_pipeline(
+    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype
+) -> StableDiffusion3Pipeline:
+    """The pipeline `model` on `device`, all modules frozen and in eval mode.
+
+    Args:
+        model: "tiny", a folder in diffusers' format, or "organisation/name" on the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises UserError where there is no such model or it is not a Stable Diffusion 3 pipeline.
+    """
+    source = Path(tiny.PIPELINE_DIR if model == "tiny" else model)
+    index = _local_index(source) if source.exists() else _hub_index(model, revision)
+    found = index.get("_class_name")
+    if found != PIPELINE_CLASS:
+        raise UserError(f"model '{model}' is a {found or 'folder without _class_name'}, not a {PIPELINE_CLASS}")
+    try:
+        # Downloads show their own progress; reading from the disk needs none.
+        folder = source if source.exists() else StableDiffusion3Pipeline.download(model, revision=revision)
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
+        module.requires_grad_(False).eval()
+    return pipeline
+
+
+def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
+    """The two or three text encoders that the pipeline has."""
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    return [encoder for encoder in encoders if encoder is not None]
+
+
+def _local_index(folder: Path) -> dict:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"model '{folder}': no model_index.json there; give a pipeline's folder in diffusers' format")
+    return _read_index(path)
+
+
+def _hub_index(name: str, revision: str | None) -> dict:
+    missing = f"model '{name}': no such folder"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UserError(f"{missing}, and no name on the hub (organisation/name)")
+    try:
+        return _read_index(Path(hf_hub_download(name, "model_index.json", revision=revision)))
+    except LocalEntryNotFoundError:
+        raise UserError(f"{missing}, and the Hugging Face hub cannot be reached: download it first") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"{missing}, and the Hugging Face hub refused it: {_first_line(error)}") from None
+
+
+def _read_index(path: Path) -> dict:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"{path}: not a JSON object; the pipeline's folder is damaged")
+    return index
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,135 @@
+"""The three sets of weights of a run.
+
+* **base**: the frozen pretrained transformer W. It is the reference, and carries no adapter.
+* **policy**: what is trained. With LoRA it is W + (alpha / rank)·B·A, its W being the *same tensors* as the base's.
+* **behaviour**: one merged copy without adapters in its graph. It draws the rollouts and gives the old predictions.
+
+Nothing is ever switched on or off: `load_behaviour` writes the wanted weights into the behaviour copy, in fp32
+    arithmetic, once or twice an iteration.
+"""
+
+import copy
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.errors import UserError
+
+ADAPTER = "default"
+Weights = Mapping[str, Tensor]
+"""Trained tensors by name: LoRA factors, or all of a transformer's parameters. fp32."""
+
+
+class PolicyModels:
+    """Base, policy and behaviour transformers of one pipeline.
+
+    Args:
+        transformer: the pretrained transformer, frozen, on its device in the run's dtype.
+        config: what to train.
+        seed: of the LoRA factors' Gaussian initialisation.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int):
+        self.config = config
+        self.base = transformer
+        self.behaviour = copy.deepcopy(transformer)
+        if config.train == "lora":
+            self.policy = _with_lora(_sharing_copy(transformer), config, seed)
+        else:
+            # Full fine-tuning keeps its weights in fp32: a bf16 weight would round most updates away.
+            self.policy = copy.deepcopy(transformer).float().requires_grad_(True)
+        self.weights: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in self.policy.named_parameters() if parameter.requires_grad
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @torch.no_grad()
+    def load_behaviour(self, weights: Weights) -> None:
+        """Makes the behaviour copy predict what the policy would with `weights`. In place, without a host sync."""
+        merged = dict(self.behaviour.named_parameters())
+        if self.config.train == "full":
+            for name, weight in weights.items():
+                merged[name].copy_(weight)
+            return
+        for name, layer in self._lora_layers():
+            down, up = (weights[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
+            delta = layer.scaling[ADAPTER] * (up.float() @ down.float())
+            merged[f"{name}.weight"].copy_(layer.base_layer.weight.float() + delta)
+
+    def initial_weights(self) -> Weights:
+        """Weights with which the policy predicts what the base model does."""
+        if self.config.train == "full":
+            return dict(self.base.named_parameters())
+        return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Weights) -> None:
+        """Overwrites the policy's trained tensors, as when a run is resumed."""
+        for name, parameter in self.weights.items():
+            parameter.copy_(weights[name])
+
+    def save(self, weights: Weights, folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
+        """Writes `weights` so that plain diffusers loads them: a LoRA file, or a whole pipeline folder.
+
+        Args:
+            weights: the tensors to save, usually the slow average.
+            folder: where `pytorch_lora_weights.safetensors`, or the pipeline's folders, go.
+            pipeline: the run's pipeline; with full fine-tuning, all of it but the transformer is saved as it is.
+        """
+        if self.config.train == "full":
+            self.load_behaviour(weights)
+            original, pipeline.transformer = pipeline.transformer, self.behaviour
+            pipeline.save_pretrained(folder, safe_serialization=True)
+            pipeline.transformer = original
+            return
+        layers = get_peft_model_state_dict(self.policy, state_dict=dict(weights), adapter_name=ADAPTER)
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers={name: tensor.detach().contiguous() for name, tensor in layers.items()},
+            # The metadata carries alpha: without it a loader would take alpha = rank.
+            transformer_lora_adapter_metadata=self.policy.peft_config[ADAPTER].to_dict(),
+        )
+
+    def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
+        return [(name, module) for name, module in self.policy.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _sharing_copy(module: nn.Module) -> nn.Module:
+    """A copy of the modules whose parameters and buffers are the original's own tensors."""
+    shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+def _with_lora(transformer: nn.Module, config: PolicyConfig, seed: int) -> nn.Module:
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    unmatched = [end for end in config.lora_targets if not any(name.endswith(end) for name in names)]
+    if unmatched:
+        raise UserError(f"policy.lora_targets: no linear layer of this transformer is called '{unmatched[0]}'")
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(config.lora_targets),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(lora, adapter_name=ADAPTER)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return transformer

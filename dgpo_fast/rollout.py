@@ -1,0 +1,181 @@
+"""Drawing images: a few-step deterministic ODE from noise to latents, and the decoder."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step, philox_normal
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.schedule import Schedule
+from dgpo_fast.text import PromptEncoder, TextEmbeds
+
+
+def initial_noise(shape: tuple[int, ...], samples: Tensor, *, seed: int, draw: int) -> Tensor:
+    """Noise at σ = 1 for each sample, a function of (seed, draw, sample) alone.
+
+    Args:
+        shape: (C, H, W) of a latent.
+        samples: (B,) int64 indices of the samples.
+
+    Returns:
+        (B, C, H, W) fp32 on the device of `samples`.
+    """
+    return philox_normal(shape, samples, seed=seed, draw=draw, device=samples.device, dtype=torch.float32)
+
+
+def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds) -> Tensor:
+    """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
+
+    Args:
+        x_t: (B, C, H, W) noisy latents, any float dtype.
+        timestep: () in [0, 1000], the same for all samples.
+        text: the B prompts.
+    """
+    return transformer(
+        hidden_states=x_t.to(text.prompt.dtype),
+        timestep=timestep.expand(len(x_t)),
+        encoder_hidden_states=text.prompt,
+        pooled_projections=text.pooled,
+        return_dict=False,
+    )[0]
+
+
+def predict_pair(
+    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, empty: TextEmbeds
+) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional velocities in one forward of 2B samples, for guidance."""
+    both = TextEmbeds(
+        torch.cat([text.prompt, empty.expand(len(text)).prompt]),
+        torch.cat([text.pooled, empty.expand(len(text)).pooled]),
+    )
+    conditional, unconditional = predict(transformer, torch.cat([x_t, x_t]), timestep, both).chunk(2)
+    return conditional, unconditional
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: SD3Transformer2DModel,
+    noise: Tensor,
+    text: TextEmbeds,
+    empty: TextEmbeds,
+    schedule: Schedule,
+    *,
+    guidance_scale: float,
+    batch_size: int,
+    on_step: Callable[[float], None] | None = None,
+) -> Tensor:
+    """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. No trajectory is kept.
+
+    Args:
+        transformer: draws the images; no adapter should be in its graph.
+        noise: (B, C, H, W) fp32 at σ = 1.
+        text: the B prompts, one a sample.
+        empty: the empty prompt, one row; read where `guidance_scale` > 1.
+        schedule: grid and coefficients on the noise's device.
+        guidance_scale: v = v_uncond + g·(v_cond − v_uncond); 1 is unguided.
+        batch_size: samples per forward.
+        on_step: told the share done, in (0, 1], after each solver step.
+    """
+    chunks = []
+    for start in range(0, len(noise), batch_size):
+        rows = slice(start, start + batch_size)
+        x, x0_previous = noise[rows], None
+        for step in range(schedule.steps):
+            timestep = schedule.timesteps[step]
+            if guidance_scale > 1:
+                conditional, unconditional = predict_pair(transformer, x, timestep, text[rows], empty)
+            else:
+                conditional, unconditional = predict(transformer, x, timestep, text[rows]), None
+            velocities, numbers = (conditional, unconditional), schedule.coefficients[step]
+            if schedule.solver == "euler":
+                x = guided_euler_step(x, *velocities, guidance_scale=guidance_scale, coefficients=numbers)
+            else:
+                x, x0_previous = guided_dpmpp_2m_step(
+                    x, *velocities, x0_previous, guidance_scale=guidance_scale, coefficients=numbers
+                )
+            if on_step:
+                on_step((start + len(x) * (step + 1) / schedule.steps) / len(noise))
+        chunks.append(x)
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.ndarray:
+    """Latents (B, C, H, W) → images, uint8 (B, height, width, 3), rounded as diffusers rounds them."""
+    images = []
+    for chunk in latents.split(batch_size):
+        scaled = chunk / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+        pixels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        images.append(pixels.permute(0, 2, 3, 1).cpu())
+    return torch.cat(images).numpy()
+
+
+def latent_shape(transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | None) -> tuple[int, int, int]:
+    """(C, H, W) of a latent at `resolution` pixels, or at the size the transformer was trained at.
+
+    Raises UserError for a resolution that the model cannot draw.
+    """
+    config = transformer.config
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    step, largest = scale * config.patch_size, scale * config.patch_size * config.pos_embed_max_size
+    if resolution and (resolution % step or resolution > largest):
+        raise UserError(f"rollout.resolution {resolution}: this model draws multiples of {step} up to {largest} pixels")
+    side = resolution // scale if resolution else config.sample_size
+    return config.in_channels, side, side
+
+
+class Sampler:
+    """Draws and decodes images of prompts with one transformer.
+
+    Args:
+        pipeline: gives the text encoders and the decoder.
+        transformer: gives the velocities; its weights may change between calls.
+        encoder: the prompt encoder, shared so that a prompt is encoded once.
+        resolution: pixels, or None for what the transformer was trained at.
+        batch_size: samples per forward.
+
+    Raises UserError where the resolution does not fit the model.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        transformer: SD3Transformer2DModel,
+        encoder: PromptEncoder,
+        *,
+        resolution: int | None,
+        batch_size: int,
+    ):
+        self.vae = pipeline.vae
+        self.transformer = transformer
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.shape = latent_shape(transformer, self.vae, resolution)
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        samples: Tensor,
+        schedule: Schedule,
+        *,
+        guidance_scale: float,
+        seed: int,
+        draw: int,
+        on_step: Callable[[float], None] | None = None,
+    ) -> tuple[Tensor, TextEmbeds]:
+        """x0 (B, C, H, W) fp32 for B prompts, and their embeddings. `samples` (B,) int64 keys the initial noise."""
+        text = self.encoder(prompts)
+        noise = initial_noise(self.shape, samples, seed=seed, draw=draw)
+        x0 = sample_latents(
+            self.transformer, noise, text, self.encoder([""]), schedule,
+            guidance_scale=guidance_scale, batch_size=self.batch_size, on_step=on_step,
+        )  # fmt: skip
+        return x0, text
+
+    def decode(self, x0: Tensor) -> np.ndarray:
+        """Latents → uint8 images (B, height, width, 3)."""
+        return decode(self.vae, x0, self.batch_size)

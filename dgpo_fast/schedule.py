@@ -1,0 +1,87 @@
+"""The few-step sigma grids of the rollout, with each solver step as a handful of numbers.
+
+Diffusers' schedulers define the grids, so a picture drawn here is the picture that a diffusers pipeline with that
+scheduler draws; the steps themselves are linear in the state and the predictions, and are done by `dgpo_kernels` in one
+pass.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import expm1, log
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One sigma grid of S steps.
+
+    Attributes:
+        solver: "dpmpp_2m" or "euler".
+        sigmas: (S + 1,) fp32 on the CPU, falling to 0: x_t = (1 − σ)·x0 + σ·noise.
+        timesteps: (S,) fp32, what the transformer is told, in [0, 1000].
+        coefficients: (S, 4) fp32 [σ, a, b, c] with x0 = x − σ·v and x ← a·x + b·x0 + c·x0_previous for "dpmpp_2m";
+            (S, 1) fp32 [σ_next − σ] for "euler".
+    """
+
+    solver: str
+    sigmas: Tensor
+    timesteps: Tensor
+    coefficients: Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    def to(self, device: torch.device) -> "Schedule":
+        """The same grid with what the steps read on `device`."""
+        return Schedule(self.solver, self.sigmas, self.timesteps.to(device), self.coefficients.to(device))
+
+
+def make_scheduler(solver: str, shift: float) -> SchedulerMixin:
+    """The diffusers scheduler whose grid, and whose pictures, `make_schedule` reproduces."""
+    if solver == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction", algorithm_type="dpmsolver++",
+        solver_order=2, solver_type="midpoint", lower_order_final=True, final_sigmas_type="zero",
+    )  # fmt: skip
+
+
+def make_schedule(solver: str, num_inference_steps: int, shift: float) -> Schedule:
+    """The grid of `num_inference_steps` steps shifted by `shift`, for "dpmpp_2m" or "euler"."""
+    scheduler = make_scheduler(solver, shift)
+    scheduler.set_timesteps(num_inference_steps)
+    sigmas = [float(sigma) for sigma in scheduler.sigmas]
+    if solver == "euler":
+        coefficients = [[after - sigma] for sigma, after in pairwise(sigmas)]
+    else:
+        coefficients = _dpmpp_2m_coefficients(sigmas)
+    return Schedule(
+        solver,
+        scheduler.sigmas.float().cpu(),
+        scheduler.timesteps.float().cpu(),
+        torch.tensor(coefficients, dtype=torch.float32),
+    )
+
+
+def _dpmpp_2m_coefficients(sigmas: list[float]) -> list[list[float]]:
+    """DPM-Solver++(2M), midpoint (arXiv 2211.01095), on alpha = 1 − σ: first order at both ends."""
+    rows = []
+    last = len(sigmas) - 2
+    for step, (sigma, after) in enumerate(pairwise(sigmas)):
+        if step == last:
+            # σ_next = 0: h is infinite, and the step lands on x0.
+            rows.append([sigma, 0.0, 1.0, 0.0])
+            continue
+        h = _log_snr(after) - _log_snr(sigma)
+        gain = -(1.0 - after) * expm1(-h)
+        second = 0.0 if step == 0 else 0.5 * gain * h / (_log_snr(sigma) - _log_snr(sigmas[step - 1]))
+        rows.append([sigma, after / sigma, gain + second, -second])
+    return rows
+
+
+def _log_snr(sigma: float) -> float:
+    return log(1.0 - sigma) - log(sigma)

@@ -1,0 +1,271 @@
+"""The parts of a run and one iteration of it: rollout → reward → advantage → gradient → step."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgpo_fast.checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
+from dgpo_fast.config import Config
+from dgpo_fast.console import Console, duration
+from dgpo_fast.ema import MovingAverage
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluate import Evaluation, evaluate
+from dgpo_fast.figures import before_after_grid, reward_curve
+from dgpo_fast.groups import GroupSampler, advantages, stream_seed
+from dgpo_fast.metrics import MetricsFile, Phases, open_loggers, peak_memory_mib, read_metrics, write_json
+from dgpo_fast.objectives import Batch, make_objective
+from dgpo_fast.pipeline import load_pipeline, pick_device, pick_dtype
+from dgpo_fast.policy import PolicyModels, Weights
+from dgpo_fast.prompts import load_prompts
+from dgpo_fast.rewards import GroupScores, load_rewards
+from dgpo_fast.rollout import Sampler
+from dgpo_fast.schedule import make_schedule
+from dgpo_fast.text import PromptEncoder
+
+LOST_ITERATIONS_BEFORE_STOP = 3
+BEFORE_FILE = "evaluation_before.npz"
+
+
+class Trainer:
+    """One run: its models, prompts, rewards, optimizer and averages, ready to step.
+
+    Everything that can be wrong with a configuration is found here, before a folder is made.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.console = Console()
+        self.prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=config.evaluation.images)
+        self.reward = load_rewards(config.rewards)
+        self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
+        self.device = pick_device(config.device)
+        dtype = pick_dtype(config.precision, self.device)
+        self.pipeline = load_pipeline(config.model, revision=config.revision, device=self.device, dtype=dtype)
+        self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
+        self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
+        self.sampler = Sampler(
+            self.pipeline, self.models.behaviour, self.encoder,
+            resolution=config.rollout.resolution, batch_size=config.rollout.batch_size,
+        )  # fmt: skip
+        rollout, evaluation = config.rollout, config.evaluation
+        self.schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.shift).to(self.device)
+        self.eval_schedule = make_schedule(rollout.solver, evaluation.num_inference_steps, rollout.shift).to(
+            self.device
+        )
+        self.groups = GroupSampler(self.prompts.train, rollout.groups, config.seed)
+        self.objective = make_objective(config)
+        self.optimizer = _make_optimizer(self.models, config)
+        self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights)
+        self.phases = Phases(self.device)
+        self.iteration = 0
+        self.lost_in_a_row = 0
+        self._describe()
+
+    def resume(self, folder: Path) -> None:
+        """Goes back to the newest valid checkpoint of the run in `folder`. Raises UserError where there is none."""
+        state, passed_over = load_newest(folder / "checkpoints")
+        for line in passed_over:
+            self.console.note(line)
+        expected = {name: weight.shape for name, weight in self.models.weights.items()}
+        if {name: tensor.shape for name, tensor in state.part("policy").items()} != expected:
+            raise UserError(f"--resume {folder}: its checkpoint was made with other `model` or `policy` settings")
+        self.models.load_weights(state.part("policy"))
+        self.old.load(state.part("old"))
+        self.slow.load(state.part("slow"))
+        load_optimizer(self.optimizer, state.part("optimizer"))
+        self.iteration = state.iteration
+        self.console.note(f"resuming after iteration {self.iteration}")
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint."""
+        parts: dict[str, Weights] = {
+            "policy": self.models.weights,
+            "old": self.old.weights,
+            "slow": self.slow.weights,
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+        save_checkpoint(folder / "checkpoints", self.iteration, parts, self.config.checkpoint.keep)
+
+    def open_logs(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Opens metrics.jsonl, dropping what lies after the checkpoint resumed from, and the optional loggers."""
+        self.metrics = MetricsFile(folder / "metrics.jsonl", until=self.iteration)
+        self.loggers, notes = open_loggers(self.config.log, folder, settings)
+        for note in notes:
+            self.console.note(note)
+
+    def step(self) -> None:
+        """One iteration: draws and scores the groups, takes one optimizer step, moves the averages, logs."""
+        started = time.perf_counter()
+        batch, metrics = self._collect()
+        if batch is not None:
+            with self.phases("train"):
+                losses = self.objective.accumulate(batch, self.models, self.old.weights)
+            with self.phases("optimizer"):
+                metrics["grad_norm"] = self._update()
+            metrics |= {name: float(value) for name, value in losses.items()}
+        self.iteration += 1
+        if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
+            summary = self._evaluate(self.slow.weights).summary()
+            metrics |= {f"heldout_{key}": summary[key] for key in ("reward_mean", "reward_ci95")}
+        seconds = time.perf_counter() - started
+        metrics = {"iteration": self.iteration, **metrics, **self.phases.take(), "iteration_s": seconds}
+        metrics["images_per_s"] = metrics["images_count"] / seconds
+        metrics["peak_memory_mib"] = peak_memory_mib(self.device)
+        self.metrics.write(metrics)
+        for log in self.loggers:
+            log(metrics)
+        self.console.iteration(metrics)
+
+    def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
+        """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
+        rollout, size = self.config.rollout, self.config.rollout.group_size
+        prompts = self.groups.draw(self.iteration)
+        texts = [prompt.text for prompt in prompts for _ in range(size)]
+        with self.phases("encode"):
+            self.encoder(texts)
+        with self.phases("rollout"):
+            self.models.load_behaviour(self._rollout_weights())
+            samples = torch.arange(len(texts), device=self.device)
+            x0, text = self.sampler.latents(
+                texts, samples, self.schedule, guidance_scale=rollout.guidance_scale,
+                seed=stream_seed(self.config.seed, "initial noise"), draw=self.iteration,
+            )  # fmt: skip
+        with self.phases("decode"):
+            images = self.sampler.decode(x0)
+        with self.phases("reward"):
+            scores = self.reward.score_groups(images, prompts, group_size=size)
+        self._report_failures(scores)
+        metrics = _reward_metrics(scores, len(images))
+        if not scores.valid.any():
+            return None, metrics
+        rows = torch.from_numpy(np.flatnonzero(np.repeat(scores.valid, size))).to(self.device)
+        batch = Batch(
+            iteration=self.iteration,
+            x0=x0[rows],
+            text=text[rows],
+            empty=self.encoder([""]),
+            advantage=advantages(scores.rewards[scores.valid], self.config.advantage).to(self.device),
+            group_index=rows // size,
+            group_size=size,
+            schedule=self.schedule,
+        )
+        return batch, metrics
+
+    def _rollout_weights(self) -> Weights:
+        return self.models.weights if self.iteration < self.config.ema.switch_ema_ref else self.old.weights
+
+    def _update(self) -> float:
+        """One optimizer step and the averages; returns the gradient's norm before clipping."""
+        parameters = list(self.models.weights.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
+        if not np.isfinite(norm):
+            raise UserError(
+                f"iteration {self.iteration + 1}: the gradient is not finite, nothing was updated; "
+                "resume with a lower --optimizer.lr or --precision fp32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        ema, step = self.config.ema, self.iteration + 1
+        self.old.update(self.models.weights, min(ema.old_decay_max, ema.old_decay_per_step * step))
+        if step % ema.eval_every == 0:
+            self.slow.update(self.models.weights, min(ema.eval_decay_max, (1 + step) / (10 + step)))
+        return norm
+
+    def _report_failures(self, scores: GroupScores) -> None:
+        for line in scores.failures:
+            self.console.note(f"iteration {self.iteration + 1}: group dropped: {line}")
+        self.lost_in_a_row = 0 if scores.valid.any() else self.lost_in_a_row + 1
+        if self.lost_in_a_row == LOST_ITERATIONS_BEFORE_STOP:
+            raise UserError(
+                f"no group of {LOST_ITERATIONS_BEFORE_STOP} iterations in a row could be scored; "
+                f"mend the reward and --resume. The last failure: {scores.failures[-1]}"
+            )
+
+    def _evaluate(self, weights: Weights, label: str | None = None) -> Evaluation:
+        self.models.load_behaviour(weights)
+        on_step = self.console.track(label) if label else None
+        result = evaluate(
+            self.sampler, self.prompts.held_out, self.reward, self.eval_schedule, self.config.evaluation, on_step
+        )
+        for line in result.failures:
+            self.console.note(f"evaluation: image dropped: {line}")
+        return result
+
+    def evaluate_before(self, folder: Path) -> Evaluation:
+        """Scores of the model as it came, from the run's folder where a resumed run already has them."""
+        path = folder / BEFORE_FILE
+        if path.is_file():
+            return Evaluation.load(path)
+        before = self._evaluate(
+            self.models.initial_weights(), f"before: {self.config.evaluation.images} images of held-out prompts"
+        )
+        before.save(path)
+        mean = before.summary()["reward_mean"]
+        self.console.note(f"before: mean reward {mean:.3f}")
+        return before
+
+    def finish(self, folder: Path, before: Evaluation) -> None:
+        """Evaluates the slow average, saves it for plain diffusers, and writes summary and pictures."""
+        after = self._evaluate(self.slow.weights, f"after: {self.config.evaluation.images} images of held-out prompts")
+        self.models.save(self.slow.weights, folder, self.pipeline)
+        lines = read_metrics(folder / "metrics.jsonl")
+        summary = {
+            "recipe": self.config.recipe,
+            "seed": self.config.seed,
+            "iterations": self.iteration,
+            "training_images": sum(line["images_count"] for line in lines),
+            "training_s": sum(line["iteration_s"] for line in lines),
+            "groups_dropped_count": sum(line["groups_dropped_count"] for line in lines),
+            "before": before.summary(),
+            "after": after.summary(),
+        }
+        write_json(folder / "summary.json", summary)
+        before_after_grid(before, after, folder / "before_after.png")
+        middle = [(line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
+                  for line in lines if "heldout_reward_mean" in line]  # fmt: skip
+        evaluations = [(0, summary["before"]), *middle, (self.iteration, summary["after"])]
+        reward_curve(lines, evaluations, folder / "reward_curve.png")
+        self.console.before_after(summary["before"], summary["after"])
+        self.console.note(f"trained {self.iteration} iterations in {duration(summary['training_s'])}; "
+                          f"weights, pictures and metrics are in {folder}")  # fmt: skip
+
+    def _describe(self) -> None:
+        trained = sum(weight.numel() for weight in self.models.weights.values())
+        total = sum(parameter.numel() for parameter in self.models.base.parameters())
+        precision = str(self.models.dtype).removeprefix("torch.")
+        groups, size = self.config.rollout.groups, self.config.rollout.group_size
+        self.console.note(
+            f"{self.config.model} on {self.device} in {precision}: training {trained / 1e6:.2f} M weights "
+            f"({self.config.policy.train}) of {total / 1e6:.1f} M; {groups} groups of {size} images an iteration"
+        )
+        if self.prompts.note:
+            self.console.note(self.prompts.note)
+
+
+def _make_optimizer(models: PolicyModels, config: Config) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    return torch.optim.AdamW(
+        list(models.weights.values()),
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=models.device.type == "cuda",
+    )
+
+
+def _reward_metrics(scores: GroupScores, images: int) -> dict[str, Any]:
+    kept = scores.rewards[scores.valid].astype(np.float64)
+    metrics: dict[str, Any] = {
+        "reward_mean": float(kept.mean()) if kept.size else None,
+        "reward_std": float(kept.std()) if kept.size else None,
+        "groups_equal_count": int((np.ptp(kept, axis=1) == 0).sum()) if kept.size else 0,
+        "groups_dropped_count": int((~scores.valid).sum()),
+        "images_count": images,
+    }
+    for name, values in scores.parts.items():
+        metrics[f"reward/{name}_mean"] = float(values[scores.valid].mean()) if kept.size else None
+    return metrics

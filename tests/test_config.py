@@ -1,0 +1,130 @@
+"""Settings: recipes carry the released values, and every mistake is one line that names it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgpo_fast.cli import configure, take_option
+from dgpo_fast.config import Config, parse_overrides, resolve, setting_names, to_dict, write_yaml
+from dgpo_fast.errors import UserError
+from dgpo_fast.recipes import RECIPES, get_recipe
+
+
+def test_released_values() -> None:
+    """The table of the release, recipe by recipe."""
+    table = {
+        # recipe: (G, P, guidance, beta, kl_weight, kl_cfg, clip, M, first steps, std, switch, reference, eval steps)
+        "sd35m-geneval": (16, 8, 4.5, 100, 0.02, 1.0, 1e-2, 4, 5, "group", 500, "frozen", 14),
+        "sd35m-ocr": (16, 8, 4.5, 100, 0.02, 1.0, 1e-2, 4, 7, "global", 200, "frozen", 14),
+        "sd35m-pickscore": (24, 8, 4.5, 10, 0.001, 1.0, 5e-2, 4, 7, "global", 200, "frozen", 14),
+        "sd35m-cfgfree": (16, 8, 1.0, 100, 0.02, 4.5, 1e-2, 4, 5, "group", 500, "frozen", 10),
+        "sd35m-cfgfree-ema": (16, 8, 1.0, 2000, 0.001, 1.0, 1e-2, 4, 5, "group", 500, "ema", 10),
+    }
+    for name, values in table.items():
+        c = get_recipe(name)
+        found = (
+            c.rollout.group_size, c.rollout.groups, c.rollout.guidance_scale, c.dgpo.beta, c.dgpo.kl_weight,
+            c.dgpo.kl_guidance_scale, c.dgpo.clip_range, c.dgpo.timesteps, c.dgpo.high_noise_steps, c.advantage.std,
+            c.ema.switch_ema_ref, c.dgpo.reference, c.evaluation.num_inference_steps,
+        )  # fmt: skip
+        assert found == values, name
+        shared = (c.optimizer.lr, c.optimizer.weight_decay, c.policy.lora_rank, c.policy.lora_alpha, c.rollout.shift)
+        assert shared == (3e-4, 1e-4, 64, 128.0, 3.0), name
+        assert (c.rollout.num_inference_steps, c.rollout.resolution) == (10, 512), name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
+    """What a run writes as config.yaml is what it was."""
+    config = get_recipe(name)
+    assert config.recipe == name
+    write_yaml(config, tmp_path / "config.yaml")
+    assert configure([str(tmp_path / "config.yaml")]) == config
+
+
+def test_command_line_overrides_yaml_overrides_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: tiny-ocr\niterations: 7\noptimizer: {lr: 1e-5, eps: 1e-6}\n")
+    overrides = ["--optimizer.lr", "0.5", "--rewards", "jpeg", "my:Own=2", "--dgpo.clip-range", "none"]
+    config = configure([str(file), *overrides])
+    assert (config.recipe, config.iterations, config.optimizer.eps, config.optimizer.lr) == ("tiny-ocr", 7, 1e-6, 0.5)
+    assert (config.rewards, config.dgpo.clip_range) == (("jpeg", "my:Own=2"), None)
+    assert config.prompts == get_recipe("tiny-ocr").prompts
+
+
+ON_THE_COMMAND_LINE = {
+    "tiny-shape": "unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
+    "--iteration 3": "command line: unknown setting 'iteration': did you mean 'iterations'?",
+    "--groups 3": "command line: unknown setting 'groups': did you mean 'rollout.groups'?",
+    "--rolout.groups 3": "command line: unknown setting 'rolout': did you mean 'rollout'?",
+    "--rollout.group-size 1": "command line: rollout.group_size: input should be greater than or equal to 2, not '1'",
+    "--optimizer.lr fast": "command line: optimizer.lr: input should be a valid number, "
+    "unable to parse string as a number, not 'fast'",
+    "--optimizer.lr nan": "command line: optimizer.lr: input should be a finite number, not 'nan'",
+    "--precision fp8": "command line: precision: input should be 'auto', 'fp32' or 'bf16', not 'fp8'",
+    "--iterations": "command line: --iterations has no value",
+    "--iterations 3 4": "command line: --iterations takes one value, not 2",
+    "tiny-ocr extra": "command line: unexpected 'extra': settings are given as --name value",
+    "--rollout 3": "command line: 'rollout' is a group of settings; name one of them, as in 'rollout.group_size'",
+    "--dgpo.timesteps 6": "command line: dgpo.timesteps is 6 but only 5 timesteps can be drawn "
+    "(rollout.num_inference_steps, dgpo.high_noise_steps): lower it or raise those",
+    "tiny-ocr --recipe tiny-shapes": "command line: two recipes, tiny-ocr and tiny-shapes: give one",
+    "nothing.yaml": "nothing.yaml: no such file",
+}
+IN_A_FILE = {
+    "iterations: 3\nbeta: 10\n": "unknown setting 'beta': did you mean 'dgpo.beta'?",
+    "iterations: [3\n": " line 2: not valid YAML: expected ',' or ']', but got '<stream end>'",
+    "- 1\n": "settings must be `key: value` lines, not a list",
+    "iterations: many\n": "iterations: input should be a valid integer, "
+    "unable to parse string as an integer, not 'many'",
+    "seed: !!python/object/apply:os.system ['true']\n": " line 1: not valid YAML: could not determine a constructor",
+}
+
+
+@pytest.mark.parametrize("line", ON_THE_COMMAND_LINE)
+def test_mistakes_on_the_command_line(line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        configure(line.split())
+    assert str(caught.value) == ON_THE_COMMAND_LINE[line]
+
+
+@pytest.mark.parametrize("text", IN_A_FILE)
+def test_mistakes_in_a_file(text: str, tmp_path: Path) -> None:
+    """The message names the file; a tag that would make YAML run code is refused."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        configure([str(file)])
+    assert str(caught.value).startswith(str(file))
+    assert IN_A_FILE[text] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.sampled_from(setting_names()), st.text(max_size=12))
+def test_any_value_is_taken_or_refused_in_one_line(name: str, value: str) -> None:
+    """No text given for any setting escapes as another exception."""
+    try:
+        config = resolve(Config(), parse_overrides([f"--{name}={value}"]), "command line")
+    except UserError as error:
+        assert "command line" in str(error)
+    else:
+        assert to_dict(config) == to_dict(resolve(Config(), to_dict(config), "again"))
+
+
+def test_take_option() -> None:
+    args = ["a", "--resume", "runs/x", "--seed", "1"]
+    assert (take_option(args, "resume"), args) == ("runs/x", ["a", "--seed", "1"])
+    assert (take_option(args, "resume"), take_option(["--resume=r"], "resume")) == (None, "r")
+
+
+def test_importing_is_light() -> None:
+    """A fresh process imports the package in under 3 s, without triton, bitsandbytes or torch."""
+    code = (
+        "import time; t = time.perf_counter(); import dgpo_fast, dgpo_fast.config, dgpo_fast.recipes, sys;"
+        "assert time.perf_counter() - t < 3; assert not {'triton', 'bitsandbytes', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

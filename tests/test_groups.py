@@ -1,0 +1,65 @@
+"""Draws are functions of counters, and advantages are what they should be."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dgpo_fast.config import Advantage
+from dgpo_fast.groups import GroupSampler, advantages, draw_training_steps, stream_seed
+from dgpo_fast.prompts import Prompt
+
+REWARDS = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 9)), elements=st.floats(-10, 10, width=32))
+
+
+@given(REWARDS, st.sampled_from(["group", "global"]))
+def test_advantages_of_a_group_cancel(rewards: np.ndarray, std: str) -> None:
+    """Σ A = 0 in a group, so that the partition function cancels; a better image has no smaller advantage."""
+    found = advantages(rewards, Advantage(std=std, clamp=1e9)).reshape(rewards.shape)
+    assert torch.allclose(found.double().sum(1), torch.zeros(len(rewards), dtype=torch.float64), atol=1e-4)
+    for group, scores in zip(rewards, found, strict=True):
+        assert (np.diff(scores.numpy()[np.argsort(group, kind="stable")]) >= 0).all()
+
+
+@given(st.floats(-100, 100, width=32), st.integers(2, 30))
+def test_equal_rewards_give_exact_zeros(reward: float, size: int) -> None:
+    rewards = np.full((2, size), reward, np.float32)
+    rewards[1, 0] += 1
+    assert (advantages(rewards, Advantage(std="group")).reshape(2, size)[0] == 0).all()
+
+
+def test_advantages_by_hand() -> None:
+    """Group (0, 1): mean ½, std ½. Group (2, 2, …) scaled by the std of all four rewards of the iteration."""
+    rewards = np.array([[0.0, 1.0], [0.0, 4.0]], np.float32)
+    by_group = advantages(rewards, Advantage(std="group")).tolist()
+    assert by_group == pytest.approx([-0.5 / 0.5001, 0.5 / 0.5001, -2 / 2.0001, 2 / 2.0001])
+    std = np.sqrt(np.mean((np.array([0, 1, 0, 4]) - 1.25) ** 2)) + 1e-4
+    by_all = advantages(rewards, Advantage(std="global")).tolist()
+    assert by_all == pytest.approx([-0.5 / std, 0.5 / std, -2 / std, 2 / std])
+    assert advantages(np.array([[0.0] * 99 + [1.0]], np.float32), Advantage(clamp=5.0)).max() == 5.0
+
+
+def test_prompts_are_dealt_once_a_pass_and_depend_on_the_iteration_alone() -> None:
+    prompts = [Prompt(str(number)) for number in range(10)]
+    dealt = [p.text for iteration in range(5) for p in GroupSampler(prompts, 4, seed=3).draw(iteration)]
+    assert sorted(dealt[:10]) == sorted(dealt[10:]) == sorted(p.text for p in prompts)
+    assert dealt[:10] != dealt[10:]
+    sampler = GroupSampler(prompts, 4, seed=3)
+    assert [p.text for p in sampler.draw(4)] == dealt[16:]
+    assert [p.text for p in GroupSampler(prompts, 4, seed=4).draw(0)] != dealt[:4]
+    assert len(GroupSampler(prompts[:2], 7, seed=0).draw(1)) == 7
+
+
+def test_training_steps_are_the_noisiest_without_repetition() -> None:
+    draws = [draw_training_steps(i, count=4, among=5, seed=0) for i in range(200)]
+    assert all(len(set(draw)) == 4 and set(draw) <= set(range(5)) for draw in draws)
+    counts = np.bincount(np.ravel(draws), minlength=5)
+    assert counts.min() > 120, "each of the five steps is used in about 160 of 200 iterations"
+    assert draws[7] == draw_training_steps(7, count=4, among=5, seed=0)
+
+
+def test_streams_differ() -> None:
+    seeds = {stream_seed(seed, stream) for seed in range(50) for stream in ("prompts", "timesteps", "initial noise")}
+    assert len(seeds) == 150 and all(0 <= seed < 2**63 for seed in seeds)
