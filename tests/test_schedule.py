@@ -39,7 +39,7 @@ def test_same_picture_as_diffusers(solver: str, steps: int, shift: float, seed: 
 
 
 def test_exact_solution_of_a_gaussian() -> None:
-    """On data of standard deviation ½ the ODE ends at half the noise; Euler converges and DPM-Solver++(2M) is closer."""
+    """Data of standard deviation ½ is half the noise: Euler converges to it and DPM-Solver++(2M) is closer."""
     noise = torch.randn(1, 1, 8, 8, generator=torch.manual_seed(0))
 
     def error(solver: str, steps: int) -> float:

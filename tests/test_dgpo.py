@@ -1,0 +1,182 @@
+"""The DGPO objective and the three sets of weights, on an untrained pipeline of SD3.5's architecture."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dgpo_kernels import group_noise
+
+from dgpo_fast.config import DGPO, Config, Policy, Rollout
+from dgpo_fast.ema import MovingAverage
+from dgpo_fast.errors import UserError
+from dgpo_fast.groups import draw_training_steps, stream_seed
+from dgpo_fast.objectives import Batch
+from dgpo_fast.objectives.dgpo import DGPOObjective
+from dgpo_fast.pipeline import load_pipeline
+from dgpo_fast.policy import PolicyModels
+from dgpo_fast.rollout import predict
+from dgpo_fast.schedule import make_schedule
+from dgpo_fast.text import PromptEncoder
+
+CPU = torch.device("cpu")
+GROUPS, SIZE = 3, 4
+
+
+def make_config(**dgpo: object) -> Config:
+    return Config(
+        rollout=Rollout(group_size=SIZE, groups=GROUPS, num_inference_steps=6, max_sequence_length=9, batch_size=5),
+        dgpo=DGPO(**{"timesteps": 3, "high_noise_steps": 4, **dgpo}),
+        policy=Policy(lora_rank=4, lora_alpha=8.0, micro_batch=12),
+    )
+
+
+class Case:
+    """A policy that has moved away from its base and from θ_old, with a batch of scored groups."""
+
+    def __init__(self, folder: Path, config: Config):
+        self.config = config
+        pipeline = load_pipeline(str(folder), revision=None, device=CPU, dtype=torch.float32)
+        self.models = PolicyModels(pipeline.transformer, config.policy, seed=0)
+        generator = torch.manual_seed(1)
+        old = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in self.models.weights.items()}
+        self.old = {name: w.detach() for name, w in old.items()}
+        self.models.load_weights({n: w + 0.05 * torch.randn(w.shape, generator=generator) for n, w in self.old.items()})
+        encoder = PromptEncoder(pipeline, config.rollout.max_sequence_length)
+        advantage = torch.randn(GROUPS, SIZE, generator=generator)
+        self.batch = Batch(
+            iteration=7,
+            x0=torch.randn(GROUPS * SIZE, 16, 8, 8, generator=generator),
+            text=encoder(["a cat", "a dog", "a house"]).repeat_interleave(SIZE),
+            empty=encoder([""]),
+            advantage=(advantage - advantage.mean(1, keepdim=True)).flatten(),
+            group_index=torch.arange(GROUPS).repeat_interleave(SIZE),
+            group_size=SIZE,
+            schedule=make_schedule("dpmpp_2m", 6, 3.0),
+        )
+
+    def gradient(self, micro_batch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """All of the policy's gradient as one vector, and the metrics."""
+        for weight in self.models.weights.values():
+            weight.grad = None
+        config = replace(self.config, policy=replace(self.config.policy, micro_batch=micro_batch))
+        metrics = DGPOObjective(config).accumulate(self.batch, self.models, self.old)
+        return torch.cat([weight.grad.flatten() for weight in self.models.weights.values()]), metrics
+
+
+def written_out(case: Case) -> torch.Tensor:
+    """The loss as the paper has it, over whole groups, in plain tensor arithmetic."""
+    config, batch, models = case.config.dgpo, case.batch, case.models
+    models.load_behaviour(case.old)
+    steps = draw_training_steps(batch.iteration, count=config.timesteps, among=4, seed=case.config.seed)
+    seed = stream_seed(case.config.seed, "training noise")
+    losses = []
+    for slot, step in enumerate(steps):
+        draw, timestep, sigma = (
+            batch.iteration * len(steps) + slot,
+            batch.schedule.timesteps[step],
+            batch.schedule.sigmas[step],
+        )
+        noise = group_noise(torch.zeros_like(batch.x0), torch.tensor(1.0), batch.group_index, seed=seed, draw=draw)
+        assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[SIZE])
+        x_t, target = (1 - sigma) * batch.x0 + sigma * noise, noise - batch.x0
+        with torch.no_grad():
+            conditional = predict(models.base, x_t, timestep, batch.text)
+            old = predict(models.behaviour, x_t, timestep, batch.text)
+            empty = predict(models.base, x_t, timestep, batch.empty.expand(len(x_t)))
+            kl_v = empty + config.kl_guidance_scale * (conditional - empty)
+        ref = old if config.reference == "ema" else conditional
+        policy = predict(models.policy, x_t, timestep, batch.text)
+        d, d_ref, d_old = ((v - target).square().mean((1, 2, 3)) for v in (policy, ref, old))
+        if config.clip_range is not None:
+            ratio, better = torch.exp(d_old - d.detach()), batch.advantage > 0
+            clipped = torch.where(better, ratio > 1 + config.clip_range, ratio < 1 - config.clip_range)
+            assert 0 < clipped.sum() < len(clipped), "the case must clip some samples and not others"
+            d = torch.where(clipped, d.detach(), d)
+        score = config.beta / SIZE * (batch.advantage * (d - d_ref)).reshape(GROUPS, SIZE).sum(1)
+        kl = (policy - kl_v).square().mean((1, 2, 3)).mean()
+        losses.append(torch.nn.functional.softplus(score).mean() / config.beta + config.kl_weight * kl)
+    return torch.stack(losses).mean()
+
+
+VARIANTS = {
+    "released": {},
+    "no clip": {"clip_range": None},
+    "no KL": {"kl_weight": 0.0},
+    "guided KL reference": {"kl_guidance_scale": 4.5},
+    "EMA reference": {"reference": "ema", "beta": 2000.0},
+    "nothing but groups": {"clip_range": None, "kl_weight": 0.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_is_that_of_the_loss_written_out(variant: str, random_pipeline: Path) -> None:
+    case = Case(random_pipeline, make_config(**VARIANTS[variant]))
+    loss = written_out(case)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(case.models.weights.values()))])
+    found, metrics = case.gradient(micro_batch=GROUPS * SIZE)
+    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+    assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("micro_batch", [1, 3, SIZE, 2 * SIZE + 1])
+def test_micro_batches_do_not_change_the_gradient(variant: str, micro_batch: int, random_pipeline: Path) -> None:
+    """One sample at a time, parts of groups, whole groups: the same gradient and metrics to 1e-5."""
+    case = Case(random_pipeline, make_config(**VARIANTS[variant]))
+    whole, whole_metrics = case.gradient(micro_batch=GROUPS * SIZE)
+    parts, parts_metrics = case.gradient(micro_batch=micro_batch)
+    assert (parts - whole).abs().max() < 1e-5 * whole.abs().max()
+    for name, value in whole_metrics.items():
+        assert float(parts_metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+def test_equal_rewards_leave_only_the_kl_term(random_pipeline: Path) -> None:
+    case = Case(random_pipeline, make_config(kl_weight=0.0))
+    case.batch = replace(case.batch, advantage=torch.zeros_like(case.batch.advantage))
+    assert case.gradient(micro_batch=12)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_behaviour_predicts_what_the_policy_does(train: str, random_pipeline: Path) -> None:
+    """The merged copy agrees with the policy; base stays the pretrained model; both are where no gradient reaches."""
+    config = replace(make_config(), policy=replace(make_config().policy, train=train))
+    case = Case(random_pipeline, config)
+    original = load_pipeline(str(random_pipeline), revision=None, device=CPU, dtype=torch.float32).transformer
+    x_t, timestep, text = case.batch.x0, torch.tensor(700.0), case.batch.text
+    with torch.no_grad():
+        base = predict(original, x_t, timestep, text)
+        policy = predict(case.models.policy, x_t, timestep, text)
+        case.models.load_behaviour(case.models.weights)
+        merged = predict(case.models.behaviour, x_t, timestep, text)
+        assert (policy - base).abs().max() > 1e-2
+        assert torch.allclose(merged, policy, atol=2e-5)
+        assert torch.equal(predict(case.models.base, x_t, timestep, text), base)
+        case.models.load_behaviour(case.models.initial_weights())
+        assert torch.equal(predict(case.models.behaviour, x_t, timestep, text), base)
+    assert not any(p.requires_grad for m in (case.models.base, case.models.behaviour) for p in m.parameters())
+
+
+def test_lora_policy_shares_the_base_weights(random_pipeline: Path) -> None:
+    """A LoRA policy costs its adapters alone: every other tensor is the base model's own."""
+    models = Case(random_pipeline, make_config()).models
+    base = {parameter.data_ptr() for parameter in models.base.parameters()}
+    own = [p for p in models.policy.parameters() if p.data_ptr() not in base]
+    assert {id(p) for p in own} == {id(p) for p in models.weights.values()}
+    assert not {p.data_ptr() for p in models.behaviour.parameters()} & base
+
+
+def test_lora_targets_that_match_nothing_are_refused(random_pipeline: Path) -> None:
+    config = replace(make_config(), policy=Policy(lora_targets=("attn.to_q", "attn.typo")))
+    with pytest.raises(
+        UserError, match=r"policy.lora_targets: no linear layer of this transformer is called 'attn.typo'"
+    ):
+        Case(random_pipeline, config)
+
+
+def test_moving_average_by_hand() -> None:
+    average = MovingAverage({"w": torch.tensor([1.0, 2.0])})
+    average.update({"w": torch.tensor([3.0, 6.0])}, decay=0.25)
+    assert average.weights["w"].tolist() == [2.5, 5.0]
+    average.update({"w": torch.tensor([0.1, 0.7])}, decay=0.0)
+    assert torch.equal(average.weights["w"], torch.tensor([0.1, 0.7])), "decay 0 copies to the last bit"
