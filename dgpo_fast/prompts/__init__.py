@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES, in_hash_order, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import geneval_prompts
-from dgpo_fast.prompts.prompt import Prompt, PromptSets, quoted_text, require_quoted_text, without
+from dgpo_fast.prompts.prompt import Prompt, PromptSets, in_proportion, quoted_text, require_quoted_text, without
 from dgpo_fast.prompts.signs import sign_prompts
 
 __all__ = ["Prompt", "PromptSets", "load_prompts", "quoted_text", "require_quoted_text"]
@@ -55,23 +54,29 @@ def _with_evaluation_from(source: str, eval_source: str, held_out: int) -> Promp
     return PromptSets(train=train, held_out=evaluation[:held_out], note=note)
 
 
-def _tiny(function: str) -> Callable[[int], PromptSets]:
-    """The generator of the shipped small pipeline, imported when it is first asked for."""
+def _tiny_shapes(held_out: int) -> PromptSets:
+    """Shapes of the shipped small pipeline, trained in its mix of tags and evaluated with every tag equally often."""
+    from dgpo_fast.tiny import data
 
-    def generate(held_out: int) -> PromptSets:
-        prompts_of = getattr(importlib.import_module("dgpo_fast.tiny.data"), function)
-        train = [Prompt(text, metadata) for text, metadata in prompts_of("train")]
-        evaluation = [Prompt(text, metadata) for text, metadata in prompts_of("held_out")]
-        return PromptSets(train=train, held_out=evaluation[:held_out])
+    train = [Prompt(text, metadata) for text, metadata in data.shape_prompts("train")]
+    evaluation = [Prompt(text, metadata) for text, metadata in data.balanced(data.shape_prompts("heldout"), held_out)]
+    return PromptSets(train=in_proportion(train, data.TAG_MIX), held_out=evaluation)
 
-    return generate
+
+def _tiny_signs(held_out: int) -> PromptSets:
+    """Words on signs for the shipped small pipeline."""
+    from dgpo_fast.tiny import data
+
+    train = [Prompt(text, metadata) for text, metadata in data.sign_prompts("train")]
+    evaluation = [Prompt(text, metadata) for text, metadata in data.sign_prompts("heldout")]
+    return PromptSets(train=train, held_out=in_hash_order(evaluation)[:held_out])
 
 
 GENERATORS: dict[str, Callable[[int], PromptSets]] = {
     "geneval": geneval_prompts,
     "signs": sign_prompts,
-    "tiny-shapes": _tiny("shape_prompts"),
-    "tiny-signs": _tiny("sign_prompts"),
+    "tiny-shapes": _tiny_shapes,
+    "tiny-signs": _tiny_signs,
 }
 
 

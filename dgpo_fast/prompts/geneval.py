@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from dgpo_fast.prompts.prompt import Prompt, PromptSets, without
+from dgpo_fast.prompts.prompt import Prompt, PromptSets, in_proportion, without
 
 # Three COCO names are ambiguous in a prompt; GenEval writes "computer mouse", "tv remote" and "computer keyboard".
 CLASSES = (
@@ -80,7 +80,8 @@ def geneval_prompts(held_out: int = 256, per_weight: int = 2000, seed: int = 0) 
     for tag, weight in TRAINING_MIX.items():
         wanted = weight * per_weight
         pool = without(_sample(tag, wanted + len(evaluation), random.Random(f"{seed} {tag}")), evaluation)
-        train += itertools.islice(itertools.cycle(pool), wanted)
+        train += pool[:wanted]
+    train = in_proportion(train, TRAINING_MIX)
     random.Random(f"{seed} order").shuffle(train)
     return PromptSets(train=train, held_out=evaluation)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +45,7 @@ class PromptSets:
 
     Attributes:
         train: prompts to draw from uniformly. Repetitions are deliberate: they set the mix of tags.
-        held_out: distinct prompts for evaluation.
+        held_out: prompts for evaluation, one image each; distinct but for tags that have too few.
         note: one line that a user should see, or empty.
     """
 
@@ -57,6 +59,18 @@ def without(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Promp
     held_out = list(held_out)
     texts, contents = {p.text for p in held_out}, {p.content for p in held_out}
     return [p for p in prompts if p.text not in texts and p.content not in contents]
+
+
+def in_proportion(prompts: Iterable[Prompt], mix: Mapping[str, int]) -> list[Prompt]:
+    """The shortest list that holds every prompt whose tag is in `mix`, and the tags in the proportions of `mix`.
+
+    Prompts of a tag that has fewer than its share are repeated in turn.
+    """
+    by_tag: dict[str, list[Prompt]] = {tag: [] for tag in mix}
+    for prompt in prompts:
+        by_tag.get(prompt.tag, []).append(prompt)
+    unit = max(math.ceil(len(by_tag[tag]) / weight) for tag, weight in mix.items())
+    return [p for tag, weight in mix.items() for p in itertools.islice(itertools.cycle(by_tag[tag]), weight * unit)]
 
 
 def quoted_text(text: str) -> str | None:

@@ -28,6 +28,8 @@ _ENGINE = {
     # Every picture is read by one thread, and several pictures at a time.
     "EngineConfig.onnxruntime.intra_op_num_threads": 1,
     "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+    # Keeping freed memory for the next picture saves a tenth of the time for 30 MiB.
+    "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,
     # The paper's settings: no angle classifier, box threshold 0.6, unclip 1.5.
     "Global.use_cls": False,
     "Det.box_thresh": 0.6,
