@@ -91,7 +91,8 @@ def _parse_json(line: str, origin: str) -> Prompt:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: broken JSON ({error}): write one JSON object a line") from error
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{origin}: broken JSON ({reason}): write one JSON object a line") from error
     if not isinstance(record, dict):
         raise UserError(f'{origin}: not a JSON object: write {{"prompt": "…", …}}')
     text = record.get("prompt")

@@ -1,0 +1,366 @@
+"""Prompts: the generators' grammar and split, files of all kinds, and one clear line for each bad one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts import Prompt, load_prompts, quoted_text, require_quoted_text
+from dgpo_fast.prompts.files import MAX_LINE_BYTES, split_held_out
+from dgpo_fast.prompts.geneval import (
+    CLASSES,
+    COLORS,
+    COUNTS,
+    RELATIONS,
+    TAGS,
+    TRAINING_MIX,
+    geneval_prompt,
+    geneval_prompts,
+    plural,
+    prompt_count,
+    with_article,
+)
+from dgpo_fast.prompts.prompt import in_proportion
+from dgpo_fast.prompts.signs import sign_prompts
+
+GENERATED = ("geneval", "signs", "tiny-shapes", "tiny-signs")
+
+
+def message(call, *arguments, **keywords) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **keywords)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, dgpo_fast.prompts, dgpo_fast.rewards; "
+        "print([m for m in ('torch', 'rapidocr', 'onnxruntime', 'cv2', 'scipy', 'PIL') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+@pytest.mark.parametrize("source", GENERATED)
+def test_generators_hold_out_what_they_do_not_train_on(source):
+    sets = load_prompts(source, held_out=100)
+    assert len(sets.held_out) == 100 and not sets.note
+    assert not {p.text for p in sets.train} & {p.text for p in sets.held_out}
+    assert not {p.content for p in sets.train} & {p.content for p in sets.held_out}
+    assert load_prompts(source, held_out=100) == sets
+    assert load_prompts(source).held_out != sets.held_out
+
+
+def test_geneval_trains_on_the_published_mix_and_evaluates_all_tags_alike():
+    sets = geneval_prompts()
+    tags = Counter(p.tag for p in sets.train)
+    assert tags == {tag: 2000 * weight for tag, weight in TRAINING_MIX.items()}
+    assert len({p.text for p in sets.train}) > 20_000
+    repeats = Counter(p.text for p in sets.train if p.tag == "counting").values()
+    assert max(repeats) - min(repeats) <= 1
+    evaluated = Counter(p.tag for p in sets.held_out)
+    assert set(evaluated) == set(TAGS) and max(evaluated.values()) - min(evaluated.values()) <= 1
+    assert len(set(sets.held_out)) == len(sets.held_out) == 256
+
+
+def test_geneval_seed_moves_training_but_not_evaluation():
+    a, b = geneval_prompts(seed=1, per_weight=10), geneval_prompts(seed=2, per_weight=10)
+    assert a.train != b.train and a.held_out == b.held_out
+    assert geneval_prompts(seed=1, per_weight=10) == a
+
+
+def test_geneval_asked_for_more_than_there_is_leaves_prompts_to_train_on():
+    sets = geneval_prompts(held_out=100_000, per_weight=10)
+    held_out = Counter(p.tag for p in sets.held_out)
+    assert held_out["single_object"] == 80 and held_out["counting"] == 48
+    assert Counter(p.tag for p in sets.train)["counting"] == 50
+
+
+@given(st.sampled_from(TAGS), st.data())
+def test_geneval_metadata_says_what_the_text_says(tag, data):
+    prompt = geneval_prompt(tag, data.draw(st.integers(0, prompt_count(tag) - 1)))
+    metadata = prompt.metadata
+    assert metadata["tag"] == prompt.tag == tag and metadata["prompt"] == prompt.text
+    assert json.loads(json.dumps(metadata)) == metadata
+    phrases = []
+    for wanted in metadata["include"]:
+        assert wanted["class"] in CLASSES
+        assert wanted.get("color", "red") in COLORS
+        assert not ("color" in wanted and wanted["class"] == "person")
+        if wanted["count"] == 1:
+            phrases.append(with_article(wanted["class"], wanted.get("color", "")))
+        else:
+            phrases.append(f"{COUNTS[wanted['count']]} {plural(wanted['class'])}")
+    if tag == "position":
+        relation, landmark = metadata["include"][1]["position"]
+        assert relation in RELATIONS and landmark == 0
+        assert prompt.text == f"a photo of {phrases[1]} {relation} {phrases[0]}"
+    else:
+        assert prompt.text == f"a photo of {' and '.join(phrases)}"
+
+
+def test_geneval_prompts_match_the_published_format():
+    by_text = {p.text: p.metadata for tag in ("counting", "colors") for p in map_all(tag)}
+    assert by_text["a photo of two clocks"] == {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [{"class": "clock", "count": 3}],
+        "prompt": "a photo of two clocks",
+    }
+    assert by_text["a photo of a pink car"] == {
+        "tag": "colors",
+        "include": [{"class": "car", "count": 1, "color": "pink"}],
+        "prompt": "a photo of a pink car",
+    }
+    dog_and_tie = next(p for p in map_all("position") if p.text == "a photo of a dog right of a tie")
+    assert dog_and_tie.metadata["include"] == [
+        {"class": "tie", "count": 1},
+        {"class": "dog", "count": 1, "position": ["right of", 0]},
+    ]
+
+
+def map_all(tag: str) -> list[Prompt]:
+    return [geneval_prompt(tag, index) for index in range(prompt_count(tag))]
+
+
+@pytest.mark.parametrize(
+    ("tag", "count"),
+    [("single_object", 80), ("two_object", 80 * 79), ("counting", 240), ("colors", 790), ("position", 80 * 79 * 4)],
+)
+def test_geneval_prompts_of_a_tag_are_distinct(tag, count):
+    assert len({p.text for p in map_all(tag)}) == prompt_count(tag) == count
+
+
+def test_no_two_objects_of_one_color_or_class():
+    assert prompt_count("color_attr") == 79 * 78 * 10 * 9
+    for index in range(0, prompt_count("color_attr"), 997):
+        a, b = geneval_prompt("color_attr", index).metadata["include"]
+        assert a["class"] != b["class"] and a["color"] != b["color"]
+
+
+def test_geneval_english():
+    assert len(set(CLASSES)) == 80
+    articles = {with_article(name) for name in CLASSES}
+    assert {"an apple", "an umbrella", "an oven", "a person", "a pair of skis", "a head of broccoli"} <= articles
+    assert with_article("apple", "red") == "a red apple" and with_article("car", "orange") == "an orange car"
+    plurals = {plural(name) for name in CLASSES}
+    assert {"buses", "benches", "wine glasses", "toothbrushes", "knives", "sheep", "people", "computer mice"} <= plurals
+    assert {"pairs of scissors", "heads of broccoli", "hot dogs", "vases", "pizzas"} <= plurals
+
+
+def test_signs_are_thousands_of_quoted_distinct_phrases():
+    sets = sign_prompts()
+    assert len(sets.train) == len({p.metadata["text"].lower() for p in sets.train}) == 20_000
+    require_quoted_text(sets.train + sets.held_out)
+    for prompt in sets.train + sets.held_out:
+        assert quoted_text(prompt.text) == prompt.metadata["text"] and len(prompt.metadata["text"]) <= 20
+        assert prompt.tag == "ocr" and re.fullmatch(r'[a-z0-9 \-]+ "[A-Za-z0-9 ]+"[a-z ]*', prompt.text), prompt.text
+    trained = {p.metadata["text"].lower() for p in sets.train}
+    assert not trained & {p.metadata["text"].lower() for p in sets.held_out}
+    assert len({p.text.split('"')[2] for p in sets.train}) > 15
+    assert sign_prompts(seed=1).train != sets.train and sign_prompts(seed=1).held_out == sets.held_out
+
+
+def test_asking_for_all_signs_gives_them_all():
+    sets = sign_prompts(held_out=10**6, train=10**6)
+    assert len(sets.train) > 40_000 and len(sets.held_out) > 4_000
+
+
+def test_in_proportion_by_hand():
+    prompts = [Prompt(t, {"tag": t[0]}) for t in ("a1", "a2", "a3", "b1", "c1")]
+    assert [p.text for p in in_proportion(prompts, {"a": 2, "b": 1})] == ["a1", "a2", "a3", "a1", "b1", "b1"]
+
+
+def test_text_file(tmp_path):
+    path = write(tmp_path / "p.txt", "\ufeffa cat\r\n\n  a dog \n\nça va\n" + "\n".join("abcdefg"))
+    sets = load_prompts(path)
+    texts = [p.text for p in sets.train + sets.held_out]
+    assert sorted(texts) == sorted(["a cat", "a dog", "ça va", *"abcdefg"]) and len(sets.held_out) == 2
+    origins = {p.text: p.origin for p in sets.train + sets.held_out}
+    assert origins["a cat"] == f"{path}:1" and origins["a dog"] == f"{path}:3" and origins["g"] == f"{path}:12"
+    assert {p.tag for p in sets.train} == {"all"}
+
+
+def test_geneval_file(tmp_path):
+    records = [geneval_prompt("counting", i).metadata for i in range(20)]
+    path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, records)))
+    sets = load_prompts(path)
+    assert sorted(p.text for p in sets.train + sets.held_out) == sorted(r["prompt"] for r in records)
+    assert all(p.metadata in records and p.tag == "counting" for p in sets.train)
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1), max_size=60))
+def test_split_is_disjoint_complete_and_blind_to_order(texts):
+    prompts = [Prompt(text) for text in texts]
+    sets = split_held_out(prompts, 7)
+    distinct = set(texts)
+    if len(distinct) < 5:
+        assert "too few prompts" in sets.note and sets.train == prompts and {p.text for p in sets.held_out} == distinct
+        return
+    held_out = [p.text for p in sets.held_out]
+    assert len(held_out) == len(set(held_out)) == min(7, len(distinct) // 5)
+    assert [p.text for p in sets.train] == [text for text in texts if text not in held_out]
+    assert split_held_out(prompts[::-1], 7).held_out == sets.held_out
+
+
+def test_repeated_lines_count_as_repetitions_in_training_only(tmp_path):
+    sets = load_prompts(write(tmp_path / "p.txt", "\n".join([*"abcdefghij"] * 3)))
+    assert len(sets.held_out) == 2 and len(sets.train) == 24
+
+
+def test_reworded_geneval_prompts_do_not_leak(tmp_path):
+    records = [geneval_prompt("two_object", i).metadata for i in range(40)]
+    reworded = [{**r, "prompt": r["prompt"].replace("a photo of", "this shows")} for r in records]
+    sets = load_prompts(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, records + reworded))))
+    assert len(sets.held_out) == 8 and len(sets.train) == 80 - 16
+
+
+def test_evaluation_file_is_kept_out_of_training(tmp_path):
+    train = write(tmp_path / "train.txt", "\n".join("abcdef"))
+    evaluation = write(tmp_path / "eval.txt", "\n".join("bxyz"))
+    sets = load_prompts(train, eval_source=evaluation)
+    assert [p.text for p in sets.train] == [*"acdef"] and sorted(p.text for p in sets.held_out) == [*"bxyz"]
+    limited = load_prompts(train, eval_source=evaluation, held_out=2)
+    assert [p.text for p in limited.train] == [*"acdef"] and len(limited.held_out) == 2
+    assert limited.note == f"evaluation uses 2 of the 4 prompts in {evaluation}"
+    assert load_prompts(train, eval_source="signs", held_out=3).held_out == sign_prompts(3).held_out
+
+
+def test_official_prompts_are_kept_out_of_generated_training(tmp_path):
+    # GenEval's own file says "computer mouses"; the same request in other words must not be trained on.
+    ours = next(p for p in map_all("counting") if p.text == "a photo of two computer mice")
+    official = {**ours.metadata, "prompt": "a photo of two computer mouses"}
+    sets = load_prompts("geneval", eval_source=write(tmp_path / "e.jsonl", json.dumps(official)))
+    assert len(sets.held_out) == 1 and ours.text not in {p.text for p in sets.train}
+
+
+def test_unknown_source():
+    text = message(load_prompts, "genevl")
+    assert text == (
+        "no prompt source 'genevl': did you mean 'geneval'? "
+        "Name one of geneval, signs, tiny-shapes, tiny-signs, or a .txt or .jsonl file"
+    )
+    assert "did you mean" not in message(load_prompts, "zzzz")
+
+
+def test_bad_paths(tmp_path):
+    missing = tmp_path / "none.txt"
+    assert message(load_prompts, str(missing)) == (
+        f"{missing}: no such prompt file: check the path (the working folder is {Path.cwd()})"
+    )
+    assert message(load_prompts, str(tmp_path)) == f"{tmp_path}: is a folder: name a .txt or .jsonl file in it"
+    other = write(tmp_path / "p.csv", "a cat")
+    kinds = "use .txt (one prompt a line) or .jsonl (GenEval)"
+    assert message(load_prompts, other) == f"{other}: unknown kind of prompt file: {kinds}"
+    assert message(load_prompts, "geneval", eval_source=str(missing)).startswith(f"{missing}: no such prompt file")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read every file")
+def test_unreadable_file(tmp_path):
+    path = write(tmp_path / "p.txt", "a cat")
+    os.chmod(path, 0)
+    assert message(load_prompts, path) == f"{path}: cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("e.txt", "", ": holds no prompts: write one prompt a line"),
+        ("e.txt", " \n\r\n\t\n", ": holds no prompts: write one prompt a line"),
+        ("u.txt", b"good\nbad \xff here\n", ":2: not UTF-8 at byte 9 of the file: save the file as UTF-8"),
+        ("u.txt", "größe".encode("latin-1"), ":1: not UTF-8 at byte 2 of the file: save the file as UTF-8"),
+        ("u.txt", "a cat".encode("utf-16"), ":1: not UTF-8 at byte 0 of the file: save the file as UTF-8"),
+        (
+            "l.txt",
+            "ok\n" + "x" * (MAX_LINE_BYTES + 1),
+            ":2: line longer than 100000 bytes: is this a prompt file?",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a"}\n\n{"prompt": "b"\n',
+            ":3: broken JSON (Expecting ',' delimiter at column 15): write one JSON object a line",
+        ),
+        ("j.jsonl", '{"prompt": "a"}\n["b"]', ':2: not a JSON object: write {"prompt": "…", …}'),
+        ("j.jsonl", '{"text": "a"}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
+        ("j.jsonl", '{"prompt": 3}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
+        ("j.jsonl", '{"prompt": " "}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
+        (
+            "j.jsonl",
+            '{"prompt": "\\ud83d"}',
+            ':1: "prompt" holds half a character (\\ud800 to \\udfff): write the letter itself',
+        ),
+    ],
+)
+def test_bad_files(tmp_path, name, content, expected):
+    path = write(tmp_path / name, content)
+    assert message(load_prompts, path) == path + expected
+
+
+@pytest.mark.parametrize("line", ["[" * 50_000, '{"prompt": ' + "9" * 5_000 + "}"])
+def test_json_that_python_refuses_is_broken_json(tmp_path, line):
+    path = write(tmp_path / "j.jsonl", line)
+    assert message(load_prompts, path).startswith(f"{path}:1: broken JSON (")
+
+
+def test_longest_line_is_accepted(tmp_path):
+    sets = load_prompts(write(tmp_path / "l.txt", "x" * MAX_LINE_BYTES + "\r\n"))
+    assert len(sets.train[0].text) == MAX_LINE_BYTES
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_give_prompts_or_one_line(tmp_path_factory, content):
+    for name in ("f.txt", "f.jsonl"):
+        path = write(tmp_path_factory.getbasetemp() / name, content)
+        try:
+            sets = load_prompts(path)
+        except UserError as error:
+            assert str(error).startswith(path) and "\n" not in str(error)
+        else:
+            assert sets.train and sets.held_out
+
+
+def test_evaluation_that_leaves_nothing_to_train_on(tmp_path):
+    path = write(tmp_path / "p.txt", "a\nb")
+    expected = f"{path}: every prompt is also in {path}: name a different file for evaluation"
+    assert message(load_prompts, path, eval_source=path) == expected
+    assert message(load_prompts, path, held_out=0) == "held_out must be at least 1, got 0"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('says "open late" and "closed"', "open late"),
+        ("says nothing", None),
+        ('half a "pair', None),
+        ('""', None),
+        ('" "', None),
+    ],
+)
+def test_quoted_text(text, expected):
+    assert quoted_text(text) == expected
+
+
+def test_prompts_without_quoted_text_are_named(tmp_path):
+    path = write(tmp_path / "p.txt", 'a sign that says "open"\na sign\n')
+    prompts = load_prompts(path).train
+    assert message(require_quoted_text, prompts) == (
+        f"{path}:2: no text between double quotes in 'a sign': "
+        'write the words to be drawn like this: a sign that says "open"'
+    )
+    assert message(require_quoted_text, [Prompt('a sign that says ""')]).startswith("prompt: no text between double")
