@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts import Prompt, load_prompts, quoted_text, require_quoted_text
+from dgpo_fast.prompts import Prompt, load_prompts, quoted_text, require_geneval_metadata, require_quoted_text
 from dgpo_fast.prompts.files import MAX_LINE_BYTES, split_held_out
 from dgpo_fast.prompts.geneval import (
     CLASSES,
@@ -364,3 +364,45 @@ def test_prompts_without_quoted_text_are_named(tmp_path):
         'write the words to be drawn like this: a sign that says "open"'
     )
     assert message(require_quoted_text, [Prompt('a sign that says ""')]).startswith("prompt: no text between double")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({}, 'no list "include" of what to draw'),
+        ({"include": []}, 'no list "include" of what to draw'),
+        ({"include": {"class": "cat"}}, 'no list "include" of what to draw'),
+        ({"include": [{"count": 1}]}, 'an entry without "class"'),
+        ({"include": ["cat"]}, 'an entry without "class"'),
+        ({"include": [{"class": "cat"}]}, "\"count\" of 'cat' is no number from 1 up"),
+        ({"include": [{"class": "cat", "count": 0}]}, "\"count\" of 'cat' is no number from 1 up"),
+        ({"include": [{"class": "cat", "count": True}]}, "\"count\" of 'cat' is no number from 1 up"),
+        ({"include": [{"class": "cat", "count": 1, "color": 3}]}, "\"color\" of 'cat' is no name"),
+        ({"include": [{"class": "cat", "count": 1}], "exclude": 3}, '"exclude" is no list'),
+        ({"include": [{"class": "cat", "count": 1}], "exclude": [3]}, 'an entry without "class"'),
+    ],
+)
+def test_metadata_that_is_not_genevals(metadata, problem):
+    text = message(require_geneval_metadata, [Prompt("a cat", metadata, "p.jsonl:7")])
+    assert text.startswith(f"p.jsonl:7: {problem}: write GenEval metadata such as {{")
+    assert message(require_geneval_metadata, [Prompt("a cat", metadata)]).startswith("'a cat': ")
+
+
+@pytest.mark.parametrize(
+    "position", [None, "left of", ["left of"], ["left of", 1], ["left of", -1], [0, 0], ["above", True]]
+)
+def test_position_must_name_an_earlier_entry(position):
+    include = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": position}]
+    text = message(require_geneval_metadata, [Prompt("", {"include": include})])
+    assert "\"position\" of 'cat' is no pair of a relation and the number of an earlier entry" in text
+
+
+@pytest.mark.parametrize("source", ["geneval", "tiny-shapes"])
+def test_generated_metadata_is_genevals(source):
+    sets = load_prompts(source)
+    require_geneval_metadata(sets.train + sets.held_out)
+
+
+def test_names_too_long_for_a_file_are_unknown_sources():
+    assert message(load_prompts, "x" * 5000).startswith("no prompt source 'xxx")
+    assert "no such prompt file" in message(load_prompts, "x" * 5000 + ".txt")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES, in_hash_order, read_prompts, split_held_out
-from dgpo_fast.prompts.geneval import geneval_prompts
+from dgpo_fast.prompts.geneval import geneval_prompts, require_geneval_metadata
 from dgpo_fast.prompts.prompt import Prompt, PromptSets, in_proportion, quoted_text, require_quoted_text, without
 from dgpo_fast.prompts.signs import sign_prompts
 
-__all__ = ["Prompt", "PromptSets", "load_prompts", "quoted_text", "require_quoted_text"]
+__all__ = ["Prompt", "PromptSets", "load_prompts", "quoted_text", "require_geneval_metadata", "require_quoted_text"]
 
 
 def load_prompts(source: str, *, eval_source: str | None = None, held_out: int = 256) -> PromptSets:
@@ -83,7 +84,7 @@ GENERATORS: dict[str, Callable[[int], PromptSets]] = {
 def _read(source: str) -> list[Prompt]:
     """The prompts of a file; a word that is neither a generator nor looks like a path is taken for a misspelt one."""
     path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in SUFFIXES and len(path.parts) < 2:
+    if not os.path.exists(path) and path.suffix not in SUFFIXES and len(path.parts) < 2:
         close = difflib.get_close_matches(source, GENERATORS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join(GENERATORS)

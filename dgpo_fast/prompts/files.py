@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         UserError: one line that names the file, the line where there is one, and the remedy.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path}: is a folder: name a .txt or .jsonl file in it")
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise UserError(f"{path}: no such prompt file: check the path (the working folder is {Path.cwd()})")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of prompt file: use .txt (one prompt a line) or .jsonl (GenEval)")

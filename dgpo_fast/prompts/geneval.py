@@ -15,10 +15,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dgpo_fast.prompts.prompt import Prompt, PromptSets, in_proportion, without
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.prompt import Prompt, PromptSets, in_proportion, shorten, without
 
 # Three COCO names are ambiguous in a prompt; GenEval writes "computer mouse", "tv remote" and "computer keyboard".
 CLASSES = (
@@ -102,6 +103,20 @@ def geneval_prompt(tag: str, index: int) -> Prompt:
     return Prompt(text, {"tag": tag, **metadata, "prompt": text})
 
 
+def require_geneval_metadata(prompts: Iterable[Prompt]) -> None:
+    """Raises UserError, naming file and line, for the first prompt whose metadata does not follow GenEval's format.
+
+    Which classes, colours and relations exist is for each reward to say.
+    """
+    for prompt in prompts:
+        problem = _problem(prompt.metadata)
+        if problem:
+            example = '{"prompt": "…", "tag": "counting", "include": [{"class": "cat", "count": 2}]}'
+            raise UserError(
+                f"{prompt.origin or shorten(prompt.text)}: {problem}: write GenEval metadata such as {example}"
+            )
+
+
 def with_article(name: str, color: str = "") -> str:
     """`"a cat"`, `"an orange cat"`, `"a black pair of skis"`."""
     noun = f"{_MEASURES[name]} of {name}" if name in _MEASURES else name
@@ -149,3 +164,33 @@ def _describe(tag: str, chosen: list[Any]) -> tuple[str, dict[str, Any]]:
 
 def _wanted(name: str, **attributes: Any) -> dict[str, Any]:
     return {"class": name, "count": 1, **attributes}
+
+
+def _problem(metadata: dict[str, Any]) -> str | None:
+    """What is wrong with a prompt's metadata, in a few words, or None."""
+    include, exclude = metadata.get("include"), metadata.get("exclude", [])
+    if not isinstance(include, list) or not include:
+        return 'no list "include" of what to draw'
+    if not isinstance(exclude, list):
+        return '"exclude" is no list'
+    for entry in include + exclude:
+        if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
+            return 'an entry without "class"'
+        if not _is_int(entry.get("count")) or entry["count"] < 1:
+            return f'"count" of {entry["class"]!r} is no number from 1 up'
+        if not isinstance(entry.get("color", ""), str):
+            return f'"color" of {entry["class"]!r} is no name'
+    for index, entry in enumerate(include):
+        if "position" not in entry or _is_position(entry["position"], index):
+            continue
+        return f'"position" of {entry["class"]!r} is no pair of a relation and the number of an earlier entry'
+    return None
+
+
+def _is_position(value: Any, index: int) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_int(value[1])
+    return is_pair and 0 <= value[1] < index
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
