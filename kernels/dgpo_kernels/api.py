@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgpo_kernels import reference
+from dgpo_kernels import ops, reference
 
 IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -195,13 +195,15 @@ def dgpo_loss(
     dtypes = tuple(t.dtype for t in (policy_v, *predictions.values()) if t is not None)
     impl = _resolve(impl, "dgpo_loss", policy_v.device, dtypes)
     seed, draw = _seed_tensor(seed, policy_v.device), _draw_tensor(draw, policy_v.device)
-    loss, losses, clipped, score = _eager_loss(
-        impl,
-        (policy_v, _detach(ref_v), _detach(x0), group_index, seed, draw, _detach(old_v), _detach(kl_v)),
-        advantage.detach(),
-        (beta, clip_range, kl_weight, num_groups, group_size),
-        reduce_group_scores,
-    )
+    # The KL reference is most often the reference itself: then the kernel reads it once.
+    kl_is_ref = kl_v is ref_v
+    inputs = (policy_v, _detach(ref_v), _detach(x0), group_index, seed, draw, _detach(old_v), _detach(kl_v))
+    options = (float(beta), clip_range, float(kl_weight), num_groups, group_size)
+    if impl == "triton":
+        stages = _fused_loss(inputs, kl_is_ref, advantage.detach(), options, reduce_group_scores)
+    else:
+        stages = _staged_loss(impl, inputs, advantage.detach(), options, reduce_group_scores)
+    loss, losses, clipped, score = stages
     return DGPOLoss(
         loss=loss,
         dsm_policy=losses.policy.detach(),
@@ -278,7 +280,7 @@ def guided_dpmpp_2m_step(
         return step(x, v_cond, v_uncond, x0_prev, float(guidance_scale), coefficients)
 
 
-def _eager_loss(
+def _staged_loss(
     impl: str,
     inputs: tuple,
     advantage: Tensor,
@@ -296,6 +298,45 @@ def _eager_loss(
     return loss, losses, clipped, score
 
 
+def _fused_loss(
+    inputs: tuple,
+    kl_is_ref: bool,
+    advantage: Tensor,
+    options: tuple,
+    reduce_group_scores: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, reference.SampleLosses, Tensor, Tensor]:
+    """The loss from the Triton operators: partial sums, the hook's scores if there is one, and the loss."""
+    policy_v, ref_v, x0, group_index, seed, draw, old_v, kl_v = inputs
+    beta, clip_range, kl_weight, num_groups, group_size = options
+    partials = ops.loss_partials(policy_v.detach(), ref_v, x0, old_v, kl_v, kl_is_ref, group_index, seed, draw)
+    score = None
+    if reduce_group_scores is not None:
+        numel = math.prod(x0.shape[1:])
+        part = ops.group_scores(partials, numel, advantage, group_index, beta, group_size)
+        score = _check_scores(reduce_group_scores(part), part)
+    batch = num_groups * group_size if num_groups and group_size else max(x0.shape[0], 1)
+    loss, losses, score, clipped, _, _ = ops.group_loss(
+        policy_v,
+        x0,
+        kl_v,
+        group_index,
+        seed,
+        draw,
+        partials,
+        advantage,
+        score,
+        old_v is not None,
+        beta,
+        clip_range,
+        kl_weight / batch,
+        num_groups,
+        group_size,
+    )
+    old = losses[2] if old_v is not None else None
+    kl = losses[-1] if kl_v is not None else None
+    return loss, reference.SampleLosses(losses[0], losses[1], old, kl), clipped, score
+
+
 @functools.cache
 def _compiled(name: str) -> Callable:
     return torch.compile(getattr(reference, name), fullgraph=True)
@@ -303,9 +344,9 @@ def _compiled(name: str) -> Callable:
 
 def _function(name: str, impl: str) -> Callable:
     """The function of a resolved implementation."""
-    if impl == "eager":
-        return getattr(reference, name)
-    return _compiled(name)
+    if impl == "triton":
+        return getattr(ops, name)
+    return getattr(reference, name) if impl == "eager" else _compiled(name)
 
 
 def _resolve(impl: str, op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:

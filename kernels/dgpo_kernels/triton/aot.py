@@ -1,0 +1,223 @@
+"""Compiles every kernel ahead of time, with the block sizes it is launched with, and reads what the assembler made of
+it.
+
+Needs triton and its CUDA tools, but no GPU. ``python -m dgpo_kernels.triton.aot`` prints the table that the
+documentation holds.
+"""
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dgpo_kernels.triton import loss, noise, step
+from dgpo_kernels.triton.launch import BACKWARD_CONFIG, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
+
+ARCHITECTURES = (80, 90, 100)
+# The budget. 168 registers a thread let an SM hold twelve warps of the big tiles, each with up to twenty 16-byte
+# loads in flight; masked tiles of a small model, with their one warp, may take what a thread can have. The few words
+# of shared memory are those of sums across warps.
+MAX_REGISTERS_EVEN = 168
+MAX_REGISTERS = 255
+MAX_SHARED_BYTES = 8 * 1024
+
+_INTEGERS = {"samples", "tiles", "numel", "quarter"}
+_FLOATS = {
+    "guidance_scale",
+    "inverse_numel",
+    "two_over_numel",
+    "beta",
+    "log_lower",
+    "log_upper",
+    "kl_scale",
+    "num_groups",
+    "group_size",
+}
+_POINTERS = {"group_index": "*i64", "seed": "*i64", "draw": "*i64", "clipped": "*i1"}
+_FLOAT32_POINTERS = {
+    "sigma",
+    "partials",
+    "advantage",
+    "given_scores",
+    "losses",
+    "scores",
+    "weights",
+    "inverse_groups",
+    "loss",
+    "grad_loss",
+    "coefficients",
+    "x",
+    "x_next",
+    "x0_prev",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched for one kind of call.
+
+    wide: whether every access to a big tensor is to be 128 bits wide.
+    """
+
+    name: str
+    kernel: Any
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    tensor_type: str = "*bf16"
+    float32: tuple[str, ...] = ()
+    wide: bool = True
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: a thread's registers and local bytes, a program's shared bytes, its access widths."""
+
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    spill_instructions: int
+    shared_bytes: int
+    load_bits: tuple[int, ...]
+    store_bits: tuple[int, ...]
+
+
+def _tile(config: TileConfig, numel: int, itemsize: int = 2, channels: int = 0) -> tuple[dict[str, Any], int]:
+    """The tile's constants, and the number of warps."""
+    _, tiles, block, vector, num_warps = config.tiles(numel, itemsize)
+    even = numel == 4 * tiles * block
+    return {"CHANNELS": channels, "EVEN": even, "SPAN": config.span, "BLOCK": block, "VECTOR": vector}, num_warps
+
+
+def variants() -> Iterator[Variant]:
+    """The kernels at SD3.5's size (65,536 elements a sample) and at that of a small model (768)."""
+
+    def variant(name: str, kernel: Any, constants: dict[str, Any], warps: int, **options: Any) -> Variant:
+        return Variant(name, kernel, tuple(constants.items()), warps, **options)
+
+    for numel in (65536, 768):
+        tile, warps = _tile(NOISE_CONFIG, numel)
+        x0 = {"SIGMA_STRIDE": 1, "HAS_X0": True, **tile}
+        yield variant(f"group_noise, N = {numel}", noise._group_noise_kernel, x0, warps)
+        tile, warps = _tile(FORWARD_CONFIG, numel)
+        for name, old, kl in (("", False, 0), (", old", True, 0), (", old, kl = ref", True, 1), (", old, kl", True, 2)):
+            flags = {"HAS_OLD": old, "KL": kl, **tile}
+            flags |= ({} if old else {"old": None}) | ({} if kl == 2 else {"kl": None})
+            yield variant(f"loss{name}, N = {numel}", loss._partials_kernel, flags, warps)
+        tile, warps = _tile(BACKWARD_CONFIG, numel)
+        for name, has_kl in (("", False), (", kl", True)):
+            flags = {"HAS_KL": has_kl, **tile} | ({} if has_kl else {"kl": None})
+            yield variant(f"gradient{name}, N = {numel}", loss._gradient_kernel, flags, warps)
+    tile, warps = _tile(NOISE_CONFIG, 65536, itemsize=4)
+    x0 = {"SIGMA_STRIDE": 1, "HAS_X0": True, **tile}
+    yield variant("group_noise, float32", noise._group_noise_kernel, x0, warps, tensor_type="*fp32")
+    store = {"SIGMA_STRIDE": 0, "HAS_X0": False, "x0": None, "sigma": None, **tile}
+    yield variant("philox_normal, float32", noise._group_noise_kernel, store, warps, tensor_type="*fp32")
+    tile, warps = _tile(FORWARD_CONFIG, 65536, itemsize=4)
+    flags = {"HAS_OLD": True, "KL": 2, **tile}
+    yield variant("loss, old, kl, float32", loss._partials_kernel, flags, warps, tensor_type="*fp32")
+    tile, warps = _tile(FORWARD_CONFIG, 65536)
+    flags = {"HAS_OLD": True, "KL": 2, **tile}
+    yield variant("loss, old, kl, x0 float32", loss._partials_kernel, flags, warps, float32=("x0",))
+    tile, warps = _tile(FORWARD_CONFIG, 65536, channels=16)
+    flags = {"HAS_OLD": True, "KL": 2, **tile}
+    yield variant("loss, old, kl, channels_last", loss._partials_kernel, flags, warps, wide=False)
+    whole = {
+        **{"HAS_OLD": True, "HAS_KL": True, "CLIP": True, "COUNT_GROUPS": True, "COUNT_SIZES": True},
+        **{"SCORES_GIVEN": False, "SCORES_ONLY": False, "given_scores": None, **loss.GROUP_BLOCKS},
+    }
+    yield variant("group loss", loss._group_loss_kernel, whole, loss.GROUP_WARPS, wide=False)
+    given = whole | {"SCORES_GIVEN": True, "COUNT_GROUPS": False, "COUNT_SIZES": False}
+    del given["given_scores"]
+    yield variant("group loss, scores given", loss._group_loss_kernel, given, loss.GROUP_WARPS, wide=False)
+    block = {"GUIDED": True, "BLOCK": step.BLOCK}
+    yield variant("guided Euler step", step._euler_kernel, block, step.NUM_WARPS)
+    block |= {"HAS_PREV": True}
+    yield variant("guided DPM-Solver++(2M) step", step._dpmpp_2m_kernel, block, step.NUM_WARPS, float32=("x0",))
+
+
+def compile_variant(variant: Variant, architecture: int) -> Any:
+    """Triton's compiled kernel for a compute capability such as 90; tensors and sizes are multiples of 16."""
+    constants = dict(variant.constants)
+    kernel = variant.kernel
+    signature: dict[str, str] = {}
+    aligned = []
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _INTEGERS or name.endswith("_stride"):
+            signature[name] = "i32"
+            aligned += [index] if name not in ("samples", "tiles") else []
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        else:
+            float32 = name in _FLOAT32_POINTERS or name in variant.float32
+            signature[name] = _POINTERS.get(name, "*fp32" if float32 else variant.tensor_type)
+            aligned.append(index)
+    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options={"num_warps": variant.num_warps})
+
+
+@functools.cache
+def resources(variant: Variant, architecture: int) -> Resources:
+    """Compiles a variant and reads its registers, memory and access widths from the machine code."""
+    compiled = compile_variant(variant, architecture)
+    usage = _cuobjdump("-res-usage", compiled.asm["cubin"])
+    field = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    machine_code = _cuobjdump("-sass", compiled.asm["cubin"])
+    return Resources(
+        registers=field["REG"],
+        stack_bytes=field["STACK"],
+        local_bytes=field["LOCAL"],
+        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", machine_code)),
+        shared_bytes=max(field["SHARED"], compiled.metadata.shared),
+        load_bits=_widths("LDG", machine_code),
+        store_bits=_widths("STG", machine_code),
+    )
+
+
+def _widths(instruction: str, machine_code: str) -> tuple[int, ...]:
+    """Bits of each global access of a kind in the machine code, sorted: 128, 64, 32 (the default), 16 or 8."""
+    modifiers = re.findall(rf"\b{instruction}((?:\.\w+)+)", machine_code)
+    found = [next((part for part in text.split(".") if part in _WIDTHS), "32") for text in modifiers]
+    return tuple(sorted(_WIDTHS[part] for part in found))
+
+
+_WIDTHS = {"256": 256, "128": 128, "64": 64, "32": 32, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def table() -> str:
+    """The kernels' resources as a Markdown table."""
+    lines = [
+        "| kernel | sm | registers | local bytes | shared bytes | loads: widest × count | stores: widest × count |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant in variants():
+        for architecture in ARCHITECTURES:
+            found = resources(variant, architecture)
+            cells = [variant.name, f"{architecture}", f"{found.registers}"]
+            cells += [f"{found.local_bytes + found.stack_bytes}", f"{found.shared_bytes}"]
+            for bits in (found.load_bits, found.store_bits):
+                cells.append(f"{bits[-1]} × {bits.count(bits[-1])}" if bits else "none")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,50 @@
+"""What the launchers share: how a sample is cut into tiles, and on which device a kernel runs. Needs torch alone."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# One access of a thread moves as much as the hardware allows.
+ACCESS_BYTES = 16
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Shape of a program's work.
+
+    block: Philox counters in a tile at most, a power of two ≥ 256; a tile has four elements for each.
+    span: consecutive samples that a program takes through its tile.
+    """
+
+    block: int
+    span: int
+
+    def tiles(self, numel: int, itemsize: int) -> tuple[int, int, int, int, int]:
+        """How a sample of ``numel`` elements is cut, where the narrowest tensor's elements take ``itemsize`` bytes.
+
+        Returns (counters in a sample, tiles, counters in a tile, neighbours to a thread, warps in a program).
+        """
+        quarter = (numel + 3) // 4
+        vector = ACCESS_BYTES // itemsize
+        block = 32 * vector
+        while block < self.block and block < quarter:
+            block *= 2
+        return quarter, (quarter + block - 1) // block, block, vector, block // (32 * vector)
+
+
+# Block sizes of the kernels that run over tiles. They stay until a measurement on a GPU says better.
+NOISE_CONFIG = TileConfig(block=1024, span=4)
+FORWARD_CONFIG = TileConfig(block=1024, span=4)
+BACKWARD_CONFIG = TileConfig(block=1024, span=4)
+
+
+def tile_grid(tiles: int, samples: int, span: int) -> tuple[int]:
+    """One axis, tiles fastest: neighbouring programs read neighbouring memory; other axes end at 65,535."""
+    return (tiles * ((samples + span - 1) // span),)
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
