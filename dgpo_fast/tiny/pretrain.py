@@ -1,0 +1,390 @@
+"""Pretrains the small pipeline: `python -m dgpo_fast.tiny.pretrain [--output DIR] [--resume] [--seed N] [--minutes M]`.
+
+First the autoencoder, then the transformer with its text encoders by flow matching on the miniature world's training
+prompts; held-out prompts are never drawn. A run with the same seed on the same kind of machine gives the same weights,
+and so does a run that was killed and resumed.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.tiny import PIPELINE_DIR, data
+from dgpo_fast.tiny.model import build_pipeline
+from dgpo_fast.tiny.shapes import ShapesReward
+
+# Harder tags more often than in a uniform mix, the easy ones often enough to be learnt.
+PRETRAINING_MIX = {"single_object": 1, "two_object": 2, "counting": 4, "colors": 1, "position": 5, "color_attr": 4}
+# SD3's T5 slots are zeros here, as many as a caller asks for: a model that saw several numbers draws alike with each.
+T5_TOKENS = (0, 0, 0, 0, 4, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """How a pipeline is pretrained; with the seed it decides the weights.
+
+    Attributes:
+        seed: of the weights, the pictures and every draw of training.
+        pictures: in the data set, drawn once.
+        sign_share: of the pictures that show signs.
+        autoencoder_steps, transformer_steps: optimizer steps.
+        autoencoder_batch, transformer_batch: pictures per step.
+        autoencoder_lr, transformer_lr: peak learning rates (AdamW, cosine).
+        kl_weight: of the latents' KL divergence from a unit Gaussian, against the mean reconstruction error.
+        caption_dropout: share of captions replaced by "", for guidance.
+        sigma_mean, sigma_std: of logit(sigma).
+        ema: largest decay of the averaged weights, which are what is saved.
+        checkpoint_every_s: seconds between checkpoints.
+    """
+
+    seed: int = 0
+    pictures: int = 60_000
+    sign_share: float = 0.35
+    autoencoder_steps: int = 1500
+    transformer_steps: int = 4500
+    autoencoder_batch: int = 64
+    transformer_batch: int = 256
+    autoencoder_lr: float = 2e-3
+    transformer_lr: float = 1.5e-3
+    kl_weight: float = 2e-3
+    caption_dropout: float = 0.1
+    sigma_mean: float = 0.5
+    sigma_std: float = 1.0
+    ema: float = 0.998
+    checkpoint_every_s: float = 60.0
+
+
+@dataclass
+class Stage:
+    """One optimisation: `loss(generator)` is a scalar tensor, and depends on the weights and the generator alone."""
+
+    name: str
+    modules: Sequence[nn.Module]
+    loss: Callable[[torch.Generator], Tensor]
+    steps: int
+    lr: float
+
+
+@dataclass
+class Session:
+    """What one process adds: where its checkpoints lie, when to stop (as time.monotonic() counts), how to report."""
+
+    config: Pretraining
+    folder: Path
+    deadline: float
+    report: Callable[[Stage, int, Tensor], None] = lambda *_: None
+
+
+class OutOfTime(Exception):
+    """The time allowed was spent before the last step."""
+
+
+def dataset(config: Pretraining) -> tuple[list[data.Prompt], np.ndarray]:
+    """Prompts of the training split and a picture of each, uint8 (pictures, 32, 32, 3)."""
+    rng = np.random.default_rng(config.seed)
+    shapes, signs = data.shape_prompts("train"), data.sign_prompts("train")
+    n_signs = round(config.sign_share * config.pictures)
+    p = data.weights(shapes, PRETRAINING_MIX)
+    prompts = [shapes[i] for i in rng.choice(len(shapes), config.pictures - n_signs, p=p)]
+    prompts += [signs[i] for i in rng.integers(len(signs), size=n_signs)]
+    return prompts, np.stack([data.render(metadata, rng) for _, metadata in prompts])
+
+
+def autoencoder_stage(pipe: StableDiffusion3Pipeline, pictures: np.ndarray, config: Pretraining) -> Stage:
+    images = torch.from_numpy(pictures)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(images), (config.autoencoder_batch,), generator=generator)
+        x = _to_pixels(images[chosen]).to(pipe.device)
+        posterior = pipe.vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(pipe.device)
+        reconstructed = pipe.vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.l1_loss(reconstructed, x) + F.mse_loss(reconstructed, x) + config.kl_weight * kl
+
+    return Stage("autoencoder", [pipe.vae], loss, config.autoencoder_steps, config.autoencoder_lr)
+
+
+def transformer_stage(
+    pipe: StableDiffusion3Pipeline, prompts: Sequence[data.Prompt], pictures: np.ndarray, config: Pretraining
+) -> Stage:
+    """Flow matching of x_t = (1 − σ)·x0 + σ·noise to the velocity noise − x0; first sets the autoencoder's scaling."""
+    x0_all = scaled_latents(pipe, pictures)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(x0_all), (config.transformer_batch,), generator=generator)
+        dropped = torch.rand(len(chosen), generator=generator) < config.caption_dropout
+        captions = ["" if drop else prompts[i][0] for i, drop in zip(chosen.tolist(), dropped.tolist(), strict=True)]
+        t5_tokens = T5_TOKENS[int(torch.randint(len(T5_TOKENS), (), generator=generator))]
+        logit = config.sigma_mean + config.sigma_std * torch.randn(len(chosen), generator=generator)
+        x0, noise = x0_all[chosen], torch.randn(len(chosen), *x0_all.shape[1:], generator=generator)
+        sigma = torch.sigmoid(logit)
+        x_t = torch.lerp(x0, noise, sigma[:, None, None, None])
+        # Drawn on the CPU so that a GPU run sees the same samples.
+        x_t, target_v, timestep = (t.to(pipe.device) for t in (x_t, noise - x0, 1000 * sigma))
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=t5_tokens
+        )
+        v = pipe.transformer(x_t, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=timestep).sample
+        return F.mse_loss(v, target_v)
+
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    return Stage("transformer", modules, loss, config.transformer_steps, config.transformer_lr)
+
+
+@torch.no_grad()
+def scaled_latents(pipe: StableDiffusion3Pipeline, pictures: np.ndarray) -> Tensor:
+    """Encodes pictures, uint8 (P, 32, 32, 3), to float32 (P, C, h, w) on the CPU, scaled to mean 0 and variance 1.
+
+    The scaling goes into the autoencoder's configuration, where every diffusers pipeline applies it.
+    """
+    batches = torch.from_numpy(pictures).split(256)
+    latents = torch.cat([pipe.vae.encode(_to_pixels(b).to(pipe.device)).latent_dist.mean.cpu() for b in batches])
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    pipe.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return (latents - shift) * scale
+
+
+def optimise(stage: Stage, session: Session) -> None:
+    """Runs a stage from its checkpoint, if there is one, and leaves the averaged weights in its modules.
+
+    Raises:
+        OutOfTime: the deadline passed; a checkpoint is written and the averages so far are in the modules.
+    """
+    config = session.config
+    weights = [p for module in stage.modules for p in module.parameters()]
+    average = [p.detach().clone() for p in weights]
+    optimizer = torch.optim.AdamW(weights, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    file = session.folder / f"{stage.name}.pt"
+    step = _load_checkpoint(file, config, optimizer, weights, average) if file.exists() else 0
+    last_save = time.monotonic()
+    while step < stage.steps and time.monotonic() < session.deadline:
+        loss = _step(stage, optimizer, weights, step, config.seed)
+        # The first averages forget the random start.
+        torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(config.ema, (1 + step) / (10 + step)))
+        step += 1
+        session.report(stage, step, loss)
+        if time.monotonic() - last_save >= config.checkpoint_every_s:
+            _save_checkpoint(file, config, optimizer, weights, average, step)
+            last_save = time.monotonic()
+    _save_checkpoint(file, config, optimizer, weights, average, step)
+    for own, mean in zip(weights, average, strict=True):
+        own.data.copy_(mean)
+    if step < stage.steps:
+        raise OutOfTime
+
+
+def _step(stage: Stage, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], step: int, seed: int) -> Tensor:
+    """One optimizer step; its draws depend on seed, stage and step only, so that a resumed run repeats them."""
+    key = np.random.SeedSequence([seed, step, *stage.name.encode()]).generate_state(1, np.uint64)[0]
+    loss = stage.loss(torch.Generator().manual_seed(int(key) >> 1))
+    loss.backward()
+    nn.utils.clip_grad_norm_(weights, 1.0)
+    warm_up = min(1.0, (step + 1) / 100)
+    decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = stage.lr * warm_up * decay
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _save_checkpoint(
+    file: Path,
+    config: Pretraining,
+    optimizer: torch.optim.Optimizer,
+    weights: list[nn.Parameter],
+    average: list[Tensor],
+    step: int,
+) -> None:
+    state = {
+        "config": asdict(config),
+        "step": step,
+        "optimizer": optimizer.state_dict(),
+        "weights": [p.detach() for p in weights],
+        "average": average,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    # A killed run leaves either the old checkpoint or the new one, never half of one.
+    os.replace(partial, file)
+
+
+def _load_checkpoint(
+    file: Path,
+    config: Pretraining,
+    optimizer: torch.optim.Optimizer,
+    weights: list[nn.Parameter],
+    average: list[Tensor],
+) -> int:
+    state = torch.load(file, map_location=weights[0].device, weights_only=True)
+    changed = [name for name, value in asdict(config).items() if state["config"].get(name) != value]
+    if changed:
+        raise UserError(
+            f"{file} was made with another {', '.join(changed)}: use the same or start in another --work folder"
+        )
+    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        torch._foreach_copy_([*weights], state["weights"])
+        torch._foreach_copy_(average, state["average"])
+    return int(state["step"])
+
+
+def _to_pixels(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusion3Pipeline, prompts: Sequence[str], seed: int, guidance_scale: float = 1.0, steps: int = 10
+) -> np.ndarray:
+    """Draws a picture of each prompt with DPM-Solver++(2M), uint8 (B, 32, 32, 3)."""
+    euler = pipe.scheduler
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=euler.config.shift, prediction_type="flow_prediction"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    pictures = []
+    for start in range(0, len(prompts), 256):
+        drawn = pipe(
+            list(prompts[start : start + 256]),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type="np",
+            max_sequence_length=T5_TOKENS[0],
+        ).images
+        pictures.append((255 * drawn).round().astype(np.uint8))
+    pipe.scheduler = euler
+    return np.concatenate(pictures)
+
+
+def evaluate(pipe: StableDiffusion3Pipeline, seed: int, images: int = 768) -> dict[str, dict[str, float]]:
+    """Mean graded score and share of official `correct` on held-out shape prompts, unguided and guided, and per tag."""
+    prompts = data.balanced(data.shape_prompts("heldout"), images)
+    texts, metadata = [text for text, _ in prompts], [m for _, m in prompts]
+    tags = np.array([m["tag"] for m in metadata])
+    reward = ShapesReward()
+    results = {}
+    for name, guidance_scale in (("unguided", 1.0), ("guidance_3", 3.0)):
+        graded, parts = reward(sample(pipe, texts, seed, guidance_scale), texts, metadata)
+        by_tag = {tag: round(float(graded[tags == tag].mean()), 4) for tag in data.TAGS}
+        mean, correct = round(float(graded.mean()), 4), round(float(parts["correct"].mean()), 4)
+        results[name] = {"graded": mean, "correct": correct, **by_tag}
+    return results
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[Stage, int, Tensor], None]]:
+    """A report function: a bar on a terminal, a line every half minute elsewhere."""
+    started = time.monotonic()
+    if not console.is_terminal:
+        spoken = -math.inf
+
+        def speak(stage: Stage, step: int, loss: Tensor) -> None:
+            nonlocal spoken
+            now = time.monotonic()
+            if now - spoken >= 30 or step == stage.steps:
+                spoken = now
+                minutes = (now - started) / 60
+                print(f"{stage.name} {step}/{stage.steps}  loss {loss.item():.4f}  {minutes:.1f} min", flush=True)
+
+        yield speak
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: Stage, step: int, loss: Tensor) -> None:
+            if stage.name not in tasks:
+                tasks[stage.name] = bar.add_task(stage.name, total=stage.steps)
+            # Reading the loss waits for the device.
+            text = f"{stage.name}  loss {loss.item():.4f}" if step % 20 == 0 else None
+            bar.update(tasks[stage.name], completed=step, description=text)
+
+        yield show
+
+
+def pretrain(config: Pretraining, session: Session) -> StableDiffusion3Pipeline:
+    """Trains both stages and returns the pipeline, complete or, when the time is over, as far as it came."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = build_pipeline(config.seed).to(device)
+    prompts, pictures = dataset(config)
+    try:
+        optimise(autoencoder_stage(pipe, pictures, config), session)
+    except OutOfTime:
+        scaled_latents(pipe, pictures)
+        return pipe
+    with suppress(OutOfTime):
+        optimise(transformer_stage(pipe, prompts, pictures, config), session)
+    return pipe
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dgpo_fast.tiny.pretrain", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--output", type=Path, default=PIPELINE_DIR, help="pipeline folder to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/tiny-pretraining"), help="folder of checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --work")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="stop and save after this long (default: %(default)s)"
+    )
+    for name, default in asdict(Pretraining()).items():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=type(default), default=default, help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    config = Pretraining(**{name: getattr(options, name) for name in asdict(Pretraining())})
+    started = time.monotonic()
+    try:
+        if not options.resume and list(options.work.glob("*.pt")):
+            raise UserError(f"{options.work} holds the checkpoints of a run: pass --resume, or another --work folder")
+        with progress(Console()) as report:
+            session = Session(config, options.work, started + 60 * options.minutes, report)
+            pipe = pretrain(config, session)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    pipe.save_pretrained(options.output, safe_serialization=True)
+    record = {
+        "command": shlex.join(["python", "-m", "dgpo_fast.tiny.pretrain", *(arguments or sys.argv[1:])]),
+        "config": asdict(config),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "device": pipe.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "heldout": evaluate(pipe, seed=0),
+    }
+    (options.output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["heldout"], indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

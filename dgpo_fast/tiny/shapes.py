@@ -1,0 +1,216 @@
+"""The `shapes` reward: GenEval's graded score on pictures of the miniature world.
+
+Pictures are segmented by colour and cut into connected components; each component gets its shape from the nearest
+template and its colour by a vote of its pixels. What was found is compared with GenEval metadata.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.tiny import data
+
+_CHROMA = 175.0
+"""Chroma (max − min channel) of a pixel that a shape covers whole; a pixel's chroma over this is its coverage."""
+_COVERED = 0.45
+_MIN_AREA = 14 / data.SIZE**2
+"""Components of a smaller share of the picture are specks, not objects."""
+_MAX_ASPECT = 1.45
+_GRID = 12
+"""Components are compared on a grid of this many points a side."""
+_MAX_DISTANCE = 0.075
+"""Largest mean squared difference to a template at which a component still counts as a shape."""
+_COLOR_VOTE = 0.6
+_HUE_RADIUS = 0.4
+
+
+class Found(NamedTuple):
+    """One object: its shape, its colour ("" if no single one) and its box in pixels."""
+
+    shape: str
+    color: str
+    centre: tuple[float, float]
+    size: tuple[float, float]
+
+
+class Scores(NamedTuple):
+    graded: float
+    correct: bool
+    strict: bool
+
+
+class ShapesReward:
+    """GenEval's graded score, in [0, 1], for pictures of coloured shapes.
+
+    `reward(images, prompts, metadata)` takes uint8 images (B, H, W, 3), B prompts and B GenEval metadata dicts and
+    returns the graded scores, float32 (B,), with the parts "correct" (official: at least the count, `exclude` respected)
+    and "strict" (exactly the count), each float32 (B,) of zeros and ones.
+
+    Raises:
+        UserError: images of another type or shape, or metadata that lacks `include` or asks for what this world lacks.
+    """
+
+    def __init__(self) -> None:
+        self._templates, self._template_shapes = _templates()
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[data.Metadata]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(f"shapes reward: images must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}")
+        if not len(images) == len(prompts) == len(metadata):
+            raise UserError(
+                f"shapes reward: {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: give as many of each"
+            )
+        for one, prompt in zip(metadata, prompts, strict=True):
+            _check(one, prompt)
+        found = self.detect(images)
+        scores = [score(objects, one) for objects, one in zip(found, metadata, strict=True)]
+        columns = np.array(scores, np.float32).reshape(-1, len(Scores._fields)).T
+        graded, correct, strict = columns
+        return graded, {"correct": correct, "strict": strict}
+
+    def detect(self, images: np.ndarray) -> list[list[Found]]:
+        """The objects in each of the images, uint8 (B, H, W, 3), largest first."""
+        found: list[list[Found]] = [[] for _ in images]
+        pixels = images.astype(np.float32)
+        chroma = pixels.max(-1) - pixels.min(-1)
+        within_a_picture = np.zeros((3, 3, 3), bool)
+        within_a_picture[1] = True
+        labels, n = ndimage.label(chroma > _COVERED * _CHROMA, within_a_picture)
+        if n == 0:
+            return found
+        area = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+        boxes = np.array([[(s.start, s.stop) for s in box] for box in ndimage.find_objects(labels)])
+        start, extent = boxes[:, 1:, 0], boxes[:, 1:, 1] - boxes[:, 1:, 0]
+        shape, distance = self._classify(chroma / _CHROMA, labels, boxes)
+        colors = _colors(pixels, chroma, labels, n)
+        is_object = (
+            (area >= _MIN_AREA * chroma[0].size)
+            & (extent.max(1) <= _MAX_ASPECT * extent.min(1))
+            & (distance <= _MAX_DISTANCE)
+        )
+        centre = start + extent / 2
+        for i in np.argsort(-area, kind="stable"):
+            if is_object[i]:
+                (y, x), (height, width) = centre[i].tolist(), extent[i].tolist()
+                found[boxes[i, 0, 0]].append(Found(shape[i], colors[i], (x, y), (width, height)))
+        return found
+
+    def _classify(self, coverage: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Shape of the nearest template and the squared distance to it, of each component."""
+        grids = _grids(coverage, labels, boxes)
+        products = grids @ self._templates.T
+        distances = (grids**2).sum(1)[:, None] - 2 * products + (self._templates**2).sum(1)[None]
+        nearest = distances.argmin(1)
+        return [self._template_shapes[i] for i in nearest], distances.min(1) / _GRID**2
+
+
+def score(found: Sequence[Found], metadata: data.Metadata) -> Scores:
+    """GenEval's graded, official and strict results of what was found in one picture.
+
+    Graded: mean over the terms of all entries of `include`: max(1 − |found − count| / count, 0) for the count, the same
+    for the colour (objects of the class in that colour) and the share of pairs in the relation for the position; colour
+    and position are 0 where the count is wrong.
+    Official ("correct"): at least `count` objects of every entry, its colour and position right, and no `exclude` entry
+    reached. Strict: official, and exactly `count` of every class.
+    """
+    terms: list[float] = []
+    correct = strict = True
+    groups: list[list[Found]] = []
+    for wanted in metadata["include"]:
+        count = wanted["count"]
+        objects = [o for o in found if o.shape == wanted["class"]]
+        in_color = [o for o in objects if o.color == wanted.get("color", o.color)]
+        exact = len(objects) == count
+        strict = strict and exact
+        correct = correct and len(in_color) >= count
+        groups.append(in_color[:count] if "color" in wanted else objects[:count])
+        terms.append(max(0.0, 1 - abs(len(objects) - count) / count))
+        if "color" in wanted:
+            terms.append(max(0.0, 1 - abs(len(in_color) - count) / count) if exact else 0.0)
+        if "position" in wanted:
+            relation, other = wanted["position"]
+            pairs = [relation in relations(a, b) for a in groups[-1] for b in groups[other]]
+            holds = sum(pairs) / len(pairs) if pairs else 0.0
+            terms.append(holds if exact else 0.0)
+            correct = correct and holds == 1
+    for unwanted in metadata.get("exclude", ()):
+        correct = correct and sum(o.shape == unwanted["class"] for o in found) < unwanted["count"]
+    return Scores(float(np.mean(terms)), correct, correct and strict)
+
+
+def relations(a: Found, b: Found) -> set[str]:
+    """The relations of `a` to `b`, from the offset of their centres less a tenth of their sizes, over its length."""
+    offset = np.subtract(a.centre, b.centre)
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * np.add(a.size, b.size), 0)
+    length = float(np.hypot(*offset))
+    return {name for name, axis in data.RELATIONS.items() if float(shrunk @ np.array(axis)) > 0.5 * length}
+
+
+def _check(metadata: data.Metadata, prompt: str) -> None:
+    include = metadata.get("include")
+    if not include:
+        raise UserError(f"shapes reward: the metadata of {prompt!r} has no `include`: use GenEval prompts of shapes")
+    for i, wanted in enumerate(include):
+        missing = {"class", "count"} - wanted.keys()
+        if missing:
+            raise UserError(f"shapes reward: `include` of {prompt!r} lacks {', '.join(sorted(missing))}: add it")
+        relation, other = wanted.get("position", ("above", -1))
+        known = {"class": data.SHAPES, "color": data.COLORS, "position": data.RELATIONS}
+        asked: dict[str, Any] = {**wanted, "position": relation}
+        for key in known.keys() & asked.keys():
+            if asked[key] not in known[key]:
+                raise UserError(f"shapes reward: {prompt!r} asks for {key} {asked[key]!r}: use {', '.join(known[key])}")
+        if wanted["count"] < 1 or other >= i:
+            raise UserError(
+                f"shapes reward: {prompt!r} needs counts of 1 or more and positions relative to earlier entries"
+            )
+
+
+def _grids(coverage: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Each component stretched to a square and sampled, float32 (components, _GRID²)."""
+    own = np.zeros((len(boxes), _GRID, _GRID), np.float32)
+    image, number = boxes[:, 0, 0, None, None], np.arange(1, len(boxes) + 1)[:, None, None]
+    points = (np.arange(_GRID) + 0.5) / _GRID
+    y, x = (boxes[:, axis, :1] + points * (boxes[:, axis, 1:] - boxes[:, axis, :1]) - 0.5 for axis in (1, 2))
+    rows, columns = np.floor(y).astype(int), np.floor(x).astype(int)
+    height, width = labels.shape[1:]
+    for down, right in np.ndindex(2, 2):
+        weight = (1 - np.abs(y - rows - down))[:, :, None] * (1 - np.abs(x - columns - right))[:, None, :]
+        row = np.clip(rows + down, 0, height - 1)[:, :, None]
+        column = np.clip(columns + right, 0, width - 1)[:, None, :]
+        mine = labels[image, row, column] == number
+        own += weight * mine * np.minimum(coverage[image, row, column], 1)
+    return own.reshape(len(boxes), -1)
+
+
+def _templates() -> tuple[np.ndarray, list[str]]:
+    """Every shape in every size the world draws, sharp and blurred as decoders draw it, sampled as pictures are."""
+    grids, shapes = [], []
+    for shape in data.SHAPES:
+        for size in range(10, 19):
+            sharp = np.pad(data.coverage(shape, size), 3)
+            for blur in (0.0, 0.6):
+                coverage = ndimage.gaussian_filter(sharp, blur)[None] if blur else sharp[None]
+                labels, _ = ndimage.label(coverage > _COVERED, np.ones((3, 3, 3), bool))
+                box = [[(s.start, s.stop) for s in ndimage.find_objects(labels)[0]]]
+                grids.append(_grids(coverage, labels, np.array(box))[0])
+                shapes.append(shape)
+    return np.array(grids, np.float32), shapes
+
+
+def _colors(pixels: np.ndarray, chroma: np.ndarray, labels: np.ndarray, n: int) -> list[str]:
+    """The colour that most pixels of each component vote for, "" where they do not agree on one."""
+    hues = np.array([(np.array(c) - min(c)) / (max(c) - min(c)) for c in data.COLORS.values()], np.float32)
+    inside = labels > 0
+    hue = (pixels[inside] - pixels[inside].min(-1, keepdims=True)) / chroma[inside][:, None]
+    distance = np.linalg.norm(hue[:, None] - hues[None], axis=-1)
+    vote = np.where(distance.min(1) <= _HUE_RADIUS, distance.argmin(1), len(hues))
+    votes = np.bincount(labels[inside] * (len(hues) + 1) + vote, minlength=(n + 1) * (len(hues) + 1))
+    share = votes.reshape(n + 1, -1)[1:] / votes.reshape(n + 1, -1)[1:].sum(1, keepdims=True)
+    names = [*data.COLORS, ""]
+    return [names[s.argmax()] if s.max() >= _COLOR_VOTE else "" for s in share]
