@@ -61,18 +61,17 @@ class WeightedReward:
         if group_size < 1 or len(images) != len(prompts) * group_size:
             raise ValueError(f"got {len(images)} images for {len(prompts)} prompts of {group_size} images each")
         shape = (len(prompts), group_size)
+        rewards = np.full(shape, np.nan, np.float32)
         parts = {name: np.full(shape, np.nan, np.float32) for name in self.rewards}
+        valid = np.zeros(len(prompts), bool)
         failures = []
         for index, prompt in enumerate(prompts):
-            group = images[index * group_size : (index + 1) * group_size]
-            scored, failed = self._score_group(group, prompt)
+            scored, failed = self._score_group(images[index * group_size : (index + 1) * group_size], prompt)
             failures += failed
+            if not failed:
+                rewards[index], valid[index] = self._weighted_sum(scored), True
             for name, values in scored.items():
                 parts.setdefault(name, np.full(shape, np.nan, np.float32))[index] = values
-        # In float64, so that large scores sum to a finite one; NaN of a failed reward carries over whatever its weight.
-        total = np.sum([weight * parts[name].astype(np.float64) for name, weight in self.weights.items()], axis=0)
-        valid = np.isfinite(total).all(axis=1)
-        rewards = np.where(valid[:, None], total, np.nan).astype(np.float32)
         return GroupScores(rewards=rewards, parts=parts, valid=valid, failures=failures)
 
     def _score_group(self, images: np.ndarray, prompt: Prompt) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -85,10 +84,16 @@ class WeightedReward:
             except UserError:
                 raise
             except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                where = f" ({prompt.origin})" if prompt.origin else ""
-                failures.append(f"reward {name!r}, prompt {shorten(prompt.text)}{where}: {reason[:200]}")
+                failures.append(f"reward {name!r}, {_named(prompt)}: {_one_line(error)}")
+        if not failures and not np.isfinite(self._weighted_sum(scored)).all():
+            failures.append(f"{_named(prompt)}: the weighted sum of the rewards exceeds float32")
         return scored, failures
+
+    def _weighted_sum(self, scored: dict[str, np.ndarray]) -> np.ndarray:
+        """float32 (G,); infinite where the sum is too large for it."""
+        with np.errstate(over="ignore"):
+            terms = [weight * scored[name].astype(np.float64) for name, weight in self.weights.items()]
+            return np.sum(terms, axis=0).astype(np.float32)
 
 
 def load_rewards(specs: Sequence[str]) -> WeightedReward:
@@ -132,3 +137,11 @@ def _vector(values: object, size: int, what: str) -> np.ndarray:
     if vector.shape != (size,):
         raise ValueError(f"{what} of shape {vector.shape}, expected {(size,)}")
     return vector
+
+
+def _named(prompt: Prompt) -> str:
+    return f"prompt {shorten(prompt.text)}" + (f" ({prompt.origin})" if prompt.origin else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

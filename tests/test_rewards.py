@@ -1,0 +1,465 @@
+"""Rewards: weighting, failures that cost their group alone, the registry's messages, JPEG, and the real OCR engine."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts import Prompt, load_prompts
+from dgpo_fast.rewards import WeightedReward, load_rewards
+from dgpo_fast.rewards.jpeg import JpegReward
+from dgpo_fast.rewards.ocr import OcrReward, edit_distance, normalise, similarity
+from dgpo_fast.rewards.registry import BUILT_IN, parse_spec
+
+PROMPTS = [Prompt("zero", {}, "p.txt:1"), Prompt("one", {"tag": "t"}, "p.txt:2"), Prompt("two")]
+
+
+def message(call, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def pictures(count: int = 6, size: int = 8) -> np.ndarray:
+    """uint8 (count, size, size, 3); picture i is filled with i."""
+    return np.repeat(np.arange(count, dtype=np.uint8), size * size * 3).reshape(count, size, size, 3)
+
+
+def mean(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+def weighted(**rewards) -> WeightedReward:
+    return WeightedReward(rewards, dict.fromkeys(rewards, 1.0))
+
+
+def test_weighted_sum_and_parts_by_hand():
+    def with_parts(images, prompts, metadata):
+        scores = [10.0 * len(prompt) for prompt in prompts]
+        return scores, {"tagged": ["tag" in m for m in metadata]}
+
+    both = WeightedReward({"mean": mean, "length": with_parts}, {"mean": 0.5, "length": -1.0})
+    scores = both.score_groups(pictures(), PROMPTS, 2)
+    assert scores.rewards.dtype == np.float32 and scores.valid.all() and scores.failures == []
+    np.testing.assert_array_equal(scores.rewards, [[-40, -39.5], [-29, -28.5], [-28, -27.5]])
+    np.testing.assert_array_equal(scores.parts["mean"], [[0, 1], [2, 3], [4, 5]])
+    np.testing.assert_array_equal(scores.parts["length"], [[40, 40], [30, 30], [30, 30]])
+    np.testing.assert_array_equal(scores.parts["length/tagged"], [[0, 0], [1, 1], [0, 0]])
+    assert set(scores.parts) == {"mean", "length", "length/tagged"}
+
+
+def test_every_reward_is_called_once_per_group_with_its_own_copies():
+    calls = []
+
+    def vandal(images, prompts, metadata):
+        calls.append((images.shape, list(prompts), [dict(m) for m in metadata]))
+        images[:] = 255
+        metadata[0]["tag"] = "spoilt"
+        return np.zeros(len(images))
+
+    images = pictures()
+    scores = weighted(vandal=vandal, mean=mean).score_groups(images, PROMPTS, 2)
+    assert calls == [((2, 8, 8, 3), [p.text] * 2, [p.metadata] * 2) for p in PROMPTS]
+    np.testing.assert_array_equal(scores.rewards.ravel(), np.arange(6))
+    assert (images == pictures()).all() and PROMPTS[1].metadata == {"tag": "t"}
+
+
+FAILURES = {
+    "raises": (lambda n: 1 / 0, "ZeroDivisionError: division by zero"),
+    "two lines": (lambda n: int("a\nb"), "ValueError: invalid literal for int() with base 10: 'a\\nb'"),
+    "nan": (lambda n: [0.5] * (n - 1) + [np.nan], "ValueError: non-finite score among [0.5, nan]"),
+    "infinity": (lambda n: [np.inf] * n, "ValueError: non-finite score among [inf, inf]"),
+    "beyond float32": (lambda n: [1e300] * n, "ValueError: non-finite score among [inf, inf]"),
+    "too few": (lambda n: np.zeros(n - 1), "ValueError: scores of shape (1,), expected (2,)"),
+    "column": (lambda n: np.zeros((n, 1)), "ValueError: scores of shape (2, 1), expected (2,)"),
+    "one number": (lambda n: 0.5, "ValueError: scores of shape (), expected (2,)"),
+    "part": (lambda n: (np.zeros(n), {"a": np.zeros(3)}), "ValueError: part 'a' of shape (3,), expected (2,)"),
+    "no dictionary": (lambda n: (np.zeros(n), None), "AttributeError: 'NoneType' object has no attribute 'items'"),
+    "nothing": (lambda n: None, "TypeError: float() argument must be a string or a real number, not 'NoneType'"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_costs_its_group_alone(kind):
+    outcome, reason = FAILURES[kind]
+
+    def sometimes(images, prompts, metadata):
+        return outcome(len(images)) if prompts[0] == "one" else np.ones(len(images))
+
+    scores = weighted(sometimes=sometimes, mean=mean).score_groups(pictures(), PROMPTS, 2)
+    assert scores.valid.tolist() == [True, False, True]
+    np.testing.assert_array_equal(scores.rewards, np.float32([[1, 2], [np.nan, np.nan], [5, 6]]))
+    np.testing.assert_array_equal(scores.parts["mean"], [[0, 1], [2, 3], [4, 5]])
+    assert np.isnan(scores.parts["sometimes"][1]).all()
+    assert len(scores.failures) == 1
+    if kind != "nothing":  # numpy's wording, which differs between versions
+        assert scores.failures == [f"reward 'sometimes', prompt 'one' (p.txt:2): {reason}"]
+
+
+def test_a_failure_counts_whatever_its_weight_and_all_are_reported():
+    def broken(images, prompts, metadata):
+        raise RuntimeError("first line\nsecond line " + "x" * 500)
+
+    reward = WeightedReward({"a": broken, "b": broken, "mean": mean}, {"a": 0.0, "b": 1.0, "mean": 1.0})
+    scores = reward.score_groups(pictures(4), PROMPTS[1:], 2)
+    assert not scores.valid.any() and np.isnan(scores.rewards).all() and len(scores.failures) == 4
+    assert scores.failures[0].startswith("reward 'a', prompt 'one' (p.txt:2): RuntimeError: first line second line xxx")
+    assert scores.failures[3].startswith("reward 'b', prompt 'two': ")
+    assert all("\n" not in line and len(line) < 300 for line in scores.failures)
+
+
+def test_a_part_may_be_missing_for_some_groups():
+    def reward(images, prompts, metadata):
+        return np.zeros(2), {"color": np.ones(2)} if prompts[0] == "one" else {}
+
+    scores = weighted(r=reward).score_groups(pictures(), PROMPTS, 2)
+    assert scores.valid.all()
+    np.testing.assert_array_equal(scores.parts["r/color"], [[np.nan, np.nan], [1, 1], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize("error", [UserError("bad key"), KeyboardInterrupt(), SystemExit(3)])
+def test_what_is_no_failure_of_a_group_stops_the_run(error):
+    def stop(images, prompts, metadata):
+        raise error
+
+    with pytest.raises(type(error)):
+        weighted(stop=stop).score_groups(pictures(), PROMPTS, 2)
+
+
+@given(st.integers(0, 4), st.integers(1, 4), st.data())
+def test_shapes_and_validity_for_any_scores(groups, size, data):
+    numbers = st.floats(width=32, allow_nan=True, allow_infinity=True)
+    table = np.array(data.draw(st.lists(numbers, min_size=groups * size, max_size=groups * size)), np.float32)
+    rows = iter(table.reshape(groups, size))
+    reward = WeightedReward({"r": lambda images, prompts, metadata: next(rows)}, {"r": 2.0})
+    scores = reward.score_groups(pictures(groups * size), [Prompt("p")] * groups, size)
+    with np.errstate(over="ignore"):
+        expected = 2 * table.reshape(groups, size)
+    finite = np.isfinite(expected).all(1)
+    assert scores.rewards.shape == (groups, size) and scores.valid.shape == (groups,)
+    np.testing.assert_array_equal(scores.valid, finite)
+    np.testing.assert_array_equal(scores.rewards[finite], expected[finite])
+    assert np.isnan(scores.rewards[~finite]).all() and len(scores.failures) == (~finite).sum()
+
+
+def test_wrong_arguments_are_the_callers_mistake():
+    reward = weighted(mean=mean)
+    with pytest.raises(ValueError, match="6 images for 3 prompts of 3 images each"):
+        reward.score_groups(pictures(), PROMPTS, 3)
+    with pytest.raises(ValueError, match=re.escape("must be uint8 (P·G, H, W, 3), got float32 (6, 8, 8, 3)")):
+        reward.score_groups(pictures().astype(np.float32), PROMPTS, 2)
+    with pytest.raises(ValueError, match="got uint8"):
+        reward.score_groups(pictures().transpose(0, 3, 1, 2), PROMPTS, 2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [("shapes", ("shapes", 1.0)), ("ocr=0.5", ("ocr", 0.5)), ("jpeg=-1", ("jpeg", -1.0)), ("m:R = 2e-1", ("m:R", 0.2))],
+)
+def test_specs(spec, expected):
+    assert parse_spec(spec) == expected
+
+
+@pytest.mark.parametrize("spec", ["", "=1", "ocr=", "ocr=much", "ocr=nan", "ocr=inf", "ocr=1=2"])
+def test_malformed_specs(spec):
+    assert message(parse_spec, spec) == f"reward {spec!r}: write NAME or NAME=WEIGHT, for example ocr=0.5"
+
+
+def test_registry_refuses_by_name():
+    known = "Name one of jpeg, ocr, shapes, or your own as module:attribute"
+    assert message(load_rewards, ["jpg"]) == f"no reward 'jpg': did you mean 'jpeg'? {known}"
+    assert message(load_rewards, ["pickscor"]) == f"no reward 'pickscor': {known}"
+    assert message(load_rewards, ["jpeg", "jpeg=2"]) == "reward 'jpeg' is named twice: name it once, with its weight"
+    expected = "no reward has a weight: name at least one, for example shapes or ocr=0.5"
+    assert message(load_rewards, []) == message(load_rewards, ["jpeg=0"]) == expected
+
+
+OWN_REWARDS = """
+import functools
+from dgpo_fast.errors import UserError
+
+class Constant:
+    def __init__(self, value=3.0):
+        self.value = value
+    def __call__(self, images, prompts, metadata):
+        return [self.value] * len(images)
+
+def make():
+    return Constant(4.0)
+
+def function(images, prompts, metadata):
+    return [5.0] * len(images)
+
+def with_defaults(images=(), prompts=(), metadata=()):
+    return [6.0] * len(images)
+
+instance = Constant(7.0)
+bound = functools.partial(function)
+number = 8
+
+def two_arguments(images, prompts):
+    return [0.0]
+
+class Broken:
+    def __init__(self):
+        raise RuntimeError("no weights\\nat all")
+
+class NeedsKey:
+    def __init__(self):
+        raise UserError("set MY_KEY")
+
+class Sick(Constant):
+    def self_test(self):
+        assert self([0], [""], [{}]) == [1.0], "golden score"
+
+class NotCallable:
+    pass
+"""
+
+
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    (tmp_path / "broken_module.py").write_text("x = 1\nimport no_such_dependency\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("own_rewards", "broken_module"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "score"),
+    [("Constant", 3), ("make", 4), ("function", 5), ("with_defaults", 6), ("instance", 7), ("bound", 5)],
+)
+def test_own_rewards_by_import_path(own_rewards, attribute, score):
+    name = f"own_rewards:{attribute}"
+    scores = load_rewards([f"{name}=2", "jpeg=0"]).score_groups(pictures(2), PROMPTS[:1], 2)
+    np.testing.assert_array_equal(scores.rewards, [[2 * score, 2 * score]])
+    np.testing.assert_array_equal(scores.parts[name], [[score, score]])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("own_reward:make", "no module 'own_reward' in the working folder or among installed packages"),
+        ("no.such.package:make", "no module 'no.such.package' in the working folder or among installed packages"),
+        ("own_rewards:Constnat", "module 'own_rewards' has no 'Constnat': did you mean 'Constant'?"),
+        ("own_rewards:", "write module:attribute, for example my_rewards:Brightness"),
+        (".own_rewards:make", "write module:attribute, for example my_rewards:Brightness"),
+        ("own_rewards:number", "must be callable as reward(images, prompts, metadata)"),
+        ("own_rewards:two_arguments", "must be callable as reward(images, prompts, metadata)"),
+        ("own_rewards:NotCallable", "must be callable as reward(images, prompts, metadata)"),
+    ],
+)
+def test_own_rewards_that_are_none(own_rewards, name, expected):
+    assert message(load_rewards, [name]) == f"reward {name!r}: {expected}"
+
+
+def test_own_rewards_that_fail_say_where(own_rewards):
+    path = own_rewards / "own_rewards.py"
+    assert message(load_rewards, ["own_rewards:NeedsKey"]) == "set MY_KEY"
+    assert message(load_rewards, ["own_rewards:Broken"]) == (
+        f"reward 'own_rewards:Broken' cannot be made: RuntimeError: no weights at all ({path}, line 29)"
+    )
+    assert message(load_rewards, ["own_rewards:Sick"]) == (
+        f"reward 'own_rewards:Sick' failed its self-test: AssertionError: golden score ({path}, line 37)"
+    )
+    text = message(load_rewards, ["broken_module:Reward"])
+    assert text.startswith(
+        "reward 'broken_module:Reward' cannot be imported from broken_module: "
+        "ModuleNotFoundError: No module named 'no_such_dependency' ("
+    )
+    assert text.endswith(f"{own_rewards / 'broken_module.py'}, line 2)")
+
+
+def test_prompts_are_refused_up_front():
+    class Picky:
+        def __call__(self, images, prompts, metadata):
+            return np.zeros(len(images))
+
+        def check_prompts(self, prompts):
+            if prompts[0].tag != "t":
+                raise UserError(f"{prompts[0].origin}: not for me")
+
+    reward = weighted(mean=mean, picky=Picky())
+    reward.check_prompts(PROMPTS[1:])
+    assert message(reward.check_prompts, PROMPTS) == "p.txt:1: not for me"
+
+
+def test_jpeg_counts_kilobytes():
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    images = np.concatenate([noise, np.full_like(noise, 7)])
+    scores, parts = JpegReward()(images, [""] * 4, [{}] * 4)
+    assert (scores[:2] < scores[2:]).all() and (scores < 0).all()
+    np.testing.assert_allclose(scores, -parts["kilobytes"] / 500)
+    detailed = load_rewards(["jpeg=-2"]).score_groups(images, [Prompt("a")], 4)
+    np.testing.assert_allclose(detailed.rewards[0], -2 * scores)
+    assert set(detailed.parts) == {"jpeg", "jpeg/kilobytes"}
+
+
+def test_self_test_of_jpeg_fails_loudly(monkeypatch):
+    monkeypatch.setattr("dgpo_fast.rewards.jpeg._jpeg_bytes", lambda image: 1000)
+    expected = "reward 'jpeg' failed its self-test: flat picture -0.0020, noise -0.0020"
+    assert message(load_rewards, ["jpeg"]) == expected
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_shipped_rewards_load(name):
+    assert callable(load_rewards([name]).rewards[name])
+
+
+@pytest.fixture(scope="module")
+def ocr() -> OcrReward:
+    return OcrReward()
+
+
+def rendered(text: str, size: int = 40, shape: tuple[int, int] = (256, 512)) -> Image.Image:
+    picture = Image.new("RGB", (shape[1], shape[0]), (190, 200, 210))
+    font = ImageFont.load_default(size=size)
+    left, top, right, bottom = ImageDraw.Draw(picture).textbbox((0, 0), text, font=font)
+    corner = ((shape[1] - right - left) / 2, (shape[0] - bottom - top) / 2)
+    ImageDraw.Draw(picture).text(corner, text, fill=(30, 20, 60), font=font)
+    return picture
+
+
+def score(ocr: OcrReward, picture: Image.Image, target: str) -> float:
+    rewards, parts = ocr(np.asarray(picture)[None], [f'a sign that says "{target}"'], [{}])
+    assert rewards.dtype == np.float32 and parts["exact"].tolist() == [float(rewards[0] == 1)]
+    return float(rewards[0])
+
+
+@pytest.mark.parametrize("angle", [0, -5, 8])
+@pytest.mark.parametrize(("text", "size"), [("Fresh Bread", 48), ("OPEN 24", 16), ("quiet please", 12)])
+def test_clear_small_and_rotated_text_is_read(ocr, text, size, angle):
+    picture = rendered(text, size).rotate(angle, Image.Resampling.BICUBIC, fillcolor=(190, 200, 210))
+    assert score(ocr, picture, text) == 1
+
+
+def test_noisy_text_is_read(ocr):
+    noise = np.random.default_rng(0).normal(0, 25, (256, 512, 3))
+    blurred = np.asarray(rendered("Golden Harbor").filter(ImageFilter.GaussianBlur(1)))
+    assert score(ocr, Image.fromarray(np.clip(blurred + noise, 0, 255).astype(np.uint8)), "Golden Harbor") == 1
+
+
+def test_misspelt_text_scores_by_its_letters(ocr):
+    assert score(ocr, rendered("Golden Harbur"), "Golden Harbor") == pytest.approx(1 - 1 / 12)
+    assert score(ocr, rendered("Golden"), "Golden Harbor") == pytest.approx(0.5)
+    assert score(ocr, rendered("MIXTURE"), "zebra") < 0.3
+
+
+def test_extra_words_cost_nothing_and_lines_are_joined(ocr):
+    assert score(ocr, rendered("the golden harbor inn"), "Golden Harbor") == 1
+    assert score(ocr, rendered("GOLDEN\nHARBOR"), "golden harbor") == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 32), (64, 200), (512, 512), (700, 60), (30, 900)])
+def test_blank_pictures_of_any_size_score_nothing(ocr, size):
+    assert ocr.read(np.full((1, *size, 3), 200, np.uint8)) == [""]
+    assert score(ocr, Image.new("RGB", size[::-1], "black"), "cat") == 0
+
+
+def test_signs_of_the_small_pipeline_are_read(ocr):
+    from dgpo_fast.tiny import data
+
+    prompts = load_prompts("tiny-signs").held_out[:40]
+    rng = np.random.default_rng(0)
+    images = np.stack([data.render(p.metadata, rng) for p in prompts])
+    scores, _ = ocr(images, [p.text for p in prompts], [p.metadata for p in prompts])
+    assert scores.mean() > 0.95
+    # One prompt's word on another's sign is worth what the letters in common are worth.
+    swapped, _ = ocr(images[::-1], [p.text for p in prompts], [p.metadata for p in prompts])
+    assert swapped.mean() < 0.35
+    # A sign too blurred to be detected as text is still read, as one line.
+    blurred = [np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(1))) for i in images]
+    assert ocr(np.stack(blurred), [p.text for p in prompts], [{}] * 40)[0].mean() > 0.7
+
+
+def test_a_picture_scores_alike_in_any_company(ocr):
+    pictures = np.stack([np.asarray(rendered(text)) for text in ("one", "a much longer line", "three", "")])
+    prompts = [f'"{text}"' for text in ("one", "a much longer line", "tree", "four")]
+    together, _ = ocr(pictures, prompts, [{}] * 4)
+    backwards, _ = OcrReward(workers=3)(pictures[::-1], prompts[::-1], [{}] * 4)
+    alone = [ocr(pictures[i : i + 1], prompts[i : i + 1], [{}])[0][0] for i in range(4)]
+    assert together.tolist() == alone == backwards[::-1].tolist()
+
+
+def test_ocr_needs_quoted_text(ocr, tmp_path):
+    (tmp_path / "p.txt").write_text('"cat"\na dog\n')
+    reward = load_rewards(["ocr"])
+    expected = f"{tmp_path / 'p.txt'}:2: no text between double quotes in 'a dog': "
+    assert message(reward.check_prompts, load_prompts(str(tmp_path / "p.txt")).train).startswith(expected)
+    with pytest.raises(UserError, match="no text between double quotes"):
+        ocr(pictures(1, 32), ["a dog"], [{}])
+
+
+def test_ocr_without_its_engine_says_what_to_install(monkeypatch):
+    for package in ("rapidocr", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, None)
+        expected = "reward 'ocr' needs RapidOCR and onnxruntime: pip install \"dgpo_fast[ocr]\""
+        assert message(load_rewards, ["ocr"]) == expected
+        monkeypatch.undo()
+
+
+def test_self_test_of_ocr_fails_loudly(monkeypatch):
+    monkeypatch.setattr(OcrReward, "read", lambda self, images: ["Golden 4Z", ""])
+    assert message(load_rewards, ["ocr"]) == (
+        "reward 'ocr' failed its self-test: read 'Golden 4Z' for 'Golden 42' and '' on a blank picture: "
+        "reinstall rapidocr and onnxruntime"
+    )
+
+
+def test_ocr_is_quiet():
+    code = (
+        "import numpy as np; from dgpo_fast.rewards import load_rewards; "
+        "load_rewards(['ocr']).rewards['ocr'].read(np.zeros((2, 64, 64, 3), np.uint8))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "" and ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [("", "", 0), ("abc", "", 3), ("", "ab", 2), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("same", "same", 0)],
+)
+def test_edit_distance_by_hand(a, b, expected):
+    assert edit_distance(a, b) == expected
+
+
+@given(st.text("ab c", max_size=8), st.text("ab c", max_size=8), st.text("ab c", max_size=8))
+def test_edit_distance_is_a_metric(a, b, c):
+    assert edit_distance(a, b) == edit_distance(b, a)
+    assert (edit_distance(a, b) == 0) == (a == b)
+    assert abs(len(a) - len(b)) <= edit_distance(a, b) <= max(len(a), len(b))
+    assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c)
+
+
+@given(st.text("abAB ", min_size=1).filter(str.strip), st.text("abAB "))
+def test_similarity_is_the_published_rule(target, text):
+    t, u = normalise(target), normalise(text)
+    distance = 0 if t in u else edit_distance(t, u)
+    assert similarity(t, u) == pytest.approx(1 - min(distance, len(t)) / len(t))
+
+
+def test_the_documented_reward_works(tmp_path, monkeypatch):
+    """The first Python block of docs/rewards.md, run as the page says."""
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert block and len(block[1].strip().splitlines()) <= 10
+    (tmp_path / "my_rewards.py").write_text(block[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    spec = re.search(r"--rewards (my_rewards:\S+)", page)
+    assert spec
+    reward = load_rewards([spec[1]])
+    images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
+    scores = reward.score_groups(images, [Prompt("a bright room")], 2)
+    assert scores.valid.all() and not scores.failures and scores.rewards[0, 0] < scores.rewards[0, 1]
