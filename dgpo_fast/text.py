@@ -8,8 +8,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-ENCODER_BATCH = 32
-
 
 @dataclass(frozen=True)
 class TextEmbeds:
@@ -57,9 +55,7 @@ class PromptEncoder:
         """(B,) texts → embeddings on the pipeline's device, in its dtype."""
         wanted = dict.fromkeys(prompts)
         known = {text: self.cache[text] for text in wanted if text in self.cache}
-        missing = [text for text in wanted if text not in known]
-        for start in range(0, len(missing), ENCODER_BATCH):
-            known |= self._encode(missing[start : start + ENCODER_BATCH])
+        known |= {text: self._encode(text) for text in wanted if text not in known}
         for text in wanted:
             self.cache[text] = known[text]
             self.cache.move_to_end(text)
@@ -68,12 +64,13 @@ class PromptEncoder:
         return TextEmbeds(torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]))
 
     @torch.no_grad()
-    def _encode(self, texts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+        # One at a time: in a batch, the last bits of an embedding would depend on the prompts beside it, and a resumed
+        # run, which has other prompts left to encode, would drift away from one that was never stopped.
         prompt, _, pooled, _ = self.pipeline.encode_prompt(
-            texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            text, text, text, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        # Clones, so that forgetting one prompt frees its memory and not only its view of a batch.
-        return {text: (prompt[row].clone(), pooled[row].clone()) for row, text in enumerate(texts)}
+        return prompt[0], pooled[0]
 
     def _forget(self) -> None:
         size = sum(tensor.nbytes for row in self.cache.values() for tensor in row)

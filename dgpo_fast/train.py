@@ -71,16 +71,15 @@ def train(args: list[str]) -> int:
         return 0
     resume = take_option(args, "resume")
     config = resumed_config(Path(resume), args) if resume else configure(args)
+    folder = Path(resume) if resume else new_folder(config)
 
     from dgpo_fast.trainer import Trainer  # after the command line is known to be good: this import takes seconds
 
     trainer = Trainer(config)
     if resume:
-        folder = Path(resume)
         trainer.resume(folder)
-        write_yaml(config, folder / "config.yaml")
-    else:
-        folder = new_run_folder(config)
+    folder.mkdir(parents=True, exist_ok=bool(resume))
+    write_yaml(config, folder / "config.yaml")
     stop = StopSignal()
     with stop.installed():
         finished = fit(trainer, folder, stop)

@@ -26,7 +26,7 @@ from dgpo_fast.schedule import make_schedule
 from dgpo_fast.text import PromptEncoder
 
 LOST_ITERATIONS_BEFORE_STOP = 3
-BEFORE_FILE = "evaluation_before.npz"
+BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
 
 
 class Trainer:
@@ -210,6 +210,7 @@ class Trainer:
     def finish(self, folder: Path, before: Evaluation) -> None:
         """Evaluates the slow average, saves it for plain diffusers, and writes summary and pictures."""
         after = self._evaluate(self.slow.weights, f"after: {self.config.evaluation.images} images of held-out prompts")
+        after.save(folder / AFTER_FILE)
         self.models.save(self.slow.weights, folder, self.pipeline)
         lines = read_metrics(folder / "metrics.jsonl")
         summary = {

@@ -1,0 +1,81 @@
+"""Every mistake a user can make at the start: one line on stderr, exit status 2, no folder made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dgpo_fast.cli import run_command
+from dgpo_fast.train import train
+
+MISTAKES = {
+    # arguments: the line that they give
+    "no-such-recipe": "error: unknown recipe 'no-such-recipe': the recipes are tiny-shapes, tiny-ocr, ",
+    "--learning-rate 1": "error: command line: unknown setting 'learning_rate'",
+    "--iterations many": "error: command line: iterations: input should be a valid integer",
+    "--rollout.group-size 1": "error: command line: rollout.group_size: input should be greater than or equal to 2",
+    "--prompts missing.txt": "error: missing.txt: no such prompt file",
+    "--prompts empty.txt": "error: empty.txt: ",
+    "--prompts latin1.txt": "error: latin1.txt:1: not UTF-8",
+    "--prompts broken.jsonl": "error: broken.jsonl:2: ",
+    "--prompts unquoted.txt --rewards ocr": "error: unquoted.txt:2: no text between double quotes in 'a sign'",
+    "--prompts plain.txt --rewards shapes": "error: ",
+    "--prompts sings": "error: no prompt source 'sings': did you mean 'signs'?",
+    "--rewards shape": "error: no reward 'shape': did you mean 'shapes'?",
+    "--model nowhere": "error: model 'nowhere': no such folder, and no name on the hub (organisation/name)",
+    "--model empty": "error: model 'empty': no model_index.json there; give a pipeline's folder in diffusers' format",
+    "--model flux": "error: model 'flux' is a FluxPipeline, not a StableDiffusion3Pipeline",
+    "--model broken": "error: broken/model_index.json: not a JSON object; the pipeline's folder is damaged",
+    "--model hollow": "error: model 'hollow' cannot be loaded: ",
+    "--device gpu": "error: --device gpu: no such device; use auto, cpu, cuda or cuda:N",
+    "--device cuda:99": "error: --device cuda:99: this machine has ",
+    "--rollout.resolution 36": "error: rollout.resolution 36: this model draws multiples of ",
+    "--resume empty": "error: --resume empty: no run is there (it has no config.yaml)",
+    "--resume nowhere": "error: --resume nowhere: no run is there (it has no config.yaml)",
+    "--resume hollow_run": "error: hollow_run/checkpoints: no valid checkpoint to resume from",
+    "--name taken": "error: runs/taken exists: choose another --name, or go on with --resume runs/taken",
+}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "flux", "broken", "hollow", "hollow_run"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin1.txt").write_bytes("a café\n".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
+    (tmp_path / "unquoted.txt").write_text('a sign that says "open"\na sign\n')
+    (tmp_path / "plain.txt").write_text("a cat\n")
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "broken" / "model_index.json").write_text("{")
+    (tmp_path / "hollow" / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]})
+    )
+    (tmp_path / "hollow_run" / "config.yaml").write_text("recipe: tiny-shapes\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_one_line_and_nothing_made(
+    arguments: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if "taken" in arguments:
+        (workspace / "runs" / "taken").mkdir(parents=True)
+    before = sorted(workspace.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["train", *arguments.split()])
+    assert run_command(train) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1, errors
+    assert errors[0].startswith(MISTAKES[arguments])
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_exit_status_of_the_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dgpo_fast.train", "tiny-shape"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?\n"
