@@ -44,15 +44,11 @@ class StopSignal:
         print("\nfinishing this step, then saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
 
-def new_run_folder(config: Config) -> Path:
-    """Makes the run's folder and writes its resolved configuration. Raises UserError where it exists or cannot be
-    made."""
+def new_folder(config: Config) -> Path:
+    """The folder of a new run, not yet made. Raises UserError where it is taken."""
     folder = Path(config.runs_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{folder} exists: choose another --name, or go on with --resume {folder}") from None
-    write_yaml(config, folder / "config.yaml")
+    if folder.exists():
+        raise UserError(f"{folder} exists: choose another --name, or go on with --resume {folder}")
     return folder
 
 
