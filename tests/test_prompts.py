@@ -243,7 +243,7 @@ def test_evaluation_file_is_kept_out_of_training(tmp_path):
 
 
 def test_official_prompts_are_kept_out_of_generated_training(tmp_path):
-    # GenEval's own file says "computer mouses"; the same request in other words must not be trained on.
+    # The same request in other words must not be trained on.
     ours = next(p for p in map_all("counting") if p.text == "a photo of two computer mice")
     official = {**ours.metadata, "prompt": "a photo of two computer mouses"}
     sets = load_prompts("geneval", eval_source=write(tmp_path / "e.jsonl", json.dumps(official)))
@@ -406,3 +406,18 @@ def test_generated_metadata_is_genevals(source):
 def test_names_too_long_for_a_file_are_unknown_sources():
     assert message(load_prompts, "x" * 5000).startswith("no prompt source 'xxx")
     assert "no such prompt file" in message(load_prompts, "x" * 5000 + ".txt")
+
+
+def test_the_guide_counts_right():
+    guide = (Path(__file__).parents[1] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    for source in ("geneval", "signs"):
+        row = next(line for line in guide.splitlines() if line.startswith(f"| `{source}`"))
+        assert f"{len({p.text for p in load_prompts(source).train}):,} distinct" in row
+
+
+def test_the_guide_shows_valid_files(tmp_path):
+    guide = (Path(__file__).parents[1] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    lines = [line.strip() for line in guide.splitlines() if line.startswith('    {"prompt"')]
+    sets = load_prompts(write(tmp_path / "p.jsonl", "\n".join(lines)))
+    assert len(sets.train) == 2
+    require_geneval_metadata(sets.train)

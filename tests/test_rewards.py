@@ -126,6 +126,18 @@ def test_a_part_may_be_missing_for_some_groups():
     np.testing.assert_array_equal(scores.parts["r/color"], [[np.nan, np.nan], [1, 1], [np.nan, np.nan]])
 
 
+def test_tensors_are_scores():
+    import torch
+
+    def model(images, prompts, metadata):
+        scores = torch.arange(len(images), dtype=torch.bfloat16, requires_grad=True)
+        return scores, {"doubled": 2 * scores}
+
+    scores = weighted(model=model).score_groups(pictures(), PROMPTS, 2)
+    assert not scores.failures
+    np.testing.assert_array_equal(scores.parts["model/doubled"], [[0, 2]] * 3)
+
+
 @pytest.mark.parametrize("error", [UserError("bad key"), KeyboardInterrupt(), SystemExit(3)])
 def test_what_is_no_failure_of_a_group_stops_the_run(error):
     def stop(images, prompts, metadata):
@@ -253,8 +265,11 @@ def test_own_rewards_by_import_path(own_rewards, attribute, score):
         ("own_reward:make", "no module 'own_reward' in the working folder or among installed packages"),
         ("no.such.package:make", "no module 'no.such.package' in the working folder or among installed packages"),
         ("own_rewards:Constnat", "module 'own_rewards' has no 'Constnat': did you mean 'Constant'?"),
-        ("own_rewards:", "write module:attribute, for example my_rewards:Brightness"),
-        (".own_rewards:make", "write module:attribute, for example my_rewards:Brightness"),
+        ("own_rewards:", "write module:attribute as in an import, for example my_rewards:Brightness"),
+        (".own_rewards:make", "write module:attribute as in an import, for example my_rewards:Brightness"),
+        ("own_rewards.py:make", "write module:attribute as in an import, for example my_rewards:Brightness"),
+        ("./own_rewards:make", "write module:attribute as in an import, for example my_rewards:Brightness"),
+        ("own_rewards.sub:make", "no module 'own_rewards.sub' in the working folder or among installed packages"),
         ("own_rewards:number", "must be callable as reward(images, prompts, metadata)"),
         ("own_rewards:two_arguments", "must be callable as reward(images, prompts, metadata)"),
         ("own_rewards:NotCallable", "must be callable as reward(images, prompts, metadata)"),
@@ -275,8 +290,7 @@ def test_own_rewards_that_fail_say_where(own_rewards):
     )
     text = message(load_rewards, ["broken_module:Reward"])
     assert text.startswith(
-        "reward 'broken_module:Reward' cannot be imported from broken_module: "
-        "ModuleNotFoundError: No module named 'no_such_dependency' ("
+        "reward 'broken_module:Reward' cannot be imported: ModuleNotFoundError: No module named 'no_such_dependency' ("
     )
     assert text.endswith(f"{own_rewards / 'broken_module.py'}, line 2)")
 

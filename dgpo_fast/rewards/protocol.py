@@ -31,6 +31,7 @@ class Reward(Protocol):
 
         Returns:
             Scores, floats (B,), higher is better; or `(scores, parts)`, where each of `parts` is (B,) and only logged.
-            A score that is not finite, or an exception, drops the prompt's group of images from the step.
+            Lists and tensors do as well. A score that is not finite, or an exception, drops the prompt's group of
+            images from the step.
         """
         ...

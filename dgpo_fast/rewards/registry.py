@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import math
 import traceback
@@ -59,11 +58,12 @@ def load_reward(name: str) -> Reward:
 
 def _import(name: str, path: str) -> Any:
     module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute or module_name.startswith("."):
-        raise UserError(f"reward {name!r}: write module:attribute, for example my_rewards:Brightness")
-    if not _exists(module_name):
+    is_module = all(part.isidentifier() for part in module_name.split(".")) and not module_name.endswith(".py")
+    if not is_module or not attribute:
+        raise UserError(f"reward {name!r}: write module:attribute as in an import, for example my_rewards:Brightness")
+    module = _run(name, "cannot be imported", _find_module, module_name)
+    if module is None:
         raise UserError(f"reward {name!r}: no module {module_name!r} in the working folder or among installed packages")
-    module: ModuleType = _run(name, f"cannot be imported from {module_name}", importlib.import_module, module_name)
     if not hasattr(module, attribute):
         close = difflib.get_close_matches(attribute, vars(module), n=1)
         hint = f": did you mean {close[0]!r}?" if close else ""
@@ -71,12 +71,14 @@ def _import(name: str, path: str) -> Any:
     return getattr(module, attribute)
 
 
-def _exists(module_name: str) -> bool:
-    """Whether the module can be found; its parent packages are imported on the way."""
+def _find_module(module_name: str) -> ModuleType | None:
+    """Imports a module; None where there is none, as opposed to one that lacks something it imports itself."""
     try:
-        return importlib.util.find_spec(module_name) is not None
-    except (ModuleNotFoundError, ValueError):
-        return False
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if f"{module_name}.".startswith(f"{error.name}."):
+            return None
+        raise
 
 
 def _make(name: str, attribute: Any) -> Reward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,9 @@ def _score(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> dic
     return scored
 
 
-def _vector(values: object, size: int, what: str) -> np.ndarray:
+def _vector(values: Any, size: int, what: str) -> np.ndarray:
+    if hasattr(values, "detach"):  # what a reward model returns: a tensor on any device, of any float type
+        values = values.detach().float().cpu()
     with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is then refused by name
         vector = np.asarray(values, dtype=np.float32)
     if vector.shape != (size,):
