@@ -46,8 +46,8 @@ class ShapesReward:
     """GenEval's graded score, in [0, 1], for pictures of coloured shapes.
 
     `reward(images, prompts, metadata)` takes uint8 images (B, H, W, 3), B prompts and B GenEval metadata dicts and
-    returns the graded scores, float32 (B,), with the parts "correct" (official: at least the count, `exclude` respected)
-    and "strict" (exactly the count), each float32 (B,) of zeros and ones.
+    returns the graded scores, float32 (B,), with the parts "correct" (official: at least the count, `exclude`
+    respected) and "strict" (exactly the count), each float32 (B,) of zeros and ones.
 
     Raises:
         UserError: images of another type or shape, or metadata that lacks `include` or asks for what this world lacks.
@@ -63,7 +63,7 @@ class ShapesReward:
             raise UserError(f"shapes reward: images must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}")
         if not len(images) == len(prompts) == len(metadata):
             raise UserError(
-                f"shapes reward: {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: give as many of each"
+                f"shapes reward: {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: pass B of each"
             )
         for one, prompt in zip(metadata, prompts, strict=True):
             _check(one, prompt)
