@@ -40,8 +40,8 @@ class Rollout:
     """Timestep shift of the sigma grid: s·t / (1 + (s − 1)·t)."""
     resolution: Annotated[int, Field(ge=16)] | None = None
     """Height and width in pixels. Default: what the model was trained at."""
-    max_sequence_length: Count = 128
-    """Tokens of the T5 prompt encoder."""
+    max_sequence_length: Annotated[int, Field(ge=0)] = 128
+    """Tokens of the T5 prompt encoder. 0 leaves its slots out, for a pipeline without one."""
     batch_size: Count = 32
     """Images per forward of the rollout and of the decoder. Speed and memory only; the images stay the same."""
 

@@ -25,7 +25,7 @@ def tiny_shapes() -> Config:
             groups=16,
             num_inference_steps=8,
             guidance_scale=1.0,
-            max_sequence_length=16,
+            max_sequence_length=0,
             batch_size=128,
         ),
         dgpo=DGPO(beta=30.0, kl_weight=0.001, timesteps=4, high_noise_steps=5),

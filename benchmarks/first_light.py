@@ -1,0 +1,75 @@
+"""Runs a recipe for several seeds, each in a process of its own, and keeps what came out.
+
+    python benchmarks/first_light.py [RECIPE] [--seeds 0 1 2] [--setting value …]
+
+Writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds for each seed, the machine, the commit) and
+the first seed's pictures beside it. Further settings are handed on to `python -m dgpo_fast.train`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def run(recipe: str, seed: int, runs_dir: Path, settings: list[str]) -> dict[str, Any]:
+    """One whole run as a user starts it: imports, evaluations and saving are in its seconds."""
+    name = f"{recipe}-seed{seed}"
+    command = [sys.executable, "-m", "dgpo_fast.train", recipe, "--seed", str(seed)]
+    command += ["--runs-dir", str(runs_dir), "--name", name, *settings]
+    started = time.monotonic()
+    subprocess.run(command, check=True)
+    seconds = time.monotonic() - started
+    summary = json.loads((runs_dir / name / "summary.json").read_text())
+    gain = summary["after"]["reward_mean"] - summary["before"]["reward_mean"]
+    apart = summary["after"]["reward_ci95"][0] > summary["before"]["reward_ci95"][1]
+    return {"seed": seed, "wall_s": round(seconds, 1), "gain": gain, "intervals_apart": apart, **summary}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="tiny-shapes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options, settings = parser.parse_known_args()
+    folder = RESULTS / ("gpu" if torch.cuda.is_available() else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = [run(options.recipe, seed, Path(scratch), settings) for seed in options.seeds]
+        for picture in ("before_after.png", "reward_curve.png"):
+            source = Path(scratch) / f"{options.recipe}-seed{options.seeds[0]}" / picture
+            shutil.copy(source, folder / f"{options.recipe}_{picture}")
+    report = {"recipe": options.recipe, "settings": settings, "machine": machine(), "runs": runs}
+    (folder / f"{options.recipe}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    for one in runs:
+        before, after = one["before"]["reward_mean"], one["after"]["reward_mean"]
+        print(f"seed {one['seed']}: {before:.3f} → {after:.3f} ({one['gain']:+.3f}) in {one['wall_s']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The rollout draws what diffusers' own pipeline draws, whatever the batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.pipeline import load_pipeline
+from dgpo_fast.rollout import Sampler, initial_noise, latent_shape
+from dgpo_fast.schedule import make_schedule, make_scheduler
+from dgpo_fast.text import PromptEncoder
+
+PROMPTS = ["a cat", "two birds", "a house", "big red car", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(random_pipeline: Path) -> object:
+    return load_pipeline(str(random_pipeline), revision=None, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def make_sampler(pipeline: object, batch_size: int) -> Sampler:
+    encoder = PromptEncoder(pipeline, max_sequence_length=9)
+    return Sampler(pipeline, pipeline.transformer, encoder, resolution=None, batch_size=batch_size)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_same_pictures_as_diffusers(pipeline: object, solver: str, guidance_scale: float) -> None:
+    """Same noise, same scheduler: latents to 1e-4 and pictures to 1/255 (forwards are batched differently)."""
+    sampler, samples = make_sampler(pipeline, 2), torch.arange(len(PROMPTS))
+    schedule = make_schedule(solver, 7, 3.0)
+    x0, _ = sampler.latents(PROMPTS, samples, schedule, guidance_scale=guidance_scale, seed=5, draw=1)
+    ours = sampler.decode(x0)
+    original, pipeline.scheduler = pipeline.scheduler, make_scheduler(solver, 3.0)  # type: ignore[attr-defined]
+    call = {
+        "latents": initial_noise(sampler.shape, samples, seed=5, draw=1), "num_inference_steps": 7,
+        "guidance_scale": guidance_scale, "max_sequence_length": 9, "height": 16, "width": 16,
+    }  # fmt: skip
+    theirs_x0 = pipeline(PROMPTS, output_type="latent", **call).images  # type: ignore[operator]
+    theirs = pipeline(PROMPTS, output_type="np", **call).images * 255  # type: ignore[operator]
+    pipeline.scheduler = original  # type: ignore[attr-defined]
+    assert (x0 - theirs_x0).abs().max() < 1e-4
+    assert np.abs(ours - theirs).max() <= 1.0
+    assert ours.dtype == np.uint8 and ours.shape == (5, 16, 16, 3)
+    assert (ours[0] != ours[4]).any(), "two samples of a prompt start from different noise"
+
+
+def test_batch_size_does_not_matter(pipeline: object) -> None:
+    drawn = []
+    for batch_size in (1, 3, 64):
+        sampler = make_sampler(pipeline, batch_size)
+        schedule = make_schedule("dpmpp_2m", 5, 3.0)
+        drawn.append(sampler.latents(PROMPTS, torch.arange(5), schedule, guidance_scale=4.5, seed=0, draw=0)[0])
+    assert torch.allclose(drawn[0], drawn[1], atol=1e-5) and torch.allclose(drawn[0], drawn[2], atol=1e-5)
+
+
+def test_initial_noise_is_a_function_of_seed_draw_and_sample() -> None:
+    shape, samples = (4, 3, 3), torch.arange(6)
+    noise = initial_noise(shape, samples, seed=1, draw=2)
+    assert torch.equal(noise[3:], initial_noise(shape, samples[3:], seed=1, draw=2))
+    others = [initial_noise(shape, samples, seed=1, draw=3), initial_noise(shape, samples, seed=2, draw=2)]
+    assert all(not torch.equal(noise, other) for other in others)
+    assert len({tuple(row.flatten().tolist()) for row in noise}) == 6
+
+
+def test_each_prompt_is_encoded_once_and_alike(pipeline: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated prompts cost nothing, and an embedding does not depend on what was asked for beside it."""
+    calls = []
+    original = pipeline.encode_prompt  # type: ignore[attr-defined]
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda text, *a, **k: calls.append(text) or original(text, *a, **k))
+    encoder = PromptEncoder(pipeline, max_sequence_length=9)
+    together = encoder(["a cat", "a dog", "a cat"])
+    assert calls == ["a cat", "a dog"]
+    assert torch.equal(together.prompt[0], together.prompt[2])
+    assert torch.equal(PromptEncoder(pipeline, 9)(["a dog"]).prompt[0], together.prompt[1])
+    assert together.prompt.shape == (3, 12 + 9, 48) and together.pooled.shape == (3, 32)
+
+
+def test_forgotten_prompts_are_encoded_again(pipeline: object) -> None:
+    encoder = PromptEncoder(pipeline, max_sequence_length=9, cache_mib=0)
+    first = encoder(["a cat"])
+    assert not encoder.cache
+    assert torch.equal(encoder(["a cat"]).prompt, first.prompt)
+
+
+def test_resolution(pipeline: object) -> None:
+    transformer, vae = pipeline.transformer, pipeline.vae  # type: ignore[attr-defined]
+    assert latent_shape(transformer, vae, None) == (16, 8, 8)
+    assert latent_shape(transformer, vae, 24) == (16, 12, 12)
+    for wrong in (18, 68):
+        with pytest.raises(
+            UserError, match=f"rollout.resolution {wrong}: this model draws multiples of 4 up to 64 pixels"
+        ):
+            latent_shape(transformer, vae, wrong)
