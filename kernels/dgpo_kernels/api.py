@@ -328,7 +328,8 @@ def _fused_loss(
         old_v is not None,
         beta,
         clip_range,
-        kl_weight / batch,
+        kl_weight,
+        batch,
         num_groups,
         group_size,
     )

@@ -89,8 +89,8 @@ def _(partials, numel, advantage, group_index, beta, group_size):
 @_define(
     "group_loss",
     f"(Tensor policy_v, Tensor x0, Tensor? kl_v, {_NOISE}, Tensor partials, Tensor advantage, Tensor? scores, "
-    "bool has_old, float beta, float? clip_range, float kl_scale, SymInt? num_groups, SymInt? group_size) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool has_old, float beta, float? clip_range, float kl_weight, SymInt kl_batch, "
+    "SymInt? num_groups, SymInt? group_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _group_loss(
     policy_v,
@@ -105,7 +105,8 @@ def _group_loss(
     has_old,
     beta,
     clip_range,
-    kl_scale,
+    kl_weight,
+    kl_batch,
     num_groups,
     group_size,
 ):
@@ -121,7 +122,7 @@ def _group_loss(
         kl_v is not None,
         beta,
         clip_range,
-        kl_scale,
+        kl_weight / kl_batch,
         num_groups,
         group_size,
     )
@@ -143,14 +144,15 @@ def _(policy_v, x0, kl_v, group_index, seed, draw, partials, advantage, *options
 @_define(
     "policy_gradient",
     f"(Tensor grad_loss, Tensor policy_v, Tensor x0, Tensor? kl_v, {_NOISE}, Tensor weights, Tensor inverse_groups, "
-    "float kl_scale) -> Tensor",
+    "float kl_weight, SymInt kl_batch) -> Tensor",
 )
-def _policy_gradient(grad_loss, policy_v, x0, kl_v, group_index, seed, draw, weights, inverse_groups, kl_scale):
+def _policy_gradient(
+    grad_loss, policy_v, x0, kl_v, group_index, seed, draw, weights, inverse_groups, kl_weight, kl_batch
+):
     from dgpo_kernels.triton import loss
 
-    return loss.policy_gradient(
-        grad_loss, policy_v, x0, kl_v, group_index, seed, draw, weights, inverse_groups, kl_scale
-    )
+    scale = kl_weight / kl_batch
+    return loss.policy_gradient(grad_loss, policy_v, x0, kl_v, group_index, seed, draw, weights, inverse_groups, scale)
 
 
 @_fake("policy_gradient")
@@ -161,7 +163,7 @@ def _(grad_loss, policy_v, *others):
 def _save_for_gradient(ctx, inputs, output):
     policy_v, x0, kl_v, group_index, seed, draw = inputs[:6]
     weights, inverse_groups = output[4:]
-    ctx.kl_scale = inputs[12]
+    ctx.kl_weight, ctx.kl_batch = inputs[12:14]
     ctx.save_for_backward(policy_v, x0, kl_v, group_index, seed, draw, weights, inverse_groups)
     ctx.set_materialize_grads(False)
 
@@ -169,8 +171,8 @@ def _save_for_gradient(ctx, inputs, output):
 def _gradient(ctx, grad_loss, *_):
     grad = None
     if grad_loss is not None:
-        grad = policy_gradient(grad_loss, *ctx.saved_tensors, ctx.kl_scale)
-    return grad, *[None] * 14
+        grad = policy_gradient(grad_loss, *ctx.saved_tensors, ctx.kl_weight, ctx.kl_batch)
+    return grad, *[None] * 15
 
 
 torch.library.register_autograd("dgpo_kernels::group_loss", _gradient, setup_context=_save_for_gradient, lib=_LIBRARY)

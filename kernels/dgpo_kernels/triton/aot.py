@@ -78,7 +78,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: a thread's registers and local bytes, a program's shared bytes, its access widths."""
+    """What a compiled kernel takes: a thread's registers and local bytes, a program's shared bytes, access widths."""
 
     registers: int
     stack_bytes: int
