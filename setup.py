@@ -7,7 +7,7 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
-    "rapidocr>=3.8,<4",
+    "rapidocr>=3.10,<4",
     "ruff>=0.9",
     "triton>=3.5; platform_system == 'Linux'",
     "types-PyYAML",
@@ -41,7 +41,7 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.5", "xformers", "bitsandbytes>=0.45", "nvidia-ml-py>=12"],
-        "ocr": ["rapidocr>=3.8,<4", "onnxruntime>=1.20"],
+        "ocr": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
         "log": ["tensorboard>=2.17", "wandb>=0.18"],
         "test": TEST,
     },

@@ -48,7 +48,7 @@ class Evaluation:
             "reward_ci95": interval,
             "images": int(np.isfinite(self.rewards).sum()),
             "images_failed": int((~np.isfinite(self.rewards)).sum()),
-            "parts": {name: float(np.nanmean(values)) for name, values in self.parts.items()},
+            "parts": {name: _mean_of_finite(values) for name, values in self.parts.items()},
             "tags": self.by_tag(),
         }
 
@@ -77,6 +77,11 @@ class Evaluation:
             mean, interval = mean_with_ci95(self.rewards[members], [self.prompts[row].text for row in members])
             tags[tag] = {"reward_mean": mean, "reward_ci95": interval, "images": len(members)}
         return tags
+
+
+def _mean_of_finite(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else None
 
 
 def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, list[float]]:

@@ -122,3 +122,29 @@ def get_recipe(name: str) -> Config:
         hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}"
         raise UserError(f"unknown recipe '{name}': {hint}")
     return RECIPES[name]()
+
+
+def markdown_table() -> str:
+    """The recipes side by side, as the README shows them: `python -m dgpo_fast.recipes`."""
+    columns = "recipe|rewards|P × G|steps, guidance|trained on|β|KL weight, guidance|clip|std|lr".split("|")
+    rows = [columns, ["---"] * len(columns)]
+    for name, recipe in RECIPES.items():
+        c = recipe()
+        first = f"{c.dgpo.timesteps} of the first {c.dgpo.high_noise_steps or c.rollout.num_inference_steps}"
+        rows.append([
+            f"`{name}`",
+            ", ".join(f"`{reward}`" for reward in c.rewards),
+            f"{c.rollout.groups} × {c.rollout.group_size}",
+            f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}",
+            f"{first} steps, {c.policy.train}" + (f" r{c.policy.lora_rank}" if c.policy.train == "lora" else ""),
+            f"{c.dgpo.beta:g}" + (", EMA reference" if c.dgpo.reference == "ema" else ""),
+            f"{c.dgpo.kl_weight:g}, {c.dgpo.kl_guidance_scale:g}",
+            "off" if c.dgpo.clip_range is None else f"{c.dgpo.clip_range:g}",
+            c.advantage.std,
+            f"{c.optimizer.lr:g}",
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -268,5 +268,7 @@ def _reward_metrics(scores: GroupScores, images: int) -> dict[str, Any]:
         "images_count": images,
     }
     for name, values in scores.parts.items():
-        metrics[f"reward/{name}_mean"] = float(values[scores.valid].mean()) if kept.size else None
+        # A part may be missing for some prompts, and then says nothing of them.
+        present = values[np.isfinite(values) & scores.valid[:, None]]
+        metrics[f"reward/{name}_mean"] = float(present.mean()) if present.size else None
     return metrics
