@@ -138,7 +138,7 @@ def group_scores(
 ) -> Tensor:
     """s_g = (β / G_g) Σ_{i∈g} A_i (d_policy,i − d_ref,i) over the samples of the call, for each sample of g (B,)."""
     same = same_group(group_index)
-    size = same.sum(1) if group_size is None else group_size
+    size = same.sum(1).to(losses.policy.dtype) if group_size is None else group_size
     term = advantage.to(losses.policy.dtype) * (losses.policy - losses.ref).detach()
     return beta / size * torch.where(same, term[None, :], 0).sum(1)
 
@@ -161,7 +161,7 @@ def loss_from_scores(
     (P·G_g), which for a whole group is the derivative of the value.
     """
     same = same_group(group_index)
-    size = same.sum(1) if group_size is None else group_size
+    size = same.sum(1).to(losses.policy.dtype) if group_size is None else group_size
     groups = (~same.tril(-1).any(1)).sum().clamp(min=1) if num_groups is None else num_groups
     advantage = advantage.to(losses.policy.dtype)
     clipped = torch.zeros_like(advantage, dtype=torch.bool)

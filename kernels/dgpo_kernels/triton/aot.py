@@ -5,9 +5,9 @@ Needs triton and its CUDA tools, but no GPU. ``python -m dgpo_kernels.triton.aot
 documentation holds.
 """
 
-import functools
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +22,17 @@ from dgpo_kernels.triton import loss, noise, step
 from dgpo_kernels.triton.launch import BACKWARD_CONFIG, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
 
 ARCHITECTURES = (80, 90, 100)
-# The budget. 168 registers a thread let an SM hold twelve warps of the big tiles, each with up to twenty 16-byte
-# loads in flight; masked tiles of a small model, with their one warp, may take what a thread can have. The few words
-# of shared memory are those of sums across warps.
-MAX_REGISTERS_EVEN = 168
+# The budget. The kernels over tiles may take all the registers a thread can have: two programs of four warps an SM still
+# hold more 16-byte loads in flight than the memory's latency asks for. What counts is that nothing spills. The solver
+# steps, with little to hold, leave room for a full SM. The few words of shared memory are those of sums across warps.
 MAX_REGISTERS = 255
+MAX_STEP_REGISTERS = 64
+MAX_SHARED_BYTES = 8 * 1024
+# The budget. The kernels over tiles may take all the registers a thread can have: two programs of four warps an SM
+# still hold more 16-byte loads in flight than the memory's latency asks for. What counts is that nothing spills. The
+# solver steps, with little to hold, leave room for a full SM. The few words of shared memory are those of sums across
+# warps. MAX_REGISTERS = 255
+MAX_STEP_REGISTERS = 64
 MAX_SHARED_BYTES = 8 * 1024
 
 _INTEGERS = {"samples", "tiles", "numel", "quarter"}
@@ -65,6 +71,7 @@ class Variant:
     """One kernel as it is launched for one kind of call.
 
     wide: whether every access to a big tensor is to be 128 bits wide.
+    max_registers: the bound given to the assembler, None for none.
     """
 
     name: str
@@ -74,6 +81,7 @@ class Variant:
     tensor_type: str = "*bf16"
     float32: tuple[str, ...] = ()
     wide: bool = True
+    max_registers: int | None = MAX_REGISTERS
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,16 @@ def variants() -> Iterator[Variant]:
     del given["given_scores"]
     yield variant("group loss, scores given", loss._group_loss_kernel, given, loss.GROUP_WARPS, wide=False)
     block = {"GUIDED": True, "BLOCK": step.BLOCK}
-    yield variant("guided Euler step", step._euler_kernel, block, step.NUM_WARPS)
+    yield variant("guided Euler step", step._euler_kernel, block, step.NUM_WARPS, max_registers=None)
     block |= {"HAS_PREV": True}
-    yield variant("guided DPM-Solver++(2M) step", step._dpmpp_2m_kernel, block, step.NUM_WARPS, float32=("x0",))
+    yield variant(
+        "guided DPM-Solver++(2M) step",
+        step._dpmpp_2m_kernel,
+        block,
+        step.NUM_WARPS,
+        float32=("x0",),
+        max_registers=None,
+    )
 
 
 def compile_variant(variant: Variant, architecture: int) -> Any:
@@ -163,10 +178,11 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
             aligned.append(index)
     source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": variant.num_warps})
+    options = {"num_warps": variant.num_warps}
+    options |= {"maxnreg": variant.max_registers} if variant.max_registers else {}
+    return triton.compile(source, target=target, options=options)
 
 
-@functools.cache
 def resources(variant: Variant, architecture: int) -> Resources:
     """Compiles a variant and reads its registers, memory and access widths from the machine code."""
     compiled = compile_variant(variant, architecture)
@@ -202,22 +218,46 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def table() -> str:
+def faults(variant: Variant, found: Resources) -> list[str]:
+    """What a kernel does that it must not: spill, use local memory, go over its budget, or access memory narrowly."""
+    limit = MAX_REGISTERS if variant.max_registers else MAX_STEP_REGISTERS
+    accesses = found.load_bits + found.store_bits
+    checks = {
+        "spills": found.spill_instructions == 0,
+        "has a stack": found.stack_bytes == 0,
+        "uses local memory": found.local_bytes == 0,
+        f"takes {found.registers} registers": found.registers <= limit,
+        f"takes {found.shared_bytes} shared bytes": found.shared_bytes <= MAX_SHARED_BYTES,
+        f"has no 128-bit access: {accesses}": not variant.wide or max(accesses) == 128,
+        f"makes 16-bit accesses: {accesses}": not variant.wide or min(accesses) >= 32,
+    }
+    return [fault for fault, holds in checks.items() if not holds]
+
+
+def table(measured: dict[tuple[Variant, int], Resources]) -> str:
     """The kernels' resources as a Markdown table."""
     lines = [
-        "| kernel | sm | registers | local bytes | shared bytes | loads: widest × count | stores: widest × count |",
+        "| kernel | sm | registers | spilled bytes | shared bytes | 128-bit loads | 128-bit stores |",
         "|---|---|---|---|---|---|---|",
     ]
-    for variant in variants():
-        for architecture in ARCHITECTURES:
-            found = resources(variant, architecture)
-            cells = [variant.name, f"{architecture}", f"{found.registers}"]
-            cells += [f"{found.local_bytes + found.stack_bytes}", f"{found.shared_bytes}"]
-            for bits in (found.load_bits, found.store_bits):
-                cells.append(f"{bits[-1]} × {bits.count(bits[-1])}" if bits else "none")
-            lines.append("| " + " | ".join(cells) + " |")
+    for (variant, architecture), found in measured.items():
+        cells = [variant.name, f"{architecture}", f"{found.registers}"]
+        cells += [f"{found.local_bytes + found.stack_bytes}", f"{found.shared_bytes}"]
+        cells += [f"{found.load_bits.count(128)} of {len(found.load_bits)}"]
+        cells += [f"{found.store_bits.count(128)} of {len(found.store_bits)}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def main() -> None:
+    """Prints the table for the architectures on the command line (default all); exits 1 where a kernel is at fault."""
+    architectures = [int(argument) for argument in sys.argv[1:]] or ARCHITECTURES
+    measured = {(variant, sm): resources(variant, sm) for variant in variants() for sm in architectures}
+    print(f"Triton {triton.__version__}\n\n{table(measured)}")
+    found = [f"{v.name} on sm_{sm}: {', '.join(faults(v, r))}" for (v, sm), r in measured.items() if faults(v, r)]
+    if found:
+        sys.exit("\n".join(found))
+
+
 if __name__ == "__main__":
-    print(table())
+    main()

@@ -16,10 +16,12 @@ class TileConfig:
 
     block: Philox counters in a tile at most, a power of two ≥ 256; a tile has four elements for each.
     span: consecutive samples that a program takes through its tile.
+    max_registers: a thread's. Without a bound the assembler spills a few registers to fit one more program.
     """
 
     block: int
     span: int
+    max_registers: int = 255
 
     def tiles(self, numel: int, itemsize: int) -> tuple[int, int, int, int, int]:
         """How a sample of ``numel`` elements is cut, where the narrowest tensor's elements take ``itemsize`` bytes.

@@ -29,6 +29,7 @@ KL_NONE, KL_REF, KL_OWN = 0, 1, 2
 # Block sizes of the one-program kernel: samples by samples, and tiles at a time.
 GROUP_BLOCKS = {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_T": 16}
 GROUP_WARPS = 8
+GROUP_MAX_REGISTERS = 255
 
 
 @triton.jit
@@ -334,6 +335,7 @@ def loss_partials(
             BLOCK=block,
             VECTOR=vector,
             num_warps=num_warps,
+            maxnreg=config.max_registers,
         )
     return partials
 
@@ -398,6 +400,7 @@ def group_loss(
             SCORES_ONLY=scores_only,
             **GROUP_BLOCKS,
             num_warps=GROUP_WARPS,
+            maxnreg=GROUP_MAX_REGISTERS,
         )
     return loss, losses, scores, clipped, weights, inverse_groups
 
@@ -464,5 +467,6 @@ def policy_gradient(
             BLOCK=block,
             VECTOR=vector,
             num_warps=num_warps,
+            maxnreg=config.max_registers,
         )
     return grad

@@ -114,4 +114,5 @@ def _launch(
             BLOCK=block,
             VECTOR=vector,
             num_warps=num_warps,
+            maxnreg=config.max_registers,
         )

@@ -112,7 +112,7 @@ def log_ratio_margin(oracle, clip_range):
     return ((ratio[:, None] - edges).abs() / oracle.dsm_policy[:, None].clamp(min=1)).min()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(**CASES)
 @example(
     shape=(16, 64, 64),
@@ -153,7 +153,7 @@ def test_loss_and_gradient_are_within_budget(
     check_all(*results, inputs[1], beta, within_budget)
 
 
-@pytest.mark.parametrize("groups", [[], [4], [1] * 5, list(range(70)), [i % 3 for i in range(150)]])
+@pytest.mark.parametrize("groups", [[], [4], [1] * 5, list(range(66)), [i % 3 for i in range(70)]])
 def test_group_layouts(groups, device, within_budget):
     """Empty, single, one group, all distinct (more than a block of the score kernel), and interleaved groups."""
     inputs = make_inputs((5,), groups, [torch.float32] * 5, 1.0, device)
