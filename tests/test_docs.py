@@ -1,0 +1,53 @@
+"""The documents say what the code does."""
+
+import json
+import re
+from pathlib import Path
+
+from dgpo_fast.cli import configure
+from dgpo_fast.config import setting_names
+from dgpo_fast.recipes import markdown_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_shows_the_recipes() -> None:
+    """Made by `python -m dgpo_fast.recipes`."""
+    assert markdown_table() in README
+
+
+def test_readme_commands_are_understood() -> None:
+    commands = re.findall(r"python -m dgpo_fast\.train([^\n#`\"]*)", README)
+    assert len(commands) > 5
+    for command in commands:
+        args = command.split()
+        if "--help" not in args and "--resume" not in args and "my_settings.yaml" not in args:
+            configure(args)
+
+
+def test_settings_named_in_the_docs_exist() -> None:
+    names = set(setting_names())
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for group, field in re.findall(r"`(rollout|dgpo|policy|optimizer|ema|evaluation|checkpoint)\.(\w+)`",
+                                       path.read_text(encoding="utf-8")):  # fmt: skip
+            assert f"{group}.{field}" in names, f"{path.name}: {group}.{field}"
+
+
+def test_links_lead_somewhere() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_readme_results_are_those_of_the_file() -> None:
+    """The table of the default run holds the numbers that `benchmarks/first_light.py` wrote."""
+    report = json.loads((ROOT / "benchmarks/results/cpu/tiny-shapes.json").read_text(encoding="utf-8"))
+    for run in report["runs"]:
+        cells = []
+        for scores in (run["before"], run["after"]):
+            cells.append(
+                f"{scores['reward_mean']:.3f} ± {(scores['reward_ci95'][1] - scores['reward_ci95'][0]) / 2:.3f}"
+            )
+        row = f"| {run['seed']} | {' | '.join(cells)} | {run['gain']:+.3f} | {run['wall_s']:.0f} s |"
+        assert row in README, row
