@@ -22,16 +22,11 @@ from dgpo_kernels.triton import loss, noise, step
 from dgpo_kernels.triton.launch import BACKWARD_CONFIG, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
 
 ARCHITECTURES = (80, 90, 100)
-# The budget. The kernels over tiles may take all the registers a thread can have: two programs of four warps an SM still
-# hold more 16-byte loads in flight than the memory's latency asks for. What counts is that nothing spills. The solver
-# steps, with little to hold, leave room for a full SM. The few words of shared memory are those of sums across warps.
-MAX_REGISTERS = 255
-MAX_STEP_REGISTERS = 64
-MAX_SHARED_BYTES = 8 * 1024
 # The budget. The kernels over tiles may take all the registers a thread can have: two programs of four warps an SM
 # still hold more 16-byte loads in flight than the memory's latency asks for. What counts is that nothing spills. The
 # solver steps, with little to hold, leave room for a full SM. The few words of shared memory are those of sums across
-# warps. MAX_REGISTERS = 255
+# warps.
+MAX_REGISTERS = 255
 MAX_STEP_REGISTERS = 64
 MAX_SHARED_BYTES = 8 * 1024
 
