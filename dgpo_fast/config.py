@@ -98,8 +98,7 @@ class Policy:
     )
     """Linear layers that get an adapter, by the end of their name."""
     micro_batch: Count = 16
-    """Images per training forward and backward. Below the group size, a first pass without gradients finds the exact
-    weight of each group: the gradient stays the same."""
+    """Images per training forward and backward. Any size gives the same gradient."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -131,10 +130,7 @@ class EMA:
     switch_ema_ref: Annotated[int, Field(ge=0)] = 500
     """From this step on the rollouts use θ_old instead of the policy itself."""
     eval_decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """The slow average, which is evaluated and saved: decay = min(eval_decay_max, (1 + s) / (10 + s)). 0: no average.
-    """
-    eval_every: Count = 8
-    """Steps between updates of the slow average."""
+    """The slow average, which is evaluated and saved: decay = min(this, (1 + s) / (10 + s)). 0: no average."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -180,8 +176,7 @@ class Config:
     recipe: str = "tiny-shapes"
     """Where the settings below start from."""
     model: str = "tiny"
-    """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the Hugging Face
-    hub."""
+    """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the hub."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     prompts: str = "tiny-shapes"

@@ -13,7 +13,7 @@ from dgpo_fast.errors import UserError
 
 
 def tiny_shapes() -> Config:
-    """Coloured shapes on the shipped pipeline: a few minutes on two CPU cores."""
+    """Coloured shapes; minutes on two CPU cores."""
     return Config(
         recipe="tiny-shapes",
         model="tiny",
@@ -37,12 +37,12 @@ def tiny_shapes() -> Config:
 
 
 def tiny_ocr() -> Config:
-    """Three-letter signs on the shipped pipeline, read by a real OCR engine."""
+    """Words on signs, read by a real OCR engine."""
     return replace(tiny_shapes(), recipe="tiny-ocr", prompts="tiny-signs", rewards=("ocr",))
 
 
 def sd35m_geneval() -> Config:
-    """SD3.5-Medium on GenEval's prompts; score it with your own reward by `--rewards my_module:MyReward`."""
+    """SD3.5-Medium on GenEval: objects, counts, colours, positions."""
     return Config(
         recipe="sd35m-geneval",
         model="stabilityai/stable-diffusion-3.5-medium",
@@ -70,7 +70,7 @@ def sd35m_ocr() -> Config:
 
 
 def sd35m_pickscore() -> Config:
-    """SD3.5-Medium on human preference; give your prompts with `--prompts FILE`."""
+    """SD3.5-Medium on human preference (PickScore)."""
     base = sd35m_ocr()
     return replace(
         base,
@@ -83,7 +83,7 @@ def sd35m_pickscore() -> Config:
 
 
 def sd35m_cfgfree() -> Config:
-    """SD3.5-Medium trained to need no guidance: unguided rollouts, guidance distilled from the frozen reference."""
+    """SD3.5-Medium trained to need no guidance."""
     base = sd35m_geneval()
     return replace(
         base,
@@ -95,7 +95,7 @@ def sd35m_cfgfree() -> Config:
 
 
 def sd35m_cfgfree_ema() -> Config:
-    """As `sd35m-cfgfree`, with θ_old as the reference of the group score."""
+    """As sd35m-cfgfree, with θ_old as the reference."""
     base = sd35m_cfgfree()
     return replace(
         base,
