@@ -126,7 +126,18 @@ def get_recipe(name: str) -> Config:
 
 def markdown_table() -> str:
     """The recipes side by side, as the README shows them: `python -m dgpo_fast.recipes`."""
-    columns = "recipe|rewards|P × G|steps, guidance|trained on|β|KL weight, guidance|clip|std|lr".split("|")
+    columns = [
+        "recipe",
+        "rewards",
+        "P × G",
+        "steps, guidance",
+        "trained on",
+        "β",
+        "KL weight, guidance",
+        "clip",
+        "std",
+        "lr",
+    ]
     rows = [columns, ["---"] * len(columns)]
     for name, recipe in RECIPES.items():
         c = recipe()
