@@ -1,0 +1,174 @@
+"""What rewards that are neural networks share: loading with one-line errors, image preparation, golden pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from dgpo_fast.errors import UserError
+
+# Mean and standard deviation of RGB in [0, 1] that OpenAI's CLIP and its descendants, BLIP among them, were trained on.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+GOLDEN_COLORS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 220), "yellow": (250, 220, 20)}
+GOLDEN_TEXTS = tuple(f"a {color} square" for color in GOLDEN_COLORS)
+
+
+def default_device() -> torch.device:
+    """This process's GPU, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def require_images(name: str, images: Any) -> None:
+    """Raises UserError unless `images` is uint8 (B, H, W, 3): floats in 0..1 would all be scored as black."""
+    dtype = getattr(images, "dtype", type(images).__name__)
+    shape: tuple[int, ...] = getattr(images, "shape", ())
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
+        raise UserError(f"reward {name!r}: images must be uint8 RGB (B, H, W, 3), not {dtype} {tuple(shape)}")
+
+
+def load_pretrained(name: str, loader: Callable[..., Any], source: str | Path) -> Any:
+    """`loader(source)`, where `loader` is a `from_pretrained` of transformers; a model comes whole, in fp32, to score.
+
+    Args:
+        name: the reward, for the message.
+        source: a model's name on the Hugging Face hub, or a folder.
+
+    Raises:
+        UserError: one line, where there is no such model or it lacks weights, which would be left random.
+    """
+    import transformers
+
+    if Path(source).exists():
+        # Downloads show their own progress; reading from the disk needs none.
+        transformers.utils.logging.disable_progress_bar()
+    is_model = hasattr(getattr(loader, "__self__", None), "base_model_prefix")
+    try:
+        if not is_model:
+            return loader(source)
+        model, report = loader(source, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:
+        raise unavailable(name, source, error) from error
+    # Buffers that are computed rather than learned come and go between releases of transformers.
+    lacking = sorted(set(report["missing_keys"]) & {key for key, _ in model.named_parameters()})
+    if lacking:
+        raise UserError(f"reward {name!r}: {source} lacks {len(lacking)} weights, {lacking[0]} first: wrong model?")
+    return model.to(default_device()).eval().requires_grad_(False)
+
+
+def load_weights(name: str, source: str | Path, fetch: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """The weights in one PyTorch file, fp32 on the CPU: the file `source` where there is one, else what `fetch` gets.
+
+    Only tensors are unpickled; no code in the file is run. A dictionary below `"state_dict"` counts as the whole.
+
+    Raises:
+        UserError: one line, where the file cannot be had or holds no weights.
+    """
+    try:
+        path = source if Path(source).is_file() else fetch()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise unavailable(name, source, error) from error
+    if isinstance(weights, Mapping):
+        weights = weights.get("state_dict", weights)
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"reward {name!r}: {source} is no file of PyTorch weights")
+    return {key: value.float() for key, value in weights.items()}
+
+
+def hub_file(source: str | Path) -> str:
+    """Path of the file `owner/repository/file` of the Hugging Face hub, downloaded once into its cache."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, file = str(source).rpartition("/")
+    return hf_hub_download(repository, file)
+
+
+def fill(name: str, source: str | Path, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Loads `weights` into `module`, which they must fill, and moves it to the device, ready to score.
+
+    Weights beyond the module's are left: checkpoints carry heads that scoring does not use.
+
+    Raises:
+        UserError: one line naming the first weight that is absent or of another shape.
+    """
+    for key, wanted in module.named_parameters():
+        if key not in weights:
+            raise UserError(f"reward {name!r}: {source} lacks the weight {key}: wrong file?")
+        if weights[key].shape != wanted.shape:
+            shapes = f"{tuple(weights[key].shape)} instead of {tuple(wanted.shape)}"
+            raise UserError(f"reward {name!r}: in {source} the weight {key} is {shapes}: wrong file?")
+    module.load_state_dict(dict(weights), strict=False)
+    module.to(default_device()).eval().requires_grad_(False)
+
+
+def unavailable(name: str, source: str | Path, error: Exception) -> UserError:
+    """The one line for a model that cannot be loaded from `source`."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", str(source))
+    command = f"`hf download {' '.join(filter(None, on_hub.groups()))}`" if on_hub else "check its path"
+    remedy = f"{command}, or name a local copy (docs/rewards.md, models)"
+    return UserError(f"reward {name!r} needs {source}, which cannot be loaded ({lines[0][:120]}): {remedy}")
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in 0..255 on the device."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(default_device()).permute(0, 3, 1, 2).float()
+
+
+def resize(pixels: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
+    """Images (B, 3, H, W) in 0..255 resized to (height, width) as PIL does it: smoothed first, rounded after."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size, mode=mode, antialias=True, align_corners=False).round().clamp(0, 255)
+
+
+def crop_square(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """The shortest side resized to `size`, and the middle cut out: (B, 3, size, size), as CLIP was trained."""
+    height, width = pixels.shape[-2:]
+    short = min(height, width)
+    pixels = resize(pixels, (size * height // short, size * width // short))
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size]
+
+
+def pad_square(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """The longest side resized to `size`, black on both sides of the other: (B, 3, size, size)."""
+    height, width = pixels.shape[-2:]
+    scale = size / max(height, width)
+    pixels = resize(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
+    vertical, horizontal = size - pixels.shape[-2], size - pixels.shape[-1]
+    left, top = horizontal // 2, vertical // 2
+    return F.pad(pixels, (left, horizontal - left, top, vertical - top))
+
+
+def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Images (B, 3, H, W) in 0..255 → (x / 255 − mean) / std, per channel."""
+    shape = (3, 1, 1)
+    mean_, std_ = (pixels.new_tensor(values).view(shape) for values in (mean, std))
+    return (pixels / 255 - mean_) / std_
+
+
+def golden_squares() -> np.ndarray:
+    """A square of each of the golden colours on light grey, uint8 (4, 256, 256, 3)."""
+    pictures = []
+    for color in GOLDEN_COLORS.values():
+        picture = Image.new("RGB", (256, 256), (225, 225, 225))
+        ImageDraw.Draw(picture).rectangle((56, 56, 199, 199), fill=color)
+        pictures.append(np.asarray(picture))
+    return np.stack(pictures)
+
+
+def golden_photo() -> np.ndarray:
+    """The portrait of Grace Hopper that Matplotlib ships, one person before a flag, uint8 (1, H, W, 3)."""
+    from matplotlib import get_data_path
+
+    path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    return np.asarray(Image.open(path).convert("RGB"))[None]
