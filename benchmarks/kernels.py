@@ -19,6 +19,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).parents[1]
 COLORS = {"eager, stored noise": "#999999", "eager": "#d08c2e", "compile": "#3a7ca5", "triton": "#2a8c5a"}
@@ -133,7 +134,9 @@ def plot(cases: list[dict[str, Any]], file: Path) -> None:
     roof.plot(line, [copy * intensity for intensity in line], "k--", linewidth=1)
     roof.set(title="roofline at the largest size", xlabel="FLOP/byte (noise not counted)", ylabel="GFLOP/s")
     roof.set(xscale="log", yscale="log")
-    roof.grid(alpha=0.3, which="both")
+    roof.set_xticks([0.3, 0.5, 1, 2, 3], ["0.3", "0.5", "1", "2", "3"])
+    roof.xaxis.set_minor_formatter(NullFormatter())
+    roof.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
 
 

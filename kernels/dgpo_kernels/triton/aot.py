@@ -100,24 +100,27 @@ def _tile(config: TileConfig, numel: int, itemsize: int = 2, channels: int = 0) 
 
 
 def variants() -> Iterator[Variant]:
-    """The kernels at SD3.5's size (65,536 elements a sample) and at that of a small model (768)."""
+    """The kernels at SD3.5's size (65,536 elements a sample), and the fullest at that of a small model (768)."""
 
     def variant(name: str, kernel: Any, constants: dict[str, Any], warps: int, **options: Any) -> Variant:
         return Variant(name, kernel, tuple(constants.items()), warps, **options)
 
+    predictions = {"": (False, 0), ", old": (True, 0), ", old, kl = ref": (True, 1), ", old, kl": (True, 2)}
     for numel in (65536, 768):
         tile, warps = _tile(NOISE_CONFIG, numel)
         x0 = {"SIGMA_STRIDE": 1, "HAS_X0": True, **tile}
         yield variant(f"group_noise, N = {numel}", noise._group_noise_kernel, x0, warps)
         tile, warps = _tile(FORWARD_CONFIG, numel)
-        for name, old, kl in (("", False, 0), (", old", True, 0), (", old, kl = ref", True, 1), (", old, kl", True, 2)):
+        for name, (old, kl) in predictions.items():
             flags = {"HAS_OLD": old, "KL": kl, **tile}
             flags |= ({} if old else {"old": None}) | ({} if kl == 2 else {"kl": None})
-            yield variant(f"loss{name}, N = {numel}", loss._partials_kernel, flags, warps)
+            if numel == 65536 or kl == 2:
+                yield variant(f"loss{name}, N = {numel}", loss._partials_kernel, flags, warps)
         tile, warps = _tile(BACKWARD_CONFIG, numel)
         for name, has_kl in (("", False), (", kl", True)):
             flags = {"HAS_KL": has_kl, **tile} | ({} if has_kl else {"kl": None})
-            yield variant(f"gradient{name}, N = {numel}", loss._gradient_kernel, flags, warps)
+            if numel == 65536 or has_kl:
+                yield variant(f"gradient{name}, N = {numel}", loss._gradient_kernel, flags, warps)
     tile, warps = _tile(NOISE_CONFIG, 65536, itemsize=4)
     x0 = {"SIGMA_STRIDE": 1, "HAS_X0": True, **tile}
     yield variant("group_noise, float32", noise._group_noise_kernel, x0, warps, tensor_type="*fp32")
@@ -181,9 +184,8 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
 def resources(variant: Variant, architecture: int) -> Resources:
     """Compiles a variant and reads its registers, memory and access widths from the machine code."""
     compiled = compile_variant(variant, architecture)
-    usage = _cuobjdump("-res-usage", compiled.asm["cubin"])
-    field = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    machine_code = _cuobjdump("-sass", compiled.asm["cubin"])
+    machine_code = _disassemble(compiled.asm["cubin"])
+    field = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", machine_code)}
     return Resources(
         registers=field["REG"],
         stack_bytes=field["STACK"],
@@ -205,12 +207,14 @@ def _widths(instruction: str, machine_code: str) -> tuple[int, ...]:
 _WIDTHS = {"256": 256, "128": 128, "64": 64, "32": 32, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
 
-def _cuobjdump(option: str, cubin: bytes) -> str:
+def _disassemble(cubin: bytes) -> str:
+    """The machine code and its resource usage, as cuobjdump prints them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def faults(variant: Variant, found: Resources) -> list[str]:
