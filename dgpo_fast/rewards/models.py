@@ -171,4 +171,4 @@ def golden_photo() -> np.ndarray:
     from matplotlib import get_data_path
 
     path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    return np.asarray(Image.open(path).convert("RGB"))[None]
+    return np.array(Image.open(path).convert("RGB"))[None]

@@ -16,8 +16,15 @@ from dgpo_fast.rewards.protocol import Reward
 
 # One line per shipped reward; its module is imported when the reward is first asked for.
 BUILT_IN = {
+    "aesthetic": "dgpo_fast.rewards.aesthetic:AestheticReward",
+    "clipscore": "dgpo_fast.rewards.clip:ClipScoreReward",
+    "geneval-hf": "dgpo_fast.rewards.geneval:GenevalReward",
+    "geneval-hf-compat": "dgpo_fast.rewards.geneval:compat",
+    "hpsv2": "dgpo_fast.rewards.hpsv2:HpsReward",
+    "imagereward": "dgpo_fast.rewards.imagereward:ImageRewardReward",
     "jpeg": "dgpo_fast.rewards.jpeg:JpegReward",
     "ocr": "dgpo_fast.rewards.ocr:OcrReward",
+    "pickscore": "dgpo_fast.rewards.clip:PickScoreReward",
     "shapes": "dgpo_fast.tiny.shapes:ShapesReward",
 }
 
