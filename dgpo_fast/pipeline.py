@@ -61,7 +61,9 @@ def load_pipeline(
         folder = source if source.exists() else StableDiffusion3Pipeline.download(model, revision=revision)
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype)
+        # A pipeline may be without its T5 encoder; diffusers wants to be told so by name.
+        absent = {name: None for name, value in index.items() if value == [None, None]}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **absent)
     except (OSError, ValueError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
