@@ -8,17 +8,20 @@ and so does a run that was killed and resumed.
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -27,7 +30,7 @@ from torch.nn import functional as F
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.tiny import PIPELINE_DIR, data
-from dgpo_fast.tiny.model import build_pipeline
+from dgpo_fast.tiny.model import LATENT_CHANNELS, LATENT_SIZE, build_pipeline
 from dgpo_fast.tiny.shapes import ShapesReward
 
 # Harder tags more often than in a uniform mix, the easy ones often enough to be learnt.
@@ -56,40 +59,54 @@ class Pretraining:
 
     seed: int = 0
     pictures: int = 60_000
-    sign_share: float = 0.35
-    autoencoder_steps: int = 1500
-    transformer_steps: int = 4500
+    sign_share: float = 0.05
+    autoencoder_steps: int = 1000
+    transformer_steps: int = 2000
     autoencoder_batch: int = 64
     transformer_batch: int = 256
     autoencoder_lr: float = 2e-3
-    transformer_lr: float = 1.5e-3
+    transformer_lr: float = 2e-3
     kl_weight: float = 2e-3
     caption_dropout: float = 0.1
     sigma_mean: float = 0.5
     sigma_std: float = 1.0
-    ema: float = 0.998
+    ema: float = 0.995
     checkpoint_every_s: float = 60.0
+
+
+Batch = tuple[Tensor, ...]
 
 
 @dataclass
 class Stage:
-    """One optimisation: `loss(generator)` is a scalar tensor, and depends on the weights and the generator alone."""
+    """One optimisation.
+
+    Attributes:
+        draw: a batch from a generator: tensors with one row per sample.
+        loss: the mean loss over any part of a batch, a scalar.
+    """
 
     name: str
     modules: Sequence[nn.Module]
-    loss: Callable[[torch.Generator], Tensor]
+    draw: Callable[[torch.Generator], Batch]
+    loss: Callable[..., Tensor]
     steps: int
     lr: float
 
 
+def _say_nothing(stage: Stage, step: int, loss: Tensor) -> None:
+    """The report of every process but the first."""
+
+
 @dataclass
 class Session:
-    """What one process adds: where its checkpoints lie, when to stop (as time.monotonic() counts), how to report."""
+    """What one process adds: where checkpoints lie, when to stop (time.monotonic()), if it saves, how it reports."""
 
     config: Pretraining
     folder: Path
     deadline: float
-    report: Callable[[Stage, int, Tensor], None] = lambda *_: None
+    saves: bool = True
+    report: Callable[[Stage, int, Tensor], None] = _say_nothing
 
 
 class OutOfTime(Exception):
@@ -109,17 +126,19 @@ def dataset(config: Pretraining) -> tuple[list[data.Prompt], np.ndarray]:
 
 def autoencoder_stage(pipe: StableDiffusion3Pipeline, pictures: np.ndarray, config: Pretraining) -> Stage:
     images = torch.from_numpy(pictures)
+    latent_shape = (config.autoencoder_batch, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def draw(generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(images), (config.autoencoder_batch,), generator=generator)
-        x = _to_pixels(images[chosen]).to(pipe.device)
+        return _to_pixels(images[chosen]), torch.randn(latent_shape, generator=generator)
+
+    def loss(x: Tensor, noise: Tensor) -> Tensor:
         posterior = pipe.vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(pipe.device)
         reconstructed = pipe.vae.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return F.l1_loss(reconstructed, x) + F.mse_loss(reconstructed, x) + config.kl_weight * kl
 
-    return Stage("autoencoder", [pipe.vae], loss, config.autoencoder_steps, config.autoencoder_lr)
+    return Stage("autoencoder", [pipe.vae], draw, loss, config.autoencoder_steps, config.autoencoder_lr)
 
 
 def transformer_stage(
@@ -127,26 +146,31 @@ def transformer_stage(
 ) -> Stage:
     """Flow matching of x_t = (1 − σ)·x0 + σ·noise to the velocity noise − x0; first sets the autoencoder's scaling."""
     x0_all = scaled_latents(pipe, pictures)
+    captions = [text for text, _ in prompts] + [""]
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def draw(generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(x0_all), (config.transformer_batch,), generator=generator)
         dropped = torch.rand(len(chosen), generator=generator) < config.caption_dropout
-        captions = ["" if drop else prompts[i][0] for i, drop in zip(chosen.tolist(), dropped.tolist(), strict=True)]
-        t5_tokens = T5_TOKENS[int(torch.randint(len(T5_TOKENS), (), generator=generator))]
+        t5_tokens = torch.tensor(T5_TOKENS)[torch.randint(len(T5_TOKENS), (1,), generator=generator)]
         logit = config.sigma_mean + config.sigma_std * torch.randn(len(chosen), generator=generator)
         x0, noise = x0_all[chosen], torch.randn(len(chosen), *x0_all.shape[1:], generator=generator)
-        sigma = torch.sigmoid(logit)
-        x_t = torch.lerp(x0, noise, sigma[:, None, None, None])
-        # Drawn on the CPU so that a GPU run sees the same samples.
-        x_t, target_v, timestep = (t.to(pipe.device) for t in (x_t, noise - x0, 1000 * sigma))
+        caption = torch.where(dropped, len(captions) - 1, chosen)
+        return x0, noise, torch.sigmoid(logit), caption, t5_tokens.expand(len(chosen))
+
+    def loss(x0: Tensor, noise: Tensor, sigma: Tensor, caption: Tensor, t5_tokens: Tensor) -> Tensor:
         embeds, _, pooled, _ = pipe.encode_prompt(
-            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=t5_tokens
+            [captions[i] for i in caption.tolist()],
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=int(t5_tokens[0]),
         )
-        v = pipe.transformer(x_t, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=timestep).sample
-        return F.mse_loss(v, target_v)
+        x_t = torch.lerp(x0, noise, sigma[:, None, None, None])
+        v = pipe.transformer(x_t, embeds, pooled, timestep=1000 * sigma).sample
+        return F.mse_loss(v, noise - x0)
 
     modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
-    return Stage("transformer", modules, loss, config.transformer_steps, config.transformer_lr)
+    return Stage("transformer", modules, draw, loss, config.transformer_steps, config.transformer_lr)
 
 
 @torch.no_grad()
@@ -175,35 +199,55 @@ def optimise(stage: Stage, session: Session) -> None:
     file = session.folder / f"{stage.name}.pt"
     step = _load_checkpoint(file, config, optimizer, weights, average) if file.exists() else 0
     last_save = time.monotonic()
-    while step < stage.steps and time.monotonic() < session.deadline:
-        loss = _step(stage, optimizer, weights, step, config.seed)
+    time_over = False
+    while step < stage.steps and not time_over:
+        # Draws depend on seed, stage and step only, so that a resumed run repeats them.
+        key = np.random.SeedSequence([config.seed, step, *stage.name.encode()]).generate_state(1, np.uint64)[0]
+        batch = stage.draw(torch.Generator().manual_seed(int(key) >> 1))
+        loss, time_over = _gradients(stage, batch, weights, time.monotonic() > session.deadline)
+        _update(stage, optimizer, weights, step)
         # The first averages forget the random start.
         torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(config.ema, (1 + step) / (10 + step)))
         step += 1
         session.report(stage, step, loss)
-        if time.monotonic() - last_save >= config.checkpoint_every_s:
+        if session.saves and time.monotonic() - last_save >= config.checkpoint_every_s:
             _save_checkpoint(file, config, optimizer, weights, average, step)
             last_save = time.monotonic()
-    _save_checkpoint(file, config, optimizer, weights, average, step)
-    for own, mean in zip(weights, average, strict=True):
-        own.data.copy_(mean)
+    if session.saves:
+        _save_checkpoint(file, config, optimizer, weights, average, step)
+    with torch.no_grad():
+        torch._foreach_copy_([*weights], average)
     if step < stage.steps:
         raise OutOfTime
 
 
-def _step(stage: Stage, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], step: int, seed: int) -> Tensor:
-    """One optimizer step; its draws depend on seed, stage and step only, so that a resumed run repeats them."""
-    key = np.random.SeedSequence([seed, step, *stage.name.encode()]).generate_state(1, np.uint64)[0]
-    loss = stage.loss(torch.Generator().manual_seed(int(key) >> 1))
-    loss.backward()
+def _gradients(stage: Stage, batch: Batch, weights: list[nn.Parameter], time_over: bool) -> tuple[Tensor, bool]:
+    """Sets the gradients of a batch's mean loss; every process takes some rows of the batch, and all get the same sums.
+
+    Returns the loss, a scalar tensor, and whether the time is over for any of the processes.
+    """
+    device = weights[0].device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = [t.tensor_split(world)[rank].to(device) for t in batch]
+    loss = stage.loss(*rows) * (len(rows[0]) / len(batch[0]))
+    # The text encoders' last layers reach the loss through one pooled vector, parts of the last block not at all.
+    gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+    sums = torch.cat([*(g.reshape(-1) for g in gradients), loss.detach()[None], loss.new_tensor([float(time_over)])])
+    if world > 1:
+        dist.all_reduce(sums)
+        time_over = bool(sums[-1] > 0)
+    for p, g in zip(weights, sums[:-2].split([p.numel() for p in weights]), strict=True):
+        p.grad = g.view_as(p)
+    return sums[-2], time_over
+
+
+def _update(stage: Stage, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], step: int) -> None:
     nn.utils.clip_grad_norm_(weights, 1.0)
     warm_up = min(1.0, (step + 1) / 100)
     decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
     for group in optimizer.param_groups:
         group["lr"] = stage.lr * warm_up * decay
     optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
 
 
 def _save_checkpoint(
@@ -255,7 +299,12 @@ def _to_pixels(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusion3Pipeline, prompts: Sequence[str], seed: int, guidance_scale: float = 1.0, steps: int = 10
+    pipe: StableDiffusion3Pipeline,
+    prompts: Sequence[str],
+    seed: int,
+    guidance_scale: float = 1.0,
+    steps: int = 10,
+    max_sequence_length: int = T5_TOKENS[0],
 ) -> np.ndarray:
     """Draws a picture of each prompt with DPM-Solver++(2M), uint8 (B, 32, 32, 3)."""
     euler = pipe.scheduler
@@ -272,14 +321,14 @@ def sample(
             guidance_scale=guidance_scale,
             generator=generator,
             output_type="np",
-            max_sequence_length=T5_TOKENS[0],
+            max_sequence_length=max_sequence_length,
         ).images
         pictures.append((255 * drawn).round().astype(np.uint8))
     pipe.scheduler = euler
     return np.concatenate(pictures)
 
 
-def evaluate(pipe: StableDiffusion3Pipeline, seed: int, images: int = 768) -> dict[str, dict[str, float]]:
+def evaluate(pipe: StableDiffusion3Pipeline, images: int, seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean graded score and share of official `correct` on held-out shape prompts, unguided and guided, and per tag."""
     prompts = data.balanced(data.shape_prompts("heldout"), images)
     texts, metadata = [text for text, _ in prompts], [m for _, m in prompts]
@@ -340,6 +389,45 @@ def pretrain(config: Pretraining, session: Session) -> StableDiffusion3Pipeline:
     return pipe
 
 
+@contextmanager
+def helpers(n: int, config: Pretraining, session: Session) -> Iterator[None]:
+    """Runs `n` more processes that take their share of every batch while the block runs.
+
+    Layers as small as these are too little work to share among threads, above all on a busy machine.
+    """
+    if n == 0:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // (n + 1)))
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        silent = replace(session, saves=False, report=_say_nothing)
+        context = multiprocessing.get_context("spawn")
+        started = [
+            context.Process(target=_help, args=(store, i, n + 1, config, silent), daemon=True) for i in range(1, n + 1)
+        ]
+        for process in started:
+            process.start()
+        dist.init_process_group("gloo", init_method=store, rank=0, world_size=n + 1)
+        try:
+            yield
+            for process in started:
+                process.join()
+        finally:
+            dist.destroy_process_group()
+            torch.set_num_threads(threads)
+
+
+def _help(store: str, rank: int, world: int, config: Pretraining, session: Session) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    # The first process meets the same bad input and tells the user.
+    with suppress(UserError):
+        pretrain(config, session)
+    dist.destroy_process_group()
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dgpo_fast.tiny.pretrain", description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -351,6 +439,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --work")
     parser.add_argument(
         "--minutes", type=float, default=60, help="stop and save after this long (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluation-images", type=int, default=768, help="held-out pictures scored at the end (default: %(default)s)"
+    )
+    processes = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=processes,
+        help="processes that share every batch (default: %(default)s, one a core)",
     )
     for name, default in asdict(Pretraining()).items():
         option = "--" + name.replace("_", "-")
@@ -366,8 +464,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.resume and list(options.work.glob("*.pt")):
             raise UserError(f"{options.work} holds the checkpoints of a run: pass --resume, or another --work folder")
         with progress(Console()) as report:
-            session = Session(config, options.work, started + 60 * options.minutes, report)
-            pipe = pretrain(config, session)
+            session = Session(config, options.work, started + 60 * options.minutes, report=report)
+            with helpers(options.processes - 1, config, session):
+                pipe = pretrain(config, session)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -377,9 +476,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "config": asdict(config),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "device": pipe.device.type,
-        "threads": torch.get_num_threads(),
+        "processes": options.processes,
         "torch": torch.__version__,
-        "heldout": evaluate(pipe, seed=0),
+        "heldout": evaluate(pipe, options.evaluation_images),
     }
     (options.output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record["heldout"], indent=2))

@@ -11,7 +11,10 @@ import numpy as np
 from scipy import ndimage
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.rewards.geneval_rules import Matched, Scores, graded, relations, share_in_relation
 from dgpo_fast.tiny import data
+
+__all__ = ["Found", "Scores", "ShapesReward", "relations", "score"]
 
 _CHROMA = 175.0
 """Chroma (max − min channel) of a pixel that a shape covers whole; a pixel's chroma over this is its coverage."""
@@ -34,12 +37,6 @@ class Found(NamedTuple):
     color: str
     centre: tuple[float, float]
     size: tuple[float, float]
-
-
-class Scores(NamedTuple):
-    graded: float
-    correct: bool
-    strict: bool
 
 
 class ShapesReward:
@@ -112,43 +109,22 @@ class ShapesReward:
 def score(found: Sequence[Found], metadata: data.Metadata) -> Scores:
     """GenEval's graded, official and strict results of what was found in one picture.
 
-    Graded: mean over the terms of all entries of `include`: max(1 − |found − count| / count, 0) for the count, the same
-    for the colour (objects of the class in that colour) and the share of pairs in the relation for the position; colour
-    and position are 0 where the count is wrong.
-    Official ("correct"): at least `count` objects of every entry, its colour and position right, and no `exclude` entry
-    reached. Strict: official, and exactly `count` of every class.
+    Official ("correct"): at least `count` objects of every entry in its colour, its position right, and no `exclude`
+    entry reached. Strict: official, and exactly `count` of every class.
     """
-    terms: list[float] = []
-    correct = strict = True
-    groups: list[list[Found]] = []
+    matched = []
     for wanted in metadata["include"]:
-        count = wanted["count"]
         objects = [o for o in found if o.shape == wanted["class"]]
-        in_color = [o for o in objects if o.color == wanted.get("color", o.color)]
-        exact = len(objects) == count
-        strict = strict and exact
-        correct = correct and len(in_color) >= count
-        groups.append(in_color[:count] if "color" in wanted else objects[:count])
-        terms.append(max(0.0, 1 - abs(len(objects) - count) / count))
-        if "color" in wanted:
-            terms.append(max(0.0, 1 - abs(len(in_color) - count) / count) if exact else 0.0)
-        if "position" in wanted:
-            relation, other = wanted["position"]
-            pairs = [relation in relations(a, b) for a in groups[-1] for b in groups[other]]
-            holds = sum(pairs) / len(pairs) if pairs else 0.0
-            terms.append(holds if exact else 0.0)
-            correct = correct and holds == 1
+        matched.append(Matched(wanted, objects, [o for o in objects if o.color == wanted.get("color", o.color)]))
+    first = [one.in_color[: one.wanted["count"]] for one in matched]
+    correct = True
+    for index, one in enumerate(matched):
+        correct = correct and len(first[index]) == one.wanted["count"]
+        if "position" in one.wanted:
+            correct = correct and share_in_relation(first, index, one.wanted["position"]) == 1
     for unwanted in metadata.get("exclude", ()):
         correct = correct and sum(o.shape == unwanted["class"] for o in found) < unwanted["count"]
-    return Scores(float(np.mean(terms)), correct, correct and strict)
-
-
-def relations(a: Found, b: Found) -> set[str]:
-    """The relations of `a` to `b`, from the offset of their centres less a tenth of their sizes, over its length."""
-    offset = np.subtract(a.centre, b.centre)
-    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * np.add(a.size, b.size), 0)
-    length = float(np.hypot(*offset))
-    return {name for name, axis in data.RELATIONS.items() if float(shrunk @ np.array(axis)) > 0.5 * length}
+    return Scores(graded(matched), correct, correct and all(one.exact for one in matched))
 
 
 def _check(metadata: data.Metadata, prompt: str) -> None:
