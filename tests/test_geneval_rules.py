@@ -191,7 +191,7 @@ def test_scores_do_not_depend_on_where_the_picture_is():
     rng = np.random.default_rng(0)
     for _ in range(50):
         corners = rng.uniform(0, 100, (2, 2))
-        boxes = np.concatenate([corners, corners + (20, 30)], axis=1)
+        boxes = np.concatenate([corners, corners + np.array([20, 30])], axis=1)
         a, b = (Detection("a", 1, tuple(box)) for box in boxes)
         moved = [Detection("a", 1, tuple(box + 37)) for box in boxes]
         doubled = [Detection("a", 1, tuple(2 * box)) for box in boxes]

@@ -130,7 +130,7 @@ def graded(matched: Sequence[Matched]) -> float:
         if "color" in one.wanted:
             terms.append(max(0.0, 1 - abs(len(one.in_color) - count) / count) if one.exact else 0.0)
         if "position" in one.wanted:
-            terms.append(_share(first, index, one.wanted["position"]) if one.exact else 0.0)
+            terms.append(share_in_relation(first, index, one.wanted["position"]) if one.exact else 0.0)
     return float(np.mean(terms))
 
 
@@ -155,7 +155,7 @@ def graded_compat(matched: Sequence[Matched]) -> float:
             ok = len(in_color) == count
         if ok and "position" in wanted:
             to_met = met[wanted["position"][1]]
-            ok = to_met and _share(first, index, wanted["position"]) == 1
+            ok = to_met and share_in_relation(first, index, wanted["position"]) == 1
             terms += [1.0] if ok else [0.0, 1.0] if to_met else [0.0]
         met.append(ok)
     return float(np.mean(terms))
@@ -178,13 +178,13 @@ def _all_met(found: Sequence[Detection], include: Sequence[Mapping[str, Any]]) -
         in_color = all(one.color == wanted.get("color", one.color) for one in objects)
         if len(objects) < wanted["count"] or not in_color:
             return False
-        if "position" in wanted and _share(first, index, wanted["position"]) < 1:
+        if "position" in wanted and share_in_relation(first, index, wanted["position"]) < 1:
             return False
     return True
 
 
-def _share(groups: Sequence[Sequence[Placed]], index: int, position: Sequence[Any]) -> float:
-    """The share of pairs of group `index` and the group that `position` names that are in its relation; 0 of none."""
+def share_in_relation(groups: Sequence[Sequence[Placed]], index: int, position: Sequence[Any]) -> float:
+    """Of the pairs of group `index` and the group that `position` names, the share in its relation; 0 without pairs."""
     relation, other = position
     holds = [relation in relations(a, b) for a in groups[index] for b in groups[other]]
     return sum(holds) / len(holds) if holds else 0.0
