@@ -44,11 +44,7 @@ class Console:
         """Opens the bar of the training loop, or announces the plain lines."""
         self.started_s, self.first, self.total = time.monotonic(), done, total
         if self.rich.is_terminal:
-            columns = (
-                TextColumn("training"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            )
+            columns = (BarColumn(bar_width=6), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
             self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.rich)
             self.task = self.progress.add_task("training", completed=done, total=total, status="")
             self.progress.start()
@@ -59,9 +55,11 @@ class Console:
         eta_s = (now - self.started_s) / max(done - self.first, 1) * (self.total - done)
         reward = metrics.get("reward_mean")
         head = f"reward {reward:.3f}" if reward is not None else "no group scored"
-        speed = f"{metrics['images_per_s']:.1f} img/s"
+        speed = f"{metrics['images_per_s']:.3g} img/s"
         if self.progress:
-            self.progress.update(self.task, completed=done, status=f"{head} · {speed} · {duration(eta_s)} left")
+            phases = f"rollout {metrics.get('rollout_s', 0):.1f} train {metrics.get('train_s', 0):.1f} s"
+            status = f"{head} · {speed} · {phases} · {duration(eta_s)} left"
+            self.progress.update(self.task, completed=done, status=status)
         elif done == self.total or done == self.first + 1 or now - self.last_line_s >= PLAIN_LINE_EVERY_S:
             self.last_line_s = now
             phases = " ".join(f"{k.removesuffix('_s')} {v:.2f}" for k, v in metrics.items() if k in PHASE_KEYS)
@@ -73,17 +71,11 @@ class Console:
             self.progress.stop()
             self.progress = None
 
-    def before_after(self, before: dict[str, Any], after: dict[str, Any], label: str = "after") -> None:
+    def before_after(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """The table that ends a run: mean reward on held-out prompts, per tag, with 95 % intervals."""
-        table = Table(title="reward on held-out prompts, 95 % interval", title_justify="left")
-        for name, justify in (
-            ("tag", "left"),
-            ("before", "right"),
-            (label, "right"),
-            ("gain", "right"),
-            ("images", "right"),
-        ):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table = Table("tag", title="reward on held-out prompts, 95 % interval", title_justify="left")
+        for name in ("before", "after", "gain", "images"):
+            table.add_column(name, justify="right")
         if len(before["tags"]) > 1:
             for tag, old in before["tags"].items():
                 table.add_row(tag, *_cells(old, after["tags"][tag]))
