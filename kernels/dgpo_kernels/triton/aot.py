@@ -67,6 +67,8 @@ class Variant:
 
     wide: whether every access to a big tensor is to be 128 bits wide.
     max_registers: the bound given to the assembler, None for none.
+    integers: type of sizes and strides, as Triton takes it from their values.
+    aligned: whether tensors and sizes are multiples of 16.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Variant:
     float32: tuple[str, ...] = ()
     wide: bool = True
     max_registers: int | None = MAX_REGISTERS
+    integers: str = "i32"
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,17 @@ def variants() -> Iterator[Variant]:
     tile, warps = _tile(FORWARD_CONFIG, 65536, channels=16)
     flags = {"HAS_OLD": True, "KL": 2, **tile}
     yield variant("loss, old, kl, channels_last", loss._partials_kernel, flags, warps, wide=False)
+    # Sizes that Triton treats apart: odd ones, one (a constant to it), and those beyond 32 bits.
+    tile, warps = _tile(FORWARD_CONFIG, 1031)
+    odd = {"HAS_OLD": True, "KL": 2, **tile}
+    yield variant("loss, old, kl, odd N", loss._partials_kernel, odd, warps, wide=False, aligned=False)
+    tile, warps = _tile(FORWARD_CONFIG, 1)
+    strides = dict.fromkeys(("policy_stride", "ref_stride", "x0_stride", "old_stride", "kl_stride"), 1)
+    single = {"HAS_OLD": True, "KL": 2, "numel": 1, "quarter": 1, **strides, **tile}
+    yield variant("loss, old, kl, N = 1", loss._partials_kernel, single, warps, wide=False, aligned=False)
+    tile, warps = _tile(BACKWARD_CONFIG, 2**32)
+    huge = {"HAS_KL": True, **tile}
+    yield variant("gradient, kl, N = 2³²", loss._gradient_kernel, huge, warps, integers="i64")
     whole = {
         **{"HAS_OLD": True, "HAS_KL": True, "CLIP": True, "COUNT_GROUPS": True, "COUNT_SIZES": True},
         **{"SCORES_GIVEN": False, "SCORES_ONLY": False, "given_scores": None, **loss.GROUP_BLOCKS},
@@ -157,7 +172,7 @@ def variants() -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant, architecture: int) -> Any:
-    """Triton's compiled kernel for a compute capability such as 90; tensors and sizes are multiples of 16."""
+    """Triton's compiled kernel for a compute capability such as 90."""
     constants = dict(variant.constants)
     kernel = variant.kernel
     signature: dict[str, str] = {}
@@ -166,15 +181,18 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
         if name in constants:
             signature[name] = "constexpr"
         elif name in _INTEGERS or name.endswith("_stride"):
-            signature[name] = "i32"
-            aligned += [index] if name not in ("samples", "tiles") else []
+            bounds = name in ("samples", "tiles")
+            signature[name] = "i32" if bounds else variant.integers
+            aligned += [] if bounds else [index]
         elif name in _FLOATS:
             signature[name] = "fp32"
         else:
             float32 = name in _FLOAT32_POINTERS or name in variant.float32
             signature[name] = _POINTERS.get(name, "*fp32" if float32 else variant.tensor_type)
             aligned.append(index)
-    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
+    source = ASTSource(
+        kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned if variant.aligned}
+    )
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": variant.num_warps}
     options |= {"maxnreg": variant.max_registers} if variant.max_registers else {}

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # One access of a thread moves as much as the hardware allows.
 ACCESS_BYTES = 16
+# With more, a thread could not have 255 registers.
+MAX_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,16 @@ class TileConfig:
     max_registers: int = 255
 
     def tiles(self, numel: int, itemsize: int) -> tuple[int, int, int, int, int]:
-        """How a sample of ``numel`` elements is cut, where the narrowest tensor's elements take ``itemsize`` bytes.
+        """How a sample of ``numel`` elements is cut, where an element of the narrowest tensor takes ``itemsize`` bytes.
 
         Returns (counters in a sample, tiles, counters in a tile, neighbours to a thread, warps in a program).
         """
         quarter = (numel + 3) // 4
-        vector = ACCESS_BYTES // itemsize
+        # Triton makes accesses wide where it knows sizes to be multiples of 16; elsewhere neighbours had better go to
+        # neighbouring threads.
+        vector = ACCESS_BYTES // itemsize if quarter % 16 == 0 else 2
         block = 32 * vector
-        while block < self.block and block < quarter:
+        while block < min(self.block, quarter, 32 * vector * MAX_WARPS):
             block *= 2
         return quarter, (quarter + block - 1) // block, block, vector, block // (32 * vector)
 

@@ -71,20 +71,24 @@ def tile_places(tile, quarter, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VECT
     """
     lane = tl.arange(0, VECTOR)[:, None] + tl.arange(0, BLOCK // VECTOR)[None, :] * VECTOR
     start = tile.to(tl.int64) * BLOCK
-    if CHANNELS == 0:
-        return start.to(tl.int32) + lane, start, lane, lane
-    place = start.to(tl.int32) + lane
-    pixel = place // (CHANNELS // 4)
-    channel = place % (CHANNELS // 4)
-    return channel * (quarter // (CHANNELS // 4)) + pixel, start * 0, pixel * CHANNELS + channel, lane
+    counter = start.to(tl.int32) + lane
+    offset = lane
+    if CHANNELS != 0:
+        pixel = counter // (CHANNELS // 4)
+        channel = counter % (CHANNELS // 4)
+        counter = channel * (tl.cast(quarter, tl.int32) // (CHANNELS // 4)) + pixel
+        start = start * 0
+        offset = pixel * CHANNELS + channel
+    return counter, start, offset, lane
 
 
 @triton.jit
 def word_shift(word, quarter, CHANNELS: tl.constexpr):
     """Distance in elements (int64) from the first quarter to the quarter of a Philox word."""
-    if CHANNELS == 0:
-        return tl.cast(quarter, tl.int64) * word
-    return tl.cast(CHANNELS // 4, tl.int64) * word
+    distance = quarter
+    if CHANNELS != 0:
+        distance = CHANNELS // 4
+    return tl.cast(distance, tl.int64) * word
 
 
 @triton.jit
@@ -97,9 +101,8 @@ def word_mask(word, tile, lane, numel, quarter, BLOCK: tl.constexpr):
 @triton.jit
 def load(pointer, offset, mask, EVEN: tl.constexpr):
     """Elements as float32, 0 outside the sample; EVEN says that tiles divide the sample, which makes masks needless."""
-    if EVEN:
-        return tl.load(pointer + offset).to(tl.float32)
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(pointer + offset) if EVEN else tl.load(pointer + offset, mask=mask, other=0.0)
+    return value.to(tl.float32)
 
 
 @triton.jit
