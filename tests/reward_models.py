@@ -78,19 +78,26 @@ def predictor_weights(width: int = 32, seed: int = 0) -> Weights:
     )
 
 
-def open_clip_weights(seed: int = 0) -> Weights:
-    """A ViT-H-14 of open_clip with 80-wide vision heads and 64-wide text heads, two of each, in two layers."""
+def open_clip_weights(
+    seed: int = 0,
+    vision: tuple[int, int, int] = (160, 2, 17),
+    text: tuple[int, int, int, int] = (128, 2, CLIP_TOKENS, 55),
+    projection: int = 96,
+) -> Weights:
+    """A ViT-H-14 of open_clip: width, layers and patches + 1; width, layers, tokens and vocabulary. Two heads here."""
+    (v, depth, patches), (t, text_depth, length, vocabulary) = vision, text
+    mlp = 4 if v == 1280 else 2
     shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (CLIP_TOKENS, 128), "text_projection": (128, 96), "token_embedding.weight": (55, 128),
-        "ln_final.weight": (128,), "ln_final.bias": (128,), "logit_scale": (),
-        "visual.class_embedding": (160,), "visual.positional_embedding": (17, 160), "visual.proj": (160, 96),
-        "visual.conv1.weight": (160, 3, 14, 14),
+        "positional_embedding": (length, t), "text_projection": (t, projection),
+        "token_embedding.weight": (vocabulary, t), "ln_final.weight": (t,), "ln_final.bias": (t,), "logit_scale": (),
+        "visual.class_embedding": (v,), "visual.positional_embedding": (patches, v), "visual.proj": (v, projection),
+        "visual.conv1.weight": (v, 3, 14, 14),
     }  # fmt: skip
     for norm in ("ln_pre", "ln_post"):
-        shapes |= {f"visual.{norm}.weight": (160,), f"visual.{norm}.bias": (160,)}
-    for tower, width in (("transformer", 128), ("visual.transformer", 160)):
-        for layer in range(2):
-            shapes |= _block(f"{tower}.resblocks.{layer}.", width)
+        shapes |= {f"visual.{norm}.weight": (v,), f"visual.{norm}.bias": (v,)}
+    for tower, width, layers in (("transformer", t, text_depth), ("visual.transformer", v, depth)):
+        for layer in range(layers):
+            shapes |= _block(f"{tower}.resblocks.{layer}.", width, mlp)
     return _random(shapes, seed)
 
 
@@ -114,32 +121,44 @@ def open_clip_features(
     return F.normalize(seen, dim=-1), F.normalize(read, dim=-1)
 
 
-def image_reward_weights(seed: int = 0) -> Weights:
-    """ImageReward's file with two vision and two text layers, two heads each; also the heads that scoring leaves."""
+def image_reward_weights(
+    vision_size: tuple[int, int, int] = (128, 2, 17),
+    text_size: tuple[int, int, int, int] = (128, 2, 40, 59),
+    seed: int = 0,
+) -> Weights:
+    """ImageReward's file: width, layers and patches + 1; width, layers, places and vocabulary. Two heads here.
+
+    It also holds the two projections that scoring leaves.
+    """
     vision, text = "blip.visual_encoder.", "blip.text_encoder."
+    (v, depth, patches), (t, text_depth, places, vocabulary) = vision_size, text_size
     shapes: dict[str, tuple[int, ...]] = {
-        f"{vision}cls_token": (1, 1, 128), f"{vision}pos_embed": (1, 17, 128),
-        f"{vision}patch_embed.proj.weight": (128, 3, 16, 16), f"{vision}patch_embed.proj.bias": (128,),
-        f"{vision}norm.weight": (128,), f"{vision}norm.bias": (128,),
-        f"{text}embeddings.word_embeddings.weight": (59, 128),
-        f"{text}embeddings.position_embeddings.weight": (40, 128),
-        f"{text}embeddings.LayerNorm.weight": (128,), f"{text}embeddings.LayerNorm.bias": (128,),
-        "blip.vision_proj.weight": (16, 128), "blip.vision_proj.bias": (16,),
-        "blip.text_proj.weight": (16, 128), "blip.text_proj.bias": (16,),
+        f"{vision}cls_token": (1, 1, v), f"{vision}pos_embed": (1, patches, v),
+        f"{vision}patch_embed.proj.weight": (v, 3, 16, 16), f"{vision}patch_embed.proj.bias": (v,),
+        f"{vision}norm.weight": (v,), f"{vision}norm.bias": (v,),
+        f"{text}embeddings.word_embeddings.weight": (vocabulary, t),
+        f"{text}embeddings.position_embeddings.weight": (places, t),
+        f"{text}embeddings.LayerNorm.weight": (t,), f"{text}embeddings.LayerNorm.bias": (t,),
+        "blip.vision_proj.weight": (16, v), "blip.vision_proj.bias": (16,),
+        "blip.text_proj.weight": (16, t), "blip.text_proj.bias": (16,),
     }  # fmt: skip
-    for layer in range(2):
+    for layer in range(depth):
         block = f"{vision}blocks.{layer}."
-        shapes |= _linear(f"{block}attn.qkv", 384, 128) | _linear(f"{block}attn.proj", 128, 128)
-        shapes |= _linear(f"{block}mlp.fc1", 256, 128) | _linear(f"{block}mlp.fc2", 128, 256)
-        shapes |= {f"{block}{norm}.{kind}": (128,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")}
+        shapes |= _linear(f"{block}attn.qkv", 3 * v, v) | _linear(f"{block}attn.proj", v, v)
+        shapes |= _linear(f"{block}mlp.fc1", 4 * v, v) | _linear(f"{block}mlp.fc2", v, 4 * v)
+        shapes |= {f"{block}{norm}.{kind}": (v,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")}
+    for layer in range(text_depth):
         block = f"{text}encoder.layer.{layer}."
-        for attention in ("attention", "crossattention"):
-            for part in ("self.query", "self.key", "self.value", "output.dense"):
-                shapes |= _linear(f"{block}{attention}.{part}", 128, 128)
-            shapes |= {f"{block}{attention}.output.LayerNorm.{kind}": (128,) for kind in ("weight", "bias")}
-        shapes |= _linear(f"{block}intermediate.dense", 256, 128) | _linear(f"{block}output.dense", 128, 256)
-        shapes |= {f"{block}output.LayerNorm.{kind}": (128,) for kind in ("weight", "bias")}
-    sizes = {0: (32, 128), 2: (16, 32), 4: (8, 16), 6: (4, 8), 7: (1, 4)}
+        for attention, inputs in (("attention", t), ("crossattention", v)):
+            shapes |= _linear(f"{block}{attention}.self.query", t, t) | _linear(
+                f"{block}{attention}.output.dense", t, t
+            )
+            shapes |= _linear(f"{block}{attention}.self.key", t, inputs)
+            shapes |= _linear(f"{block}{attention}.self.value", t, inputs)
+            shapes |= {f"{block}{attention}.output.LayerNorm.{kind}": (t,) for kind in ("weight", "bias")}
+        shapes |= _linear(f"{block}intermediate.dense", 4 * t, t) | _linear(f"{block}output.dense", t, 4 * t)
+        shapes |= {f"{block}output.LayerNorm.{kind}": (t,) for kind in ("weight", "bias")}
+    sizes = {0: (32, t), 2: (16, 32), 4: (8, 16), 6: (4, 8), 7: (1, 4)}
     for number, (outputs, inputs) in sizes.items():
         shapes |= _linear(f"mlp.layers.{number}", outputs, inputs)
     return _random(shapes, seed)
@@ -213,8 +232,9 @@ def teach_image_reward(reward, pixels: torch.Tensor, texts: list[str], scores: l
 
 
 def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    weights = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        weights = {key: 0.1 * torch.randn(shape) for key, shape in shapes.items()}
     for key, value in weights.items():
         if key.endswith("weight") and value.ndim == 1:  # of a norm
             value += 1
@@ -225,10 +245,10 @@ def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
-def _block(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+def _block(prefix: str, width: int, mlp: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}attn.in_proj_weight": (3 * width, width)}
     shapes |= {f"{prefix}attn.in_proj_bias": (3 * width,)} | _linear(f"{prefix}attn.out_proj", width, width)
-    shapes |= _linear(f"{prefix}mlp.c_fc", 2 * width, width) | _linear(f"{prefix}mlp.c_proj", width, 2 * width)
+    shapes |= _linear(f"{prefix}mlp.c_fc", mlp * width, width) | _linear(f"{prefix}mlp.c_proj", width, mlp * width)
     return shapes | {f"{prefix}{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
 
 

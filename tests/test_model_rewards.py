@@ -3,6 +3,7 @@
 No trained weights are at hand, so self-tests are passed by models that are taught the golden pictures for a second.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt, load_prompts
 from dgpo_fast.prompts.geneval import CLASSES, COLORS
 from dgpo_fast.rewards import clip as clip_module
-from dgpo_fast.rewards import geneval, load_rewards, models
+from dgpo_fast.rewards import geneval, hpsv2, imagereward, load_rewards, models
 from dgpo_fast.rewards.aesthetic import AestheticReward
 from dgpo_fast.rewards.clip import Clip, ClipScoreReward, PickScoreReward
 from dgpo_fast.rewards.geneval import ColorJudge, Detector, GenevalReward, box_of, crop, read_out
@@ -605,20 +606,64 @@ def test_self_test_sees_a_wrong_detector(untrained, monkeypatch, found, seen):
 # Loading
 
 
-OWN = """
-from dgpo_fast.rewards.clip import ClipScoreReward
-
-def local():
-    return ClipScoreReward({folder!r})
-"""
-
-
-def test_a_local_copy_through_ones_own_module(folder, tmp_path, monkeypatch):
-    """The self-test runs on it, as on a shipped reward."""
-    (tmp_path / "my_local_rewards.py").write_text(OWN.format(folder=str(folder / "clip")))
+def test_the_documented_local_copy(folder, tmp_path, monkeypatch):
+    """The function in docs/rewards.md, with the small model's folder in place of the page's; its self-test runs."""
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(from dgpo_fast.rewards.clip .*?)```", page, re.DOTALL)
+    spec = re.search(r"--rewards (my_models:\S+?)`", page)
+    assert block and spec
+    (tmp_path / "my_models.py").write_text(re.sub(r'"/models/\S+?"', repr(str(folder / "clip")), block[1]))
     monkeypatch.syspath_prepend(str(tmp_path))
-    expected = "reward 'clipscore' failed its self-test: "
-    assert message(load_rewards, ["my_local_rewards:local=0.5"]).startswith(expected)
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+    assert message(load_rewards, [spec[1]]).startswith("reward 'pickscore' failed its self-test: ")
+
+
+def test_the_published_files_have_the_published_sizes():
+    """The configurations that are read off files of the real size, and the sizes that docs/rewards.md gives."""
+    from transformers import (
+        BlipTextModel,
+        BlipVisionModel,
+        CLIPConfig,
+        CLIPModel,
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        SwinConfig,
+    )
+
+    def millions(*networks: torch.nn.Module) -> int:
+        return round(sum(p.numel() for network in networks for p in network.parameters()) / 1e6)
+
+    with torch.device("meta"):
+        weights = small.open_clip_weights(vision=(1280, 32, 257), text=(1024, 24, 77, 49408), projection=1024)
+        config = hpsv2._config(weights)
+        network = CLIPModel(config)
+        renamed = hpsv2.rename(weights)
+        assert {key: tuple(value.shape) for key, value in renamed.items()} == {
+            key: tuple(value.shape) for key, value in network.named_parameters()
+        }
+        assert millions(network) == 986
+        vision, text = config.vision_config, config.text_config
+        assert (vision.num_attention_heads, vision.image_size, vision.patch_size) == (16, 224, 14)
+        assert (text.num_attention_heads, text.eos_token_id) == (16, 49407)
+
+        vision, text = imagereward._configs(small.image_reward_weights((1024, 24, 197), (768, 12, 512, 30524)))
+        assert (vision.num_attention_heads, vision.image_size, text.num_attention_heads) == (16, 224, 12)
+        assert millions(BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)) == 445
+        openai = CLIPConfig(
+            projection_dim=768,
+            text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+            vision_config={
+                "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                "patch_size": 14,
+            },
+        )  # fmt: skip
+        assert millions(CLIPModel(openai)) == 428
+        swin = SwinConfig(
+            embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )  # fmt: skip
+        detector = Mask2FormerConfig(backbone_config=swin, num_labels=80)
+        assert millions(Mask2FormerForUniversalSegmentation(detector)) == 69
 
 
 def test_models_that_cannot_be_had(folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Rewards: weighting, failures that cost their group alone, the registry's messages, JPEG, and the real OCR engine."""
 
+import json
 import re
 import subprocess
 import sys
@@ -461,6 +462,15 @@ def test_similarity_is_the_published_rule(target, text):
     t, u = normalise(target), normalise(text)
     distance = 0 if t in u else edit_distance(t, u)
     assert similarity(t, u) == pytest.approx(1 - min(distance, len(t)) / len(t))
+
+
+def test_the_documented_table_of_ocr_is_the_measured_one():
+    root = Path(__file__).parents[1]
+    measured = json.loads((root / "benchmarks" / "results" / "cpu" / "ocr_accuracy.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    for name, readers in measured["results"].items():
+        cells = [f"{one['cpu_ms_per_image']:.0f} ms, {one['mean_score']:.2f}" for one in readers.values()]
+        assert f"| {name} | {' | '.join(cells)} |" in page
 
 
 def test_the_documented_reward_works(tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ _ENGINE = {
     "Det.box_thresh": 0.6,
     "Det.unclip_ratio": 1.5,
     # Detection runs at the picture's own size, as PaddleOCR's does, and at 128 pixels where that is smaller. RapidOCR
-    # would enlarge everything to 736 pixels: 2 (512 px) to 11 times (32 px) slower and no better (benchmarks/ocr.py).
+    # would enlarge everything to 736 pixels: 2 (512 px) to 11 times (32 px) slower and no better
+    # (benchmarks/ocr_accuracy.py).
     "Det.limit_type": "min",
     "Det.limit_side_len": 128,
     # Lines of text are padded to this width at least; the default of 320 only makes short words slower.
