@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dgpo_kernels.triton import loss, noise, step
-from dgpo_kernels.triton.launch import BACKWARD_CONFIG, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
+from dgpo_kernels.triton.launch import BACKWARD_CONFIG, COMPILER_OPTIONS, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
 
 ARCHITECTURES = (80, 90, 100)
 # The budget. The kernels over tiles may take all the registers a thread can have: two programs of four warps an SM
@@ -194,7 +194,7 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
         kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned if variant.aligned}
     )
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": variant.num_warps}
+    options: dict[str, Any] = {"num_warps": variant.num_warps, **COMPILER_OPTIONS}
     options |= {"maxnreg": variant.max_registers} if variant.max_registers else {}
     return triton.compile(source, target=target, options=options)
 

@@ -40,6 +40,10 @@ class TileConfig:
         return quarter, (quarter + block - 1) // block, block, vector, block // (32 * vector)
 
 
+# Fused multiply-adds are wanted: the polynomials and sums are written for them, and from Triton 3.10 on they are off by
+# default.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
 # Block sizes of the kernels that run over tiles. They stay until a measurement on a GPU says better.
 NOISE_CONFIG = TileConfig(block=1024, span=4)
 FORWARD_CONFIG = TileConfig(block=1024, span=4)

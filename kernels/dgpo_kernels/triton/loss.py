@@ -20,7 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dgpo_kernels import layout
-from dgpo_kernels.triton.launch import BACKWARD_CONFIG, FORWARD_CONFIG, TileConfig, device_of, tile_grid
+from dgpo_kernels.triton.launch import (
+    BACKWARD_CONFIG,
+    COMPILER_OPTIONS,
+    FORWARD_CONFIG,
+    TileConfig,
+    device_of,
+    tile_grid,
+)
 from dgpo_kernels.triton.philox import group_normals, load, log, store, tile_places, word_mask, word_shift
 
 # What the KL term holds the policy to: nothing, ref_v (no further read), or a tensor of its own.
@@ -336,6 +343,7 @@ def loss_partials(
             VECTOR=vector,
             num_warps=num_warps,
             maxnreg=config.max_registers,
+            **COMPILER_OPTIONS,
         )
     return partials
 
@@ -401,6 +409,7 @@ def group_loss(
             **GROUP_BLOCKS,
             num_warps=GROUP_WARPS,
             maxnreg=GROUP_MAX_REGISTERS,
+            **COMPILER_OPTIONS,
         )
     return loss, losses, scores, clipped, weights, inverse_groups
 
@@ -468,5 +477,6 @@ def policy_gradient(
             VECTOR=vector,
             num_warps=num_warps,
             maxnreg=config.max_registers,
+            **COMPILER_OPTIONS,
         )
     return grad

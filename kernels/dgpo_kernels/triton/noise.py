@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dgpo_kernels import layout
-from dgpo_kernels.triton.launch import NOISE_CONFIG, TileConfig, device_of, tile_grid
+from dgpo_kernels.triton.launch import COMPILER_OPTIONS, NOISE_CONFIG, TileConfig, device_of, tile_grid
 from dgpo_kernels.triton.philox import group_normals, load, store, tile_places, word_mask, word_shift
 
 
@@ -115,4 +115,5 @@ def _launch(
             VECTOR=vector,
             num_warps=num_warps,
             maxnreg=config.max_registers,
+            **COMPILER_OPTIONS,
         )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgpo_kernels.triton.launch import device_of
+from dgpo_kernels.triton.launch import COMPILER_OPTIONS, device_of
 
 BLOCK, NUM_WARPS = 1024, 4
 
@@ -95,6 +95,7 @@ def guided_euler_step(
             GUIDED=v_uncond is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            **COMPILER_OPTIONS,
         )
     return x_next
 
@@ -126,5 +127,6 @@ def guided_dpmpp_2m_step(
             HAS_PREV=x0_prev is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            **COMPILER_OPTIONS,
         )
     return x_next, x0
