@@ -79,19 +79,35 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     staged.replace(path)
 
 
-def open_loggers(log: Log, folder: Path, config: dict[str, Any]) -> tuple[list[Logger], list[str]]:
-    """The loggers that `log` asks for, and a note for each that cannot run; metrics.jsonl is written in any case."""
-    wanted = {"TensorBoard": (log.tensorboard, lambda: _tensorboard(folder))}
-    wanted["Weights & Biases"] = (log.wandb is not None, lambda: _wandb(log, folder, config))
-    loggers, notes = [], []
-    for name, (asked, make) in wanted.items():
-        if not asked:
-            continue
+class Loggers:
+    """TensorBoard and Weights & Biases, where asked for. One that fails is left out with a note and never ends the run.
+
+    Args:
+        log: which are wanted.
+        folder: the run's folder.
+        config: the run's settings, for loggers that show them.
+        note: told in one line when a logger is left out.
+    """
+
+    def __init__(self, log: Log, folder: Path, config: dict[str, Any], note: Callable[[str], None]):
+        self.note = note
+        self.loggers: dict[str, Logger] = {}
+        if log.tensorboard:
+            self._try("TensorBoard", lambda: self.loggers.update(TensorBoard=_tensorboard(folder)))
+        if log.wandb is not None:
+            self._try("W&B", lambda: self.loggers.update({"W&B": _wandb(log, folder, config)}))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Hands one iteration's metrics on."""
+        for name, logger in list(self.loggers.items()):
+            self._try(name, lambda logger=logger: logger(metrics))  # type: ignore[misc]
+
+    def _try(self, name: str, action: Callable[[], None]) -> None:
         try:
-            loggers.append(make())
-        except Exception as error:  # a logger of another project may fail in any way, and must not end the run
-            notes.append(f"{name} is off: {type(error).__name__}: {error}".splitlines()[0])
-    return loggers, notes
+            action()
+        except Exception as error:  # another project's logger may fail in any way; metrics.jsonl has everything
+            self.loggers.pop(name, None)
+            self.note(f"{name} is off: {' '.join(f'{type(error).__name__}: {error}'.split())}")
 
 
 def _tensorboard(folder: Path) -> Logger:

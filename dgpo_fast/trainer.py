@@ -15,7 +15,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Evaluation, evaluate
 from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
-from dgpo_fast.metrics import MetricsFile, Phases, open_loggers, peak_memory_mib, read_metrics, write_json
+from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json
 from dgpo_fast.objectives import Batch, make_objective
 from dgpo_fast.pipeline import load_pipeline, pick_device, pick_dtype
 from dgpo_fast.policy import PolicyModels, Weights
@@ -92,9 +92,7 @@ class Trainer:
     def open_logs(self, folder: Path, settings: dict[str, Any]) -> None:
         """Opens metrics.jsonl, dropping what lies after the checkpoint resumed from, and the optional loggers."""
         self.metrics = MetricsFile(folder / "metrics.jsonl", until=self.iteration)
-        self.loggers, notes = open_loggers(self.config.log, folder, settings)
-        for note in notes:
-            self.console.note(note)
+        self.loggers = Loggers(self.config.log, folder, settings, self.console.note)
 
     def step(self) -> None:
         """One iteration: draws and scores the groups, takes one optimizer step, moves the averages, logs."""
@@ -115,8 +113,7 @@ class Trainer:
         metrics["images_per_s"] = metrics["images_count"] / seconds
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)
         self.metrics.write(metrics)
-        for log in self.loggers:
-            log(metrics)
+        self.loggers.write(metrics)
         self.console.iteration(metrics)
 
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
