@@ -2,7 +2,7 @@
 
     python benchmarks/first_light.py [RECIPE] [--seeds 0 1 2] [--setting value …]
 
-Writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds for each seed, the machine, the commit)
+Writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds of each seed, the machine, the commit)
 and the first seed's pictures beside it. Further settings are handed on to `python -m dgpo_fast.train`.
 """
 

@@ -86,7 +86,7 @@ def load_newest(folder: Path) -> tuple[State, list[str]]:
 
     Raises UserError where none is valid.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for path in _all(folder):
         try:
             return _load(path), passed_over

@@ -131,6 +131,8 @@ class EMA:
     """From this step on the rollouts use θ_old instead of the policy itself."""
     eval_decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """The slow average, which is evaluated and saved: decay = min(this, (1 + s) / (10 + s)). 0: no average."""
+    eval_every: Count = 8
+    """Steps between updates of the slow average."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -184,7 +186,7 @@ class Config:
     eval_prompts: str | None = None
     """Held-out prompts. Default: a part of `prompts` that training never sees."""
     rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
-    """What to raise: names (shapes, ocr, jpeg) or your own `my_module:MyReward`, each with an optional `=weight`."""
+    """What to raise: names (shapes, ocr, geneval-hf, pickscore, …) or your own `my_module:MyReward`, with `=weight`."""
     iterations: Count = 60
     """Optimizer steps."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -109,13 +109,13 @@ class PolicyModels:
         return [(name, module) for name, module in self.policy.named_modules() if isinstance(module, LoraLayer)]
 
 
-def _sharing_copy(module: nn.Module) -> nn.Module:
+def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """A copy of the modules whose parameters and buffers are the original's own tensors."""
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     return copy.deepcopy(module, shared)
 
 
-def _with_lora(transformer: nn.Module, config: PolicyConfig, seed: int) -> nn.Module:
+def _with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int) -> SD3Transformer2DModel:
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [end for end in config.lora_targets if not any(name.endswith(end) for name in names)]
     if unmatched:

@@ -114,7 +114,9 @@ def decode(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.ndarray:
     return torch.cat(images).numpy()
 
 
-def latent_shape(transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | None) -> tuple[int, int, int]:
+def latent_shape(
+    transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | None
+) -> tuple[int, int, int]:
     """(C, H, W) of a latent at `resolution` pixels, or at the size the transformer was trained at.
 
     Raises UserError for a resolution that the model cannot draw.
