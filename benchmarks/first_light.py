@@ -1,9 +1,12 @@
 """Runs a recipe for several seeds, each in a process of its own, and keeps what came out.
 
     python benchmarks/first_light.py [RECIPE] [--seeds 0 1 2] [--setting value …]
+    python benchmarks/first_light.py [RECIPE] --search --seeds 0 [--setting value …]
+    python benchmarks/first_light.py [RECIPE] --table
 
-Writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds of each seed, the machine, the commit)
-and the first seed's pictures beside it. Further settings are handed on to `python -m dgpo_fast.train`.
+The first writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds of each seed, the machine, the
+commit) and the first seed's pictures beside it. The second adds a line to `<recipe>_search.jsonl`, the log of what was
+tried, and the third prints that log as a table. Further settings are handed on to `python -m dgpo_fast.train`.
 """
 
 import argparse
@@ -52,23 +55,53 @@ def run(recipe: str, seed: int, runs_dir: Path, settings: list[str]) -> dict[str
     return {"seed": seed, "wall_s": round(seconds, 1), "gain": gain, "intervals_apart": apart, **summary}
 
 
+def log_search(path: Path, run: dict[str, Any], settings: list[str]) -> None:
+    """Adds one tried setting to the log."""
+    kept = {key: run[key] for key in ("seed", "gain", "wall_s", "iterations", "training_s")}
+    kept |= {when: run[when]["reward_mean"] for when in ("before", "after")}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"settings": " ".join(settings), **kept, "machine": machine()}) + "\n")
+
+
+def search_table(path: Path) -> str:
+    """The log as Markdown, best first."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = ["| settings beside the recipe's | iterations | seconds | before | after | gain |", "|---|---|---|---|---|---|"]
+    for line in sorted(lines, key=lambda line: -line["gain"]):
+        rows.append(
+            f"| `{line['settings']}` | {line['iterations']} | {line['training_s']:.0f} "
+            f"| {line['before']:.3f} | {line['after']:.3f} | {line['gain']:+.3f} |"
+        )
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="tiny-shapes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--table", action="store_true")
     options, settings = parser.parse_known_args()
     folder = RESULTS / ("gpu" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{options.recipe}_search.jsonl"
+    if options.table:
+        print(search_table(log))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         runs = [run(options.recipe, seed, Path(scratch), settings) for seed in options.seeds]
+        for one in runs:
+            before, after = one["before"]["reward_mean"], one["after"]["reward_mean"]
+            print(f"seed {one['seed']}: {before:.3f} → {after:.3f} ({one['gain']:+.3f}) in {one['wall_s']:.0f} s")
+            if options.search:
+                log_search(log, one, settings)
+        if options.search:
+            return
         for picture in ("before_after.png", "reward_curve.png"):
             source = Path(scratch) / f"{options.recipe}-seed{options.seeds[0]}" / picture
             shutil.copy(source, folder / f"{options.recipe}_{picture}")
     report = {"recipe": options.recipe, "settings": settings, "machine": machine(), "runs": runs}
     (folder / f"{options.recipe}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    for one in runs:
-        before, after = one["before"]["reward_mean"], one["after"]["reward_mean"]
-        print(f"seed {one['seed']}: {before:.3f} → {after:.3f} ({one['gain']:+.3f}) in {one['wall_s']:.0f} s")
 
 
 if __name__ == "__main__":
