@@ -4,8 +4,8 @@
     python benchmarks/first_light.py [RECIPE] --search --seeds 0 [--setting value …]
     python benchmarks/first_light.py [RECIPE] --table
 
-The first writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds of each seed, the machine, the
-commit) and the first seed's pictures beside it. The second adds a line to `<recipe>_search.jsonl`, the log of what was
+The first writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds of each seed, the machine,
+the commit) and the first seed's pictures beside it. The second adds a line to `<recipe>_search.jsonl`, the log of what was
 tried, and the third prints that log as a table. Further settings are handed on to `python -m dgpo_fast.train`.
 """
 
@@ -66,7 +66,7 @@ def log_search(path: Path, run: dict[str, Any], settings: list[str]) -> None:
 def search_table(path: Path) -> str:
     """The log as Markdown, best first."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = ["| settings beside the recipe's | iterations | seconds | before | after | gain |", "|---|---|---|---|---|---|"]
+    rows = ["| settings beside the recipe's | iterations | seconds | before | after | gain |", "|---" * 6 + "|"]
     for line in sorted(lines, key=lambda line: -line["gain"]):
         rows.append(
             f"| `{line['settings']}` | {line['iterations']} | {line['training_s']:.0f} "
