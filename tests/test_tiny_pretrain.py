@@ -142,6 +142,12 @@ def test_same_seed_same_start():
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
 
+def test_processes_are_one_or_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert pretrain.main(arguments(tmp_path, "--processes", "0")) == 2
+    assert capsys.readouterr().err == "--processes 0: use 1 on a GPU, and 1 or more on a CPU\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("arguments", [["--autoencoder-steps", "many"], ["--no-such-option"]])
 def test_bad_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
