@@ -5,7 +5,7 @@
     python benchmarks/first_light.py [RECIPE] --table
 
 The first writes `benchmarks/results/<cpu or gpu>/<recipe>.json` (before, after and seconds of each seed, the machine,
-the commit) and the first seed's pictures beside it. The second adds a line to `<recipe>_search.jsonl`, the log of what was
+the commit) and the first seed's pictures. The second adds a line to `<recipe>_search.jsonl`, the log of what was
 tried, and the third prints that log as a table. Further settings are handed on to `python -m dgpo_fast.train`.
 """
 
