@@ -24,6 +24,7 @@ from dgpo_fast.errors import UserError
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
 PREFIX = "iteration-"
+INVALID = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def save_checkpoint(folder: Path, iteration: int, parts: Mapping[str, Mapping[st
     Raises UserError where the disk refuses; the checkpoints already there stay as they are.
     """
     target = folder / f"{PREFIX}{iteration:06d}"
+    if target.exists() and _is_whole(target):
+        return target  # the same iteration of a run is the same state
     staging = folder / f".{target.name}"
     tensors = {f"{p}/{n}": t.detach().cpu().contiguous() for p, group in parts.items() for n, t in group.items()}
     try:
@@ -90,10 +93,18 @@ def load_newest(folder: Path) -> tuple[State, list[str]]:
     for path in _all(folder):
         try:
             return _load(path), passed_over
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except INVALID as error:
             passed_over.append(f"passed over {path}: {_reason(error)}")
     why = f" ({passed_over[0]})" if passed_over else ""
     raise UserError(f"{folder}: no valid checkpoint to resume from{why}")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _load(path)
+    except INVALID:
+        return False
+    return True
 
 
 def _load(path: Path) -> State:
@@ -124,7 +135,7 @@ def _flush(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return (
-        (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0] or type(error).__name__
+        (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
     )
 
 

@@ -15,7 +15,9 @@ from dgpo_fast.recipes import RECIPES, get_recipe
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 def run_command(command: Callable[[list[str]], int | None]) -> int:
@@ -26,6 +28,9 @@ def run_command(command: Callable[[list[str]], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: say nothing more, at exit too
+        return 1
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -18,7 +18,8 @@ from dgpo_fast.errors import UserError
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -34,9 +35,9 @@ class Rollout:
     """ODE solver on flow sigmas: DPM-Solver++(2M) or Euler."""
     num_inference_steps: Count = 10
     """Solver steps per image."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    guidance_scale: Guidance = 4.5
     """Classifier-free guidance. 1 is unguided and costs half."""
-    shift: Positive = 3.0
+    shift: Annotated[float, Field(gt=0, le=100)] = 3.0
     """Timestep shift of the sigma grid: s·t / (1 + (s − 1)·t)."""
     resolution: Annotated[int, Field(ge=16)] | None = None
     """Height and width in pixels. Default: what the model was trained at."""
@@ -64,7 +65,7 @@ class DGPO:
     """β, the strength of the preference: large values saturate groups that are already well separated."""
     kl_weight: NonNegative = 0.02
     """Weight of the squared distance between policy and frozen reference velocities."""
-    kl_guidance_scale: Annotated[float, Field(ge=1)] = 1.0
+    kl_guidance_scale: Guidance = 1.0
     """Guidance on the reference of the KL term (`kl_cfg`); above 1 it distils guidance into the policy."""
     clip_range: Positive | None = 0.01
     """PPO-like clip on exp(d_old − d_policy). None switches it off, and the old forward with it."""
@@ -86,7 +87,7 @@ class Policy:
     """Rank of the adapters."""
     lora_alpha: Positive = 128.0
     """The adapters are scaled by alpha / rank."""
-    lora_targets: tuple[str, ...] = (
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -107,9 +108,9 @@ class Optimizer:
 
     lr: Positive = 3e-4
     """Learning rate."""
-    beta1: Fraction = 0.9
+    beta1: Decay = 0.9
     """Decay of the first moment."""
-    beta2: Fraction = 0.999
+    beta2: Decay = 0.999
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -125,11 +126,11 @@ class EMA:
 
     old_decay_per_step: NonNegative = 0.001
     """θ_old, the fast average: decay = min(old_decay_max, old_decay_per_step · step)."""
-    old_decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    old_decay_max: Decay = 0.3
     """Upper bound of θ_old's decay."""
     switch_ema_ref: Annotated[int, Field(ge=0)] = 500
     """From this step on the rollouts use θ_old instead of the policy itself."""
-    eval_decay_max: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    eval_decay_max: Decay = 0.9
     """The slow average, which is evaluated and saved: decay = min(this, (1 + s) / (10 + s)). 0: no average."""
     eval_every: Count = 8
     """Steps between updates of the slow average."""
@@ -145,7 +146,7 @@ class Evaluation:
     """Also evaluate every so many iterations. 0: only before and after."""
     num_inference_steps: Count = 14
     """Solver steps per image."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    guidance_scale: Guidance = 4.5
     """Classifier-free guidance."""
     seed: int = 0
     """Seed of the initial noise, the same for every run so that runs can be compared."""
@@ -238,7 +239,7 @@ def resolve(base: Config, overrides: dict[str, Any], origin: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
         got = f", not {first['input']!r}" if key else ""
         message = message[0].lower() + message[1:] if key else message
         raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{got}") from None
@@ -269,13 +270,19 @@ def _suggest(key: str) -> str:
 def setting_names() -> list[str]:
     """Dotted names of all settings, as the command line takes them."""
 
-    def names(settings: dict[str, Any], prefix: str) -> list[str]:
-        found: list[str] = []
+    return list(flat(Config()))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting of `config` by its dotted name."""
+
+    def walk(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for key, value in settings.items():
-            found += names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return found
 
-    return names(to_dict(Config()), "")
+    return walk(to_dict(config), "")
 
 
 def parse_overrides(args: list[str]) -> dict[str, Any]:
@@ -332,5 +339,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(config: Config, path: Path) -> None:
-    """Writes the resolved configuration, one group after another."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Writes the resolved configuration, one group after another; the file is the old one or the new one."""
+    staged = path.with_name(f".{path.name}")
+    staged.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    staged.replace(path)

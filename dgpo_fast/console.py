@@ -1,10 +1,12 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -23,22 +25,17 @@ class Console:
         """One line; wrapped by the terminal, never by us, so that paths can be copied."""
         self.rich.print(text, markup=False, soft_wrap=True)
 
-    def track(self, label: str) -> Callable[[float], None]:
-        """A callback that shows how far one piece of work is: told the share done, in (0, 1]."""
+    @contextmanager
+    def track(self, label: str) -> Iterator[Callable[[float], None]]:
+        """Gives a callback that shows how far one piece of work is: told the share done, in (0, 1]."""
         if not self.rich.is_terminal:
             self.note(f"{label} …")
-            return lambda share: None
-        progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                            console=self.rich, transient=True)  # fmt: skip
-        task = progress.add_task(label, total=1.0)
-        progress.start()
-
-        def advance(share: float) -> None:
-            progress.update(task, completed=share)
-            if share >= 1.0:
-                progress.stop()
-
-        return advance
+            yield lambda share: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        with Progress(*columns, console=self.rich, transient=True) as progress:
+            task = progress.add_task(label, total=1.0)
+            yield lambda share: progress.update(task, completed=share)
 
     def start_training(self, done: int, total: int) -> None:
         """Opens the bar of the training loop, or announces the plain lines."""
@@ -78,7 +75,7 @@ class Console:
             table.add_column(name, justify="right")
         if len(before["tags"]) > 1:
             for tag, old in before["tags"].items():
-                table.add_row(tag, *_cells(old, after["tags"][tag]))
+                table.add_row(escape(tag), *_cells(old, after["tags"][tag]))
             table.add_section()
         table.add_row("all", *_cells(before, after), style="bold")
         self.rich.print(table)

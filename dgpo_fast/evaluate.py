@@ -75,7 +75,8 @@ class Evaluation:
         tags = {}
         for tag, members in sorted(rows.items()):
             mean, interval = mean_with_ci95(self.rewards[members], [self.prompts[row].text for row in members])
-            tags[tag] = {"reward_mean": mean, "reward_ci95": interval, "images": len(members)}
+            scored = int(np.isfinite(self.rewards[members]).sum())
+            tags[tag] = {"reward_mean": mean, "reward_ci95": interval, "images": scored}
         return tags
 
 

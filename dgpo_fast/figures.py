@@ -23,7 +23,7 @@ def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: 
     for index, block in enumerate(blocks):
         if index >= pairs:
             continue
-        block.suptitle("\n".join(textwrap.wrap(before.prompts[index].text, 38)[:2]), fontsize=9)
+        block.suptitle("\n".join(textwrap.wrap(before.prompts[index].text, 38)[:2]), fontsize=9, parse_math=False)
         for axis, result, label in zip(block.subplots(1, 2), (before, after), ("before", "after"), strict=True):
             axis.imshow(
                 result.images[index], interpolation="nearest" if result.images.shape[1] <= 64 else "antialiased"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dgpo_fast.config import Log
+from dgpo_fast.errors import UserError
 
 Logger = Callable[[dict[str, Any]], None]
 
@@ -69,7 +70,10 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        return [json.loads(line) for line in lines[:-1] if line]
+    except ValueError:
+        raise UserError(f"{path}: a line is damaged; mend or remove it") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

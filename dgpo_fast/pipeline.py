@@ -9,7 +9,7 @@ import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dgpo_fast import tiny
 from dgpo_fast.errors import UserError
@@ -94,6 +94,8 @@ def _hub_index(name: str, revision: str | None) -> dict:
         return _read_index(Path(hf_hub_download(name, "model_index.json", revision=revision)))
     except LocalEntryNotFoundError:
         raise UserError(f"{missing}, and the Hugging Face hub cannot be reached: download it first") from None
+    except GatedRepoError:
+        raise UserError(f"model '{name}' is gated: accept its licence on the hub, then `hf auth login`") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"{missing}, and the Hugging Face hub refused it: {_first_line(error)}") from None
 

@@ -117,7 +117,7 @@ def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
 
 def _with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int) -> SD3Transformer2DModel:
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    unmatched = [end for end in config.lora_targets if not any(name.endswith(end) for name in names)]
+    unmatched = [end for end in config.lora_targets if not any(f".{name}".endswith(f".{end}") for name in names)]
     if unmatched:
         raise UserError(f"policy.lora_targets: no linear layer of this transformer is called '{unmatched[0]}'")
     lora = LoraConfig(

@@ -20,7 +20,7 @@ class Schedule:
 
     Attributes:
         solver: "dpmpp_2m" or "euler".
-        sigmas: (S + 1,) fp32 on the CPU, falling to 0: x_t = (1 − σ)·x0 + σ·noise.
+        sigmas: (S + 1,) fp32, falling to 0: x_t = (1 − σ)·x0 + σ·noise.
         timesteps: (S,) fp32, what the transformer is told, in [0, 1000].
         coefficients: (S, 4) fp32 [σ, a, b, c] with x0 = x − σ·v and x ← a·x + b·x0 + c·x0_previous for "dpmpp_2m";
             (S, 1) fp32 [σ_next − σ] for "euler".
@@ -36,8 +36,8 @@ class Schedule:
         return len(self.timesteps)
 
     def to(self, device: torch.device) -> "Schedule":
-        """The same grid with what the steps read on `device`."""
-        return Schedule(self.solver, self.sigmas, self.timesteps.to(device), self.coefficients.to(device))
+        """The same grid on `device`."""
+        return Schedule(self.solver, self.sigmas.to(device), self.timesteps.to(device), self.coefficients.to(device))
 
 
 def make_scheduler(solver: str, shift: float) -> SchedulerMixin:

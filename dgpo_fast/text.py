@@ -8,6 +8,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from dgpo_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class TextEmbeds:
@@ -39,6 +41,8 @@ class TextEmbeds:
 class PromptEncoder:
     """Encodes prompts with a pipeline's own text encoders and remembers them.
 
+    Raises UserError for no T5 tokens where the pipeline has a T5 encoder.
+
     Args:
         pipeline: the pipeline; its encoders stay on their device.
         max_sequence_length: tokens of the T5 part.
@@ -46,6 +50,9 @@ class PromptEncoder:
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, max_sequence_length: int, cache_mib: int = 2048):
+        if max_sequence_length == 0 and pipeline.text_encoder_3 is not None:
+            raise UserError("rollout.max_sequence_length 0: this pipeline has a T5 encoder; give it tokens, as in "
+                            "--rollout.max-sequence-length 128")  # fmt: skip
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
         self.cache_bytes = cache_mib * 2**20

@@ -1,5 +1,7 @@
 """`python -m dgpo_fast.train`: rollout → reward → advantage → update, on any machine."""
 
+import os
+import shutil
 import signal
 import sys
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_fast.cli import INTERRUPTED, configure, print_help, run_command, take_option
-from dgpo_fast.config import Config, parse_overrides, read_yaml, resolve, to_dict, write_yaml
+from dgpo_fast.config import Config, flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.errors import UserError
 
 USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization.
@@ -19,6 +21,13 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
   python -m dgpo_fast.train sd35m-ocr --prompts my.txt    Stable Diffusion 3.5-Medium
   python -m dgpo_fast.train my.yaml --optimizer.lr 1e-4   your own settings
   python -m dgpo_fast.train --resume runs/NAME            go on after Ctrl-C, a kill or a full disk"""
+
+
+# What a resumed run may do otherwise. Anything else would compare before and after of different things.
+MAY_CHANGE = (
+    "iterations", "device", "precision", "optimizer.", "checkpoint.", "log.", "evaluation.every", "rollout.batch_size",
+    "policy.micro_batch",
+)  # fmt: skip
 
 
 class StopSignal:
@@ -49,6 +58,9 @@ def new_folder(config: Config) -> Path:
     folder = Path(config.runs_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name, or go on with --resume {folder}")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{parent}: no run's folder can be made there; choose another --runs-dir")
     return folder
 
 
@@ -57,7 +69,16 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"--resume {folder}: no run is there (it has no config.yaml)")
-    return resolve(resolve(Config(), read_yaml(path), str(path)), parse_overrides(args), "command line")
+    settings = read_yaml(path)
+    if not settings:
+        raise UserError(f"--resume {folder}: its config.yaml is empty; put the settings of the run back")
+    before = resolve(Config(), settings, str(path))
+    after = resolve(before, parse_overrides(args), "command line")
+    changed = [name for name, value in flat(before).items() if flat(after)[name] != value]
+    for name in changed:
+        if not name.startswith(MAY_CHANGE):
+            raise UserError(f"--resume {folder}: '{name}' cannot change within a run; start a new run for that")
+    return after
 
 
 def train(args: list[str]) -> int:
@@ -74,7 +95,8 @@ def train(args: list[str]) -> int:
     trainer = Trainer(config)
     if resume:
         trainer.resume(folder)
-    folder.mkdir(parents=True, exist_ok=bool(resume))
+    else:
+        make_folder(folder)
     write_yaml(config, folder / "config.yaml")
     stop = StopSignal()
     with stop.installed():
@@ -82,31 +104,57 @@ def train(args: list[str]) -> int:
     return 0 if finished else INTERRUPTED
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the run's folder. Raises UserError where another run has made it in the meantime."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{folder} exists: choose another --name") from None
+
+
 def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
     """Evaluation, the training loop, evaluation. False where the run was asked to stop before its end."""
     config, console = trainer.config, trainer.console
     console.note(f"run: {folder}")
-    before = trainer.evaluate_before(folder)
+    try:
+        before = trainer.evaluate_before(folder)
+    except UserError:
+        if trainer.iteration == 0:
+            shutil.rmtree(folder)  # nothing was trained: no half-made folder is left
+        raise
+    trainer.save(folder)
     trainer.open_logs(folder, to_dict(config))
     console.start_training(trainer.iteration, config.iterations)
     try:
-        while trainer.iteration < config.iterations and not stop.requested:
-            try:
-                trainer.step()
-            except UserError:
-                trainer.save(folder)  # a step that fails has changed nothing: what came before it is kept
-                raise
-            if trainer.iteration % config.checkpoint.every == 0 and trainer.iteration < config.iterations:
-                trainer.save(folder)
+        loop(trainer, folder, stop)
+    except KeyboardInterrupt:
+        console.note(f"interrupted; go on from the last checkpoint with: {resume_command(folder)}")
+        raise
+    except Exception:
+        trainer.save(folder)  # a step that fails has changed no weights: what came before it is kept
+        raise
     finally:
         console.stop_training()
     trainer.save(folder)
     if trainer.iteration < config.iterations:
-        console.note(f"stopped after iteration {trainer.iteration}; go on with: "
-                     f"python -m dgpo_fast.train --resume {folder}")  # fmt: skip
+        console.note(f"stopped after iteration {trainer.iteration}; go on with: {resume_command(folder)}")
         return False
     trainer.finish(folder, before)
     return True
+
+
+def loop(trainer: Any, folder: Path, stop: StopSignal) -> None:
+    """Iterations until the last one or a request to stop, with a checkpoint every so many."""
+    config = trainer.config
+    while trainer.iteration < config.iterations and not stop.requested:
+        trainer.step()
+        if trainer.iteration % config.checkpoint.every == 0:
+            trainer.save(folder)
+
+
+def resume_command(folder: Path) -> str:
+    """What a user types to go on."""
+    return f"python -m dgpo_fast.train --resume {folder}"
 
 
 if __name__ == "__main__":

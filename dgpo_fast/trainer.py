@@ -1,11 +1,13 @@
 """The parts of a run and one iteration of it: rollout → reward → advantage → gradient → step."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from dgpo_fast.checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
 from dgpo_fast.config import Config
@@ -71,7 +73,7 @@ class Trainer:
             self.console.note(line)
         expected = {name: weight.shape for name, weight in self.models.weights.items()}
         if {name: tensor.shape for name, tensor in state.part("policy").items()} != expected:
-            raise UserError(f"--resume {folder}: its checkpoint was made with other `model` or `policy` settings")
+            raise UserError(f"--resume {folder}: its checkpoint does not fit the model '{self.config.model}'")
         self.models.load_weights(state.part("policy"))
         self.old.load(state.part("old"))
         self.slow.load(state.part("slow"))
@@ -97,24 +99,32 @@ class Trainer:
     def step(self) -> None:
         """One iteration: draws and scores the groups, takes one optimizer step, moves the averages, logs."""
         started = time.perf_counter()
-        batch, metrics = self._collect()
-        if batch is not None:
-            with self.phases("train"):
-                losses = self.objective.accumulate(batch, self.models, self.old.weights)
-            with self.phases("optimizer"):
-                metrics["grad_norm"] = self._update()
-            metrics |= {name: float(value) for name, value in losses.items()}
+        try:
+            batch, metrics = self._collect()
+            if batch is not None:
+                metrics |= self._learn(batch)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"iteration {self.iteration + 1}: {str(error).splitlines()[0]} Lower --policy.micro-batch or "
+                "--rollout.batch-size and --resume"
+            ) from None
         self.iteration += 1
-        if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
-            summary = self._evaluate(self.slow.weights).summary()
-            metrics |= {f"heldout_{key}": summary[key] for key in ("reward_mean", "reward_ci95")}
         seconds = time.perf_counter() - started
-        metrics = {"iteration": self.iteration, **metrics, **self.phases.take(), "iteration_s": seconds}
-        metrics["images_per_s"] = metrics["images_count"] / seconds
+        metrics |= {"iteration_s": seconds, "images_per_s": metrics["images_count"] / seconds}
+        if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
+            metrics |= self._heldout()
+        metrics = {"iteration": self.iteration, **metrics, **self.phases.take()}
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)
         self.metrics.write(metrics)
         self.loggers.write(metrics)
         self.console.iteration(metrics)
+
+    def _learn(self, batch: Batch) -> dict[str, Any]:
+        with self.phases("train"):
+            losses = self.objective.accumulate(batch, self.models, self.old.weights)
+        with self.phases("optimizer"):
+            norm = self._update()
+        return {"grad_norm": norm, **{name: float(value) for name, value in losses.items()}}
 
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
         """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
@@ -181,14 +191,28 @@ class Trainer:
                 f"mend the reward and --resume. The last failure: {scores.failures[-1]}"
             )
 
-    def _evaluate(self, weights: Weights, label: str | None = None) -> Evaluation:
+    def _heldout(self) -> dict[str, Any]:
+        """Held-out scores between two iterations; where they fail, a note, since the step before them is done."""
+        try:
+            with self.phases("evaluation"):
+                summary = self._evaluate(self._evaluated_weights(), on_step=None).summary()
+        except UserError as error:
+            self.console.note(f"evaluation skipped: {error}")
+            return {}
+        return {f"heldout_{key}": summary[key] for key in ("reward_mean", "reward_ci95")}
+
+    def _evaluated_weights(self) -> Weights:
+        """The slow average, or the policy itself in a run too short for an average."""
+        return self.slow.weights if self.iteration >= self.config.ema.eval_every else self.models.weights
+
+    def _evaluate(self, weights: Weights, on_step: Callable[[float], None] | None) -> Evaluation:
         self.models.load_behaviour(weights)
-        on_step = self.console.track(label) if label else None
         result = evaluate(
             self.sampler, self.prompts.held_out, self.reward, self.eval_schedule, self.config.evaluation, on_step
         )
-        for line in result.failures:
-            self.console.note(f"evaluation: image dropped: {line}")
+        if result.failures:
+            first, count = result.failures[0], len(result.failures)
+            self.console.note(f"evaluation: {count} images could not be scored; the first: {first}")
         return result
 
     def evaluate_before(self, folder: Path) -> Evaluation:
@@ -196,19 +220,29 @@ class Trainer:
         path = folder / BEFORE_FILE
         if path.is_file():
             return Evaluation.load(path)
-        before = self._evaluate(
-            self.models.initial_weights(), f"before: {self.config.evaluation.images} images of held-out prompts"
-        )
+        with self.console.track(f"before: {self.config.evaluation.images} images of held-out prompts") as on_step:
+            before = self._evaluate(self.models.initial_weights(), on_step)
         before.save(path)
         mean = before.summary()["reward_mean"]
         self.console.note(f"before: mean reward {mean:.3f}")
         return before
 
     def finish(self, folder: Path, before: Evaluation) -> None:
-        """Evaluates the slow average, saves it for plain diffusers, and writes summary and pictures."""
-        after = self._evaluate(self.slow.weights, f"after: {self.config.evaluation.images} images of held-out prompts")
+        """Evaluates the slow average, saves it for plain diffusers, and writes summary and pictures.
+
+        Raises UserError where the disk refuses.
+        """
+        with self.console.track(f"after: {self.config.evaluation.images} images of held-out prompts") as on_step:
+            after = self._evaluate(self._evaluated_weights(), on_step)
+        try:
+            self._write_results(folder, before, after)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: results could not be saved ({reason}); free space and --resume it") from None
+
+    def _write_results(self, folder: Path, before: Evaluation, after: Evaluation) -> None:
         after.save(folder / AFTER_FILE)
-        self.models.save(self.slow.weights, folder, self.pipeline)
+        self.models.save(self._evaluated_weights(), folder, self.pipeline)
         lines = read_metrics(folder / "metrics.jsonl")
         summary = {
             "recipe": self.config.recipe,
@@ -221,12 +255,12 @@ class Trainer:
             "after": after.summary(),
         }
         write_json(folder / "summary.json", summary)
+        self.console.before_after(summary["before"], summary["after"])
         before_after_grid(before, after, folder / "before_after.png")
         middle = [(line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
                   for line in lines if "heldout_reward_mean" in line]  # fmt: skip
         evaluations = [(0, summary["before"]), *middle, (self.iteration, summary["after"])]
         reward_curve(lines, evaluations, folder / "reward_curve.png")
-        self.console.before_after(summary["before"], summary["after"])
         self.console.note(f"trained {self.iteration} iterations in {duration(summary['training_s'])}; "
                           f"weights, pictures and metrics are in {folder}")  # fmt: skip
 

@@ -3,14 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dgpo_kernels import group_noise
 
-from dgpo_fast.config import DGPO, Config, Policy, Rollout
+from dgpo_fast.config import DGPO, Advantage, Config, Policy, Rollout
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
-from dgpo_fast.groups import draw_training_steps, stream_seed
+from dgpo_fast.groups import advantages, draw_training_steps, stream_seed
 from dgpo_fast.objectives import Batch
 from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.pipeline import load_pipeline
@@ -132,9 +133,15 @@ def test_micro_batches_do_not_change_the_gradient(variant: str, micro_batch: int
 
 
 def test_equal_rewards_leave_only_the_kl_term(random_pipeline: Path) -> None:
-    case = Case(random_pipeline, make_config(kl_weight=0.0))
-    case.batch = replace(case.batch, advantage=torch.zeros_like(case.batch.advantage))
-    assert case.gradient(micro_batch=12)[0].abs().max() == 0
+    """Groups of equal rewards have no gradient without a KL term, and the KL term's own gradient with one."""
+    equal = advantages(np.full((GROUPS, SIZE), 0.3, np.float32), Advantage())
+    gradients = []
+    for kl_weight, beta in ((0.0, 100.0), (0.02, 100.0), (0.02, 1.0)):
+        case = Case(random_pipeline, make_config(kl_weight=kl_weight, beta=beta, clip_range=None))
+        case.batch = replace(case.batch, advantage=equal)
+        gradients.append(case.gradient(micro_batch=12)[0])
+    assert gradients[0].abs().max() == 0 < gradients[1].abs().max()
+    assert torch.equal(gradients[1], gradients[2]), "the groups' strength plays no part"
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

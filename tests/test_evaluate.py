@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgpo_fast.evaluate import Evaluation, balanced, mean_with_ci95
@@ -42,6 +42,7 @@ def test_missing_rewards_do_not_count() -> None:
     assert np.isnan(mean_with_ci95(np.array([np.nan]), ["a"])[0])
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=30), st.integers(1, 60))
 def test_tags_are_drawn_evenly(tags: list[str], images: int) -> None:
     prompts = [Prompt(f"{tag}{row}", {"tag": tag}) for row, tag in enumerate(tags)]

@@ -1,6 +1,7 @@
 """metrics.jsonl and the loggers that must never end a run."""
 
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -27,15 +28,17 @@ def test_phases_add_up() -> None:
     phases = Phases(torch.device("cpu"))
     for _ in range(2):
         with phases("rollout"):
-            torch.ones(10)
+            time.sleep(0.02)
     taken = phases.take()
-    assert list(taken) == ["rollout_s"] and taken["rollout_s"] > 0
+    assert list(taken) == ["rollout_s"] and taken["rollout_s"] >= 0.04
     assert phases.take() == {}
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
     write_json(tmp_path / "summary.json", {"a": float("nan")})
     write_json(tmp_path / "summary.json", {"a": 2})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "summary.json", {"a": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
     assert "2" in (tmp_path / "summary.json").read_text()
 

@@ -13,16 +13,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from dgpo_fast.checkpoint import load_newest
+from dgpo_fast.cli import configure
+from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Evaluation
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.rollout import initial_noise
 from dgpo_fast.train import train
+from dgpo_fast.trainer import Trainer
 
-PROMPTS = "a cat\na dog\na house\nbig red car\ntwo birds\na tree\na river\na boat\na hill\na door\n"
+PROMPTS = "a cat\na $5_{ dog\na house\nbig red car\ntwo birds\na tree\na river\na boat\na hill\na door\n"
 ROOT = Path(__file__).parents[1]
 
 
@@ -83,7 +87,7 @@ def test_what_a_run_writes(workspace: Path) -> None:
         assert scores["tags"]["all"]["reward_mean"] == scores["reward_mean"]
     assert summary["after"]["reward_mean"] == lines[-1]["heldout_reward_mean"]
     assert summary["training_images"] == 6 * 12
-    assert len(list((run / "checkpoints").iterdir())) == 6
+    assert len(list((run / "checkpoints").iterdir())) == 7, "one before the first iteration, and one after each"
 
 
 def test_same_seed_same_run(workspace: Path) -> None:
@@ -96,13 +100,24 @@ def test_same_seed_same_run(workspace: Path) -> None:
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_weights_move_and_the_reference_does_not(workspace: Path, random_pipeline: Path) -> None:
-    """Training changes pictures (the averages follow), and leaves the pipeline on disk as it was."""
-    original = (random_pipeline / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+@pytest.mark.parametrize("train_what", ["lora", "full"])
+def test_the_reference_never_moves(train_what: str, workspace: Path, random_pipeline: Path) -> None:
+    """After some steps base equals the pretrained transformer to the last bit, and the policy does not."""
+    trainer = Trainer(configure(["small.yaml", "--policy.train", train_what]))
+    trainer.open_logs(workspace, {})
+    for _ in range(3):
+        trainer.step()
+    fresh = SD3Transformer2DModel.from_pretrained(random_pipeline, subfolder="transformer")
+    base = dict(trainer.models.base.named_parameters())
+    assert all(torch.equal(base[name], weight) for name, weight in fresh.named_parameters())
+    start = trainer.models.initial_weights()
+    assert any((weight - start[name]).abs().max() > 1e-3 for name, weight in trainer.models.weights.items())
+
+
+def test_pictures_and_averages_move(workspace: Path) -> None:
     train(["small.yaml"])
     before, after = (Evaluation.load(workspace / f"runs/run/evaluation_{when}.npz") for when in ("before", "after"))
     assert (before.images != after.images).any()
-    assert (random_pipeline / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == original
     state, _ = load_newest(workspace / "runs/run/checkpoints")
     parts = [torch.cat([t.flatten() for t in state.part(name).values()]) for name in ("policy", "old", "slow")]
     assert not torch.equal(parts[0], parts[1]) and not torch.equal(parts[0], parts[2])
@@ -209,7 +224,7 @@ class Flaky:
     """Raises, or is not a number, for two prompts, and counts what it was asked."""
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-        if prompts[0] == "a dog":
+        if prompts[0] == "a $5_{ dog":
             raise RuntimeError("no answer")
         scores = images.mean((1, 2, 3)) / 255
         return scores * np.nan if prompts[0] == "two birds" else scores
@@ -238,7 +253,6 @@ def test_a_failing_reward_drops_its_groups_and_is_reported(workspace: Path, caps
 
 def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After three iterations without one scored group the run ends in one line; nothing trained is lost."""
-    from dgpo_fast.errors import UserError
     from dgpo_fast.rewards import jpeg
 
     train(["small.yaml", "--iterations", "2"])
@@ -254,7 +268,60 @@ def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypa
     assert [line["iteration"] for line in untimed(workspace / "runs/run")] == [1, 2, 3, 4, 5, 6]
 
 
-GOLDEN = ["--iterations", "4", "--optimizer.lr", "0.003"]
+GOLDEN = ["--iterations", "4", "--optimizer.lr", "0.003", "--dgpo.clip-range", "1e-5"]
+
+
+@pytest.mark.parametrize("train_what", ["lora", "full"])
+def test_bf16(train_what: str, workspace: Path) -> None:
+    """A run in bf16 gives finite metrics close to those in fp32."""
+    for precision in ("fp32", "bf16"):
+        extra = ["--policy.train", train_what, "--iterations", "2", "--optimizer.lr", "1e-3"]
+        assert train(["small.yaml", "--name", precision, "--precision", precision, *extra]) == 0
+    for fp32, bf16 in zip(*(untimed(workspace / "runs" / name) for name in ("fp32", "bf16")), strict=True):
+        assert bf16["dsm_policy"] == pytest.approx(fp32["dsm_policy"], rel=0.02)
+        assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.2)
+
+
+@pytest.mark.parametrize("change", ["--rewards jpeg=2", "--policy.lora-alpha 80", "--evaluation.images 4", "--seed 7"])
+def test_a_resumed_run_stays_the_same_experiment(change: str, workspace: Path) -> None:
+    train(["small.yaml", "--iterations", "1"])
+    name = change.split()[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(UserError, match=f"--resume runs/run: '{name}' cannot change within a run"):
+        train(["--resume", "runs/run", *change.split()])
+    assert train(["--resume", "runs/run", "--iterations", "2", "--optimizer.lr", "1e-3"]) == 0
+
+
+def test_a_short_run_saves_what_it_trained(workspace: Path) -> None:
+    """Fewer iterations than the average's interval: the policy itself is evaluated and saved."""
+    train(["small.yaml", "--iterations", "2", "--ema.eval-every", "8"])
+    before, after = (Evaluation.load(workspace / f"runs/run/evaluation_{when}.npz") for when in ("before", "after"))
+    assert (before.images != after.images).any()
+
+
+def test_a_reward_that_never_works_leaves_no_folder(workspace: Path) -> None:
+    with pytest.raises(UserError, match=r"no image of the evaluation could be scored; .*no answer"):
+        train(["small.yaml", "--rewards", f"{__name__}:Broken"])
+    assert not (workspace / "runs" / "run").exists()
+
+
+def test_an_unforeseen_error_loses_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a step raises, the steps before it are in a checkpoint."""
+    original, calls = Trainer.step, []
+
+    def step(self: Trainer) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("a bug")
+        original(self)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(["small.yaml", "--checkpoint.every", "100"])
+    monkeypatch.undo()
+    os.chdir(workspace)
+    assert load_newest(workspace / "runs/run/checkpoints")[0].iteration == 3
+    assert train(["--resume", "runs/run"]) == 0
+    assert [line["iteration"] for line in untimed(workspace / "runs/run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_golden_curve(workspace: Path) -> None:

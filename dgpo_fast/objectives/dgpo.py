@@ -73,7 +73,7 @@ class DGPOObjective:
     @torch.no_grad()
     def _targets(self, batch: Batch, models: PolicyModels, step: int, draw: int) -> Targets:
         """Noise at grid step `step`, and what base and behaviour predict there for the whole batch."""
-        timestep, sigma = batch.schedule.timesteps[step], batch.schedule.sigmas[step].to(batch.x0.device)
+        timestep, sigma = batch.schedule.timesteps[step], batch.schedule.sigmas[step]
         x_t = group_noise(batch.x0, sigma, batch.group_index, seed=self.noise_seed, draw=draw)
         ref, old, kl = [], [], []
         for rows in _slices(len(x_t), self.forward_batch):

@@ -11,6 +11,8 @@ import numpy as np
 from scipy import ndimage
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.prompts.geneval import require_geneval_metadata
 from dgpo_fast.rewards.geneval_rules import Matched, Scores, graded, relations, share_in_relation
 from dgpo_fast.tiny import data
 
@@ -69,6 +71,12 @@ class ShapesReward:
         columns = np.array(scores, np.float32).reshape(-1, len(Scores._fields)).T
         graded, correct, strict = columns
         return graded, {"correct": correct, "strict": strict}
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError, with file and line, for a prompt that asks for what this world lacks."""
+        require_geneval_metadata(prompts)
+        for prompt in prompts:
+            _check(prompt.metadata, prompt.origin or prompt.text)
 
     def detect(self, images: np.ndarray) -> list[list[Found]]:
         """The objects in each of the images, uint8 (B, H, W, 3), largest first."""
