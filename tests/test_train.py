@@ -46,8 +46,11 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
             "group_size": 4, "groups": 3, "num_inference_steps": 4, "max_sequence_length": 9, "batch_size": 6,
             "guidance_scale": 2.0,
         },
-        "dgpo": {"timesteps": 2, "high_noise_steps": 3, "beta": 1000.0},
-        "policy": {"lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
+        "dgpo": {
+            "timesteps": 2, "high_noise_steps": 3, "beta": 1000.0, "kl_weight": 0.001, "kl_guidance_scale": 1.0,
+            "clip_range": 0.01,
+        },
+        "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
         "optimizer": {"lr": 0.03},
         "ema": {"eval_every": 1, "switch_ema_ref": 3},
         "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
@@ -105,6 +108,7 @@ def test_the_reference_never_moves(train_what: str, workspace: Path, random_pipe
     """After some steps base equals the pretrained transformer to the last bit, and the policy does not."""
     trainer = Trainer(configure(["small.yaml", "--policy.train", train_what]))
     trainer.open_logs(workspace, {})
+    trainer.console.start_training(0, 3)
     for _ in range(3):
         trainer.step()
     fresh = SD3Transformer2DModel.from_pretrained(random_pipeline, subfolder="transformer")
