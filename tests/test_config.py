@@ -70,7 +70,7 @@ ON_THE_COMMAND_LINE = {
     "--iterations 3 4": "command line: --iterations takes one value, not 2",
     "tiny-ocr extra": "command line: unexpected 'extra': settings are given as --name value",
     "--rollout 3": "command line: 'rollout' is a group of settings; name one of them, as in 'rollout.group_size'",
-    "--dgpo.timesteps 6": "command line: dgpo.timesteps is 6 but only 5 timesteps can be drawn "
+    "--dgpo.timesteps 8": "command line: dgpo.timesteps is 8 but only 7 timesteps can be drawn "
     "(rollout.num_inference_steps, dgpo.high_noise_steps): lower it or raise those",
     "tiny-ocr --recipe tiny-shapes": "command line: two recipes, tiny-ocr and tiny-shapes: give one",
     "nothing.yaml": "nothing.yaml: no such file",
