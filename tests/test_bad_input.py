@@ -34,7 +34,7 @@ MISTAKES = {
     "--rollout.shift 1e9": "error: command line: rollout.shift: input should be less than or equal to 100",
     "--optimizer.beta1 1": "error: command line: optimizer.beta1: input should be less than 1",
     "--rollout.guidance-scale inf": "error: command line: rollout.guidance_scale: input should be a finite number",
-    "--policy.train lora --policy.lora-targets o_q": "error: policy.lora_targets: no linear layer of this transformer is called 'o_q'",
+    "--policy.train lora --policy.lora-targets o_q": "error: policy.lora_targets: no linear layer of this transformer",
     "--runs-dir plain.txt": "error: ",
     "--rollout.resolution 36": "error: rollout.resolution 36: this model draws multiples of ",
     "--resume empty": "error: --resume empty: no run is there (it has no config.yaml)",
