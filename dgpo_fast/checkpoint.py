@@ -1,8 +1,7 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is staged in a hidden folder, flushed, hashed and renamed; its manifest is written last. Loading reads
-safetensors
-and JSON alone: nothing is unpickled.
+safetensors and JSON alone: nothing is unpickled.
 """
 
 import hashlib
@@ -101,16 +100,22 @@ def load_newest(folder: Path) -> tuple[State, list[str]]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        _load(path)
+        _read_manifest(path)
     except INVALID:
         return False
     return True
 
 
-def _load(path: Path) -> State:
+def _read_manifest(path: Path) -> dict:
+    """The manifest of the checkpoint at `path`, whose state matches its checksum; raises one of INVALID otherwise."""
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if _digest(path / STATE) != manifest["sha256"][STATE]:
         raise ValueError(f"{STATE} does not match its checksum")
+    return manifest
+
+
+def _load(path: Path) -> State:
+    manifest = _read_manifest(path)
     with safe_open(path / STATE, framework="pt") as file:
         return State(int(manifest["iteration"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 

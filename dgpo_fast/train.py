@@ -74,9 +74,9 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
         raise UserError(f"--resume {folder}: its config.yaml is empty; put the settings of the run back")
     before = resolve(Config(), settings, str(path))
     after = resolve(before, parse_overrides(args), "command line")
-    changed = [name for name, value in flat(before).items() if flat(after)[name] != value]
-    for name in changed:
-        if not name.startswith(MAY_CHANGE):
+    wanted = flat(after)
+    for name, value in flat(before).items():
+        if wanted[name] != value and not name.startswith(MAY_CHANGE):
             raise UserError(f"--resume {folder}: '{name}' cannot change within a run; start a new run for that")
     return after
 

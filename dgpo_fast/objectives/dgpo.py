@@ -1,8 +1,8 @@
 """Direct Group Preference Optimization (arXiv 2510.08425).
 
 For each of M timesteps, every group shares one noise: x_t = (1 − σ)·x0 + σ·ε, target velocity ε − x0. With d the mean
-    squared error of a prediction, a group's score is s = (β/G) Σ A·(d_policy − d_reference), and the loss is the mean
-    of softplus(s)/β plus the KL term. All micro-batches and timesteps add up to one gradient.
+squared error of a prediction, a group's score is s = (β/G) Σ A·(d_policy − d_reference), and the loss is the mean of
+softplus(s)/β plus the KL term. All micro-batches and timesteps add up to one gradient.
 """
 
 from collections.abc import Iterator
