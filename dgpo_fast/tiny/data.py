@@ -169,6 +169,13 @@ def render(metadata: Metadata, rng: np.random.Generator) -> np.ndarray:
     return _render_shapes(metadata, rng)
 
 
+def misspell(word: str, share: float, rng: np.random.Generator) -> str:
+    """`word` with each letter replaced, with probability `share`, by any letter of the alphabet."""
+    others = rng.choice(list(_FONT), size=len(word))
+    wrong = rng.random(len(word)) < share
+    return "".join(np.where(wrong, others, list(word)))
+
+
 def coverage(shape: str, size: int) -> np.ndarray:
     """How much of each pixel of a (size, size) box the shape covers, float64 in [0, 1]."""
     return _coverage(shape, size).copy()

@@ -49,6 +49,8 @@ class Pretraining:
         seed: of the weights, the pictures and every draw of training.
         pictures: in the data set, drawn once.
         sign_share: of the pictures that show signs.
+        misspelling: share of a sign's letters that are not the caption's, as captions found in the wild: it leaves
+            room for reinforcement, which a model that has learnt all letters has not.
         autoencoder_steps, transformer_steps: optimizer steps.
         autoencoder_batch, transformer_batch: pictures per step.
         autoencoder_lr, transformer_lr: peak learning rates (AdamW, cosine).
@@ -62,6 +64,7 @@ class Pretraining:
     seed: int = 0
     pictures: int = 60_000
     sign_share: float = 0.13
+    misspelling: float = 0.5
     autoencoder_steps: int = 1000
     transformer_steps: int = 6000
     autoencoder_batch: int = 64
@@ -116,14 +119,18 @@ class OutOfTime(Exception):
 
 
 def dataset(config: Pretraining) -> tuple[list[data.Prompt], np.ndarray]:
-    """Prompts of the training split and a picture of each, uint8 (pictures, 32, 32, 3)."""
+    """Prompts of the training split and a picture of each, uint8 (pictures, 32, 32, 3); signs may be misspelt."""
     rng = np.random.default_rng(config.seed)
     shapes, signs = data.shape_prompts("train"), data.sign_prompts("train")
     n_signs = round(config.sign_share * config.pictures)
     p = data.weights(shapes, PRETRAINING_MIX)
     prompts = [shapes[i] for i in rng.choice(len(shapes), config.pictures - n_signs, p=p)]
-    prompts += [signs[i] for i in rng.integers(len(signs), size=n_signs)]
-    return prompts, np.stack([data.render(metadata, rng) for _, metadata in prompts])
+    drawn = [metadata for _, metadata in prompts]
+    for i in rng.integers(len(signs), size=n_signs):
+        text, metadata = signs[i]
+        prompts.append((text, metadata))
+        drawn.append({**metadata, "text": data.misspell(metadata["text"], config.misspelling, rng)})
+    return prompts, np.stack([data.render(metadata, rng) for metadata in drawn])
 
 
 def autoencoder_stage(pipe: StableDiffusion3Pipeline, pictures: np.ndarray, config: Pretraining) -> Stage:
