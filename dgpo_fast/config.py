@@ -4,7 +4,6 @@ A `Config` is checked when it is made. Settings come from a recipe, then a YAML 
 pass through `resolve`, so a misspelt key or a wrong type is the same one-line error wherever it was written.
 """
 
-import dataclasses
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -108,6 +107,8 @@ class Optimizer:
 
     lr: Positive = 3e-4
     """Learning rate."""
+    lr_decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls to 0 over the run's `iterations`."""
     beta1: Decay = 0.9
     """Decay of the first moment."""
     beta2: Decay = 0.999
@@ -287,8 +288,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 def parse_overrides(args: list[str]) -> dict[str, Any]:
     """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`."""
-    lists = {field.name for field in dataclasses.fields(Config) if isinstance(getattr(Config(), field.name), tuple)}
-    lists.add("lora_targets")
+    lists = {name for name, value in flat(Config()).items() if isinstance(value, (tuple, list))}
     overrides: dict[str, Any] = {}
     index = 0
     while index < len(args):
@@ -300,11 +300,12 @@ def parse_overrides(args: list[str]) -> dict[str, Any]:
         while index < len(args) and not args[index].startswith("--"):
             values.append(args[index])
             index += 1
-        *groups, leaf = name.replace("-", "_").split(".")
+        key = name.replace("-", "_")
+        *groups, leaf = key.split(".")
         target = overrides
         for group in groups:
             target = target.setdefault(group, {})
-        target[leaf] = _value(name, values, leaf in lists)
+        target[leaf] = _value(name, values, key in lists)
     return overrides
 
 

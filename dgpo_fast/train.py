@@ -131,7 +131,7 @@ def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
         console.note(f"interrupted; go on from the last checkpoint with: {resume_command(folder)}")
         raise
     except Exception:
-        trainer.save(folder)  # a step that fails has changed no weights: what came before it is kept
+        trainer.save(folder)  # what came before the failed step is kept
         raise
     finally:
         console.stop_training()

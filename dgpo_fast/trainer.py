@@ -1,5 +1,6 @@
 """The parts of a run and one iteration of it: rollout → reward → advantage → gradient → step."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 
 from dgpo_fast.checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
 from dgpo_fast.config import Config
+from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.console import Console, duration
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
@@ -123,8 +125,9 @@ class Trainer:
         with self.phases("train"):
             losses = self.objective.accumulate(batch, self.models, self.old.weights)
         with self.phases("optimizer"):
-            norm = self._update()
-        return {"grad_norm": norm, **{name: float(value) for name, value in losses.items()}}
+            rate = learning_rate(self.config.optimizer, self.iteration, self.config.iterations)
+            norm = self._update(rate)
+        return {"grad_norm": norm, "learning_rate": rate, **{name: float(value) for name, value in losses.items()}}
 
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
         """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
@@ -164,8 +167,8 @@ class Trainer:
     def _rollout_weights(self) -> Weights:
         return self.models.weights if self.iteration < self.config.ema.switch_ema_ref else self.old.weights
 
-    def _update(self) -> float:
-        """One optimizer step and the averages; returns the gradient's norm before clipping."""
+    def _update(self, rate: float) -> float:
+        """One optimizer step at learning rate `rate` and the averages; returns the gradient's norm before clipping."""
         parameters = list(self.models.weights.values())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
         if not np.isfinite(norm):
@@ -173,6 +176,8 @@ class Trainer:
                 f"iteration {self.iteration + 1}: the gradient is not finite, nothing was updated; "
                 "resume with a lower --optimizer.lr or --precision fp32"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         ema, step = self.config.ema, self.iteration + 1
@@ -287,6 +292,13 @@ def _make_optimizer(models: PolicyModels, config: Config) -> torch.optim.Optimiz
         weight_decay=settings.weight_decay,
         fused=models.device.type == "cuda",
     )
+
+
+def learning_rate(settings: OptimizerConfig, iteration: int, iterations: int) -> float:
+    """Learning rate of the step after `iteration` finished ones; a function of these alone, so a resumed run agrees."""
+    left = max(0.0, 1 - iteration / iterations)
+    factor = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[settings.lr_decay]
+    return settings.lr * factor
 
 
 def _reward_metrics(scores: GroupScores, images: int) -> dict[str, Any]:

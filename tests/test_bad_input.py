@@ -35,7 +35,7 @@ MISTAKES = {
     "--optimizer.beta1 1": "error: command line: optimizer.beta1: input should be less than 1",
     "--rollout.guidance-scale inf": "error: command line: rollout.guidance_scale: input should be a finite number",
     "--policy.train lora --policy.lora-targets o_q": "error: policy.lora_targets: no linear layer of this transformer",
-    "--runs-dir plain.txt": "error: ",
+    "--runs-dir plain.txt": "error: CWD/plain.txt: no run's folder can be made there; choose another --runs-dir",
     "--rollout.resolution 36": "error: rollout.resolution 36: this model draws multiples of ",
     "--resume empty": "error: --resume empty: no run is there (it has no config.yaml)",
     "--resume nowhere": "error: --resume nowhere: no run is there (it has no config.yaml)",
@@ -74,7 +74,7 @@ def test_one_line_and_nothing_made(
     assert run_command(train) == 2
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 1, errors
-    assert errors[0].startswith(MISTAKES[arguments])
+    assert errors[0].startswith(MISTAKES[arguments].replace("CWD", str(workspace)))
     assert sorted(workspace.rglob("*")) == before
 
 

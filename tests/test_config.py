@@ -3,15 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgpo_fast.cli import configure, take_option
-from dgpo_fast.config import Config, parse_overrides, resolve, setting_names, to_dict, write_yaml
+from dgpo_fast.config import Config, Optimizer, parse_overrides, resolve, setting_names, to_dict, write_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.recipes import RECIPES, get_recipe
+from dgpo_fast.trainer import learning_rate
 
 
 def test_released_values() -> None:
@@ -35,6 +37,16 @@ def test_released_values() -> None:
         shared = (c.optimizer.lr, c.optimizer.weight_decay, c.policy.lora_rank, c.policy.lora_alpha, c.rollout.shift)
         assert shared == (3e-4, 1e-4, 64, 128.0, 3.0), name
         assert (c.rollout.num_inference_steps, c.rollout.resolution) == (10, 512), name
+
+
+@pytest.mark.parametrize(("decay", "halfway"), [("none", 0.2), ("linear", 0.1), ("cosine", 0.1)])
+def test_learning_rate(decay: Literal["none", "linear", "cosine"], halfway: float) -> None:
+    """It starts where the setting says and falls towards 0, never below, whatever a resumed run's length."""
+    settings = Optimizer(lr=0.2, lr_decay=decay)
+    assert learning_rate(settings, 0, 10) == 0.2
+    assert learning_rate(settings, 5, 10) == pytest.approx(halfway)
+    assert 0 < learning_rate(settings, 9, 10) <= 0.2
+    assert learning_rate(settings, 12, 10) == (0.2 if decay == "none" else 0)
 
 
 @pytest.mark.parametrize("name", RECIPES)
