@@ -1,0 +1,67 @@
+"""Which samples of an iteration belong to which process.
+
+The P·G samples of an iteration are numbered group after group. A process gets consecutive ones, so a share is a range.
+Every draw is keyed by these numbers, never by the process, and a share is a function of three counts alone: each
+process knows everybody's.
+"""
+
+from dataclasses import dataclass
+
+from dgpo_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Share:
+    """The samples [start, stop) of an iteration with groups of `group_size`."""
+
+    start: int
+    stop: int
+    group_size: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """(group, first, end) of each group that the share holds samples of, in the numbers of all samples."""
+        size = self.group_size
+        groups = range(self.start // size, -(-self.stop // size)) if len(self) else range(0)
+        return [(group, max(self.start, group * size), min(self.stop, (group + 1) * size)) for group in groups]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no group of the share is held by another process too."""
+        return self.start % self.group_size == 0 and self.stop % self.group_size == 0
+
+
+def place(groups: int, group_size: int, processes: int) -> list[Share]:
+    """The share of each process.
+
+    Whole groups where there is one for each process: shares then differ by one group at most, and the loss needs no
+    communication. With fewer groups than processes, samples are dealt out evenly and groups are split.
+
+    Args:
+        groups: P ≥ 1.
+        group_size: G ≥ 1.
+        processes: ≥ 1.
+
+    Raises UserError where a process would be without work.
+    """
+    samples = groups * group_size
+    if processes > samples:
+        raise UserError(
+            f"{processes} processes share {samples} images an iteration: raise --rollout.groups or "
+            f"--rollout.group-size, or start {samples} processes at most"
+        )
+    unit = group_size if groups >= processes else 1
+    return [Share(start, stop, group_size) for start, stop in even_ranges(samples, processes, unit)]
+
+
+def even_ranges(total: int, processes: int, unit: int = 1) -> list[tuple[int, int]]:
+    """[0, total) cut into one range for each process, at multiples of `unit`; lengths differ by a unit at most.
+
+    The first ranges are the longer ones; the last ones are empty where there are fewer units than processes.
+    """
+    units = -(-total // unit)
+    edges = [min((units * rank + processes - 1) // processes * unit, total) for rank in range(processes + 1)]
+    return [(edges[rank], edges[rank + 1]) for rank in range(processes)]

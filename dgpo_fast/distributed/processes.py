@@ -1,0 +1,199 @@
+"""What the processes of a run tell one another.
+
+`connect` joins the group that torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
+describes. Every wait for others has a name, a deadline and a clock: where the others do not come, the error says what
+was waited for, and the seconds waited go into the metrics.
+
+Small values travel as JSON, not as pickles: what another machine sends is data.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dgpo_fast.errors import UserError
+
+
+class SharedError(UserError):
+    """An error that every process of the run raises; the first one prints it for all."""
+
+
+class LostError(UserError):
+    """The others did not come: nothing can be agreed on any more."""
+
+
+@dataclass
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: this process, counted from 0. Process 0 alone writes files and talks to the user.
+        count: how many there are. Alone, nothing below communicates.
+        local_rank: this process among those of its machine.
+        timeout_s: how long others are waited for.
+        waited_s: seconds spent waiting, since `take_waited_s`.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    timeout_s: float = 600.0
+    waited_s: float = field(default=0.0, compare=False)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor, what: str) -> Tensor:
+        """Adds up `tensor` over all processes, in place, and returns it. On a GPU nothing waits for it here."""
+        if self.count > 1:
+            with self._waiting(what):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """Everybody's `value`, in the order of ranks. A value is what JSON holds; NaN and infinity are kept."""
+        if self.count == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        with self._waiting(what):
+            lengths = torch.zeros(self.count, dtype=torch.int64)
+            lengths[self.rank] = len(text)
+            dist.all_reduce(lengths)
+            row = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+            row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            rows = [torch.empty_like(row) for _ in range(self.count)]
+            dist.all_gather(rows, row)
+        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+    def broadcast(self, value: Any, what: str) -> Any:
+        """Process 0's `value` on every process; what the others give is ignored. JSON, as in `gather`."""
+        if self.count == 1:
+            return value
+        text = json.dumps(value).encode() if self.first else b""
+        with self._waiting(what):
+            length = torch.tensor([len(text)])
+            dist.broadcast(length, 0)
+            row = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.first else _empty_bytes(length)
+            dist.broadcast(row, 0)
+        return json.loads(row.numpy().tobytes())
+
+    def broadcast_tensors(self, tensors: dict[str, Tensor] | None, what: str) -> dict[str, Tensor]:
+        """Process 0's CPU `tensors` on every process, one after another."""
+        if self.count == 1:
+            return tensors or {}
+        plan = [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()]
+        received = {}
+        for name, shape, dtype in self.broadcast(plan, what):
+            tensor = tensors[name].contiguous() if tensors else torch.empty(shape, dtype=getattr(torch, dtype))
+            with self._waiting(what):
+                dist.broadcast(tensor, 0)
+            received[name] = tensor
+        return received
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """All processes leave the block, or all of them raise the error of the first one that could not."""
+        failure: Exception | None = None
+        try:
+            yield
+        except LostError:
+            raise
+        except Exception as error:
+            failure = error
+        problems = self.gather(None if failure is None else _one_line(failure), what)
+        if failure is not None and (self.count == 1 or not isinstance(failure, UserError)):
+            raise failure
+        for rank, line in enumerate(problems):
+            if line is not None:
+                where = f" (process {rank})" if problems.count(line) < self.count else ""
+                raise SharedError(line + where) from None
+
+    def take_waited_s(self) -> float:
+        """Seconds spent waiting for others since the last call."""
+        taken, self.waited_s = self.waited_s, 0.0
+        return taken
+
+    def close(self) -> None:
+        """Leaves the group."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            seconds = time.perf_counter() - start
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise LostError(
+                f"process {self.rank} of {self.count} on {socket.gethostname()} waited {seconds:.0f} s for {what} and "
+                f"lost the others ({reason}): a process ended, hangs, or was cut off; see its own message, and --resume"
+            ) from None
+        finally:
+            self.waited_s += time.perf_counter() - start
+
+
+ALONE = Processes()
+"""A run of one process, without a group."""
+
+
+def connect(device: str, timeout_s: float) -> Processes:
+    """Joins the group that the environment describes, or returns a `Processes` of one where it describes none.
+
+    Args:
+        device: the run's `device` setting; on GPUs, tensors there travel by NCCL, and all else by gloo.
+        timeout_s: how long a process waits for the others before it gives up.
+
+    Raises UserError where the environment is incomplete or the others cannot be reached.
+    """
+    count = _integer("WORLD_SIZE", 1)
+    if count == 1:
+        return Processes(timeout_s=timeout_s)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {count} but {missing[0]} is not set: start the processes with torchrun")
+    rank, local_rank = _integer("RANK", 0), _integer("LOCAL_RANK", 0)
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {rank} is number {local_rank + 1} on {socket.gethostname()}, which has "
+            f"{torch.cuda.device_count()} CUDA GPUs: start one process a GPU, or use --device cpu"
+        )
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"process {rank} of {count} could not meet the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({reason}): check the address and that all processes were started"
+        ) from None
+    return Processes(rank, count, local_rank, timeout_s)
+
+
+def _integer(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise UserError(f"{name}={os.environ[name]}: not a number; start the processes with torchrun") from None
+
+
+def _one_line(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _empty_bytes(length: Tensor) -> Tensor:
+    return torch.empty(int(length), dtype=torch.uint8)
