@@ -10,10 +10,26 @@ from pathlib import Path
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES, in_hash_order, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import geneval_prompts, require_geneval_metadata
-from dgpo_fast.prompts.prompt import Prompt, PromptSets, in_proportion, quoted_text, require_quoted_text, without
+from dgpo_fast.prompts.prompt import (
+    Prompt,
+    PromptSets,
+    in_proportion,
+    in_turn,
+    quoted_text,
+    require_quoted_text,
+    without,
+)
 from dgpo_fast.prompts.signs import sign_prompts
 
-__all__ = ["Prompt", "PromptSets", "load_prompts", "quoted_text", "require_geneval_metadata", "require_quoted_text"]
+__all__ = [
+    "Prompt",
+    "PromptSets",
+    "in_turn",
+    "load_prompts",
+    "quoted_text",
+    "require_geneval_metadata",
+    "require_quoted_text",
+]
 
 
 def load_prompts(source: str, *, eval_source: str | None = None, held_out: int = 256) -> PromptSets:

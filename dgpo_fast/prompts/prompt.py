@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from dgpo_fast.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,16 @@ def in_proportion(prompts: Iterable[Prompt], mix: Mapping[str, int]) -> list[Pro
         by_tag.get(prompt.tag, []).append(prompt)
     unit = max(math.ceil(len(by_tag[tag]) / weight) for tag, weight in mix.items())
     return [p for tag, weight in mix.items() for p in itertools.islice(itertools.cycle(by_tag[tag]), weight * unit)]
+
+
+def in_turn(prompts: Iterable[T], tag_of: Callable[[T], str], count: int) -> list[T]:
+    """`count` of the prompts, the tags in turn and each tag's prompts in order, over again where there are too few."""
+    by_tag: dict[str, list[T]] = {}
+    for prompt in prompts:
+        by_tag.setdefault(tag_of(prompt), []).append(prompt)
+    tags = sorted(by_tag)
+    turns = (divmod(n, len(tags)) for n in range(count))
+    return [by_tag[tags[k]][turn % len(by_tag[tags[k]])] for turn, k in turns]
 
 
 def quoted_text(text: str) -> str | None:

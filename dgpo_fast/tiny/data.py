@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.prompt import in_turn
 
 Metadata = dict[str, Any]
 Prompt = tuple[str, Metadata]
@@ -150,12 +151,8 @@ def weights(prompts: Sequence[Prompt], mix: Mapping[str, float] | None = None) -
 
 def balanced(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
     """`n` prompts, the tags in turn; each tag's prompts in a fixed shuffled order, over again if there are too few."""
-    by_tag: dict[str, list[Prompt]] = {}
-    for prompt in sorted(prompts, key=lambda prompt: hashlib.sha256(prompt[0].encode()).digest()):
-        by_tag.setdefault(prompt[1]["tag"], []).append(prompt)
-    tags = sorted(by_tag)
-    turns = (divmod(i, len(tags)) for i in range(n))
-    return [by_tag[tags[k]][turn % len(by_tag[tags[k]])] for turn, k in turns]
+    shuffled = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt[0].encode()).digest())
+    return in_turn(shuffled, lambda prompt: prompt[1]["tag"], n)
 
 
 def render(metadata: Metadata, rng: np.random.Generator) -> np.ndarray:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_fast.evaluate import Evaluation, balanced, mean_with_ci95
-from dgpo_fast.prompts import Prompt
+from dgpo_fast.evaluation import Evaluation, mean_with_ci95
+from dgpo_fast.prompts import Prompt, in_turn
 
 
 def test_interval_of_independent_images_by_hand() -> None:
@@ -46,7 +46,7 @@ def test_missing_rewards_do_not_count() -> None:
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=30), st.integers(1, 60))
 def test_tags_are_drawn_evenly(tags: list[str], images: int) -> None:
     prompts = [Prompt(f"{tag}{row}", {"tag": tag}) for row, tag in enumerate(tags)]
-    counts = {tag: [p.tag for p in balanced(prompts, images)].count(tag) for tag in set(tags)}
+    counts = {tag: [p.tag for p in in_turn(prompts, lambda prompt: prompt.tag, images)].count(tag) for tag in set(tags)}
     assert sum(counts.values()) == images
     assert max(counts.values()) - min(counts.values()) <= 1
 

@@ -1,4 +1,4 @@
-"""Scores on held-out prompts: the same prompts and initial noise every time, so that before and after can be
+"""A run's own evaluations: the same held-out prompts and initial noise every time, so that before and after can be
 compared."""
 
 import json
@@ -12,13 +12,13 @@ import torch
 
 from dgpo_fast.config import Evaluation as EvaluationConfig
 from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.groups import stream_seed
-from dgpo_fast.prompts import Prompt
+from dgpo_fast.prompts import Prompt, in_turn
 from dgpo_fast.rewards import WeightedReward
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import Schedule
 
-Z_95 = 1.959964
 SHOWN_IMAGES = 24
 
 
@@ -85,38 +85,6 @@ def _mean_of_finite(values: np.ndarray) -> float | None:
     return float(finite.mean()) if finite.size else None
 
 
-def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, list[float]]:
-    """Mean of the finite rewards and its 95 % interval.
-
-    Images of one prompt resemble one another, so the interval counts prompts, not images, as independent (the
-    cluster-robust standard error of a mean).
-
-    Args:
-        rewards: (N,) float, NaN where missing.
-        clusters: the prompt of each image.
-    """
-    kept = np.isfinite(rewards)
-    if not kept.any():
-        return float("nan"), [float("nan"), float("nan")]
-    mean = float(rewards[kept].mean())
-    sums: dict[str, float] = defaultdict(float)
-    for residual, cluster in zip((rewards - mean)[kept], np.array(clusters)[kept], strict=True):
-        sums[cluster] += float(residual)
-    count = len(sums)
-    correction = count / (count - 1) if count > 1 else 1.0
-    half = Z_95 * float(np.sqrt(correction * sum(s * s for s in sums.values()))) / int(kept.sum())
-    return mean, [mean - half, mean + half]
-
-
-def balanced(prompts: list[Prompt], images: int) -> list[Prompt]:
-    """`images` prompts, dealt out evenly over tags and, within a tag, over its prompts."""
-    by_tag: dict[str, list[Prompt]] = defaultdict(list)
-    for prompt in prompts:
-        by_tag[prompt.tag].append(prompt)
-    tags = sorted(by_tag)
-    return [by_tag[tags[n % len(tags)]][n // len(tags) % len(by_tag[tags[n % len(tags)]])] for n in range(images)]
-
-
 def evaluate(
     sampler: Sampler,
     prompts: list[Prompt],
@@ -129,7 +97,7 @@ def evaluate(
 
     Raises UserError where not one image could be scored.
     """
-    chosen = balanced(prompts, config.images)
+    chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     device = next(sampler.transformer.parameters()).device
     samples = torch.arange(len(chosen), device=device)
     x0, _ = sampler.latents(
