@@ -1,6 +1,7 @@
 """What all commands share: errors in one line, and settings from a recipe, a YAML file and the command line."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def _quieten_libraries() -> None:
     here."""
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    # diffusers imports it wherever it is installed, and it warns of a 4-bit kernel from the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def take_option(args: list[str], name: str) -> str | None:

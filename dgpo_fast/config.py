@@ -183,6 +183,10 @@ class Config:
     """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the hub."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
+    random_weights: bool = False
+    """Build the model from its configuration with random weights: for benchmarks, without a download."""
+    random_text_encoders: bool = False
+    """With random weights, build the text encoders too. Without them, random embeddings stand in."""
     prompts: str = "tiny-shapes"
     """A generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with a prompt a line, or a GenEval .jsonl."""
     eval_prompts: str | None = None
@@ -287,8 +291,13 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def parse_overrides(args: list[str]) -> dict[str, Any]:
-    """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`."""
-    lists = {name for name, value in flat(Config()).items() if isinstance(value, (tuple, list))}
+    """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`.
+
+    A yes-or-no setting may stand alone: `--random-weights` is `--random-weights true`.
+    """
+    defaults = flat(Config())
+    lists = {name for name, value in defaults.items() if isinstance(value, (tuple, list))}
+    flags = {name for name, value in defaults.items() if isinstance(value, bool)}
     overrides: dict[str, Any] = {}
     index = 0
     while index < len(args):
@@ -305,7 +314,7 @@ def parse_overrides(args: list[str]) -> dict[str, Any]:
         target = overrides
         for group in groups:
             target = target.setdefault(group, {})
-        target[leaf] = _value(name, values, key in lists)
+        target[leaf] = True if key in flags and not values else _value(name, values, key in lists)
     return overrides
 
 

@@ -12,7 +12,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dgpo_fast import tiny
+from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
+from dgpo_fast.groups import stream_seed
+from dgpo_fast.random_weights import find_architecture, random_pipeline
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 
@@ -40,6 +43,18 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float32
 
 
+def make_pipeline(config: Config, *, device: torch.device, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """The pipeline that `config` names, with trained or with random weights. Raises UserError as `load_pipeline`."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # a run's own console shows what takes time
+    if not config.random_weights:
+        return load_pipeline(config.model, revision=config.revision, device=device, dtype=dtype)
+    return random_pipeline(
+        find_architecture(config.model), device=device, dtype=dtype, seed=stream_seed(config.seed, "random weights"),
+        text_encoders=config.random_text_encoders,
+    )  # fmt: skip
+
+
 def load_pipeline(
     model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype
 ) -> StableDiffusion3Pipeline:
@@ -59,8 +74,6 @@ def load_pipeline(
     try:
         # Downloads show their own progress; reading from the disk needs none.
         folder = source if source.exists() else StableDiffusion3Pipeline.download(model, revision=revision)
-        for library in (diffusers, transformers):
-            library.utils.logging.disable_progress_bar()
         # A pipeline may be without its T5 encoder; diffusers wants to be told so by name.
         absent = {name: None for name, value in index.items() if value == [None, None]}
         pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **absent)

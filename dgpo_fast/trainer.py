@@ -21,9 +21,10 @@ from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
 from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json
 from dgpo_fast.objectives import Batch, make_objective
-from dgpo_fast.pipeline import load_pipeline, pick_device, pick_dtype
+from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype
 from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.prompts import load_prompts
+from dgpo_fast.random_weights import random_weights_note
 from dgpo_fast.rewards import GroupScores, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
@@ -47,7 +48,7 @@ class Trainer:
         self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
         self.device = pick_device(config.device)
         dtype = pick_dtype(config.precision, self.device)
-        self.pipeline = load_pipeline(config.model, revision=config.revision, device=self.device, dtype=dtype)
+        self.pipeline = make_pipeline(config, device=self.device, dtype=dtype)
         self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
         self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
         self.sampler = Sampler(
@@ -278,6 +279,8 @@ class Trainer:
             f"{self.config.model} on {self.device} in {precision}: training {trained / 1e6:.2f} M weights "
             f"({self.config.policy.train}) of {total / 1e6:.1f} M; {groups} groups of {size} images an iteration"
         )
+        if self.config.random_weights:
+            self.console.note(random_weights_note(self.config))
         if self.prompts.note:
             self.console.note(self.prompts.note)
 
