@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from dgpo_fast.rewards.ocr import OcrReward
 from dgpo_fast.tiny import PIPELINE_DIR, data
 from dgpo_fast.tiny.pretrain import sample
 from dgpo_fast.tiny.shapes import ShapesReward
@@ -67,6 +68,12 @@ def test_heldout_scores_leave_room_to_learn(pipe: StableDiffusion3Pipeline):
     assert json.loads((PIPELINE_DIR / "pretraining.json").read_text())["heldout"]["unguided"][
         "graded"
     ] == pytest.approx(graded.mean(), abs=0.1)
+
+
+def test_signs_leave_room_to_learn(pipe: StableDiffusion3Pipeline):
+    prompts = [text for text, _ in data.sign_prompts("heldout")[:96]]
+    scores, _ = OcrReward()(sample(pipe, prompts, seed=0), prompts, [{}] * len(prompts))
+    assert 0.2 <= scores.mean() <= 0.6
 
 
 def test_samples_of_a_prompt_differ_in_reward(pipe: StableDiffusion3Pipeline):

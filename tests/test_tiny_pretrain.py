@@ -18,7 +18,7 @@ from dgpo_fast.tiny.model import TEXT_TOKENS, build_pipeline, build_tokenizer
 
 SMALL = [
     *("--pictures", "64", "--autoencoder-steps", "3", "--transformer-steps", "8", "--autoencoder-batch", "4"),
-    *("--transformer-batch", "8", "--checkpoint-every-s", "0", "--evaluation-images", "6"),
+    *("--transformer-batch", "8", "--misspelling-steps", "2", "--checkpoint-every-s", "0", "--evaluation-images", "6"),
 ]
 
 
@@ -81,8 +81,9 @@ def test_two_processes_give_the_weights_of_one(whole, tmp_path: Path):
 
 def test_losses_fall(tmp_path: Path):
     config = pretrain.Pretraining(
-        pictures=64, autoencoder_steps=25, transformer_steps=25, autoencoder_batch=8, transformer_batch=32
-    )
+        pictures=64, autoencoder_steps=25, transformer_steps=25, misspelling_steps=0, autoencoder_batch=8,
+        transformer_batch=32,
+    )  # fmt: skip
     losses: dict[str, list[float]] = {"autoencoder": [], "transformer": []}
 
     def report(stage: pretrain.Stage, step: int, loss: torch.Tensor) -> None:
@@ -106,6 +107,20 @@ def test_dataset_never_shows_heldout_prompts():
     assert pictures.shape == (3000, 32, 32, 3) and pictures.dtype == np.uint8
     assert not heldout & {text for text, _ in prompts}
     assert sum(m["tag"] == "ocr" for _, m in prompts) == round(3000 * pretrain.Pretraining().sign_share)
+
+
+def test_only_signs_are_misspelt_and_as_often_as_asked():
+    config = pretrain.Pretraining(pictures=400, sign_share=0.25, misspelling=0.5)
+    prompts, pictures = pretrain.dataset(config)
+    changed = pretrain.misspelt(prompts, pictures, config)
+    signs = np.array([m["tag"] == "ocr" for _, m in prompts])
+    np.testing.assert_array_equal(changed[~signs], pictures[~signs])
+    assert (changed[signs] != pictures[signs]).any((1, 2, 3)).mean() > 0.8
+    rng = np.random.default_rng(0)
+    letters = "".join(data.misspell("CAT", 0.5, rng) for _ in range(2000))
+    kept = np.mean([a == b for a, b in zip(letters, "CAT" * 2000, strict=True)])
+    assert kept == pytest.approx(0.5 + 0.5 / 26, abs=0.03)
+    assert data.misspell("CAT", 0.0, rng) == "CAT"
 
 
 def test_every_prompt_fits_and_tokenises_word_by_word():

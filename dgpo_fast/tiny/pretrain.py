@@ -1,8 +1,11 @@
 """Pretrains the small pipeline: `python -m dgpo_fast.tiny.pretrain [--output DIR] [--resume] [--seed N] [--minutes M]`.
 
 First the autoencoder, then the transformer with its text encoders by flow matching on the miniature world's training
-prompts; held-out prompts are never drawn. A run with the same seed on the same kind of machine gives the same weights,
-and so does a run that was killed and resumed.
+prompts; held-out prompts are never drawn. Last, the same on signs that are misspelt, as captions found in the wild: it
+leaves room for reinforcement, which a model that spells every word right has not.
+
+A run with the same seed on the same kind of machine gives the same weights, and so does a run that was killed and
+resumed.
 """
 
 import argparse
@@ -49,11 +52,10 @@ class Pretraining:
         seed: of the weights, the pictures and every draw of training.
         pictures: in the data set, drawn once.
         sign_share: of the pictures that show signs.
-        misspelling: share of a sign's letters that are not the caption's, as captions found in the wild: it leaves
-            room for reinforcement, which a model that has learnt all letters has not.
-        autoencoder_steps, transformer_steps: optimizer steps.
+        misspelling: share of a sign's letters that are not the caption's in the last stage.
+        autoencoder_steps, transformer_steps, misspelling_steps: optimizer steps of each stage.
         autoencoder_batch, transformer_batch: pictures per step.
-        autoencoder_lr, transformer_lr: peak learning rates (AdamW, cosine).
+        autoencoder_lr, transformer_lr, misspelling_lr: peak learning rates (AdamW, cosine).
         kl_weight: of the latents' KL divergence from a unit Gaussian, against the mean reconstruction error.
         caption_dropout: share of captions replaced by "", for guidance.
         sigma_mean, sigma_std: of logit(sigma).
@@ -67,10 +69,12 @@ class Pretraining:
     misspelling: float = 0.5
     autoencoder_steps: int = 1000
     transformer_steps: int = 6000
+    misspelling_steps: int = 600
     autoencoder_batch: int = 64
     transformer_batch: int = 128
     autoencoder_lr: float = 2e-3
     transformer_lr: float = 1.5e-3
+    misspelling_lr: float = 5e-4
     kl_weight: float = 2e-3
     caption_dropout: float = 0.1
     sigma_mean: float = 0.8
@@ -119,18 +123,25 @@ class OutOfTime(Exception):
 
 
 def dataset(config: Pretraining) -> tuple[list[data.Prompt], np.ndarray]:
-    """Prompts of the training split and a picture of each, uint8 (pictures, 32, 32, 3); signs may be misspelt."""
+    """Prompts of the training split and a picture of each, uint8 (pictures, 32, 32, 3)."""
     rng = np.random.default_rng(config.seed)
     shapes, signs = data.shape_prompts("train"), data.sign_prompts("train")
     n_signs = round(config.sign_share * config.pictures)
     p = data.weights(shapes, PRETRAINING_MIX)
     prompts = [shapes[i] for i in rng.choice(len(shapes), config.pictures - n_signs, p=p)]
-    drawn = [metadata for _, metadata in prompts]
-    for i in rng.integers(len(signs), size=n_signs):
-        text, metadata = signs[i]
-        prompts.append((text, metadata))
-        drawn.append({**metadata, "text": data.misspell(metadata["text"], config.misspelling, rng)})
-    return prompts, np.stack([data.render(metadata, rng) for metadata in drawn])
+    prompts += [signs[i] for i in rng.integers(len(signs), size=n_signs)]
+    return prompts, np.stack([data.render(metadata, rng) for _, metadata in prompts])
+
+
+def misspelt(prompts: Sequence[data.Prompt], pictures: np.ndarray, config: Pretraining) -> np.ndarray:
+    """`pictures` with those of the signs drawn anew, some of their letters replaced."""
+    rng = np.random.default_rng([config.seed, 1])
+    pictures = pictures.copy()
+    for i, (_, metadata) in enumerate(prompts):
+        if metadata["tag"] == "ocr":
+            word = data.misspell(metadata["text"], config.misspelling, rng)
+            pictures[i] = data.render({**metadata, "text": word}, rng)
+    return pictures
 
 
 def autoencoder_stage(pipe: StableDiffusion3Pipeline, pictures: np.ndarray, config: Pretraining) -> Stage:
@@ -151,10 +162,9 @@ def autoencoder_stage(pipe: StableDiffusion3Pipeline, pictures: np.ndarray, conf
 
 
 def transformer_stage(
-    pipe: StableDiffusion3Pipeline, prompts: Sequence[data.Prompt], pictures: np.ndarray, config: Pretraining
+    pipe: StableDiffusion3Pipeline, prompts: Sequence[data.Prompt], x0_all: Tensor, config: Pretraining
 ) -> Stage:
-    """Flow matching of x_t = (1 − σ)·x0 + σ·noise to the velocity noise − x0; first sets the autoencoder's scaling."""
-    x0_all = scaled_latents(pipe, pictures)
+    """Flow matching of x_t = (1 − σ)·x0 + σ·noise to the velocity noise − x0."""
     captions = [text for text, _ in prompts] + [""]
 
     def draw(generator: torch.Generator) -> Batch:
@@ -182,17 +192,24 @@ def transformer_stage(
     return Stage("transformer", modules, draw, loss, config.transformer_steps, config.transformer_lr)
 
 
-@torch.no_grad()
 def scaled_latents(pipe: StableDiffusion3Pipeline, pictures: np.ndarray) -> Tensor:
-    """Encodes pictures, uint8 (P, 32, 32, 3), to float32 (P, C, h, w) on the CPU, scaled to mean 0 and variance 1.
+    """`latents`, after the scaling is set so that these pictures have mean 0 and variance 1.
 
     The scaling goes into the autoencoder's configuration, where every diffusers pipeline applies it.
     """
-    batches = torch.from_numpy(pictures).split(256)
-    latents = torch.cat([pipe.vae.encode(_to_pixels(b).to(pipe.device)).latent_dist.mean.cpu() for b in batches])
-    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    pipe.vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+    x0 = latents(pipe, pictures)
+    shift, scale = x0.mean().item(), 1 / x0.std().item()
     pipe.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-    return (latents - shift) * scale
+    return (x0 - shift) * scale
+
+
+@torch.no_grad()
+def latents(pipe: StableDiffusion3Pipeline, pictures: np.ndarray) -> Tensor:
+    """Encodes pictures, uint8 (P, 32, 32, 3), to float32 (P, C, h, w) on the CPU, with the autoencoder's scaling."""
+    batches = torch.from_numpy(pictures).split(256)
+    x0 = torch.cat([pipe.vae.encode(_to_pixels(b).to(pipe.device)).latent_dist.mean.cpu() for b in batches])
+    return (x0 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
 
 def optimise(stage: Stage, session: Session) -> None:
@@ -402,8 +419,14 @@ def pretrain(config: Pretraining, session: Session) -> StableDiffusion3Pipeline:
     except OutOfTime:
         scaled_latents(pipe, pictures)
         return pipe
+    x0_all = scaled_latents(pipe, pictures)
+    misspelt_x0 = latents(pipe, misspelt(prompts, pictures, config))
     with suppress(OutOfTime):
-        optimise(transformer_stage(pipe, prompts, pictures, config), session)
+        stage = transformer_stage(pipe, prompts, x0_all, config)
+        optimise(stage, session)
+        steps, lr = config.misspelling_steps, config.misspelling_lr
+        stage = transformer_stage(pipe, prompts, misspelt_x0, config)
+        optimise(replace(stage, name="misspelling", steps=steps, lr=lr), session)
     return pipe
 
 
