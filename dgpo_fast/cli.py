@@ -89,12 +89,18 @@ def print_help(command: str, usage: str, args: list[str]) -> None:
     """Prints what the command does, the recipes and every setting with the value that `args` would give it."""
     recipes = "\n".join(f"  {name:<18} {_first_line(function)}" for name, function in RECIPES.items())
     shown = [arg for arg in args if arg not in ("-h", "--help")]
+    description = f"{usage}\n\nRecipes:\n\n{recipes}\n\nSettings (defaults: those of the chosen recipe)"
+    print_settings(command, description, configure(shown))
+
+
+def print_settings(command: str, description: str, defaults: Any) -> None:
+    """Prints what the command does and every setting of the dataclass `defaults` with its value."""
     tyro.cli(
-        Config,
-        default=configure(shown),
+        type(defaults),
+        default=defaults,
         args=["--help"],
         prog=f"python -m {command}",
-        description=f"{usage}\n\nRecipes:\n\n{recipes}\n\nSettings (defaults: those of the chosen recipe)",
+        description=description,
         config=(tyro.conf.FlagConversionOff,),
     )
 

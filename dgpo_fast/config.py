@@ -6,7 +6,7 @@ pass through `resolve`, so a misspelt key or a wrong type is the same one-line e
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 STRICT = ConfigDict(extra="forbid")
+Settings = TypeVar("Settings")
+"""A dataclass of settings: `Config`, or that of another command."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -227,20 +229,20 @@ class Config:
             )
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dictionary of `config`, ready for YAML."""
-    return TypeAdapter(Config).dump_python(config, mode="json")
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a dataclass of settings, ready for YAML."""
+    return TypeAdapter(type(settings)).dump_python(settings, mode="json")
 
 
-def resolve(base: Config, overrides: dict[str, Any], origin: str) -> Config:
+def resolve(base: Settings, overrides: dict[str, Any], origin: str) -> Settings:
     """`base` with nested `overrides` applied and everything checked.
 
     Raises UserError in one line naming `origin` (a file, or "command line"), the key and the remedy.
     """
     settings = to_dict(base)
-    _merge(settings, overrides, origin)
+    _merge(settings, overrides, origin, known=to_dict(base))
     try:
-        return TypeAdapter(Config).validate_python(settings)
+        return TypeAdapter(type(base)).validate_python(settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -250,22 +252,23 @@ def resolve(base: Config, overrides: dict[str, Any], origin: str) -> Config:
         raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{got}") from None
 
 
-def _merge(settings: dict[str, Any], overrides: dict[str, Any], origin: str, prefix: str = "") -> None:
+def _merge(
+    settings: dict[str, Any], overrides: dict[str, Any], origin: str, *, known: dict[str, Any], prefix: str = ""
+) -> None:
     for key, value in overrides.items():
         if key not in settings:
-            raise UserError(f"{origin}: unknown setting '{prefix}{key}'{_suggest(prefix + str(key))}")
+            raise UserError(f"{origin}: unknown setting '{prefix}{key}'{_suggest(prefix + str(key), known)}")
         if not isinstance(settings[key], dict):
             settings[key] = value
         elif isinstance(value, dict):
-            _merge(settings[key], value, origin, f"{prefix}{key}.")
+            _merge(settings[key], value, origin, known=known, prefix=f"{prefix}{key}.")
         else:
             raise UserError(f"{origin}: '{prefix}{key}' is a group of settings; name one of them, as in "
                             f"'{prefix}{key}.{next(iter(settings[key]))}'")  # fmt: skip
 
 
-def _suggest(key: str) -> str:
-    groups = [name for name, value in to_dict(Config()).items() if isinstance(value, dict)]
-    names = [*setting_names(), *groups]
+def _suggest(key: str, known: dict[str, Any]) -> str:
+    names = [*_flat(known), *(name for name, value in known.items() if isinstance(value, dict))]
     last_parts = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     close = close or [last_parts[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last_parts), n=1)]
@@ -273,29 +276,32 @@ def _suggest(key: str) -> str:
 
 
 def setting_names() -> list[str]:
-    """Dotted names of all settings, as the command line takes them."""
-
+    """Dotted names of all settings of a run, as the command line takes them."""
     return list(flat(Config()))
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Every setting of `config` by its dotted name."""
-
-    def walk(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in settings.items():
-            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
-
-    return walk(to_dict(config), "")
+def flat(settings: Any) -> dict[str, Any]:
+    """Every setting of a dataclass of settings by its dotted name."""
+    return _flat(to_dict(settings))
 
 
-def parse_overrides(args: list[str]) -> dict[str, Any]:
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def parse_overrides(args: list[str], settings: Any = None) -> dict[str, Any]:
     """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`.
 
     A yes-or-no setting may stand alone: `--random-weights` is `--random-weights true`.
+
+    Args:
+        args: the command line.
+        settings: what is overridden, a `Config` where not given.
     """
-    defaults = flat(Config())
+    defaults = flat(settings or Config())
     lists = {name for name, value in defaults.items() if isinstance(value, (tuple, list))}
     flags = {name for name, value in defaults.items() if isinstance(value, bool)}
     overrides: dict[str, Any] = {}

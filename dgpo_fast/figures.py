@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dgpo_fast.evaluation import Evaluation
+from dgpo_fast.evaluation.held_out import Evaluation
 
 PAIRS_PER_ROW = 3
 BEFORE, AFTER = "#8a8f98", "#1f6feb"

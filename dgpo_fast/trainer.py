@@ -16,7 +16,7 @@ from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.console import Console, duration
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation import Evaluation, evaluate
+from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
 from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_fast.evaluation import Evaluation, mean_with_ci95
+from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.prompts import Prompt, in_turn
 
 

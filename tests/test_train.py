@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dgpo_fast.checkpoint import load_newest
 from dgpo_fast.cli import configure
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation import Evaluation
+from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.rollout import initial_noise
