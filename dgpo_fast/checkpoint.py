@@ -1,7 +1,9 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is staged in a hidden folder, flushed, hashed and renamed; its manifest is written last. Loading reads
-safetensors and JSON alone: nothing is unpickled.
+A checkpoint is staged in a hidden folder, flushed, hashed and renamed; its manifest is written last. A kill at any
+moment leaves the checkpoints before it as they were. Loading reads safetensors and JSON alone: nothing is unpickled.
+
+`CheckpointWriter` writes in a thread of its own, from a copy of the state in CPU memory, so that training goes on.
 """
 
 import hashlib
@@ -9,21 +11,25 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dgpo_fast import __version__
 from dgpo_fast.errors import UserError
 
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
 PREFIX = "iteration-"
-INVALID = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+MAX_MANIFEST_BYTES = 2**24
+INVALID = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""What is saved: name of the part → name of the tensor → tensor. Stored as `part/tensor`."""
 
 
 @dataclass(frozen=True)
@@ -33,54 +39,137 @@ class State:
     Attributes:
         iteration: optimizer steps taken.
         tensors: flat names → tensors on the CPU.
+        info: what else the run wrote into the manifest.
     """
 
     iteration: int
     tensors: dict[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix/`, without it."""
         return {n.removeprefix(f"{prefix}/"): t for n, t in self.tensors.items() if n.startswith(f"{prefix}/")}
 
 
-def save_checkpoint(folder: Path, iteration: int, parts: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+class CheckpointWriter:
+    """Writes a run's checkpoints while the run goes on.
+
+    `save` copies the state to the CPU and returns; a thread writes it. At most one write is under way: the next `save`
+    waits for it. What goes wrong in the thread is raised by the next call, as the one line that `save_checkpoint` says.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        keep: how many of the newest to keep, at least 1.
+        info: goes into every manifest: JSON values by name.
+    """
+
+    def __init__(self, folder: Path, keep: int, info: Mapping[str, Any]):
+        self.folder = folder
+        self.keep = keep
+        self.info = dict(info)
+        self.copies: dict[str, Tensor] = {}
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.running: Future | None = None
+
+    def save(self, iteration: int, parts: Parts) -> None:
+        """Takes a copy of `parts` and has it written as the checkpoint of `iteration`."""
+        self.wait()
+        names = _flat(parts)
+        self.copies = {name: _copied(tensor, self.copies.get(name)) for name, tensor in names.items()}
+        if any(tensor.is_cuda for tensor in names.values()):
+            torch.cuda.current_stream().synchronize()
+        self.running = self.thread.submit(_write, self.folder, iteration, self.copies, self.keep, self.info)
+
+    def check(self) -> None:
+        """Raises what has gone wrong so far, without waiting."""
+        if self.running is not None and self.running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk; raises UserError where it is not."""
+        running, self.running = self.running, None
+        if running is not None:
+            running.result()
+
+
+def _copied(tensor: Tensor, before: Tensor | None) -> Tensor:
+    """A copy on the CPU, in the memory of the copy before it where that fits; from a GPU still on its way."""
+    tensor = tensor.detach()
+    if before is None or before.shape != tensor.shape or before.dtype != tensor.dtype:
+        before = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return before.copy_(tensor, non_blocking=True)
+
+
+def save_checkpoint(
+    folder: Path, iteration: int, parts: Parts, keep: int, info: Mapping[str, Any] | None = None
+) -> Path:
     """Writes `folder/iteration-NNNNNN` and removes all but the `keep` newest.
 
     Args:
-        folder: the run's `checkpoints` folder, made if missing.
+        folder: the run's `checkpoints` folder, made if missing; the run's folder must be there.
         iteration: optimizer steps taken.
-        parts: name → tensors, stored as `name/tensor`.
+        parts: what to save.
         keep: at least 1.
+        info: JSON values for the manifest.
 
     Raises UserError where the disk refuses; the checkpoints already there stay as they are.
     """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _flat(parts).items()}
+    return _write(folder, iteration, tensors, keep, info or {})
+
+
+def _flat(parts: Parts) -> dict[str, Tensor]:
+    return {f"{part}/{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
+
+
+def _write(folder: Path, iteration: int, tensors: dict[str, Tensor], keep: int, info: Mapping[str, Any]) -> Path:
     target = folder / f"{PREFIX}{iteration:06d}"
     if target.exists() and _is_whole(target):
         return target  # the same iteration of a run is the same state
     staging = folder / f".{target.name}"
-    tensors = {f"{p}/{n}": t.detach().cpu().contiguous() for p, group in parts.items() for n, t in group.items()}
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(f".{PREFIX}*"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir()
         save_file(tensors, staging / STATE)
         _flush(staging / STATE)
-        manifest = {"iteration": iteration, "version": __version__, "sha256": {STATE: _digest(staging / STATE)}}
+        manifest = {"iteration": iteration, "sha256": {STATE: _digest(staging / STATE)}, "info": dict(info)}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _flush(staging / MANIFEST)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         staging.rename(target)
         _flush(folder)
-        for old in _all(folder)[keep:]:
-            shutil.rmtree(old)
+        _keep_newest(folder, iteration, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        good = next(iter(_all(folder)), None)
-        remedy = f"the last good checkpoint is {good}" if good else "no checkpoint was written before"
-        raise UserError(
-            f"checkpoint {target} could not be saved ({_reason(error)}): {remedy}; free space and resume"
-        ) from None
+        raise UserError(_refusal(target, error)) from None
     return target
+
+
+def _keep_newest(folder: Path, iteration: int, keep: int) -> None:
+    """Removes the checkpoints that are too old, and those of later iterations: this run passed them over as broken."""
+    earlier = [path for path in _all(folder) if _iteration(path) <= iteration]
+    for path in _all(folder):
+        if path not in earlier[:keep]:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Out of sight first: a kill in the middle leaves no half checkpoint under its name."""
+    hidden = path.with_name(f".{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _refusal(target: Path, error: Exception) -> str:
+    folder = target.parent
+    if not folder.parent.is_dir():
+        return f"the run's folder {folder.parent} is gone: nothing can be saved there; start the run again"
+    good = next(iter(_all(folder)), None)
+    remedy = f"the last good checkpoint is {good}" if good else "no checkpoint was written before"
+    return f"checkpoint {target} could not be saved ({_reason(error)}): {remedy}; free space and resume"
 
 
 def load_newest(folder: Path) -> tuple[State, list[str]]:
@@ -108,7 +197,11 @@ def _is_whole(path: Path) -> bool:
 
 def _read_manifest(path: Path) -> dict:
     """The manifest of the checkpoint at `path`, whose state matches its checksum; raises one of INVALID otherwise."""
+    if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if path.name != f"{PREFIX}{manifest['iteration']:06d}":
+        raise ValueError(f"{MANIFEST} is that of another iteration")
     if _digest(path / STATE) != manifest["sha256"][STATE]:
         raise ValueError(f"{STATE} does not match its checksum")
     return manifest
@@ -117,12 +210,18 @@ def _read_manifest(path: Path) -> dict:
 def _load(path: Path) -> State:
     manifest = _read_manifest(path)
     with safe_open(path / STATE, framework="pt") as file:
-        return State(int(manifest["iteration"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return State(int(manifest["iteration"]), tensors, dict(manifest.get("info", {})))
 
 
 def _all(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted(folder.glob(f"{PREFIX}*"), reverse=True)
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=_iteration, reverse=True)
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def _digest(path: Path) -> str:
