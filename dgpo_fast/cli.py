@@ -27,7 +27,8 @@ def run_command(command: Callable[[list[str]], int | None]) -> int:
     try:
         return command(sys.argv[1:]) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
+            print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: say nothing more, at exit too

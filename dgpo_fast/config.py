@@ -166,6 +166,16 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True, config=STRICT)
+class Distributed:
+    """A run on several processes, started by torchrun. One process alone reads none of this."""
+
+    timeout_s: Positive = 600.0
+    """How long a process waits for the others before it gives up and says what it waited for."""
+    check_every: Annotated[int, Field(ge=0)] = 20
+    """Every so many iterations the processes compare checksums of their weights and counters. 0: never."""
+
+
+@dataclass(kw_only=True, config=STRICT)
 class Log:
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -217,6 +227,7 @@ class Config:
     ema: EMA = Field(default_factory=EMA)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    distributed: Distributed = Field(default_factory=Distributed)
     log: Log = Field(default_factory=Log)
 
     def __post_init__(self) -> None:

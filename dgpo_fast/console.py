@@ -14,10 +14,14 @@ PLAIN_LINE_EVERY_S = 5.0
 
 
 class Console:
-    """Progress and results of one run on standard output."""
+    """Progress and results of one run on standard output.
 
-    def __init__(self) -> None:
-        self.rich = RichConsole(highlight=False)
+    Args:
+        quiet: say nothing, as all processes of a run do but the first.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.rich = RichConsole(highlight=False, quiet=quiet)
         self.progress: Progress | None = None
         self.last_line_s = 0.0
 
@@ -28,7 +32,7 @@ class Console:
     @contextmanager
     def track(self, label: str) -> Iterator[Callable[[float], None]]:
         """Gives a callback that shows how far one piece of work is: told the share done, in (0, 1]."""
-        if not self.rich.is_terminal:
+        if self.rich.quiet or not self.rich.is_terminal:
             self.note(f"{label} …")
             yield lambda share: None
             return
@@ -40,7 +44,7 @@ class Console:
     def start_training(self, done: int, total: int) -> None:
         """Opens the bar of the training loop, or announces the plain lines."""
         self.started_s, self.first, self.total = time.monotonic(), done, total
-        if self.rich.is_terminal:
+        if self.rich.is_terminal and not self.rich.quiet:
             columns = (BarColumn(bar_width=6), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
             self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.rich)
             self.task = self.progress.add_task("training", completed=done, total=total, status="")

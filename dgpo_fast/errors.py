@@ -6,3 +6,6 @@ class UserError(Exception):
 
     Every command prints the message to stderr without a traceback and exits with status 2.
     """
+
+    shared = False
+    """Whether every process of a run raises this error: then the first one alone prints it."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,10 +60,16 @@ class MetricsFile:
         staged = path.with_suffix(".tmp")
         staged.write_text("".join(_json_line(line) for line in kept), encoding="utf-8")
         staged.replace(path)
+        self.path = path
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Appends one line; NaN and infinity become null, which JSON has."""
+        """Appends one line; NaN and infinity become null, which JSON has.
+
+        Raises UserError where the file was removed: what is written then is lost without a word.
+        """
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise UserError(f"{self.path} was removed during the run: its folder is gone; start the run again")
         self.file.write(_json_line(metrics))
         self.file.flush()
 

@@ -3,16 +3,19 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dgpo_fast.cli import INTERRUPTED, configure, print_help, run_command, take_option
 from dgpo_fast.config import Config, flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.errors import UserError
+from dgpo_fast.lock import LOCK, FolderLock, read_lock
 
 USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization.
 
@@ -25,16 +28,17 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
 
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.
 MAY_CHANGE = (
-    "iterations", "device", "precision", "optimizer.", "checkpoint.", "log.", "evaluation.every", "rollout.batch_size",
-    "policy.micro_batch",
+    "iterations", "device", "precision", "optimizer.", "checkpoint.", "distributed.", "log.", "evaluation.every",
+    "rollout.batch_size", "policy.micro_batch",
 )  # fmt: skip
 
 
 class StopSignal:
     """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the running step; the second one interrupts."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.requested = False
+        self.quiet = quiet
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -50,6 +54,8 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self.quiet:
+            return
         print("\nfinishing this step, then saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
 
@@ -86,30 +92,111 @@ def train(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         print_help("dgpo_fast.train", USAGE, args)
         return 0
-    resume = take_option(args, "resume")
-    config = resumed_config(Path(resume), args) if resume else configure(args)
-    folder = Path(resume) if resume else new_folder(config)
+    # Alone, a wrong command line is refused before the imports below, which take seconds.
+    start = None if launched_with_others() else read_start(args)
 
-    from dgpo_fast.trainer import Trainer  # after the command line is known to be good: this import takes seconds
+    from dgpo_fast.distributed import connect
+    from dgpo_fast.trainer import Trainer
 
-    trainer = Trainer(config)
-    if resume:
+    processes = connect()
+    # Process 0 decides for all, so that the others need neither the settings nor the run's folder on their disks.
+    with processes.together("the settings"):
+        if processes.first and start is None:
+            start = read_start(args)
+    config, folder, resumed = shared_start(start, processes)
+    processes.set_timeout(config.distributed.timeout_s)
+    with processes.together("the set-up of all processes"):
+        trainer = Trainer(config, processes)
+    with processes.together("the run's folder"):
+        if processes.first:
+            lock = open_folder(config, folder, resumed)
+    if resumed:
         trainer.resume(folder)
-    else:
-        make_folder(folder)
-    write_yaml(config, folder / "config.yaml")
-    stop = StopSignal()
+    stop = StopSignal(quiet=not processes.first)
     with stop.installed():
         finished = fit(trainer, folder, stop)
+    if processes.first:
+        lock.release()
+    processes.close()
     return 0 if finished else INTERRUPTED
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the run's folder. Raises UserError where another run has made it in the meantime."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{folder} exists: choose another --name") from None
+@dataclass(frozen=True)
+class Start:
+    """What a command line asks for: the settings, the run's folder, and whether a run there is gone on with."""
+
+    config: Config
+    folder: Path
+    resumed: bool
+
+
+def read_start(args: list[str]) -> Start:
+    """What `args` ask for; under torchrun's restarts, to go on with the run that was begun before."""
+    args = list(args)
+    resume = take_option(args, "resume")
+    if resume:
+        config = resumed_config(Path(resume), args)
+        if not has_checkpoints(Path(resume)):
+            raise UserError(f"{Path(resume) / 'checkpoints'}: no valid checkpoint to resume from")
+        return Start(config, Path(resume), True)
+    config = configure(args)
+    begun = begun_before(config)
+    if begun is None:
+        return Start(config, new_folder(config), False)
+    if not has_checkpoints(begun):
+        shutil.rmtree(begun)  # it ended before its first checkpoint: there is nothing to go on from
+        return Start(config, begun, False)
+    return Start(resumed_config(begun, []), begun, True)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether the run in `folder` got as far as its first checkpoint."""
+    return any((folder / "checkpoints").glob("iteration-*"))
+
+
+def launched_with_others() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def launcher_id() -> str | None:
+    """Names the torchrun that started this process, the same after each of its restarts; None without one."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def begun_before(config: Config) -> Path | None:
+    """The folder of the run that this torchrun began before it restarted its processes."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    for path in Path(config.runs_dir).glob(f"*/{LOCK}"):
+        if read_lock(path.parent).get("launcher") == launcher_id():
+            return path.parent
+    return None
+
+
+def shared_start(start: Start | None, processes: Any) -> tuple[Config, Path, bool]:
+    """Process 0's settings, folder and whether it is resumed, on every process."""
+    mine = None if start is None else [to_dict(start.config), str(start.folder), start.resumed]
+    settings, folder, resumed = processes.broadcast(mine, "the settings")
+    return resolve(Config(), settings, "process 0"), Path(folder), resumed
+
+
+def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
+    """Makes the folder of a new run, takes it for this process, and writes the settings into it.
+
+    Raises UserError where another run has it.
+    """
+    if not resumed:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(f"{folder} exists: choose another --name") from None
+    lock = FolderLock(folder, {"launcher": launcher_id()})
+    write_yaml(config, folder / "config.yaml")
+    return lock
 
 
 def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
@@ -119,7 +206,7 @@ def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
     try:
         before = trainer.evaluate_before(folder)
     except UserError:
-        if trainer.iteration == 0:
+        if trainer.iteration == 0 and trainer.processes.first:
             shutil.rmtree(folder)  # nothing was trained: no half-made folder is left
         raise
     trainer.save(folder)
@@ -146,10 +233,10 @@ def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
 def loop(trainer: Any, folder: Path, stop: StopSignal) -> None:
     """Iterations until the last one or a request to stop, with a checkpoint every so many."""
     config = trainer.config
-    while trainer.iteration < config.iterations and not stop.requested:
+    while trainer.iteration < config.iterations and not trainer.anyone(stop.requested):
         trainer.step()
         if trainer.iteration % config.checkpoint.every == 0:
-            trainer.save(folder)
+            trainer.save(folder, wait=False)
 
 
 def resume_command(folder: Path) -> str:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from dgpo_fast.checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
-from dgpo_fast.config import Config
+from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest, load_optimizer, optimizer_tensors
+from dgpo_fast.config import Config, to_dict
 from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.console import Console, duration
+from dgpo_fast.distributed import ALONE, Processes, SharedError
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
@@ -29,6 +30,7 @@ from dgpo_fast.rewards import GroupScores, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
 from dgpo_fast.text import PromptEncoder
+from dgpo_fast.version import code_version
 
 LOST_ITERATIONS_BEFORE_STOP = 3
 BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
@@ -38,15 +40,21 @@ class Trainer:
     """One run: its models, prompts, rewards, optimizer and averages, ready to step.
 
     Everything that can be wrong with a configuration is found here, before a folder is made.
+
+    Args:
+        config: every setting of the run.
+        processes: those that share the run; the first one alone writes files and talks to the user.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, processes: Processes = ALONE):
         self.config = config
-        self.console = Console()
+        self.processes = processes
+        self.console = Console(quiet=not processes.first)
+        self.writer: CheckpointWriter | None = None
         self.prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=config.evaluation.images)
         self.reward = load_rewards(config.rewards)
         self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
-        self.device = pick_device(config.device)
+        self.device = processes.own_device(pick_device(config.device))
         dtype = pick_dtype(config.precision, self.device)
         self.pipeline = make_pipeline(config, device=self.device, dtype=dtype)
         self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
@@ -71,37 +79,73 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Goes back to the newest valid checkpoint of the run in `folder`. Raises UserError where there is none."""
-        state, passed_over = load_newest(folder / "checkpoints")
+        state, passed_over = self._newest_state(folder)
         for line in passed_over:
             self.console.note(line)
+        if state.info.get("code") not in (None, code_version()):
+            self.console.note(f"the checkpoint was written by other code ({state.info['code']}): results may differ")
         expected = {name: weight.shape for name, weight in self.models.weights.items()}
-        if {name: tensor.shape for name, tensor in state.part("policy").items()} != expected:
-            raise UserError(f"--resume {folder}: its checkpoint does not fit the model '{self.config.model}'")
-        self.models.load_weights(state.part("policy"))
-        self.old.load(state.part("old"))
-        self.slow.load(state.part("slow"))
-        load_optimizer(self.optimizer, state.part("optimizer"))
+        try:
+            for part in ("policy", "old", "slow"):
+                if {name: tensor.shape for name, tensor in state.part(part).items()} != expected:
+                    raise ValueError(f"its {part} weights have other names or shapes")
+            self.models.load_weights(state.part("policy"))
+            self.old.load(state.part("old"))
+            self.slow.load(state.part("slow"))
+            load_optimizer(self.optimizer, state.part("optimizer"))
+        except (ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise SharedError(
+                f"--resume {folder}: its checkpoint does not fit the model '{self.config.model}' ({reason})"
+            ) from None
         self.iteration = state.iteration
         self.console.note(f"resuming after iteration {self.iteration}")
 
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint."""
+    def _newest_state(self, folder: Path) -> tuple[State, list[str]]:
+        """What process 0 finds on its disk, on every process."""
+        found = None
+        with self.processes.together("the newest checkpoint"):
+            if self.processes.first:
+                found = load_newest(folder / "checkpoints")
+        about = None if found is None else [found[0].iteration, found[0].info, found[1]]
+        iteration, info, passed_over = self.processes.broadcast(about, "the newest checkpoint")
+        tensors = self.processes.broadcast_tensors(found[0].tensors if found else None, "the newest checkpoint")
+        return State(iteration, tensors, info), passed_over
+
+    def save(self, folder: Path, wait: bool = True) -> None:
+        """Has a checkpoint written, and waits for the disk if asked to; raises UserError where the disk refused."""
+        if not self.processes.first:
+            return
+        if self.writer is None:
+            info = {"code": code_version(), "config": to_dict(self.config), "processes": self.processes.count}
+            self.writer = CheckpointWriter(folder / "checkpoints", self.config.checkpoint.keep, info)
         parts: dict[str, Weights] = {
             "policy": self.models.weights,
             "old": self.old.weights,
             "slow": self.slow.weights,
             "optimizer": optimizer_tensors(self.optimizer),
         }
-        save_checkpoint(folder / "checkpoints", self.iteration, parts, self.config.checkpoint.keep)
+        with self.phases("checkpoint"):
+            self.writer.save(self.iteration, parts)
+            if wait:
+                self.writer.wait()
+
+    def anyone(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process."""
+        return self.processes.any(flag, f"the others at the end of iteration {self.iteration}")
 
     def open_logs(self, folder: Path, settings: dict[str, Any]) -> None:
         """Opens metrics.jsonl, dropping what lies after the checkpoint resumed from, and the optional loggers."""
+        if not self.processes.first:
+            return
         self.metrics = MetricsFile(folder / "metrics.jsonl", until=self.iteration)
         self.loggers = Loggers(self.config.log, folder, settings, self.console.note)
 
     def step(self) -> None:
         """One iteration: draws and scores the groups, takes one optimizer step, moves the averages, logs."""
         started = time.perf_counter()
+        if self.writer is not None:
+            self.writer.check()
         try:
             batch, metrics = self._collect()
             if batch is not None:
@@ -118,6 +162,8 @@ class Trainer:
             metrics |= self._heldout()
         metrics = {"iteration": self.iteration, **metrics, **self.phases.take()}
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)
+        if not self.processes.first:
+            return
         self.metrics.write(metrics)
         self.loggers.write(metrics)
         self.console.iteration(metrics)
@@ -221,25 +267,29 @@ class Trainer:
             self.console.note(f"evaluation: {count} images could not be scored; the first: {first}")
         return result
 
-    def evaluate_before(self, folder: Path) -> Evaluation:
+    def evaluate_before(self, folder: Path) -> Evaluation | None:
         """Scores of the model as it came, from the run's folder where a resumed run already has them."""
         path = folder / BEFORE_FILE
-        if path.is_file():
-            return Evaluation.load(path)
+        if self.processes.broadcast(path.is_file(), "the evaluation before training"):
+            return Evaluation.load(path) if self.processes.first else None
         with self.console.track(f"before: {self.config.evaluation.images} images of held-out prompts") as on_step:
             before = self._evaluate(self.models.initial_weights(), on_step)
+        if not self.processes.first:
+            return None
         before.save(path)
         mean = before.summary()["reward_mean"]
         self.console.note(f"before: mean reward {mean:.3f}")
         return before
 
-    def finish(self, folder: Path, before: Evaluation) -> None:
+    def finish(self, folder: Path, before: Evaluation | None) -> None:
         """Evaluates the slow average, saves it for plain diffusers, and writes summary and pictures.
 
         Raises UserError where the disk refuses.
         """
         with self.console.track(f"after: {self.config.evaluation.images} images of held-out prompts") as on_step:
             after = self._evaluate(self._evaluated_weights(), on_step)
+        if before is None:
+            return  # the first process has it, and writes
         try:
             self._write_results(folder, before, after)
         except (OSError, SafetensorError) as error:

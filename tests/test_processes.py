@@ -19,7 +19,7 @@ from dgpo_fast.distributed import SharedError, connect
 from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.errors import UserError
 
-us = connect("cpu", 60)
+us = connect(60)
 seen = {"sum": us.sum(torch.tensor([1.0, us.rank]), "a sum").tolist()}
 seen["gather"] = us.gather({"rank": us.rank, "text": "ä" * us.rank, "nan": math.nan}, "values")
 seen["broadcast"] = us.broadcast([us.rank, "é"], "a value")
@@ -63,7 +63,8 @@ import os, sys, time
 from dgpo_fast.distributed import connect
 from dgpo_fast.errors import UserError
 
-us = connect("cpu", 3)
+us = connect(60)
+us.set_timeout(3)
 us.gather(0, "the start")
 if us.rank == 1:
     {fate}
@@ -96,10 +97,10 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="RANK is not set: start the processes with torchrun"):
-        connect("cpu", 1)
+        connect(1)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE=two: not a number"):
-        connect("cpu", 1)
+        connect(1)
 
 
 def test_nothing_is_unpickled_between_processes() -> None:

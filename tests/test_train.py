@@ -75,7 +75,7 @@ def test_what_a_run_writes(workspace: Path) -> None:
     run = workspace / "runs" / "run"
     expected = {
         "config.yaml", "metrics.jsonl", "summary.json", "before_after.png", "reward_curve.png", "checkpoints",
-        "pytorch_lora_weights.safetensors", "evaluation_before.npz", "evaluation_after.npz",
+        "pytorch_lora_weights.safetensors", "evaluation_before.npz", "evaluation_after.npz", ".lock",
     }  # fmt: skip
     assert {path.name for path in run.iterdir()} == expected
     lines = read_metrics(run / "metrics.jsonl")

@@ -27,6 +27,8 @@ from dgpo_fast.errors import UserError
 class SharedError(UserError):
     """An error that every process of the run raises; the first one prints it for all."""
 
+    shared = True
+
 
 class LostError(UserError):
     """The others did not come: nothing can be agreed on any more."""
@@ -53,6 +55,29 @@ class Processes:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def set_timeout(self, seconds: float) -> None:
+        """Waits so long from now on; the settings are known only after the group was joined."""
+        self.timeout_s = seconds
+        if self.count > 1:
+            # The library's own trainers change it this way: there is no public function for it.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+    def own_device(self, device: torch.device) -> torch.device:
+        """`device`, or with several processes on GPUs this one's own. Raises UserError where there is none for it."""
+        if self.count == 1 or device.type != "cuda":
+            return device
+        if self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {self.rank} is number {self.local_rank + 1} on {socket.gethostname()}, which has "
+                f"{torch.cuda.device_count()} CUDA GPUs: start one process a GPU, or use --device cpu"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def any(self, flag: bool, what: str) -> bool:
+        """Whether any process's `flag` is set."""
+        return bool(self.sum(torch.tensor(int(flag)), what))
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """Adds up `tensor` over all processes, in place, and returns it. On a GPU nothing waits for it here."""
@@ -149,14 +174,14 @@ ALONE = Processes()
 """A run of one process, without a group."""
 
 
-def connect(device: str, timeout_s: float) -> Processes:
+def connect(timeout_s: float = 600.0) -> Processes:
     """Joins the group that the environment describes, or returns a `Processes` of one where it describes none.
 
     Args:
-        device: the run's `device` setting; on GPUs, tensors there travel by NCCL, and all else by gloo.
         timeout_s: how long a process waits for the others before it gives up.
 
-    Raises UserError where the environment is incomplete or the others cannot be reached.
+    Tensors on GPUs travel by NCCL, all others by gloo. Raises UserError where the environment is incomplete or the
+    others cannot be reached.
     """
     count = _integer("WORLD_SIZE", 1)
     if count == 1:
@@ -165,16 +190,9 @@ def connect(device: str, timeout_s: float) -> Processes:
     if missing:
         raise UserError(f"WORLD_SIZE is {count} but {missing[0]} is not set: start the processes with torchrun")
     rank, local_rank = _integer("RANK", 0), _integer("LOCAL_RANK", 0)
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {rank} is number {local_rank + 1} on {socket.gethostname()}, which has "
-            f"{torch.cuda.device_count()} CUDA GPUs: start one process a GPU, or use --device cpu"
-        )
-    if cuda:
-        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
