@@ -204,7 +204,10 @@ class Config:
     eval_prompts: str | None = None
     """Held-out prompts. Default: a part of `prompts` that training never sees."""
     rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
-    """What to raise: names (shapes, ocr, geneval-hf, pickscore, …) or your own `my_module:MyReward`, with `=weight`."""
+    """What to raise, with `=weight`: names (shapes, ocr, geneval-hf, pickscore, …), your own `my_module:MyReward`, a
+    judge's file or a reward server's address."""
+    max_lost_iterations: Count = 3
+    """Stop, with a checkpoint, after so many iterations in a row in which no group could be scored."""
     iterations: Count = 60
     """Optimizer steps."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -32,7 +32,6 @@ from dgpo_fast.schedule import make_schedule
 from dgpo_fast.text import PromptEncoder
 from dgpo_fast.version import code_version
 
-LOST_ITERATIONS_BEFORE_STOP = 3
 BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
 
 
@@ -237,9 +236,9 @@ class Trainer:
         for line in scores.failures:
             self.console.note(f"iteration {self.iteration + 1}: group dropped: {line}")
         self.lost_in_a_row = 0 if scores.valid.any() else self.lost_in_a_row + 1
-        if self.lost_in_a_row == LOST_ITERATIONS_BEFORE_STOP:
+        if self.lost_in_a_row >= self.config.max_lost_iterations:
             raise UserError(
-                f"no group of {LOST_ITERATIONS_BEFORE_STOP} iterations in a row could be scored; "
+                f"no group of {self.lost_in_a_row} iterations in a row could be scored; "
                 f"mend the reward and --resume. The last failure: {scores.failures[-1]}"
             )
 

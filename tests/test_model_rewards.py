@@ -18,16 +18,20 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt, load_prompts
 from dgpo_fast.prompts.geneval import CLASSES, COLORS
 from dgpo_fast.rewards import clip as clip_module
-from dgpo_fast.rewards import geneval, hpsv2, imagereward, load_rewards, models
+from dgpo_fast.rewards import geneval, golden, hpsv2, imagereward, jpeg, load_rewards, models, ocr
 from dgpo_fast.rewards.aesthetic import AestheticReward
 from dgpo_fast.rewards.clip import Clip, ClipScoreReward, PickScoreReward
 from dgpo_fast.rewards.geneval import ColorJudge, Detector, GenevalReward, box_of, crop, read_out
 from dgpo_fast.rewards.geneval_rules import Detection
 from dgpo_fast.rewards.hpsv2 import HpsReward
 from dgpo_fast.rewards.imagereward import ImageRewardReward
+from dgpo_fast.rewards.ocr import OcrReward
+from dgpo_fast.rewards.registry import BUILT_IN
+from dgpo_fast.tiny import shapes
+from dgpo_fast.tiny.shapes import ShapesReward
 from tests import reward_models as small
 
-GOLDEN = list(models.GOLDEN_TEXTS)
+GOLDEN = list(golden.TEXTS)
 EMPTY = np.zeros((0, 8, 8, 3), np.uint8)
 
 
@@ -506,7 +510,7 @@ def test_random_weights_fail_the_self_test(untrained, name):
 
 
 def taught_clip(clip: Clip) -> Clip:
-    small.teach_clip(clip, clip.prepare(models.to_tensor(models.golden_squares())), GOLDEN, 0.05 + 0.2 * np.eye(4))
+    small.teach_clip(clip, clip.prepare(models.to_tensor(golden.squares())), GOLDEN, 0.05 + 0.2 * np.eye(4))
     return clip
 
 
@@ -527,8 +531,8 @@ def taught_aesthetic(folder: Path) -> AestheticReward:
 
 def taught_imagereward(folder: Path) -> ImageRewardReward:
     reward = UNTRAINED["imagereward"](folder)
-    photo = models.crop_square(models.to_tensor(models.golden_photo()), 64)
-    red, blue = models.crop_square(models.to_tensor(models.golden_squares()[[0, 2]]), 64)
+    photo = models.crop_square(models.to_tensor(golden.photo()), 64)
+    red, blue = models.crop_square(models.to_tensor(golden.squares()[[0, 2]]), 64)
     pixels = torch.stack([photo[0], photo[0], red, blue, red, blue])
     texts = ["a portrait photo of a woman in a navy uniform", "a photo of a red bus"]
     texts += ["a red square", "a blue square", "a blue square", "a red square"]
@@ -538,11 +542,11 @@ def taught_imagereward(folder: Path) -> ImageRewardReward:
 
 def taught_geneval(folder: Path) -> GenevalReward:
     reward = UNTRAINED["geneval-hf"](folder)
-    squares = models.golden_squares()
+    squares = golden.squares()
     mask = (squares != squares[:, :1, :1]).any(-1)[0]
     crops = np.stack([crop(one, Detection("square", 1, (0, 0, 256, 256), mask)) for one in squares])
     texts = [template.format(color=c, name="square") for c in COLORS for template in geneval._TEMPLATES]
-    cosines = np.array([[0.3 * (c == color) for c in COLORS for _ in range(3)] for color in models.GOLDEN_COLORS])
+    cosines = np.array([[0.3 * (c == color) for c in COLORS for _ in range(3)] for color in golden.COLORS])
     clip = reward._colors._clip
     small.teach_clip(clip, clip.prepare(models.to_tensor(crops)), texts, cosines, steps=150)
     person = Detection("person", 0.99, (20, 20, 490, 600), np.ones((600, 512), bool))
@@ -558,6 +562,68 @@ TAUGHT = {
     "imagereward": taught_imagereward,
     "geneval-hf": taught_geneval,
 }
+
+
+def swapped_shapes(monkeypatch, change) -> None:
+    original = ShapesReward.detect
+    monkeypatch.setattr(ShapesReward, "detect", lambda self, images: original(self, change(images)))
+
+
+def swapped_ocr(monkeypatch, change) -> None:
+    original = ocr.as_engine_wants
+    monkeypatch.setattr(ocr, "as_engine_wants", lambda image: original(change(image)))
+
+
+def swapped_jpeg(monkeypatch, change) -> None:
+    original = jpeg._jpeg_bytes
+    monkeypatch.setattr(jpeg, "_jpeg_bytes", lambda image: original(np.ascontiguousarray(change(image))))
+
+
+def wrong_shapes(monkeypatch) -> None:
+    original = shapes._templates
+    monkeypatch.setattr(shapes, "_templates", lambda: (original()[0], original()[1][::-1]))
+
+
+def wrong_ocr(monkeypatch) -> None:
+    monkeypatch.setattr(OcrReward, "_read_one", lambda self, image: (("Golden 4Z",), (0.9,)))
+
+
+def wrong_jpeg(monkeypatch) -> None:
+    monkeypatch.setattr(jpeg, "_jpeg_bytes", lambda image: 1000)
+
+
+# Rewards without weights of their own: how their pictures go astray, and what stands for the wrong model.
+WEIGHTLESS = {
+    "shapes": (swapped_shapes, wrong_shapes),
+    "ocr": (swapped_ocr, wrong_ocr),
+    "jpeg": (swapped_jpeg, wrong_jpeg),
+}
+
+
+def test_every_shipped_reward_is_proved_to_test_itself():
+    """Those below and `geneval-hf-compat`, which is `geneval-hf` with another rule."""
+    assert {*TAUGHT, *WEIGHTLESS, "geneval-hf-compat"} == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("name", [*WEIGHTLESS, "jpeg=-1"])
+def test_self_tests_without_weights_see_swapped_channels_wrong_ranges_and_wrong_models(monkeypatch, name):
+    load_rewards([name])
+    swapped, wrong = WEIGHTLESS[name.split("=")[0]]
+    failed = f"reward {name.split('=')[0]!r} failed its self-test: "
+    for change in (lambda pixels: pixels[..., ::-1], lambda pixels: pixels // 255):
+        with monkeypatch.context() as patch:
+            swapped(patch, change)
+            assert message(load_rewards, [name]).startswith(failed)
+    wrong(monkeypatch)
+    assert message(load_rewards, [name]).startswith(failed)
+
+
+@pytest.mark.parametrize("name", WEIGHTLESS)
+def test_images_of_another_range_are_refused(name):
+    """Floats in 0..1 would be black pictures to each of them."""
+    expected = f"reward {name!r}: images must be uint8 RGB (B, H, W, 3), not float32 (1, 64, 64, 3)"
+    images = np.ones((1, 64, 64, 3), np.float32)
+    assert message(load_rewards([name]).rewards[name], images, ['"a"'], [{}]) == expected
 
 
 @pytest.mark.parametrize("name", TAUGHT)

@@ -303,7 +303,34 @@ def test_unreadable_file(tmp_path):
         (
             "j.jsonl",
             '{"prompt": "\\ud83d"}',
-            ':1: "prompt" holds half a character (\\ud800 to \\udfff): write the letter itself',
+            ':1: "prompt" holds a NUL or half a character (\\ud800 to \\udfff): write the letter itself',
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a\\u0000b"}',
+            ':1: "prompt" holds a NUL or half a character (\\ud800 to \\udfff): write the letter itself',
+        ),
+        ("n.txt", b"a cat\na\0dog\n", ":2: holds a NUL character: save the file as UTF-8 text"),
+        ("n.txt", "a cat".encode("utf-16-le"), ":1: holds a NUL character: save the file as UTF-8 text"),
+        (
+            "j.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "tag": "x", "tag": "y"}',
+            ":2: broken JSON (the key 'tag' occurs twice): write one JSON object a line",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a", "include": [{"class": "cat", "count": 1, "count": 2}]}',
+            ":1: broken JSON (the key 'count' occurs twice): write one JSON object a line",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a", "weight": NaN}',
+            ":1: broken JSON (NaN is no JSON): write one JSON object a line",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a", "tag": ["counting"]}',
+            ':1: "tag" is no string: write a name, as in "tag": "counting"',
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """The shapes reward: scores worked out by hand, pictures that match and pictures that do not."""
 
+import re
 import time
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from scipy import ndimage
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.prompts import Prompt
 from dgpo_fast.tiny import data
 from dgpo_fast.tiny.shapes import Found, ShapesReward, relations, score
 
@@ -133,24 +135,38 @@ def test_256_images_take_a_third_of_a_second_at_most():
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"tag": "ocr", "text": "CAT"}, "'p' has no `include`"),
-        ({"include": [{"class": "star"}]}, "`include` of 'p' lacks count"),
-        ({"include": [{"class": "dog", "count": 1}]}, "asks for class 'dog': use circle, square"),
-        ({"include": [{"class": "star", "count": 1, "color": "pink"}]}, "asks for color 'pink': use red"),
-        ({"include": [{"class": "star", "count": 1, "position": ["near", 0]}]}, "asks for position 'near'"),
-        ({"include": [{"class": "star", "count": 1, "position": ["above", 0]}]}, "relative to earlier entries"),
-        ({"include": [{"class": "star", "count": 0}]}, "counts of 1 or more"),
+        ({"tag": "ocr", "text": "CAT"}, 'no list "include" of what to draw'),
+        ({"include": [{"class": "star"}]}, "\"count\" of 'star' is no number from 1 up"),
+        ({"include": [{"class": "dog", "count": 1}]}, "reward 'shapes' has no class 'dog': use one of circle, square"),
+        (
+            {"include": [{"class": "star", "count": 1, "color": "pink"}]},
+            "reward 'shapes' has no color 'pink': use one of red, orange",
+        ),
+        (
+            {"include": [{"class": "star", "count": 1}, {"class": "ring", "count": 1, "position": ["near", 0]}]},
+            "reward 'shapes' has no position 'near': use one of left of",
+        ),
+        (
+            {"include": [{"class": "star", "count": 1, "position": ["above", 0]}]},
+            "\"position\" of 'star' is no pair of a relation and the number of an earlier entry",
+        ),
+        ({"include": [{"class": "star", "count": 1}], "exclude": [{"class": "dog", "count": 1}]}, "has no class 'dog'"),
+        ({"include": [{"class": "star", "count": 0}]}, "\"count\" of 'star' is no number from 1 up"),
     ],
 )
 def test_metadata_it_does_not_understand(metadata: dict, message: str):
-    with pytest.raises(UserError, match=message):
+    """Refused with file and line before a run, and with the prompt when it is scored."""
+    with pytest.raises(UserError) as caught:
+        ShapesReward().check_prompts([Prompt("p", metadata, "p.jsonl:3")])
+    assert str(caught.value).startswith("p.jsonl:3: ") and message in str(caught.value)
+    with pytest.raises(UserError, match=f"^'p': .*{re.escape(message)}"):
         ShapesReward()(np.zeros((1, 32, 32, 3), np.uint8), ["p"], [metadata])
 
 
 def test_images_it_does_not_understand():
-    with pytest.raises(UserError, match=r"must be uint8 \(B, H, W, 3\), not float32"):
+    with pytest.raises(UserError, match=r"images must be uint8 RGB \(B, H, W, 3\), not float32"):
         ShapesReward()(np.zeros((1, 32, 32, 3), np.float32), ["p"], [THREE_STARS])
-    with pytest.raises(UserError, match="2 images, 1 prompts"):
+    with pytest.raises(UserError, match="2 images, 1 prompts and 1 metadata"):
         ShapesReward()(np.zeros((2, 32, 32, 3), np.uint8), ["p"], [THREE_STARS])
 
 

@@ -7,9 +7,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.prompt import Prompt, PromptSets, without
+from dgpo_fast.prompts.prompt import Prompt, PromptSets, shorten, without
 
 MAX_LINE_BYTES = 100_000
 SUFFIXES = (".txt", ".jsonl")
@@ -80,6 +81,8 @@ def _decode(raw: bytes, origin: str, offset: int) -> str:
     except UnicodeDecodeError as error:
         position = offset + error.start
         raise UserError(f"{origin}: not UTF-8 at byte {position} of the file: save the file as UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{origin}: holds a NUL character: save the file as UTF-8 text")
     # Editors on Windows put a byte order mark in front of the file; it is no part of the first prompt.
     return (text.removeprefix("\ufeff") if offset == 0 else text).strip()
 
@@ -90,7 +93,7 @@ def _parse_text(line: str, origin: str) -> Prompt:
 
 def _parse_json(line: str, origin: str) -> Prompt:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{origin}: broken JSON ({reason}): write one JSON object a line") from error
@@ -99,6 +102,23 @@ def _parse_json(line: str, origin: str) -> Prompt:
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{origin}: lacks "prompt", a non-empty string: write {{"prompt": "…", …}}')
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f'{origin}: "prompt" holds half a character (\\ud800 to \\udfff): write the letter itself')
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(
+            f'{origin}: "prompt" holds a NUL or half a character (\\ud800 to \\udfff): write the letter itself'
+        )
+    if not isinstance(record.get("tag", ""), str):
+        raise UserError(f'{origin}: "tag" is no string: write a name, as in "tag": "counting"')
     return Prompt(text.strip(), record, origin)
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the second of two equal keys would silently win otherwise."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shorten(next(key for key in keys if keys.count(key) > 1))} occurs twice")
+    return record
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from dgpo_fast.errors import UserError
@@ -115,6 +115,26 @@ def require_geneval_metadata(prompts: Iterable[Prompt]) -> None:
             raise UserError(
                 f"{prompt.origin or shorten(prompt.text)}: {problem}: write GenEval metadata such as {example}"
             )
+
+
+def require_known(reward: str, prompts: Iterable[Prompt], known: Mapping[str, Collection[str]]) -> None:
+    """Raises UserError, naming file and line, for the first prompt that asks for what a reward cannot find.
+
+    Args:
+        reward: its name, for the message.
+        prompts: with GenEval's metadata.
+        known: what "class", "color" and "position" (the relation) may be.
+    """
+    for prompt in prompts:
+        include, exclude = prompt.metadata["include"], prompt.metadata.get("exclude", [])
+        related = [{**entry, "position": entry["position"][0]} if "position" in entry else entry for entry in include]
+        for asked in related + [{"class": entry["class"]} for entry in exclude]:
+            for key in known:
+                if key in asked and asked[key] not in known[key]:
+                    are_coco = known[key] is CLASSES
+                    names = "COCO's 80 classes in GenEval's spelling" if are_coco else ", ".join(known[key])
+                    place = prompt.origin or shorten(prompt.text)
+                    raise UserError(f"{place}: reward {reward!r} has no {key} {asked[key]!r}: use one of {names}")
 
 
 def with_article(name: str, color: str = "") -> str:

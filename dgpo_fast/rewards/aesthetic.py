@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.rewards import models
+from dgpo_fast.rewards import golden, models
 from dgpo_fast.rewards.clip import Clip
+from dgpo_fast.rewards.protocol import require_images
 
 _REPOSITORY = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main"
 WEIGHTS = f"{_REPOSITORY}/sac%2Blogos%2Bava1-l14-linearMSE.pth"
@@ -45,7 +46,7 @@ class AestheticReward:
         Raises:
             UserError: images of another type or shape.
         """
-        models.require_images("aesthetic", images)
+        require_images("aesthetic", images)
         if not len(images):
             return np.zeros(0, np.float32)
         return (self._clip.features(images) @ self._weight + self._bias).cpu().numpy()
@@ -53,7 +54,7 @@ class AestheticReward:
     def self_test(self) -> None:
         """Raises UserError unless CLIP tells colours apart and a photograph scores as photographs do."""
         self._clip.self_test("aesthetic")
-        score = float(self(models.golden_photo(), [""], [{}])[0])
+        score = float(self(golden.photo(), [""], [{}])[0])
         if not 3 < score < 8:
             seen = f"a portrait scores {score:.2f}, not between 3 and 8"
             raise UserError(f"reward 'aesthetic' failed its self-test: {seen}: wrong weights?")

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.rewards import models
+from dgpo_fast.rewards import golden, models
+from dgpo_fast.rewards.protocol import require_images
 
 _CHUNK = 64  # images or texts per forward
 
@@ -85,8 +86,8 @@ class Clip:
 
         A model with other weights than its own, swapped channels or images in another range fail this.
         """
-        cosines = (self.features(models.golden_squares()) @ self.text_features(models.GOLDEN_TEXTS).T).cpu().numpy()
-        colors = list(models.GOLDEN_COLORS)
+        cosines = (self.features(golden.squares()) @ self.text_features(golden.TEXTS).T).cpu().numpy()
+        colors = list(golden.COLORS)
         for axis, what in ((1, "text for the picture of"), (0, "picture for")):
             chosen = [colors[index] for index in cosines.argmax(axis)]
             if chosen != colors:
@@ -115,7 +116,7 @@ class CosineReward:
         Raises:
             UserError: images of another type or shape.
         """
-        models.require_images(self._name, images)
+        require_images(self._name, images)
         if not len(images):
             return np.zeros(0, np.float32), {"cosine": np.zeros(0, np.float32)}
         cosine = (self._clip.features(images) * self._clip.text_features(prompts)).sum(-1).cpu().numpy()
@@ -124,7 +125,7 @@ class CosineReward:
     def self_test(self) -> None:
         """Raises UserError unless coloured squares and their descriptions match, on the scale that is expected."""
         self._clip.self_test(self._name)
-        scores, _ = self(models.golden_squares(), models.GOLDEN_TEXTS, [{}] * len(models.GOLDEN_TEXTS))
+        scores, _ = self(golden.squares(), golden.TEXTS, [{}] * len(golden.TEXTS))
         low, high = self._expected
         if not (low < scores.min() and scores.max() < high):
             seen = f"right descriptions score {scores.min():.3f} to {scores.max():.3f}, not {low} to {high}"

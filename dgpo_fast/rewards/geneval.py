@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.geneval import CLASSES, COLORS, require_geneval_metadata
-from dgpo_fast.prompts.prompt import Prompt, shorten
-from dgpo_fast.rewards import models
+from dgpo_fast.prompts.geneval import CLASSES, COLORS, require_geneval_metadata, require_known
+from dgpo_fast.prompts.prompt import Prompt
+from dgpo_fast.rewards import golden, models
 from dgpo_fast.rewards.clip import Clip
 from dgpo_fast.rewards.geneval_rules import RELATIONS, THRESHOLD, Detection, Rule, Scores, keep, score
+from dgpo_fast.rewards.protocol import require_images
 
 # ImageNet's mean and standard deviation of RGB in [0, 1], which the detector was trained on.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,7 +70,7 @@ class GenevalReward:
         Raises:
             UserError: images of another type or shape, or metadata that cannot be scored.
         """
-        models.require_images("geneval-hf", images)
+        require_images("geneval-hf", images)
         self.check_prompts([Prompt(text, one) for text, one in zip(prompts, metadata, strict=True)])
         found = [
             keep(detections, one.get("tag", ""))
@@ -83,16 +84,12 @@ class GenevalReward:
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError, with file and line, for metadata that is malformed or asks for what GenEval has not."""
         require_geneval_metadata(prompts)
-        known = {"class": CLASSES, "color": COLORS, "position": tuple(RELATIONS)}
-        for prompt in prompts:
-            for entry in prompt.metadata["include"] + prompt.metadata.get("exclude", []):
-                asked = {**entry, "position": entry["position"][0]} if "position" in entry else entry
-                _require_known(prompt, asked, known)
+        require_known("geneval-hf", prompts, {"class": CLASSES, "color": COLORS, "position": tuple(RELATIONS)})
 
     def self_test(self) -> None:
         """Raises UserError unless the detector finds the one person on a portrait, and nothing on grey, and CLIP names
         the colours of squares."""
-        photo = models.golden_photo()
+        photo = golden.photo()
         pictures = np.concatenate([photo, np.full_like(photo, 128)])
         seen = [keep(one, "counting") for one in self._detector.detect(pictures)]
         height, width = photo.shape[1:3]
@@ -237,13 +234,13 @@ class ColorJudge:
 
     def self_test(self) -> None:
         """Raises UserError unless the golden squares get their colours."""
-        pictures = models.golden_squares()
+        pictures = golden.squares()
         whole = (0.0, 0.0, float(pictures.shape[2]), float(pictures.shape[1]))
         mask = (pictures != pictures[:, :1, :1]).any(-1)
         squares = [Detection("square", 1.0, whole, one) for one in mask]
         named = self.name(list(zip(pictures, squares, strict=True)))
-        if named != list(models.GOLDEN_COLORS):
-            message = f"{', '.join(models.GOLDEN_COLORS)} squares are called {', '.join(named)}: wrong CLIP?"
+        if named != list(golden.COLORS):
+            message = f"{', '.join(golden.COLORS)} squares are called {', '.join(named)}: wrong CLIP?"
             raise UserError(f"reward 'geneval-hf' failed its self-test: {message}")
 
     def _classifier(self, name: str) -> torch.Tensor:
@@ -262,11 +259,3 @@ def crop(image: np.ndarray, detection: Detection) -> np.ndarray:
         raise ValueError("a detection without a mask has no colour crop")
     shown = np.where(detection.mask[..., None], image, np.uint8(_BACKGROUND))
     return shown[top:bottom, left:right]
-
-
-def _require_known(prompt: Prompt, asked: Mapping[str, Any], known: Mapping[str, Sequence[str]]) -> None:
-    for key in known.keys() & asked.keys():
-        if asked[key] not in known[key]:
-            names = "COCO's 80 classes in GenEval's spelling" if key == "class" else ", ".join(known[key])
-            place = prompt.origin or shorten(prompt.text)
-            raise UserError(f"{place}: reward 'geneval-hf' has no {key} {asked[key]!r}: use one of {names}")

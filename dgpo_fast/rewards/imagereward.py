@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.rewards import models
+from dgpo_fast.rewards import golden, models
+from dgpo_fast.rewards.protocol import require_images
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -73,7 +74,7 @@ class ImageRewardReward:
         Raises:
             UserError: images of another type or shape.
         """
-        models.require_images("imagereward", images)
+        require_images("imagereward", images)
         scores = [np.zeros(0, np.float32)]
         with torch.inference_mode():
             for start in range(0, len(images), _CHUNK):
@@ -83,9 +84,9 @@ class ImageRewardReward:
 
     def self_test(self) -> None:
         """Raises UserError unless a portrait, and red and blue squares, suit their descriptions by clear margins."""
-        photo = np.repeat(models.golden_photo(), 2, axis=0)
+        photo = np.repeat(golden.photo(), 2, axis=0)
         person, other = self(photo, ["a portrait photo of a woman in a navy uniform", "a photo of a red bus"], [{}] * 2)
-        red, blue = models.golden_squares()[[0, 2]]
+        red, blue = golden.squares()[[0, 2]]
         texts = ["a red square", "a blue square", "a blue square", "a red square"]
         scores = self(np.stack([red, blue, red, blue]), texts, [{}] * 4)
         margins = float(person - other), float(scores[:2].sum() - scores[2:].sum())

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.rewards.protocol import require_images
 
 QUALITY = 95
 KILOBYTES_PER_POINT = 500
@@ -24,16 +25,24 @@ class JpegReward:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 (B,) for uint8 (B, H, W, 3) images; prompts and metadata play no part."""
+        """Scores float32 (B,) for uint8 (B, H, W, 3) images; prompts and metadata play no part.
+
+        Raises:
+            UserError: images of another type or shape.
+        """
+        require_images("jpeg", images)
         kilobytes = np.array([_jpeg_bytes(image) / 1000 for image in images], np.float32)
         return -kilobytes / KILOBYTES_PER_POINT, {"kilobytes": kilobytes}
 
     def self_test(self) -> None:
-        """Raises UserError unless a flat picture is found smaller than noise."""
-        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        (flat, noisy), _ = self(np.stack([np.full_like(noise, 128), noise]), ["", ""], [{}, {}])
-        if not noisy < flat < 0:
-            raise UserError(f"reward 'jpeg' failed its self-test: flat picture {flat:.4f}, noise {noisy:.4f}")
+        """Raises UserError unless noise takes the room that it should: JPEG keeps red more exactly than blue."""
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+        pictures = np.full((3, 64, 64, 3), 128, np.uint8)
+        pictures[1, ..., 2], pictures[2, ..., 0] = noise, noise
+        flat, blue, red = self(pictures, [""] * 3, [{}] * 3)[1]["kilobytes"].tolist()
+        if not (0 < 3 * flat < blue and 1.1 * blue < red):
+            seen = f"a flat picture takes {flat:.2f} kB, blue noise {blue:.2f} and red noise {red:.2f}"
+            raise UserError(f"reward 'jpeg' failed its self-test: {seen}: reinstall pillow")
 
 
 def _jpeg_bytes(image: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""What rewards that are neural networks share: loading with one-line errors, image preparation, golden pictures."""
+"""What rewards that are neural networks share: loading with one-line errors, and image preparation."""
 
 from __future__ import annotations
 
@@ -10,28 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 from dgpo_fast.errors import UserError
 
 # Mean and standard deviation of RGB in [0, 1] that OpenAI's CLIP and its descendants, BLIP among them, were trained on.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-GOLDEN_COLORS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 220), "yellow": (250, 220, 20)}
-GOLDEN_TEXTS = tuple(f"a {color} square" for color in GOLDEN_COLORS)
-
 
 def default_device() -> torch.device:
     """This process's GPU, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def require_images(name: str, images: Any) -> None:
-    """Raises UserError unless `images` is uint8 (B, H, W, 3): floats in 0..1 would all be scored as black."""
-    dtype = getattr(images, "dtype", type(images).__name__)
-    shape: tuple[int, ...] = getattr(images, "shape", ())
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
-        raise UserError(f"reward {name!r}: images must be uint8 RGB (B, H, W, 3), not {dtype} {tuple(shape)}")
 
 
 def load_pretrained(name: str, loader: Callable[..., Any], source: str | Path) -> Any:
@@ -154,21 +142,3 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     shape = (3, 1, 1)
     mean_, std_ = (pixels.new_tensor(values).view(shape) for values in (mean, std))
     return (pixels / 255 - mean_) / std_
-
-
-def golden_squares() -> np.ndarray:
-    """A square of each of the golden colours on light grey, uint8 (4, 256, 256, 3)."""
-    pictures = []
-    for color in GOLDEN_COLORS.values():
-        picture = Image.new("RGB", (256, 256), (225, 225, 225))
-        ImageDraw.Draw(picture).rectangle((56, 56, 199, 199), fill=color)
-        pictures.append(np.asarray(picture))
-    return np.stack(pictures)
-
-
-def golden_photo() -> np.ndarray:
-    """The portrait of Grace Hopper that Matplotlib ships, one person before a flag, uint8 (1, H, W, 3)."""
-    from matplotlib import get_data_path
-
-    path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    return np.array(Image.open(path).convert("RGB"))[None]

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, quoted_text, require_quoted_text
+from dgpo_fast.rewards.protocol import require_images
 
 # Pictures lower than this are a sign and little else, so one without a detected box is read as a single line of text.
 SMALL_PICTURE = 64
@@ -71,7 +72,12 @@ class OcrReward:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 (B,) in [0, 1] of uint8 RGB images (B, H, W, 3); a prompt without quotes raises UserError."""
+        """Scores float32 (B,) in [0, 1] of uint8 RGB images (B, H, W, 3).
+
+        Raises:
+            UserError: images of another type or shape, or a prompt without text between double quotes.
+        """
+        require_images("ocr", images)
         require_quoted_text(Prompt(text) for text in prompts)
         targets = [normalise(quoted_text(text) or "") for text in prompts]
         scores = [similarity(target, normalise(text)) for target, text in zip(targets, self.read(images), strict=True)]
@@ -80,25 +86,39 @@ class OcrReward:
 
     def read(self, images: np.ndarray) -> list[str]:
         """The text on each of uint8 RGB images (B, H, W, 3), its lines joined from the top; "" where there is none."""
-        return list(self._pool.map(self._read_one, images))
+        return ["".join(texts) for texts, _ in self._pool.map(self._read_one, images)]
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError, with file and line, for a prompt without text between double quotes."""
         require_quoted_text(prompts)
 
     def self_test(self) -> None:
-        """Raises UserError unless a printed word is read right and nothing is read on a blank picture."""
-        printed, blank = self.read(np.stack([_printed("Golden 42"), np.full((96, 320, 3), 255, np.uint8)]))
-        if normalise(printed) != "golden42" or blank:
-            seen = f"read {printed!r} for 'Golden 42' and {blank!r} on a blank picture"
+        """Raises UserError unless a printed word is read right, with the confidence that the engine has in it when it
+        gets the colours in its own order, and nothing is read on a blank picture."""
+        printed = _printed("Golden 42")
+        texts, confidence = self._read_one(printed)
+        blank = self.read(np.full((1, 96, 320, 3), 255, np.uint8))[0]
+        if normalise("".join(texts)) != "golden42" or blank:
+            seen = f"read {''.join(texts)!r} for 'Golden 42' and {blank!r} on a blank picture"
             raise UserError(f"reward 'ocr' failed its self-test: {seen}: reinstall rapidocr and onnxruntime")
+        blue_green_red = np.ascontiguousarray(np.stack([printed[..., channel] for channel in (2, 1, 0)], -1))
+        expected = self._engine(blue_green_red).scores
+        if confidence != tuple(expected or ()):
+            seen = f"read 'Golden 42' with confidence {confidence}, not {expected}"
+            raise UserError(f"reward 'ocr' failed its self-test: {seen}: swapped colours?")
 
-    def _read_one(self, image: np.ndarray) -> str:
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        texts = self._engine(bgr).txts
-        if not texts and len(image) < SMALL_PICTURE:
-            texts = self._engine.recognize_txt([bgr]).txts
-        return "".join(texts or ())
+    def _read_one(self, image: np.ndarray) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """The lines of text on an RGB image (H, W, 3), from the top, and the engine's confidence in each."""
+        bgr = as_engine_wants(image)
+        found = self._engine(bgr)
+        if not found.txts and len(image) < SMALL_PICTURE:
+            found = self._engine.recognize_txt([bgr])
+        return tuple(found.txts or ()), tuple(found.scores or ())
+
+
+def as_engine_wants(image: np.ndarray) -> np.ndarray:
+    """An RGB image (H, W, 3) with its channels in the order of OpenCV: blue, green, red."""
+    return np.ascontiguousarray(image[..., ::-1])
 
 
 def normalise(text: str) -> str:
@@ -130,7 +150,7 @@ def _available_cores() -> int:
 
 
 def _printed(text: str) -> np.ndarray:
-    """`text` in black on white, uint8 (96, 320, 3)."""
-    picture = Image.new("RGB", (320, 96), "white")
-    ImageDraw.Draw(picture).text((24, 24), text, fill="black", font=ImageFont.load_default(size=40))
+    """`text` in red on green, uint8 (96, 320, 3)."""
+    picture = Image.new("RGB", (320, 96), (20, 160, 40))
+    ImageDraw.Draw(picture).text((24, 24), text, fill=(220, 20, 20), font=ImageFont.load_default(size=40))
     return np.asarray(picture)

@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""What a reward is, and what it takes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dgpo_fast.errors import UserError
+
 
 class Reward(Protocol):
     """Scores images against their prompts; a class, a function or any other callable of this shape is one.
 
-    Two methods are optional:
+    Two methods and an attribute are optional:
 
     - `check_prompts(prompts: Sequence[Prompt]) -> None` refuses, with a `UserError`, prompts that cannot be scored.
       It is called once, before anything is drawn.
     - `self_test() -> None` raises if the reward does not work here, e.g. by scoring an image whose score is known. It
       is called once, when the reward is loaded.
+    - `groups_at_once: int`, for a reward that waits for another machine: it is then called from so many threads at a
+      time, each with the images of another prompt.
     """
 
     def __call__(
@@ -35,3 +39,11 @@ class Reward(Protocol):
             images from the step.
         """
         ...
+
+
+def require_images(name: str, images: Any) -> None:
+    """Raises UserError unless `images` is uint8 (B, H, W, 3): floats in 0..1 would all be scored as black."""
+    dtype = getattr(images, "dtype", type(images).__name__)
+    shape: tuple[int, ...] = getattr(images, "shape", ())
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
+        raise UserError(f"reward {name!r}: images must be uint8 RGB (B, H, W, 3), not {dtype} {tuple(shape)}")

@@ -9,7 +9,7 @@ import math
 import traceback
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.protocol import Reward
@@ -29,38 +29,68 @@ BUILT_IN = {
 }
 
 
-def parse_spec(spec: str) -> tuple[str, float]:
-    """`"ocr=0.5"` → `("ocr", 0.5)`; without `=`, the weight is 1. A weight may be negative."""
-    name, equals, number = spec.partition("=")
-    name = name.strip()
-    try:
-        weight = float(number) if equals else 1.0
-    except ValueError:
-        weight = math.nan
-    if not name or not math.isfinite(weight):
+JUDGE_FILES = (".yaml", ".yml", ".json")
+
+
+class Spec(NamedTuple):
+    """One reward as it is named on the command line."""
+
+    name: str
+    source: str
+    weight: float
+
+
+def parse_spec(spec: str) -> Spec:
+    """`"ocr=0.5"` → `("ocr", "ocr", 0.5)`; without a number at the end, the weight is 1. A weight may be negative.
+
+    A reward that is not shipped may get a short name: `"taste=judge.yaml=2"` → `("taste", "judge.yaml", 2.0)`.
+    """
+    pieces = [piece.strip() for piece in spec.split("=")]
+    weight = 1.0
+    if len(pieces) > 1 and (number := _number(pieces[-1])) is not None:
+        weight = number
+        pieces.pop()
+    name, source = pieces[0], pieces[-1]
+    has_own_name = len(pieces) == 2 and name.isprintable() and (":" in source or source.endswith(JUDGE_FILES))
+    if not name or not math.isfinite(weight) or not (len(pieces) == 1 or has_own_name):
         raise UserError(f"reward {spec!r}: write NAME or NAME=WEIGHT, for example ocr=0.5")
-    return name, weight
+    return Spec(name, source, weight)
 
 
-def load_reward(name: str) -> Reward:
-    """The reward `name`, a shipped one or `module:attribute`, ready to use and self-tested.
+def load_reward(name: str, source: str | None = None) -> Reward:
+    """The reward `name`, ready to use and self-tested.
 
-    An attribute that is a class, or that takes no argument, is called to make the reward; one that takes images,
-    prompts and metadata is the reward.
+    Args:
+        name: what it is called in messages.
+        source: a shipped reward, `module:attribute`, a judge's settings (`judge.yaml`) or the address of a reward
+            server; by default `name`. An attribute that is a class, or that takes no argument, is called to make the
+            reward; one that takes images, prompts and metadata is the reward.
 
     Raises:
         UserError: one line, where there is no such reward, it cannot be made, or its self-test fails.
     """
-    if ":" not in name and name not in BUILT_IN:
-        close = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"no reward {name!r}: {hint}Name one of {', '.join(BUILT_IN)}, or your own as module:attribute")
-    attribute = _import(name, BUILT_IN.get(name, name))
-    reward = _make(name, attribute)
+    reward = _load(name, source or name)
     self_test = getattr(reward, "self_test", None)
     if self_test is not None:
         _run(name, "failed its self-test", self_test)
     return reward
+
+
+def _load(name: str, source: str) -> Reward:
+    if ":" not in source and source not in BUILT_IN:
+        close = difflib.get_close_matches(source, BUILT_IN, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(
+            f"no reward {source!r}: {hint}Name one of {', '.join(BUILT_IN)}, or your own as module:attribute"
+        )
+    return _make(name, _import(name, BUILT_IN.get(source, source)))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _import(name: str, path: str) -> Any:
@@ -111,7 +141,7 @@ def _run(name: str, what: str, function: Callable[..., Any], *arguments: Any) ->
         return function(*arguments)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"reward {name!r} {what}: {message} ({place.filename}, line {place.lineno})") from error

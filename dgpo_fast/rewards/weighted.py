@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,11 @@ from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards.protocol import Reward
 from dgpo_fast.rewards.registry import load_reward, parse_spec
 
+REWARD_KEY = "reward"
+"""Key of a prompt's metadata that names the rewards that score it."""
+
+Answer = dict[str, np.ndarray] | BaseException
+
 
 @dataclass(frozen=True)
 class GroupScores:
@@ -21,7 +27,7 @@ class GroupScores:
     Attributes:
         rewards: float32 (P, G), the weighted sums; NaN in groups that are not valid.
         parts: each reward's own score, unweighted, under its name, and its named parts as `name/part`; float32 (P, G),
-            NaN where there is none.
+            NaN where there is none, as for a prompt that other rewards were chosen for.
         valid: bool (P,), False where a reward failed: such a group must not be trained on, nor counted in a mean.
         failures: one line per failure.
     """
@@ -34,20 +40,24 @@ class GroupScores:
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """The weighted sum of rewards, `rewards` and `weights` by name; made by `load_rewards`."""
+    """The weighted sum of rewards, `rewards` and `weights` by name; made by `load_rewards`.
+
+    A prompt whose metadata names rewards under "reward", one or a list of them, is scored by these alone.
+    """
 
     rewards: dict[str, Reward]
     weights: dict[str, float]
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Lets every reward refuse prompts that it cannot score. Raises UserError, one line naming the prompt."""
-        for reward in self.rewards.values():
+        chosen = [self._chosen(prompt) for prompt in prompts]
+        for name, reward in self.rewards.items():
             check = getattr(reward, "check_prompts", None)
             if check is not None:
-                check(prompts)
+                check([prompt for prompt, names in zip(prompts, chosen, strict=True) if name in names])
 
     def score_groups(self, images: np.ndarray, prompts: Sequence[Prompt], group_size: int) -> GroupScores:
-        """Scores P groups of G images, calling each reward once per group.
+        """Scores P groups of G images, calling each reward once per group that it is chosen for.
 
         Args:
             images: uint8 (P·G, H, W, 3), RGB; the G images of a prompt lie together.
@@ -61,65 +71,106 @@ class WeightedReward:
             raise ValueError(f"images must be uint8 (P·G, H, W, 3), got {images.dtype} {images.shape}")
         if group_size < 1 or len(images) != len(prompts) * group_size:
             raise ValueError(f"got {len(images)} images for {len(prompts)} prompts of {group_size} images each")
+        chosen = [self._chosen(prompt) for prompt in prompts]
+        groups = [images[index * group_size : (index + 1) * group_size] for index in range(len(prompts))]
+        answers = self._answers(groups, prompts, chosen)
         shape = (len(prompts), group_size)
         rewards = np.full(shape, np.nan, np.float32)
         parts = {name: np.full(shape, np.nan, np.float32) for name in self.rewards}
         valid = np.zeros(len(prompts), bool)
-        failures = []
-        for index, prompt in enumerate(prompts):
-            scored, failed = self._score_group(images[index * group_size : (index + 1) * group_size], prompt)
-            failures += failed
+        failures: list[str] = []
+        for index, names in enumerate(chosen):
+            scored, failed = _merge({name: answers[index, name] for name in names}, prompts[index])
             if not failed:
-                rewards[index], valid[index] = self._weighted_sum(scored), True
+                total = self._weighted_sum(scored, names)
+                if np.isfinite(total).all():
+                    rewards[index], valid[index] = total, True
+                else:
+                    failed = [f"{_named(prompts[index])}: the weighted sum of the rewards exceeds float32"]
+            failures += failed
             for name, values in scored.items():
                 parts.setdefault(name, np.full(shape, np.nan, np.float32))[index] = values
         return GroupScores(rewards=rewards, parts=parts, valid=valid, failures=failures)
 
-    def _score_group(self, images: np.ndarray, prompt: Prompt) -> tuple[dict[str, np.ndarray], list[str]]:
-        """What every reward says of one prompt's images: scores and parts, each float32 (G,), and failures."""
-        scored: dict[str, np.ndarray] = {}
-        failures = []
-        for name, reward in self.rewards.items():
-            try:
-                scored |= _score(name, reward, images, prompt)
-            except UserError:
-                raise
-            except Exception as error:
-                failures.append(f"reward {name!r}, {_named(prompt)}: {_one_line(error)}")
-        if not failures and not np.isfinite(self._weighted_sum(scored)).all():
-            failures.append(f"{_named(prompt)}: the weighted sum of the rewards exceeds float32")
-        return scored, failures
+    def _answers(
+        self, groups: Sequence[np.ndarray], prompts: Sequence[Prompt], chosen: Sequence[list[str]]
+    ) -> dict[tuple[int, str], Answer]:
+        """What each reward says of each group that it is chosen for, or the exception that it raised.
 
-    def _weighted_sum(self, scored: dict[str, np.ndarray]) -> np.ndarray:
+        Rewards that wait for another machine (`groups_at_once`) are asked first, several groups at a time, while this
+        thread goes through the others.
+        """
+        asked = [(index, name) for index, names in enumerate(chosen) for name in names]
+        waiting = {name: getattr(self.rewards[name], "groups_at_once", 1) for name in self.rewards}
+        pools = {name: ThreadPoolExecutor(count) for name, count in waiting.items() if count > 1}
+
+        def ask(index: int, name: str) -> Answer:
+            return _score(name, self.rewards[name], groups[index], prompts[index])
+
+        try:
+            remote = {key: pools[key[1]].submit(ask, *key) for key in asked if key[1] in pools}
+            local = {key: ask(*key) for key in asked if key not in remote}
+            return local | {key: future.result() for key, future in remote.items()}
+        finally:
+            for pool in pools.values():
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _chosen(self, prompt: Prompt) -> list[str]:
+        """The rewards that score a prompt: those that its metadata names, or all. Raises UserError for unknown ones."""
+        wanted = prompt.metadata.get(REWARD_KEY)
+        if wanted is None:
+            return list(self.rewards)
+        names = [wanted] if isinstance(wanted, str) else wanted
+        known = ", ".join(self.rewards)
+        place = prompt.origin or shorten(prompt.text)
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f'{place}: "{REWARD_KEY}" is no name and no list of names: use {known}')
+        unknown = next((name for name in names if name not in self.rewards), None)
+        if unknown is not None:
+            raise UserError(f"{place}: no reward {unknown!r} in this run: use {known}, or add it to --rewards")
+        if not any(self.weights[name] for name in names):
+            raise UserError(f"{place}: its rewards ({', '.join(names)}) all have the weight 0: give one a weight")
+        return [name for name in self.rewards if name in names]
+
+    def _weighted_sum(self, scored: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
         """float32 (G,); infinite where the sum is too large for it."""
         with np.errstate(over="ignore"):
-            terms = [weight * scored[name].astype(np.float64) for name, weight in self.weights.items()]
+            terms = [self.weights[name] * scored[name].astype(np.float64) for name in names]
             return np.sum(terms, axis=0).astype(np.float32)
 
 
 def load_rewards(specs: Sequence[str]) -> WeightedReward:
-    """Loads and self-tests rewards given as `name`, `name=weight` or `module:attribute=weight`.
+    """Loads and self-tests rewards given as `name`, `name=weight`, `module:attribute=weight`… (`registry.parse_spec`).
 
     Raises:
         UserError: one line, for a reward that is unknown, named twice or does not work here, or a malformed weight.
     """
     parsed = [parse_spec(spec) for spec in specs]
-    weights = dict(parsed)
+    weights = {spec.name: spec.weight for spec in parsed}
     if len(weights) < len(parsed):
-        names = [name for name, _ in parsed]
+        names = [spec.name for spec in parsed]
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"reward {twice!r} is named twice: name it once, with its weight")
     if not any(weights.values()):
         raise UserError("no reward has a weight: name at least one, for example shapes or ocr=0.5")
-    return WeightedReward({name: load_reward(name) for name in weights}, weights)
+    return WeightedReward({spec.name: load_reward(spec.name, spec.source) for spec in parsed}, weights)
 
 
-def _score(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> dict[str, np.ndarray]:
-    """One reward's scores, under `name`, and its parts, under `name/part`, each float32 (G,).
+def _score(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> Answer:
+    """One reward's scores, under `name`, and its parts, under `name/part`, each float32 (G,), or what went wrong.
 
-    Raises:
-        ValueError: for a wrong shape or a score that is not finite; and whatever the reward raises.
+    A UserError is raised: it is no failure of a group.
     """
+    try:
+        return _valid_scores(name, reward, images, prompt)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a reward may not end the run, not even by sys.exit
+        return error
+
+
+def _valid_scores(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> dict[str, np.ndarray]:
+    """As `_score`. Raises ValueError for a wrong shape or a non-finite score, and whatever the reward raises."""
     size = len(images)
     # Copies, so that a reward that works in place harms neither the next reward nor the pictures that are shown.
     answer = reward(images.copy(), [prompt.text] * size, [dict(prompt.metadata) for _ in range(size)])
@@ -130,6 +181,18 @@ def _score(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> dic
     for part, values in parts.items():
         scored[f"{name}/{part}"] = _vector(values, size, f"part {part!r}")
     return scored
+
+
+def _merge(answers: dict[str, Answer], prompt: Prompt) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The scores and parts of one prompt's group, and a line for each reward that failed."""
+    scored: dict[str, np.ndarray] = {}
+    failed = []
+    for name, answer in answers.items():
+        if isinstance(answer, dict):
+            scored |= answer
+        else:
+            failed.append(f"reward {name!r}, {_named(prompt)}: {_one_line(answer)}")
+    return scored, failed
 
 
 def _vector(values: Any, size: int, what: str) -> np.ndarray:
@@ -146,5 +209,5 @@ def _named(prompt: Prompt) -> str:
     return f"prompt {shorten(prompt.text)}" + (f" ({prompt.origin})" if prompt.origin else "")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

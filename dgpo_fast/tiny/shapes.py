@@ -5,15 +5,16 @@ template and its colour by a vote of its pixels. What was found is compared with
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.prompts.geneval import require_geneval_metadata
+from dgpo_fast.prompts.geneval import require_geneval_metadata, require_known
 from dgpo_fast.rewards.geneval_rules import Matched, Scores, graded, relations, share_in_relation
+from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.tiny import data
 
 __all__ = ["Found", "Scores", "ShapesReward", "relations", "score"]
@@ -58,14 +59,13 @@ class ShapesReward:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[data.Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise UserError(f"shapes reward: images must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}")
+        require_images("shapes", images)
         if not len(images) == len(prompts) == len(metadata):
             raise UserError(
-                f"shapes reward: {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: pass B of each"
+                f"reward 'shapes': {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata: "
+                "pass as many of each"
             )
-        for one, prompt in zip(metadata, prompts, strict=True):
-            _check(one, prompt)
+        self.check_prompts([Prompt(text, one) for text, one in zip(prompts, metadata, strict=True)])
         found = self.detect(images)
         scores = [score(objects, one) for objects, one in zip(found, metadata, strict=True)]
         columns = np.array(scores, np.float32).reshape(-1, len(Scores._fields)).T
@@ -75,8 +75,19 @@ class ShapesReward:
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError, with file and line, for a prompt that asks for what this world lacks."""
         require_geneval_metadata(prompts)
-        for prompt in prompts:
-            _check(prompt.metadata, prompt.origin or prompt.text)
+        require_known("shapes", prompts, {"class": data.SHAPES, "color": data.COLORS, "position": data.RELATIONS})
+
+    def self_test(self) -> None:
+        """Raises UserError unless a red circle left of a blue square is seen as just that."""
+        square = {"class": "square", "count": 1}
+        circle = {"class": "circle", "count": 1, "position": ["left of", 0]}
+        golden = {"include": [{**square, "color": "blue"}, {**circle, "color": "red"}]}
+        mirrored = {"include": [{**square, "color": "red"}, {**circle, "color": "blue"}]}
+        picture = data.render(golden, np.random.default_rng(0))
+        (right, swapped), _ = self(np.stack([picture] * 2), ["golden", "mirrored"], [golden, mirrored])
+        if not (right == 1 and abs(swapped - 2 / 5) < 1e-6):  # two counts of five terms
+            seen = f"a red circle left of a blue square scores {right:.3f}, and {swapped:.3f} with its colours swapped"
+            raise UserError(f"reward 'shapes' failed its self-test: {seen}, not 1 and 0.4")
 
     def detect(self, images: np.ndarray) -> list[list[Found]]:
         """The objects in each of the images, uint8 (B, H, W, 3), largest first."""
@@ -133,26 +144,6 @@ def score(found: Sequence[Found], metadata: data.Metadata) -> Scores:
     for unwanted in metadata.get("exclude", ()):
         correct = correct and sum(o.shape == unwanted["class"] for o in found) < unwanted["count"]
     return Scores(graded(matched), correct, correct and all(one.exact for one in matched))
-
-
-def _check(metadata: data.Metadata, prompt: str) -> None:
-    include = metadata.get("include")
-    if not include:
-        raise UserError(f"shapes reward: the metadata of {prompt!r} has no `include`: use GenEval prompts of shapes")
-    for i, wanted in enumerate(include):
-        missing = {"class", "count"} - wanted.keys()
-        if missing:
-            raise UserError(f"shapes reward: `include` of {prompt!r} lacks {', '.join(sorted(missing))}: add it")
-        relation, other = wanted.get("position", ("above", -1))
-        known = {"class": data.SHAPES, "color": data.COLORS, "position": data.RELATIONS}
-        asked: dict[str, Any] = {**wanted, "position": relation}
-        for key in known.keys() & asked.keys():
-            if asked[key] not in known[key]:
-                raise UserError(f"shapes reward: {prompt!r} asks for {key} {asked[key]!r}: use {', '.join(known[key])}")
-        if wanted["count"] < 1 or other >= i:
-            raise UserError(
-                f"shapes reward: {prompt!r} needs counts of 1 or more and positions relative to earlier entries"
-            )
 
 
 def _grids(coverage: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> np.ndarray:

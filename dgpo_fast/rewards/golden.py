@@ -1,0 +1,29 @@
+"""Golden pictures: what they show is known, so rewards test themselves on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 220), "yellow": (250, 220, 20)}
+TEXTS = tuple(f"a {color} square" for color in COLORS)
+
+
+def squares() -> np.ndarray:
+    """A square of each of the golden colours on light grey, uint8 (4, 256, 256, 3)."""
+    pictures = []
+    for color in COLORS.values():
+        picture = Image.new("RGB", (256, 256), (225, 225, 225))
+        ImageDraw.Draw(picture).rectangle((56, 56, 199, 199), fill=color)
+        pictures.append(np.asarray(picture))
+    return np.stack(pictures)
+
+
+def photo() -> np.ndarray:
+    """The portrait of Grace Hopper that Matplotlib ships, one person before a flag, uint8 (1, H, W, 3)."""
+    from matplotlib import get_data_path
+
+    path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    return np.array(Image.open(path).convert("RGB"))[None]
