@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,24 @@ Logger = Callable[[dict[str, Any]], None]
 
 
 class Phases:
-    """Seconds spent in each phase of an iteration; waits for the GPU at a phase's ends, so that they add up."""
+    """Seconds spent in each phase of an iteration; waits for the GPU at a phase's ends, so that they add up.
+
+    Attributes:
+        watch: entered around each phase with its name; a profiler puts its own there.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds: dict[str, float] = {}
+        self.watch: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = self._now()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+        with self.watch(name):
+            yield
+            end = self._now()
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
 
     def take(self) -> dict[str, float]:
         """`{"rollout_s": …}` since the last call."""

@@ -42,7 +42,7 @@ class PolicyModels:
         self.base = transformer
         self.behaviour = copy.deepcopy(transformer)
         if config.train == "lora":
-            self.policy = _with_lora(_sharing_copy(transformer), config, seed)
+            self.policy = with_lora(_sharing_copy(transformer), config, seed)
         else:
             # Full fine-tuning keeps its weights in fp32: a bf16 weight would round most updates away.
             self.policy = copy.deepcopy(transformer).float().requires_grad_(True)
@@ -115,7 +115,7 @@ def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
     return copy.deepcopy(module, shared)
 
 
-def _with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int) -> SD3Transformer2DModel:
+def with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int) -> SD3Transformer2DModel:
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [end for end in config.lora_targets if not any(f".{name}".endswith(f".{end}") for name in names)]
     if unmatched:

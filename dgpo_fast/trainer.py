@@ -24,6 +24,7 @@ from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, rea
 from dgpo_fast.objectives import Batch, make_objective
 from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype
 from dgpo_fast.policy import PolicyModels, Weights
+from dgpo_fast.profiling.work import WorkMeter
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.random_weights import random_weights_note
 from dgpo_fast.rewards import GroupScores, load_rewards
@@ -72,6 +73,7 @@ class Trainer:
         self.optimizer = _make_optimizer(self.models, config)
         self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights)
         self.phases = Phases(self.device)
+        self.work = WorkMeter(self.models, self.pipeline.vae, config.policy, self.sampler.shape)
         self.iteration = 0
         self.lost_in_a_row = 0
         self._describe()
@@ -157,6 +159,7 @@ class Trainer:
         self.iteration += 1
         seconds = time.perf_counter() - started
         metrics |= {"iteration_s": seconds, "images_per_s": metrics["images_count"] / seconds}
+        metrics |= self.work.rates(self.work.take(), seconds)
         if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
             metrics |= self._heldout()
         metrics = {"iteration": self.iteration, **metrics, **self.phases.take()}
@@ -168,7 +171,7 @@ class Trainer:
         self.console.iteration(metrics)
 
     def _learn(self, batch: Batch) -> dict[str, Any]:
-        with self.phases("train"):
+        with self.phases("train"), self.work.training():
             losses = self.objective.accumulate(batch, self.models, self.old.weights)
         with self.phases("optimizer"):
             rate = learning_rate(self.config.optimizer, self.iteration, self.config.iterations)
@@ -189,8 +192,10 @@ class Trainer:
                 texts, samples, self.schedule, guidance_scale=rollout.guidance_scale,
                 seed=stream_seed(self.config.seed, "initial noise"), draw=self.iteration,
             )  # fmt: skip
+        self.work.sampled(text, forwards=self.schedule.steps * (2 if rollout.guidance_scale > 1 else 1))
         with self.phases("decode"):
             images = self.sampler.decode(x0)
+        self.work.decoded(len(images))
         with self.phases("reward"):
             scores = self.reward.score_groups(images, prompts, group_size=size)
         self._report_failures(scores)

@@ -1,11 +1,14 @@
-"""Shared by all tests: a small random pipeline of SD3.5's full architecture."""
+"""Shared by all tests: a small random pipeline of SD3.5's full architecture, and settings of a run with it."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.pipelines import save_random_pipeline
+
+PROMPTS = "a cat\na $5_{ dog\na house\nbig red car\ntwo birds\na tree\na river\na boat\na hill\na door\n"
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,33 @@ def random_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         save_random_pipeline(folder)
     return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a prompt file and `small.yaml`, a run of six iterations that takes a second."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    settings = {
+        "model": str(random_pipeline),
+        "prompts": "prompts.txt",
+        "rewards": ["jpeg"],
+        "iterations": 6,
+        "name": "run",
+        "device": "cpu",
+        "rollout": {
+            "group_size": 4, "groups": 3, "num_inference_steps": 4, "max_sequence_length": 9, "batch_size": 6,
+            "guidance_scale": 2.0,
+        },
+        "dgpo": {
+            "timesteps": 2, "high_noise_steps": 3, "beta": 1000.0, "kl_weight": 0.001, "kl_guidance_scale": 1.0,
+            "clip_range": 0.01,
+        },
+        "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
+        "optimizer": {"lr": 0.03},
+        "ema": {"eval_every": 1, "switch_ema_ref": 3},
+        "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
+        "checkpoint": {"every": 1, "keep": 9},
+    }  # fmt: skip
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path

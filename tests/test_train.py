@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
@@ -26,43 +25,12 @@ from dgpo_fast.rollout import initial_noise
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
 
-PROMPTS = "a cat\na $5_{ dog\na house\nbig red car\ntwo birds\na tree\na river\na boat\na hill\na door\n"
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a prompt file and `small.yaml`, a run of six iterations that takes a second."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
-    settings = {
-        "model": str(random_pipeline),
-        "prompts": "prompts.txt",
-        "rewards": ["jpeg"],
-        "iterations": 6,
-        "name": "run",
-        "device": "cpu",
-        "rollout": {
-            "group_size": 4, "groups": 3, "num_inference_steps": 4, "max_sequence_length": 9, "batch_size": 6,
-            "guidance_scale": 2.0,
-        },
-        "dgpo": {
-            "timesteps": 2, "high_noise_steps": 3, "beta": 1000.0, "kl_weight": 0.001, "kl_guidance_scale": 1.0,
-            "clip_range": 0.01,
-        },
-        "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
-        "optimizer": {"lr": 0.03},
-        "ema": {"eval_every": 1, "switch_ema_ref": 3},
-        "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
-        "checkpoint": {"every": 1, "keep": 9},
-    }  # fmt: skip
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
-    return tmp_path
 
 
 def untimed(folder: Path) -> list[dict]:
     """The metrics that do not depend on the clock."""
-    clock = ("_s", "_per_s", "_mib")
+    clock = ("_s", "_per_s", "_mib", "_tflops", "_percent")
     return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(folder / "metrics.jsonl")]
 
 

@@ -1,0 +1,105 @@
+"""FLOPs and bytes: against counts by hand, torch's own flop counter and SD3.5-Medium's known size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dgpo_fast.cli import configure
+from dgpo_fast.config import Policy
+from dgpo_fast.metrics import read_metrics
+from dgpo_fast.profiling.datasheet import find_datasheet
+from dgpo_fast.profiling.work import ModelWork, Shapes, WorkCounter, _FusedAttention
+from dgpo_fast.trainer import Trainer
+
+
+def test_a_matmul_by_hand() -> None:
+    """2·m·k·n FLOPs; both factors read once and the product written; a transpose moves nothing."""
+    left, right = torch.ones(3, 5), torch.ones(7, 5)
+    with WorkCounter() as counter:
+        left @ right.T
+    assert dict(counter.work.flops) == {"matmul": 2 * 3 * 5 * 7}
+    assert dict(counter.work.bytes) == {"matmul": 4 * (3 * 5 + 5 * 7 + 3 * 7)}
+
+
+def test_bytes_of_an_expanded_tensor_are_its_storages() -> None:
+    with WorkCounter() as counter:
+        torch.ones(1, 5, dtype=torch.bfloat16).expand(1000, 5) + torch.ones(1000, 5, dtype=torch.bfloat16)
+    ones = 2 * (5 + 5000)
+    assert dict(counter.work.bytes) == {"other": ones + 2 * (5 + 5000 + 5000)}
+
+
+SD35_MEDIUM = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}  # fmt: skip
+SD3_VAE = {
+    "latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+
+
+def test_sd35_medium_has_its_known_flops() -> None:
+    """TFLOP per sample at 512×512 and 205 text tokens, counted by others: 2.224, LoRA 2.270 + 2.721, decode 2.515."""
+    with torch.device("meta"):
+        transformer, vae = SD3Transformer2DModel(**SD35_MEDIUM), AutoencoderKL(**SD3_VAE)
+    work = ModelWork(transformer, vae, Policy(), torch.bfloat16, Shapes((16, 64, 64), (205, 4096), 2048))
+    tflop = {kind: work.count(kind).total_flops / 1e12 for kind in ("rollout", "policy forward", "backward", "decode")}
+    expected = {"rollout": 2.224, "policy forward": 2.270, "backward": 2.721, "decode": 2.515}
+    assert tflop == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_torchs_flop_counter_agrees(train: str, random_pipeline: Path) -> None:
+    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
+    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
+    shapes = Shapes((16, 8, 8), (21, 48), 32)
+    work = ModelWork(transformer, vae, Policy(train=train, lora_rank=4), torch.float32, shapes)  # type: ignore[arg-type]
+    for batch in (1, 3):
+        with _FusedAttention(), FlopCounterMode(display=False) as forward:
+            out = work._forward(work.policy, batch)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        assert work.count("policy forward", batch).total_flops == forward.get_total_flops() > 0
+        assert work.count("backward", batch).total_flops == backward.get_total_flops() > 0
+    assert work.count("rollout", 3).total_flops == 3 * work.count("rollout").total_flops
+
+
+@pytest.mark.parametrize(("micro_batch", "policy_forwards"), [(8, 24), (2, 48)])
+def test_samples_of_an_iteration(micro_batch: int, policy_forwards: int, workspace: Path) -> None:
+    """12 images, 4 guided steps, 2 timesteps; a group larger than the micro-batch takes one more policy forward."""
+    trainer = Trainer(configure(["small.yaml", "--policy.micro-batch", str(micro_batch)]))
+    trainer.open_logs(workspace, {})
+    trainer.console.start_training(0, 1)
+    rates, seen = trainer.work.rates, []
+    trainer.work.rates = lambda samples, seconds: seen.append((samples, seconds)) or rates(samples, seconds)  # type: ignore[func-returns-value,method-assign]
+    trainer.step()
+    ((samples, seconds),) = seen
+    assert samples == {
+        "rollout": 12 * 4 * 2, "decode": 12, "reference forward": 24, "old forward": 24,
+        "policy forward": policy_forwards, "backward": 24,
+    }  # fmt: skip
+    per_sample = trainer.work.flops_per_sample
+    flops = sum(per_sample[kind] * count for kind, count in samples.items())
+    line = read_metrics(workspace / "metrics.jsonl")[0]
+    assert line["achieved_tflops"] == pytest.approx(flops / seconds / 1e12)
+    assert "mfu_percent" not in line, "a CPU has no datasheet here"
+    assert trainer.work.take() == {}
+
+
+def test_datasheets_are_found_by_torchs_names() -> None:
+    names = {
+        "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA GH200 480GB": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10": 125,
+    }  # fmt: skip
+    for name, peak in names.items():
+        sheet = find_datasheet(name)
+        assert sheet and sheet.peak_tflops(torch.bfloat16) == peak, name
+        assert sheet.peak_tflops(torch.float32) < peak
+    for name in ("NVIDIA A10G", "NVIDIA L40", "NVIDIA H200 MIG 1g.18gb", "AMD Instinct MI300X", "Tesla T4"):
+        assert find_datasheet(name) is None, name
