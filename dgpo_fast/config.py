@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 STRICT = ConfigDict(extra="forbid")
+MAX_YAML_BYTES = 2**20
 Settings = TypeVar("Settings")
 """A dataclass of settings: `Config`, or that of another command."""
 
@@ -347,16 +348,30 @@ def _value(name: str, values: list[str], is_list: bool) -> Any:
     return None if values[0].lower() in ("none", "null") else values[0]
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads plain values alone: no tags that make objects, and no aliases, which a few lines blow up to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; write the value out", mark)
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Settings from a user's YAML file. Raises UserError naming the file, and the line where there is one."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UserError(f"{path}: larger than {MAX_YAML_BYTES} bytes: is this a file of settings?")
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply: settings are `key: value` lines") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -274,8 +275,9 @@ class Trainer:
     def evaluate_before(self, folder: Path) -> Evaluation | None:
         """Scores of the model as it came, from the run's folder where a resumed run already has them."""
         path = folder / BEFORE_FILE
-        if self.processes.broadcast(path.is_file(), "the evaluation before training"):
-            return Evaluation.load(path) if self.processes.first else None
+        earlier = self._earlier_evaluation(path) if self.processes.first else None
+        if self.processes.broadcast(earlier is not None, "the evaluation before training"):
+            return earlier
         with self.console.track(f"before: {self.config.evaluation.images} images of held-out prompts") as on_step:
             before = self._evaluate(self.models.initial_weights(), on_step)
         if not self.processes.first:
@@ -284,6 +286,15 @@ class Trainer:
         mean = before.summary()["reward_mean"]
         self.console.note(f"before: mean reward {mean:.3f}")
         return before
+
+    def _earlier_evaluation(self, path: Path) -> Evaluation | None:
+        if not path.is_file():
+            return None
+        try:
+            return Evaluation.load(path)
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            self.console.note(f"{path} is damaged and is made again: {' '.join(str(error).split())}")
+            return None
 
     def finish(self, folder: Path, before: Evaluation | None) -> None:
         """Evaluates the slow average, saves it for plain diffusers, and writes summary and pictures.
