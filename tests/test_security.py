@@ -135,5 +135,5 @@ def test_a_run_folder_of_a_stranger_executes_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="no valid checkpoint to resume from"):
         train(["--resume", "run"])
     with pytest.raises(ValueError, match="pickle"):
-        Evaluation.load(evaluation)
+        Evaluation.load(tmp_path / "run/evaluation_before.npz")
     assert not Path("executed").exists()
