@@ -207,6 +207,12 @@ class Config:
     rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
     """What to raise, with `=weight`: names (shapes, ocr, geneval-hf, pickscore, …), your own `my_module:MyReward`, a
     judge's file or a reward server's address."""
+    reward_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Processes that score groups beside the rollout, for rewards that run on the CPU. auto: as many as there are cores
+    but one, eight at most, on a GPU; none on a CPU, where they would share the rollout's cores."""
+    reward_deadline_s: Positive = 300.0
+    """Seconds within which a reward must have scored a group. A worker process that takes longer is stopped and its
+    group dropped; a reward of the trainer's own process ends the run."""
     max_lost_iterations: Count = 3
     """Stop, with a checkpoint, after so many iterations in a row in which no group could be scored."""
     iterations: Count = 60

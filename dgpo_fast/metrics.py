@@ -45,7 +45,8 @@ class Phases:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # Not for the whole GPU: what rewards compute beside the trainer's work may take longer.
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
 
 

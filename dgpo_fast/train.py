@@ -29,7 +29,7 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.
 MAY_CHANGE = (
     "iterations", "device", "precision", "optimizer.", "checkpoint.", "distributed.", "log.", "evaluation.every",
-    "rollout.batch_size", "policy.micro_batch", "max_lost_iterations",
+    "rollout.batch_size", "policy.micro_batch", "max_lost_iterations", "reward_workers", "reward_deadline_s",
 )  # fmt: skip
 
 
@@ -113,8 +113,11 @@ def train(args: list[str]) -> int:
     if resumed:
         trainer.resume(folder)
     stop = StopSignal(quiet=not processes.first)
-    with stop.installed():
-        finished = fit(trainer, folder, stop)
+    try:
+        with stop.installed():
+            finished = fit(trainer, folder, stop)
+    finally:
+        trainer.close()
     if processes.first:
         lock.release()
     processes.close()

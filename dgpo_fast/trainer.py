@@ -28,7 +28,7 @@ from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.profiling.work import WorkMeter
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.random_weights import random_weights_note
-from dgpo_fast.rewards import GroupScores, load_rewards
+from dgpo_fast.rewards import GroupScores, RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
 from dgpo_fast.text import PromptEncoder
@@ -56,6 +56,10 @@ class Trainer:
         self.reward = load_rewards(config.rewards)
         self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
         self.device = processes.own_device(pick_device(config.device))
+        self.reward_pool = RewardPool(
+            self.reward, workers=count_workers(config.reward_workers, self.device),
+            deadline_s=config.reward_deadline_s, device=self.device, note=self.console.note,
+        )  # fmt: skip
         dtype = pick_dtype(config.precision, self.device)
         self.pipeline = make_pipeline(config, device=self.device, dtype=dtype)
         self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
@@ -143,6 +147,10 @@ class Trainer:
         self.metrics = MetricsFile(folder / "metrics.jsonl", until=self.iteration)
         self.loggers = Loggers(self.config.log, folder, settings, self.console.note)
 
+    def close(self) -> None:
+        """Ends what the run has started."""
+        self.reward_pool.close()
+
     def step(self) -> None:
         """One iteration: draws and scores the groups, takes one optimizer step, moves the averages, logs."""
         started = time.perf_counter()
@@ -184,30 +192,40 @@ class Trainer:
         rollout, size = self.config.rollout, self.config.rollout.group_size
         prompts = self.groups.draw(self.iteration)
         texts = [prompt.text for prompt in prompts for _ in range(size)]
+        scoring = self.reward_pool.start(prompts, size)
         with self.phases("encode"):
             self.encoder(texts)
         with self.phases("rollout"):
             self.models.load_behaviour(self._rollout_weights())
-            samples = torch.arange(len(texts), device=self.device)
-            x0, text = self.sampler.latents(
-                texts, samples, self.schedule, guidance_scale=rollout.guidance_scale,
-                seed=stream_seed(self.config.seed, "initial noise"), draw=self.iteration,
-            )  # fmt: skip
-        self.work.sampled(text, forwards=self.schedule.steps * (2 if rollout.guidance_scale > 1 else 1))
-        with self.phases("decode"):
-            images = self.sampler.decode(x0)
-        self.work.decoded(len(images))
+        chunks = []
+        for start in range(0, len(texts), rollout.batch_size):
+            chunk_texts = texts[start : start + rollout.batch_size]
+            with self.phases("rollout"):
+                samples = torch.arange(start, start + len(chunk_texts), device=self.device)
+                chunk, text = self.sampler.latents(
+                    chunk_texts, samples, self.schedule, guidance_scale=rollout.guidance_scale,
+                    seed=stream_seed(self.config.seed, "initial noise"), draw=self.iteration,
+                )  # fmt: skip
+            chunks.append(chunk)
+            self.work.sampled(text, forwards=self.schedule.steps * (2 if rollout.guidance_scale > 1 else 1))
+            with self.phases("decode"):
+                images = self.sampler.decode(chunk)
+            self.work.decoded(len(images))
+            with self.phases("reward"):
+                scoring.add(images)  # scored beside the rollout of the next chunk
         with self.phases("reward"):
-            scores = self.reward.score_groups(images, prompts, group_size=size)
+            scores = scoring.result()
         self._report_failures(scores)
-        metrics = _reward_metrics(scores, len(images))
+        metrics = _reward_metrics(scores, len(texts))
+        metrics |= {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
         if not scores.valid.any():
             return None, metrics
-        rows = torch.from_numpy(np.flatnonzero(np.repeat(scores.valid, size))).to(self.device)
+        kept = np.flatnonzero(np.repeat(scores.valid, size))
+        rows = torch.from_numpy(kept).to(self.device)
         batch = Batch(
             iteration=self.iteration,
-            x0=x0[rows],
-            text=text[rows],
+            x0=torch.cat(chunks)[rows],
+            text=self.encoder([texts[row] for row in kept]),
             empty=self.encoder([""]),
             advantage=advantages(scores.rewards[scores.valid], self.config.advantage).to(self.device),
             group_index=rows // size,
@@ -265,7 +283,7 @@ class Trainer:
     def _evaluate(self, weights: Weights, on_step: Callable[[float], None] | None) -> Evaluation:
         self.models.load_behaviour(weights)
         result = evaluate(
-            self.sampler, self.prompts.held_out, self.reward, self.eval_schedule, self.config.evaluation, on_step
+            self.sampler, self.prompts.held_out, self.reward_pool, self.eval_schedule, self.config.evaluation, on_step
         )
         if result.failures:
             first, count = result.failures[0], len(result.failures)

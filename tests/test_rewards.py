@@ -249,7 +249,7 @@ def test_wrong_arguments_are_the_callers_mistake():
     reward = weighted(mean=mean)
     with pytest.raises(ValueError, match="6 images for 3 prompts of 3 images each"):
         reward.score_groups(pictures(), PROMPTS, 3)
-    with pytest.raises(ValueError, match=re.escape("must be uint8 (P·G, H, W, 3), got float32 (6, 8, 8, 3)")):
+    with pytest.raises(ValueError, match=re.escape("must be uint8 (B, H, W, 3), got float32 (6, 8, 8, 3)")):
         reward.score_groups(pictures().astype(np.float32), PROMPTS, 2)
     with pytest.raises(ValueError, match="got uint8"):
         reward.score_groups(pictures().transpose(0, 3, 1, 2), PROMPTS, 2)

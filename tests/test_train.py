@@ -71,6 +71,19 @@ def test_same_seed_same_run(workspace: Path) -> None:
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def test_rewards_in_worker_processes_give_the_same_run(workspace: Path) -> None:
+    """Every metric of every iteration, and the held-out scores; resumed with workers where it began without."""
+    train(["small.yaml", "--name", "here", "--reward-workers", "0"])
+    train(["small.yaml", "--name", "two", "--reward-workers", "0", "--iterations", "2"])
+    train(["--resume", "runs/two", "--reward-workers", "2", "--iterations", "6"])
+    runs = workspace / "runs"
+    assert untimed(runs / "here") == untimed(runs / "two")
+    summaries = [json.loads((runs / name / "summary.json").read_text()) for name in ("here", "two")]
+    assert summaries[0]["after"] == summaries[1]["after"]
+    for line in read_metrics(runs / "two" / "metrics.jsonl"):
+        assert line["reward_busy_s"] > 0 and line["reward_s"] >= line["reward_wait_s"] > 0
+
+
 @pytest.mark.parametrize("train_what", ["lora", "full"])
 def test_the_reference_never_moves(train_what: str, workspace: Path, random_pipeline: Path) -> None:
     """After some steps base equals the pretrained transformer to the last bit, and the policy does not."""

@@ -15,7 +15,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.prompts import Prompt, in_turn
-from dgpo_fast.rewards import WeightedReward
+from dgpo_fast.rewards import RewardPool, WeightedReward
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import Schedule
 
@@ -88,7 +88,7 @@ def _mean_of_finite(values: np.ndarray) -> float | None:
 def evaluate(
     sampler: Sampler,
     prompts: list[Prompt],
-    reward: WeightedReward,
+    reward: WeightedReward | RewardPool,
     schedule: Schedule,
     config: EvaluationConfig,
     on_step: Callable[[float], None] | None = None,

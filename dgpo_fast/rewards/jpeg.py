@@ -22,6 +22,8 @@ class JpegReward:
     Always negative; a flat picture scores highest. The part `kilobytes` is the size itself. `jpeg=-1` rewards detail.
     """
 
+    runs_on_cpu = True
+
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -52,11 +52,14 @@ class OcrReward:
     that picture and its prompt alone, not on what is scored with it.
     """
 
+    runs_on_cpu = True
+
     def __init__(self, workers: int | None = None) -> None:
         """Loads the engine, in about a second.
 
         Args:
-            workers: pictures read at a time; by default one per core of this process, eight at most.
+            workers: pictures read at a time; by default `OMP_NUM_THREADS`, or one per core of this process, eight at
+                most.
 
         Raises:
             UserError: RapidOCR or onnxruntime is not installed.
@@ -67,7 +70,7 @@ class OcrReward:
         except ImportError as error:
             raise UserError("reward 'ocr' needs RapidOCR and onnxruntime: pip install \"dgpo_fast[ocr]\"") from error
         self._engine: Any = RapidOCR(params=dict(_ENGINE))
-        self._pool = ThreadPoolExecutor(workers or min(8, _available_cores()), thread_name_prefix="ocr")
+        self._pool = ThreadPoolExecutor(workers or _default_threads(), thread_name_prefix="ocr")
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
@@ -144,9 +147,12 @@ def edit_distance(a: str, b: str) -> int:
     return distances[-1]
 
 
-def _available_cores() -> int:
-    """Cores that this process may use, which a container or `taskset` can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _default_threads() -> int:
+    """What the environment allows, else the cores that a container or `taskset` leaves to this process."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdigit() and int(limit):
+        return int(limit)
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _printed(text: str) -> np.ndarray:

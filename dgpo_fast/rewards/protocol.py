@@ -13,7 +13,7 @@ from dgpo_fast.errors import UserError
 class Reward(Protocol):
     """Scores images against their prompts; a class, a function or any other callable of this shape is one.
 
-    Two methods and an attribute are optional:
+    Two methods and two attributes are optional:
 
     - `check_prompts(prompts: Sequence[Prompt]) -> None` refuses, with a `UserError`, prompts that cannot be scored.
       It is called once, before anything is drawn.
@@ -21,6 +21,8 @@ class Reward(Protocol):
       is called once, when the reward is loaded.
     - `groups_at_once: int`, for a reward that waits for another machine: it is then called from so many threads at a
       time, each with the images of another prompt.
+    - `runs_on_cpu = True` says that scoring takes no GPU and depends on the arguments alone. Such a reward may be
+      loaded again in worker processes, which score several groups at a time beside the rollout.
     """
 
     def __call__(

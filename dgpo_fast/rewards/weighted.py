@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from dgpo_fast.rewards.registry import load_reward, parse_spec
 REWARD_KEY = "reward"
 """Key of a prompt's metadata that names the rewards that score it."""
 
-Answer = dict[str, np.ndarray] | BaseException
+Answer = dict[str, np.ndarray] | str
+"""One reward's scores of a group, under its name, and its parts, under `name/part`, each float32 (G,); or one line on
+what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,17 @@ class GroupScores:
 class WeightedReward:
     """The weighted sum of rewards, `rewards` and `weights` by name; made by `load_rewards`.
 
-    A prompt whose metadata names rewards under "reward", one or a list of them, is scored by these alone.
+    A prompt whose metadata names rewards under "reward", one or a list of them, is scored by these alone. `sources`
+    says where rewards were loaded from.
     """
 
     rewards: dict[str, Reward]
     weights: dict[str, float]
+    sources: dict[str, str] = field(default_factory=dict)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Lets every reward refuse prompts that it cannot score. Raises UserError, one line naming the prompt."""
-        chosen = [self._chosen(prompt) for prompt in prompts]
+        chosen = [self.chosen(prompt) for prompt in prompts]
         for name, reward in self.rewards.items():
             check = getattr(reward, "check_prompts", None)
             if check is not None:
@@ -67,26 +71,37 @@ class WeightedReward:
         A reward that raises, or returns another number of scores, or one that is not finite, invalidates its group.
         A UserError is no failure of a group but a wrong set-up, and is raised; so is ValueError for wrong arguments.
         """
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be uint8 (P·G, H, W, 3), got {images.dtype} {images.shape}")
+        require_pictures(images)
         if group_size < 1 or len(images) != len(prompts) * group_size:
             raise ValueError(f"got {len(images)} images for {len(prompts)} prompts of {group_size} images each")
-        chosen = [self._chosen(prompt) for prompt in prompts]
+        chosen = [self.chosen(prompt) for prompt in prompts]
         groups = [images[index * group_size : (index + 1) * group_size] for index in range(len(prompts))]
-        answers = self._answers(groups, prompts, chosen)
+        return self.combine(self._answers(groups, prompts, chosen), prompts, group_size)
+
+    def combine(
+        self, answers: Mapping[tuple[int, str], Answer], prompts: Sequence[Prompt], group_size: int
+    ) -> GroupScores:
+        """Weighted sums of what the rewards said of P groups of `group_size` images.
+
+        Args:
+            answers: by the group's index and the reward's name, for each reward that is chosen for the group's prompt.
+            prompts: P prompts.
+            group_size: G.
+        """
         shape = (len(prompts), group_size)
         rewards = np.full(shape, np.nan, np.float32)
         parts = {name: np.full(shape, np.nan, np.float32) for name in self.rewards}
         valid = np.zeros(len(prompts), bool)
         failures: list[str] = []
-        for index, names in enumerate(chosen):
-            scored, failed = _merge({name: answers[index, name] for name in names}, prompts[index])
+        for index, prompt in enumerate(prompts):
+            names = self.chosen(prompt)
+            scored, failed = _merge({name: answers[index, name] for name in names}, prompt)
             if not failed:
                 total = self._weighted_sum(scored, names)
                 if np.isfinite(total).all():
                     rewards[index], valid[index] = total, True
                 else:
-                    failed = [f"{_named(prompts[index])}: the weighted sum of the rewards exceeds float32"]
+                    failed = [f"{_named(prompt)}: the weighted sum of the rewards exceeds float32"]
             failures += failed
             for name, values in scored.items():
                 parts.setdefault(name, np.full(shape, np.nan, np.float32))[index] = values
@@ -95,7 +110,7 @@ class WeightedReward:
     def _answers(
         self, groups: Sequence[np.ndarray], prompts: Sequence[Prompt], chosen: Sequence[list[str]]
     ) -> dict[tuple[int, str], Answer]:
-        """What each reward says of each group that it is chosen for, or the exception that it raised.
+        """What each reward says of each group that it is chosen for.
 
         Rewards that wait for another machine (`groups_at_once`) are asked first, several groups at a time, while this
         thread goes through the others.
@@ -105,7 +120,7 @@ class WeightedReward:
         pools = {name: ThreadPoolExecutor(count) for name, count in waiting.items() if count > 1}
 
         def ask(index: int, name: str) -> Answer:
-            return _score(name, self.rewards[name], groups[index], prompts[index])
+            return score_group(name, self.rewards[name], groups[index], prompts[index])
 
         try:
             remote = {key: pools[key[1]].submit(ask, *key) for key in asked if key[1] in pools}
@@ -115,7 +130,7 @@ class WeightedReward:
             for pool in pools.values():
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _chosen(self, prompt: Prompt) -> list[str]:
+    def chosen(self, prompt: Prompt) -> list[str]:
         """The rewards that score a prompt: those that its metadata names, or all. Raises UserError for unknown ones."""
         wanted = prompt.metadata.get(REWARD_KEY)
         if wanted is None:
@@ -153,11 +168,18 @@ def load_rewards(specs: Sequence[str]) -> WeightedReward:
         raise UserError(f"reward {twice!r} is named twice: name it once, with its weight")
     if not any(weights.values()):
         raise UserError("no reward has a weight: name at least one, for example shapes or ocr=0.5")
-    return WeightedReward({spec.name: load_reward(spec.name, spec.source) for spec in parsed}, weights)
+    rewards = {spec.name: load_reward(spec.name, spec.source) for spec in parsed}
+    return WeightedReward(rewards, weights, {spec.name: spec.source for spec in parsed})
 
 
-def _score(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> Answer:
-    """One reward's scores, under `name`, and its parts, under `name/part`, each float32 (G,), or what went wrong.
+def require_pictures(images: np.ndarray) -> None:
+    """Raises ValueError unless `images` is uint8 (B, H, W, 3)."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {images.shape}")
+
+
+def score_group(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> Answer:
+    """What the reward `name` says of the images of one prompt, uint8 (G, H, W, 3).
 
     A UserError is raised: it is no failure of a group.
     """
@@ -166,11 +188,11 @@ def _score(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> Ans
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a reward may not end the run, not even by sys.exit
-        return error
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _valid_scores(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> dict[str, np.ndarray]:
-    """As `_score`. Raises ValueError for a wrong shape or a non-finite score, and whatever the reward raises."""
+    """As `score_group`. Raises ValueError for a wrong shape or a non-finite score, and whatever the reward raises."""
     size = len(images)
     # Copies, so that a reward that works in place harms neither the next reward nor the pictures that are shown.
     answer = reward(images.copy(), [prompt.text] * size, [dict(prompt.metadata) for _ in range(size)])
@@ -191,7 +213,7 @@ def _merge(answers: dict[str, Answer], prompt: Prompt) -> tuple[dict[str, np.nda
         if isinstance(answer, dict):
             scored |= answer
         else:
-            failed.append(f"reward {name!r}, {_named(prompt)}: {_one_line(answer)}")
+            failed.append(f"reward {name!r}, {_named(prompt)}: {answer}")
     return scored, failed
 
 
@@ -207,7 +229,3 @@ def _vector(values: Any, size: int, what: str) -> np.ndarray:
 
 def _named(prompt: Prompt) -> str:
     return f"prompt {shorten(prompt.text)}" + (f" ({prompt.origin})" if prompt.origin else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -53,6 +53,8 @@ class ShapesReward:
         UserError: images of another type or shape, or metadata that lacks `include` or asks for what this world lacks.
     """
 
+    runs_on_cpu = True
+
     def __init__(self) -> None:
         self._templates, self._template_shapes = _templates()
 
