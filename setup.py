@@ -1,6 +1,7 @@
 from setuptools import find_packages, setup
 
 TEST = [
+    "bitsandbytes>=0.50",
     "hypothesis>=6.100",
     "mypy>=1.11",
     "onnxruntime>=1.20",
@@ -40,7 +41,7 @@ setup(
         "tyro>=1.0",
     ],
     extras_require={
-        "gpu": ["triton>=3.5", "xformers", "bitsandbytes>=0.45", "nvidia-ml-py>=12"],
+        "gpu": ["triton>=3.5", "xformers", "bitsandbytes>=0.50", "nvidia-ml-py>=12"],
         "ocr": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
         "log": ["tensorboard>=2.17", "wandb>=0.18"],
         "test": TEST,

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+TENSORS_AT_ONCE = 64
+"""Few enough that the fp32 values of bf16 weights stay small beside the weights."""
+
 
 class MovingAverage:
     """average ← decay · average + (1 − decay) · weights, in fp32.
@@ -19,8 +22,11 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], decay: float) -> None:
         """Moves the average towards `weights`; a decay of 0 copies them."""
-        averages = list(self.weights.values())
-        torch._foreach_lerp_(averages, [weights[name].detach().float() for name in self.weights], 1.0 - decay)
+        names = list(self.weights)
+        for start in range(0, len(names), TENSORS_AT_ONCE):
+            some = names[start : start + TENSORS_AT_ONCE]
+            values = [weights[name].detach().float() for name in some]
+            torch._foreach_lerp_([self.weights[name] for name in some], values, 1.0 - decay)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

@@ -40,12 +40,11 @@ class PolicyModels:
     def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int):
         self.config = config
         self.base = transformer
-        self.behaviour = copy.deepcopy(transformer)
+        self.behaviour = _copy(transformer)
         if config.train == "lora":
             self.policy = with_lora(_sharing_copy(transformer), config, seed)
         else:
-            # Full fine-tuning keeps its weights in fp32: a bf16 weight would round most updates away.
-            self.policy = copy.deepcopy(transformer).float().requires_grad_(True)
+            self.policy = _trainable(_copy(transformer), config.weights)
         self.weights: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in self.policy.named_parameters() if parameter.requires_grad
         }
@@ -57,6 +56,11 @@ class PolicyModels:
     @property
     def dtype(self) -> torch.dtype:
         return self.base.dtype
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the policy computes in bf16 with some weights in fp32."""
+        return self.dtype == torch.bfloat16 and next(iter(self.weights.values())).dtype == torch.float32
 
     @torch.no_grad()
     def load_behaviour(self, weights: Weights) -> None:
@@ -107,6 +111,22 @@ class PolicyModels:
 
     def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
         return [(name, module) for name, module in self.policy.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """A copy with parameters of its own; buffers, which nothing ever changes, are the original's."""
+    return copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
+
+
+def _trainable(transformer: SD3Transformer2DModel, weights: str) -> SD3Transformer2DModel:
+    if weights != "fp32" and transformer.dtype != torch.bfloat16:
+        raise UserError(f"policy.weights {weights} is for runs in bf16: give --precision bf16 or --policy.weights fp32")
+    for parameter in transformer.requires_grad_(True).parameters():
+        # Gradients of all micro-batches and timesteps add up in fp32.
+        parameter.grad_dtype = torch.float32
+        if weights == "fp32":
+            parameter.data = parameter.data.float()
+    return transformer
 
 
 def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:

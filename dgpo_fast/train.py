@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "iterations", "device", "precision", "optimizer.", "checkpoint.", "distributed.", "log.", "evaluation.every",
     "rollout.batch_size", "policy.micro_batch", "max_lost_iterations", "reward_workers", "reward_deadline_s",
 )  # fmt: skip
+MUST_STAY = ("optimizer.name",)  # its state is another's
 
 
 class StopSignal:
@@ -82,7 +83,7 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
     after = resolve(before, parse_overrides(args), "command line")
     wanted = flat(after)
     for name, value in flat(before).items():
-        if wanted[name] != value and not name.startswith(MAY_CHANGE):
+        if wanted[name] != value and (name in MUST_STAY or not name.startswith(MAY_CHANGE)):
             raise UserError(f"--resume {folder}: '{name}' cannot change within a run; start a new run for that")
     return after
 

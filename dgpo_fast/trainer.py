@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest, load_optimizer, optimizer_tensors
+from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest
 from dgpo_fast.config import Config, to_dict
 from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.console import Console, duration
@@ -23,6 +23,7 @@ from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
 from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json
 from dgpo_fast.objectives import Batch, make_objective
+from dgpo_fast.optimizers import load_optimizer, make_optimizer, optimizer_tensors, state_bytes
 from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype
 from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.profiling.work import WorkMeter
@@ -75,7 +76,9 @@ class Trainer:
         )
         self.groups = GroupSampler(self.prompts.train, rollout.groups, config.seed)
         self.objective = make_objective(config)
-        self.optimizer = _make_optimizer(self.models, config)
+        self.optimizer = make_optimizer(
+            self.models.weights, config.optimizer, config.policy.weights, stream_seed(config.seed, "rounding")
+        )
         self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights)
         self.phases = Phases(self.device)
         self.work = WorkMeter(self.models, self.pipeline.vae, config.policy, self.sampler.shape)
@@ -362,22 +365,12 @@ class Trainer:
             f"{self.config.model} on {self.device} in {precision}: training {trained / 1e6:.2f} M weights "
             f"({self.config.policy.train}) of {total / 1e6:.1f} M; {groups} groups of {size} images an iteration"
         )
+        state = sum(state_bytes(weight.numel(), self.config.optimizer.name) for weight in self.models.weights.values())
+        self.console.note(f"{self.config.optimizer.name}: {state / 2**20:.1f} MiB of optimizer state")
         if self.config.random_weights:
             self.console.note(random_weights_note(self.config))
         if self.prompts.note:
             self.console.note(self.prompts.note)
-
-
-def _make_optimizer(models: PolicyModels, config: Config) -> torch.optim.Optimizer:
-    settings = config.optimizer
-    return torch.optim.AdamW(
-        list(models.weights.values()),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=models.device.type == "cuda",
-    )
 
 
 def learning_rate(settings: OptimizerConfig, iteration: int, iterations: int) -> float:

@@ -37,7 +37,7 @@ def sum_gradients(
     tail = torch.stack([numbers[name].float().to(device) for name in names]) if names else torch.zeros(0, device=device)
     for weight in weights.values():
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
     buckets = list(_buckets([weight.grad for weight in weights.values() if weight.grad is not None]))
     for index, bucket in enumerate(buckets):
         extra = [tail] if index == len(buckets) - 1 else []

@@ -148,7 +148,7 @@ class DGPOObjective:
 
 
 def _autocast(models: PolicyModels) -> AbstractContextManager:
-    return torch.autocast(models.device.type, dtype=torch.bfloat16, enabled=models.dtype == torch.bfloat16)
+    return torch.autocast(models.device.type, dtype=torch.bfloat16, enabled=models.mixed)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
