@@ -27,7 +27,7 @@ Settings = TypeVar("Settings")
 
 @dataclass(kw_only=True, config=STRICT)
 class Rollout:
-    """How a group of images is drawn: a few-step deterministic ODE from the behaviour weights."""
+    """How a group of images is drawn: a few-step ODE from the behaviour weights, or an SDE with its marginals."""
 
     group_size: Annotated[int, Field(ge=2)] = 16
     """G: images per prompt. The advantage compares these with one another."""
@@ -35,6 +35,8 @@ class Rollout:
     """P: prompts per iteration."""
     solver: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
     """ODE solver on flow sigmas: DPM-Solver++(2M) or Euler."""
+    noise_level: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Noise added at every step, with the `euler` solver (Flow-GRPO: 0.7). 0: the deterministic ODE."""
     num_inference_steps: Count = 10
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
@@ -47,6 +49,18 @@ class Rollout:
     """Tokens of the T5 prompt encoder. 0 leaves its slots out, for a pipeline without one."""
     batch_size: Count = 32
     """Images per forward of the rollout and of the decoder. Speed and memory only; the images stay the same."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Data:
+    """Where the groups that are trained on come from."""
+
+    source: Literal["online", "offline"] = "online"
+    """online: the behaviour weights draw them in every iteration. offline: the reference model draws them once."""
+    offline_groups: Count = 1024
+    """How many groups an offline run draws; training goes through them again and again."""
+    folder: str | None = None
+    """Where offline groups are, or are drawn to; other runs may use them. Default: a folder in the run's own."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -80,6 +94,32 @@ class DGPO:
 
 
 @dataclass(kw_only=True, config=STRICT)
+class DiffusionDPO:
+    """The Diffusion-DPO objective: the best and the worst image of each group as a pair."""
+
+    beta: Positive = 100.0
+    """β, how far the policy may leave the reference: large values saturate pairs that are already well separated."""
+    timesteps: Count = 4
+    """Noise levels per pair and iteration."""
+    logit_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Mean of logit(σ), which is normal."""
+    logit_std: Positive = 1.0
+    """Standard deviation of logit(σ)."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class FlowGRPO:
+    """The Flow-GRPO objective: a policy gradient over the steps of a rollout with noise."""
+
+    clip_range: Positive = 1e-4
+    """PPO clip on each step's ratio, whose log-probabilities are means over the latent's elements."""
+    kl_weight: NonNegative = 0.04
+    """Weight of the divergence between the steps of policy and reference."""
+    optimizer_steps: Count = 2
+    """Optimizer steps per iteration; its groups are split evenly over them."""
+
+
+@dataclass(kw_only=True, config=STRICT)
 class Policy:
     """What is trained."""
 
@@ -109,7 +149,7 @@ class Policy:
 
 @dataclass(kw_only=True, config=STRICT)
 class Optimizer:
-    """AdamW, one step per iteration."""
+    """AdamW."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """States in fp32, or in 8 bits by bitsandbytes (a quarter of the memory; paged: moved to the CPU by a full GPU)."""
@@ -134,15 +174,15 @@ class EMA:
     """Moving averages of the trained weights."""
 
     old_decay_per_step: NonNegative = 0.001
-    """θ_old, the fast average: decay = min(old_decay_max, old_decay_per_step · step)."""
+    """θ_old, the fast average: decay = min(old_decay_max, old_decay_per_step · iteration)."""
     old_decay_max: Decay = 0.3
     """Upper bound of θ_old's decay."""
-    switch_ema_ref: Annotated[int, Field(ge=0)] = 500
-    """From this step on the rollouts use θ_old instead of the policy itself."""
+    switch_ema_ref: Annotated[int, Field(ge=0)] | None = 500
+    """From this iteration on the rollouts use θ_old instead of the policy itself. None: never."""
     eval_decay_max: Decay = 0.9
     """The slow average, which is evaluated and saved: decay = min(this, (1 + s) / (10 + s)). 0: no average."""
     eval_every: Count = 8
-    """Steps between updates of the slow average."""
+    """Iterations between updates of the slow average."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -153,6 +193,8 @@ class Evaluation:
     """Images per evaluation, spread evenly over tags and held-out prompts."""
     every: Annotated[int, Field(ge=0)] = 0
     """Also evaluate every so many iterations. 0: only before and after."""
+    solver: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
+    """ODE solver; evaluations are without noise, whatever the rollouts have."""
     num_inference_steps: Count = 14
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
@@ -221,7 +263,7 @@ class Config:
     max_lost_iterations: Count = 3
     """Stop, with a checkpoint, after so many iterations in a row in which no group could be scored."""
     iterations: Count = 60
-    """Optimizer steps."""
+    """Rounds of drawing groups and learning from them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of prompts, initial noise, training noise and timesteps."""
     device: str = "auto"
@@ -232,11 +274,14 @@ class Config:
     """Where the run's folder is made."""
     name: str | None = None
     """The run's folder. Default: recipe, date and time."""
-    objective: Literal["dgpo"] = "dgpo"
-    """What the groups are used for."""
+    objective: str = "dgpo"
+    """What the groups are used for: dgpo, diffusion_dpo, flow_grpo, or your own `my_module:MyObjective`."""
     rollout: Rollout = Field(default_factory=Rollout)
+    data: Data = Field(default_factory=Data)
     advantage: Advantage = Field(default_factory=Advantage)
     dgpo: DGPO = Field(default_factory=DGPO)
+    diffusion_dpo: DiffusionDPO = Field(default_factory=DiffusionDPO)
+    flow_grpo: FlowGRPO = Field(default_factory=FlowGRPO)
     policy: Policy = Field(default_factory=Policy)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     ema: EMA = Field(default_factory=EMA)
@@ -246,9 +291,14 @@ class Config:
     log: Log = Field(default_factory=Log)
 
     def __post_init__(self) -> None:
+        if self.rollout.noise_level > 0 and self.rollout.solver != "euler":
+            raise ValueError(
+                f"rollout.noise_level is {self.rollout.noise_level:g} but rollout.solver is {self.rollout.solver}: "
+                "only --rollout.solver euler takes noise"
+            )
         grid = self.rollout.num_inference_steps
         available = min(self.dgpo.high_noise_steps or grid, grid)
-        if self.dgpo.timesteps > available:
+        if self.objective == "dgpo" and self.dgpo.timesteps > available:
             raise ValueError(
                 f"dgpo.timesteps is {self.dgpo.timesteps} but only {available} timesteps can be drawn "
                 "(rollout.num_inference_steps, dgpo.high_noise_steps): lower it or raise those"

@@ -6,14 +6,15 @@ so a resumed run and a run on other processes draw what an undisturbed one draws
 
 import hashlib
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dgpo_fast.config import Advantage
-from dgpo_fast.prompts import Prompt
 
+T = TypeVar("T")
 ADVANTAGE_EPS = 1e-4
 
 
@@ -23,28 +24,29 @@ def stream_seed(seed: int, stream: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class GroupSampler:
-    """Deals the training prompts out, `groups` an iteration, reshuffled at every pass.
+class GroupSampler(Generic[T]):
+    """Deals the training prompts, or groups drawn from them, out, `groups` an iteration, reshuffled at every pass.
 
     Args:
-        prompts: the training prompts.
-        groups: P, prompts per iteration.
+        items: what is dealt out.
+        groups: P, items per iteration.
         seed: the run's seed.
+        stream: name of the stream of draws.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], groups: int, seed: int):
-        self.prompts = prompts
+    def __init__(self, items: Sequence[T], groups: int, seed: int, stream: str = "prompts"):
+        self.items = items
         self.groups = groups
-        self.seed = stream_seed(seed, "prompts")
+        self.seed = stream_seed(seed, stream)
 
-    def draw(self, iteration: int) -> list[Prompt]:
-        """The P prompts of iteration `iteration`, counted from 0."""
+    def draw(self, iteration: int) -> list[T]:
+        """The P items of iteration `iteration`, counted from 0."""
         positions = range(iteration * self.groups, (iteration + 1) * self.groups)
-        orders = {epoch: self._order(epoch) for epoch in {p // len(self.prompts) for p in positions}}
-        return [self.prompts[orders[p // len(self.prompts)][p % len(self.prompts)]] for p in positions]
+        orders = {epoch: self._order(epoch) for epoch in {p // len(self.items) for p in positions}}
+        return [self.items[orders[p // len(self.items)][p % len(self.items)]] for p in positions]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
 
 
 def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Loading a Stable Diffusion 3 pipeline: the shipped one, a folder, or one from the Hugging Face hub."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from dgpo_fast.groups import stream_seed
 from dgpo_fast.random_weights import find_architecture, random_pipeline
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
+FINGERPRINT_ELEMENTS = 256
 
 
 def pick_device(name: str) -> torch.device:
@@ -90,6 +92,20 @@ def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
     """The two or three text encoders that the pipeline has."""
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return [encoder for encoder in encoders if encoder is not None]
+
+
+def fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
+    """A digest of the pipeline's weights: of some elements of every parameter, rounded to bf16.
+
+    The same weights in fp32 and in bf16 have the same one; weights trained a little further have another one.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
+        for name, parameter in module.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // FINGERPRINT_ELEMENTS)]
+            digest.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _local_index(folder: Path) -> dict:

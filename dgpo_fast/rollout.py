@@ -1,6 +1,6 @@
-"""Drawing images: a few-step deterministic ODE from noise to latents, and the decoder."""
+"""Drawing images: a few-step ODE, or its stochastic form, from noise to latents, and the decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.schedule import Schedule
+from dgpo_fast.stochastic import StepNoise
 from dgpo_fast.text import PromptEncoder, TextEmbeds
 
 
@@ -31,7 +32,7 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
 
     Args:
         x_t: (B, C, H, W) noisy latents, any float dtype.
-        timestep: () in [0, 1000], the same for all samples.
+        timestep: () or (B,), in [0, 1000].
         text: the B prompts.
     """
     return transformer(
@@ -46,13 +47,50 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
 def predict_pair(
     transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, empty: TextEmbeds
 ) -> tuple[Tensor, Tensor]:
-    """Conditional and unconditional velocities in one forward of 2B samples, for guidance."""
+    """Conditional and unconditional velocities in one forward of 2B samples, for guidance. `timestep` is ()."""
     both = TextEmbeds(
         torch.cat([text.prompt, empty.expand(len(text)).prompt]),
         torch.cat([text.pooled, empty.expand(len(text)).pooled]),
     )
     conditional, unconditional = predict(transformer, torch.cat([x_t, x_t]), timestep, both).chunk(2)
     return conditional, unconditional
+
+
+@torch.no_grad()
+def predict_batched(
+    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, batch_size: int
+) -> Tensor:
+    """`predict` without a gradient, at most `batch_size` samples a forward. `timestep` is () or (B,)."""
+    timestep = timestep.expand(len(x_t))
+    chunks = batch_slices(len(x_t), batch_size)
+    return torch.cat([predict(transformer, x_t[rows], timestep[rows], text[rows]) for rows in chunks])
+
+
+@torch.no_grad()
+def predict_pair_batched(
+    transformer: SD3Transformer2DModel,
+    x_t: Tensor,
+    timestep: Tensor,
+    text: TextEmbeds,
+    empty: TextEmbeds,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`predict_pair` without a gradient, at most `batch_size` samples (twice as many rows) a forward."""
+    pairs = [
+        predict_pair(transformer, x_t[rows], timestep, text[rows], empty) for rows in batch_slices(len(x_t), batch_size)
+    ]
+    conditional, unconditional = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return conditional, unconditional
+
+
+def batch_slices(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `total` rows in order."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: v_uncond + g·(v_cond − v_uncond)."""
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 @torch.no_grad()
@@ -65,9 +103,10 @@ def sample_latents(
     *,
     guidance_scale: float,
     batch_size: int,
+    step_noise: StepNoise | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. No trajectory is kept.
+    """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. A trajectory is kept only where asked for.
 
     Args:
         transformer: draws the images; no adapter should be in its graph.
@@ -77,11 +116,13 @@ def sample_latents(
         schedule: grid and coefficients on the noise's device.
         guidance_scale: v = v_uncond + g·(v_cond − v_uncond); 1 is unguided.
         batch_size: samples per forward.
+        step_noise: draws the noise of the steps, and keeps them where asked to; for a schedule that has noise.
         on_step: told the share done, in (0, 1], after each solver step.
     """
+    if step_noise is not None:
+        step_noise.start(noise, schedule.steps)
     chunks = []
-    for start in range(0, len(noise), batch_size):
-        rows = slice(start, start + batch_size)
+    for rows in batch_slices(len(noise), batch_size):
         x, x0_previous = noise[rows], None
         for step in range(schedule.steps):
             timestep = schedule.timesteps[step]
@@ -91,13 +132,14 @@ def sample_latents(
                 conditional, unconditional = predict(transformer, x, timestep, text[rows]), None
             velocities, numbers = (conditional, unconditional), schedule.coefficients[step]
             if schedule.solver == "euler":
-                x = guided_euler_step(x, *velocities, guidance_scale=guidance_scale, coefficients=numbers)
+                moved = guided_euler_step(x, *velocities, guidance_scale=guidance_scale, coefficients=numbers)
+                x = moved if step_noise is None else step_noise.add(x, moved, schedule, step, rows)
             else:
                 x, x0_previous = guided_dpmpp_2m_step(
                     x, *velocities, x0_previous, guidance_scale=guidance_scale, coefficients=numbers
                 )
             if on_step:
-                on_step((start + len(x) * (step + 1) / schedule.steps) / len(noise))
+                on_step((rows.start + len(x) * (step + 1) / schedule.steps) / len(noise))
         chunks.append(x)
     return torch.cat(chunks)
 
@@ -152,6 +194,7 @@ class Sampler:
         resolution: int | None,
         batch_size: int,
     ):
+        self.pipeline = pipeline
         self.vae = pipeline.vae
         self.transformer = transformer
         self.encoder = encoder
@@ -167,14 +210,18 @@ class Sampler:
         guidance_scale: float,
         seed: int,
         draw: int,
+        step_noise: StepNoise | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> tuple[Tensor, TextEmbeds]:
-        """x0 (B, C, H, W) fp32 for B prompts, and their embeddings. `samples` (B,) int64 keys the initial noise."""
+        """x0 (B, C, H, W) fp32 for B prompts, and their embeddings.
+
+        `samples` (B,) int64 keys the initial noise; `step_noise` is for a schedule that has noise.
+        """
         text = self.encoder(prompts)
         noise = initial_noise(self.shape, samples, seed=seed, draw=draw)
         x0 = sample_latents(
             self.transformer, noise, text, self.encoder([""]), schedule,
-            guidance_scale=guidance_scale, batch_size=self.batch_size, on_step=on_step,
+            guidance_scale=guidance_scale, batch_size=self.batch_size, step_noise=step_noise, on_step=on_step,
         )  # fmt: skip
         return x0, text
 

@@ -7,7 +7,7 @@ pass.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import expm1, log
+from math import expm1, log, sqrt
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -23,13 +23,15 @@ class Schedule:
         sigmas: (S + 1,) fp32, falling to 0: x_t = (1 − σ)·x0 + σ·noise.
         timesteps: (S,) fp32, what the transformer is told, in [0, 1000].
         coefficients: (S, 4) fp32 [σ, a, b, c] with x0 = x − σ·v and x ← a·x + b·x0 + c·x0_previous for "dpmpp_2m";
-            (S, 1) fp32 [σ_next − σ] for "euler".
+            (S, 1) fp32 [b] with x ← x + b·v for "euler", b = σ_next − σ where there is no noise.
+        noise: None for an ODE; (S, 2) fp32 [a, c] of a stochastic rollout, whose steps are x ← x + b·v + a·x + c·z.
     """
 
     solver: str
     sigmas: Tensor
     timesteps: Tensor
     coefficients: Tensor
+    noise: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -37,7 +39,8 @@ class Schedule:
 
     def to(self, device: torch.device) -> "Schedule":
         """The same grid on `device`."""
-        return Schedule(self.solver, self.sigmas.to(device), self.timesteps.to(device), self.coefficients.to(device))
+        tensors = (self.sigmas, self.timesteps, self.coefficients, self.noise)
+        return Schedule(self.solver, *(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
 def make_scheduler(solver: str, shift: float) -> SchedulerMixin:
@@ -50,21 +53,45 @@ def make_scheduler(solver: str, shift: float) -> SchedulerMixin:
     )  # fmt: skip
 
 
-def make_schedule(solver: str, num_inference_steps: int, shift: float) -> Schedule:
-    """The grid of `num_inference_steps` steps shifted by `shift`, for "dpmpp_2m" or "euler"."""
+def make_schedule(solver: str, num_inference_steps: int, shift: float, noise_level: float = 0.0) -> Schedule:
+    """The grid of `num_inference_steps` steps shifted by `shift`, for "dpmpp_2m" or "euler".
+
+    A `noise_level` above 0 makes an "euler" rollout stochastic, with the ODE's marginals (`_stochastic_steps`).
+    """
     scheduler = make_scheduler(solver, shift)
     scheduler.set_timesteps(num_inference_steps)
     sigmas = [float(sigma) for sigma in scheduler.sigmas]
-    if solver == "euler":
-        coefficients = [[after - sigma] for sigma, after in pairwise(sigmas)]
-    else:
+    noise = None
+    if solver == "dpmpp_2m":
+        if noise_level > 0:
+            raise ValueError("noise_level: only the euler solver has a stochastic form")
         coefficients = _dpmpp_2m_coefficients(sigmas)
+    elif noise_level > 0:
+        coefficients, noise = _stochastic_steps(sigmas, noise_level)
+    else:
+        coefficients = [[after - sigma] for sigma, after in pairwise(sigmas)]
     return Schedule(
         solver,
         scheduler.sigmas.float().cpu(),
         scheduler.timesteps.float().cpu(),
         torch.tensor(coefficients, dtype=torch.float32),
+        None if noise is None else torch.tensor(noise, dtype=torch.float32),
     )
+
+
+def _stochastic_steps(sigmas: list[float], noise_level: float) -> tuple[list[list[float]], list[list[float]]]:
+    """Euler–Maruyama steps of the SDE with the ODE's marginals (Flow-GRPO, arXiv 2505.05470, Eq. 9).
+
+    With dt = σ_next − σ and s = noise_level·√(σ/(1 − σ)), a step is
+    x·(1 + s²/(2σ)·dt) + v·(1 + s²·(1 − σ)/(2σ))·dt + s·√(−dt)·z. At σ = 1 the next sigma stands in s's denominator.
+    """
+    drift, noise = [], []
+    for sigma, after in pairwise(sigmas):
+        dt = after - sigma
+        variance = noise_level**2 * sigma / (1.0 - (after if sigma == 1.0 else sigma))
+        drift.append([(1.0 + variance * (1.0 - sigma) / (2.0 * sigma)) * dt])
+        noise.append([variance / (2.0 * sigma) * dt, sqrt(-variance * dt)])
+    return drift, noise
 
 
 def _dpmpp_2m_coefficients(sigmas: list[float]) -> list[list[float]]:

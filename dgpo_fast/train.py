@@ -214,6 +214,7 @@ def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
             shutil.rmtree(folder)  # nothing was trained: no half-made folder is left
         raise
     trainer.save(folder)
+    trainer.prepare(folder, lambda: stop.requested)
     trainer.open_logs(folder, to_dict(config))
     console.start_training(trainer.iteration, config.iterations)
     try:

@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest
 from dgpo_fast.config import Config, to_dict
@@ -22,7 +23,7 @@ from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
 from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json
-from dgpo_fast.objectives import Batch, make_objective
+from dgpo_fast.objectives import Batch, add_metrics, load_objective
 from dgpo_fast.optimizers import load_optimizer, make_optimizer, optimizer_tensors, state_bytes
 from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype
 from dgpo_fast.policy import PolicyModels, Weights
@@ -32,6 +33,9 @@ from dgpo_fast.random_weights import random_weights_note
 from dgpo_fast.rewards import GroupScores, RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
+from dgpo_fast.sources import Groups, Source
+from dgpo_fast.sources.offline import OfflineSource
+from dgpo_fast.sources.online import OnlineSource, RolloutWorker
 from dgpo_fast.text import PromptEncoder
 from dgpo_fast.version import code_version
 
@@ -70,21 +74,35 @@ class Trainer:
             resolution=config.rollout.resolution, batch_size=config.rollout.batch_size,
         )  # fmt: skip
         rollout, evaluation = config.rollout, config.evaluation
-        self.schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.shift).to(self.device)
-        self.eval_schedule = make_schedule(rollout.solver, evaluation.num_inference_steps, rollout.shift).to(
+        self.schedule = make_schedule(
+            rollout.solver, rollout.num_inference_steps, rollout.shift, rollout.noise_level
+        ).to(self.device)
+        self.eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.shift).to(
             self.device
         )
-        self.groups = GroupSampler(self.prompts.train, rollout.groups, config.seed)
-        self.objective = make_objective(config)
+        self.objective = load_objective(config)
         self.optimizer = make_optimizer(
             self.models.weights, config.optimizer, config.policy.weights, stream_seed(config.seed, "rounding")
         )
         self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights)
         self.phases = Phases(self.device)
         self.work = WorkMeter(self.models, self.pipeline.vae, config.policy, self.sampler.shape)
+        self.source = self._make_source()
         self.iteration = 0
         self.lost_in_a_row = 0
+        self.halfway = False
         self._describe()
+
+    def _make_source(self) -> Source:
+        config = self.config
+        worker = RolloutWorker(
+            config.rollout, self.models, self.sampler, self.schedule, self.reward_pool,
+            keep_transitions=self.objective.needs_transitions, phases=self.phases, work=self.work,
+        )  # fmt: skip
+        if config.data.source == "offline":
+            return OfflineSource(config, worker, self.prompts.train)
+        prompts = GroupSampler(self.prompts.train, config.rollout.groups, config.seed)
+        return OnlineSource(worker, prompts, config.seed, self._rollout_weights)
 
     def resume(self, folder: Path) -> None:
         """Goes back to the newest valid checkpoint of the run in `folder`. Raises UserError where there is none."""
@@ -121,9 +139,18 @@ class Trainer:
         tensors = self.processes.broadcast_tensors(found[0].tensors if found else None, "the newest checkpoint")
         return State(iteration, tensors, info), passed_over
 
+    def prepare(self, folder: Path, should_stop: Callable[[], bool]) -> None:
+        """Draws what is drawn before the first iteration, until it is done or `should_stop`."""
+        with self.processes.together("what is drawn before training"):
+            self.source.prepare(folder, self.console, should_stop)
+        self.phases.take(), self.work.take()  # no part of an iteration: the source counts its own seconds
+
     def save(self, folder: Path, wait: bool = True) -> None:
-        """Has a checkpoint written, and waits for the disk if asked to; raises UserError where the disk refused."""
-        if not self.processes.first:
+        """Has a checkpoint written, and waits for the disk if asked to; raises UserError where the disk refused.
+
+        Not where an iteration broke off between two of its optimizer steps: no run could go on from there.
+        """
+        if self.halfway or not self.processes.first:
             return
         if self.writer is None:
             info = {"code": code_version(), "config": to_dict(self.config), "processes": self.processes.count}
@@ -163,6 +190,7 @@ class Trainer:
             batch, metrics = self._collect()
             if batch is not None:
                 metrics |= self._learn(batch)
+                self._average()
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"iteration {self.iteration + 1}: {str(error).splitlines()[0]} Lower --policy.micro-batch or "
@@ -183,81 +211,66 @@ class Trainer:
         self.console.iteration(metrics)
 
     def _learn(self, batch: Batch) -> dict[str, Any]:
-        with self.phases("train"), self.work.training():
-            losses = self.objective.accumulate(batch, self.models, self.old.weights)
-        with self.phases("optimizer"):
-            rate = learning_rate(self.config.optimizer, self.iteration, self.config.iterations)
-            norm = self._update(rate)
-        return {"grad_norm": norm, "learning_rate": rate, **{name: float(value) for name, value in losses.items()}}
+        """The iteration's optimizer steps; metrics are means over its samples."""
+        rate = learning_rate(self.config.optimizer, self.iteration, self.config.iterations)
+        totals: dict[str, Any] = {}
+        for part in self.objective.optimizer_batches(batch):
+            with self.phases("train"), self.work.training():
+                losses = self.objective.accumulate(part, self.models, self.old.weights)
+            with self.phases("optimizer"):
+                norm = self._update(rate)
+            add_metrics(totals, {**losses, "grad_norm": norm}, len(part.x0) / len(batch.x0))
+        self.halfway = False
+        return {"learning_rate": rate, **{name: float(value) for name, value in totals.items()}}
 
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
         """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
-        rollout, size = self.config.rollout, self.config.rollout.group_size
-        prompts = self.groups.draw(self.iteration)
-        texts = [prompt.text for prompt in prompts for _ in range(size)]
-        scoring = self.reward_pool.start(prompts, size)
-        with self.phases("encode"):
-            self.encoder(texts)
-        with self.phases("rollout"):
-            self.models.load_behaviour(self._rollout_weights())
-        chunks = []
-        for start in range(0, len(texts), rollout.batch_size):
-            chunk_texts = texts[start : start + rollout.batch_size]
-            with self.phases("rollout"):
-                samples = torch.arange(start, start + len(chunk_texts), device=self.device)
-                chunk, text = self.sampler.latents(
-                    chunk_texts, samples, self.schedule, guidance_scale=rollout.guidance_scale,
-                    seed=stream_seed(self.config.seed, "initial noise"), draw=self.iteration,
-                )  # fmt: skip
-            chunks.append(chunk)
-            self.work.sampled(text, forwards=self.schedule.steps * (2 if rollout.guidance_scale > 1 else 1))
-            with self.phases("decode"):
-                images = self.sampler.decode(chunk)
-            self.work.decoded(len(images))
-            with self.phases("reward"):
-                scoring.add(images)  # scored beside the rollout of the next chunk
-        with self.phases("reward"):
-            scores = scoring.result()
-        self._report_failures(scores)
-        metrics = _reward_metrics(scores, len(texts))
-        metrics |= {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
-        if not scores.valid.any():
-            return None, metrics
-        kept = np.flatnonzero(np.repeat(scores.valid, size))
-        rows = torch.from_numpy(kept).to(self.device)
-        batch = Batch(
+        groups = self.source.collect(self.iteration)
+        self._report_failures(groups.scores)
+        metrics = _reward_metrics(groups.scores, len(groups.x0)) | groups.metrics
+        return (self._batch(groups) if groups.scores.valid.any() else None), metrics
+
+    def _batch(self, groups: Groups) -> Batch:
+        """The groups that could be scored, with their advantages."""
+        scores, size = groups.scores, self.config.rollout.group_size
+        rows = torch.from_numpy(np.flatnonzero(np.repeat(scores.valid, size))).to(self.device)
+        return Batch(
             iteration=self.iteration,
-            x0=torch.cat(chunks)[rows],
-            text=self.encoder([texts[row] for row in kept]),
+            x0=groups.x0[rows],
+            text=groups.text[rows],
             empty=self.encoder([""]),
             advantage=advantages(scores.rewards[scores.valid], self.config.advantage).to(self.device),
             group_index=rows // size,
             group_size=size,
             schedule=self.schedule,
+            transitions=None if groups.transitions is None else groups.transitions[rows],
         )
-        return batch, metrics
 
     def _rollout_weights(self) -> Weights:
-        return self.models.weights if self.iteration < self.config.ema.switch_ema_ref else self.old.weights
+        switch = self.config.ema.switch_ema_ref
+        return self.models.weights if switch is None or self.iteration < switch else self.old.weights
 
-    def _update(self, rate: float) -> float:
-        """One optimizer step at learning rate `rate` and the averages; returns the gradient's norm before clipping."""
-        parameters = list(self.models.weights.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
-        if not np.isfinite(norm):
+    def _update(self, rate: float) -> Tensor:
+        """One optimizer step at learning rate `rate`; returns the gradient's norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(list(self.models.weights.values()), self.config.optimizer.max_grad_norm)
+        if not torch.isfinite(norm):
             raise UserError(
-                f"iteration {self.iteration + 1}: the gradient is not finite, nothing was updated; "
+                f"iteration {self.iteration + 1}: the gradient is not finite, its step was not taken; "
                 "resume with a lower --optimizer.lr or --precision fp32"
             )
+        self.halfway = True
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _average(self) -> None:
+        """Moves both averages of the weights, once an iteration."""
         ema, step = self.config.ema, self.iteration + 1
         self.old.update(self.models.weights, min(ema.old_decay_max, ema.old_decay_per_step * step))
         if step % ema.eval_every == 0:
             self.slow.update(self.models.weights, min(ema.eval_decay_max, (1 + step) / (10 + step)))
-        return norm
 
     def _report_failures(self, scores: GroupScores) -> None:
         for line in scores.failures:
@@ -342,6 +355,7 @@ class Trainer:
             "iterations": self.iteration,
             "training_images": sum(line["images_count"] for line in lines),
             "training_s": sum(line["iteration_s"] for line in lines),
+            **self.source.summary(),
             "groups_dropped_count": sum(line["groups_dropped_count"] for line in lines),
             "before": before.summary(),
             "after": after.summary(),

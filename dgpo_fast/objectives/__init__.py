@@ -1,18 +1,30 @@
 """What the groups are used for: one protocol, one file an objective.
 
-The training loop knows only `Objective`. It hands over an iteration's scored images, the objective adds the gradient of
-its loss to the policy's parameters, and the loop takes the optimizer's step.
+The training loop knows only `Objective`. It draws what the objective needs and hands over an iteration's scored images,
+the objective adds the gradient of its loss to the policy's parameters, and the loop takes the optimizer's steps.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+from dgpo_fast.imports import call, import_attribute
 from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.schedule import Schedule
+from dgpo_fast.stochastic import Transitions
 from dgpo_fast.text import TextEmbeds
+
+BUILT_IN = {
+    "dgpo": "dgpo_fast.objectives.dgpo:DGPOObjective",
+    "diffusion_dpo": "dgpo_fast.objectives.diffusion_dpo:DiffusionDPOObjective",
+    "flow_grpo": "dgpo_fast.objectives.flow_grpo:FlowGRPOObjective",
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Batch:
         group_index: (B,) int64; equal within a group and different between the groups of an iteration. Keys the noise.
         group_size: G, samples per group.
         schedule: the rollout's grid.
+        transitions: every step of the rollout, for an objective that `needs_transitions`.
     """
 
     iteration: int
@@ -38,29 +51,85 @@ class Batch:
     group_index: Tensor
     group_size: int
     schedule: Schedule
+    transitions: Transitions | None = None
 
     @property
     def groups(self) -> int:
         """P, the groups in this batch."""
         return len(self.x0) // self.group_size
 
+    def __getitem__(self, rows: slice | Tensor) -> "Batch":
+        """The same for some of the samples; the caller sees to it that groups stay whole, or gives a `group_size`."""
+        return replace(
+            self,
+            x0=self.x0[rows],
+            text=self.text[rows],
+            advantage=self.advantage[rows],
+            group_index=self.group_index[rows],
+            transitions=None if self.transitions is None else self.transitions[rows],
+        )
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Up to `parts` batches of whole groups, as even as they can be; none is empty."""
+        ends = [self.groups * part // parts * self.group_size for part in range(parts + 1)]
+        return [self[start:end] for start, end in pairwise(ends) if end > start]
+
 
 class Objective(Protocol):
-    """A way to turn scored groups into a gradient."""
+    """A way to turn scored groups into gradients. Made from the run's `Config` alone."""
+
+    needs_transitions: bool
+    """Whether it needs every step of a rollout with noise (`Batch.transitions`), and not only the final latents."""
+
+    def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:
+        """How an iteration's batch splits into optimizer steps: one step for each of these, in this order."""
+        ...
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """Adds ∂loss/∂θ to the `.grad` of `models.weights` and returns 0-dim device tensors to log.
 
         Args:
-            batch: what was sampled and how it scored.
+            batch: what was sampled and how it scored: one of `optimizer_batches`.
             models: base, policy and behaviour; the behaviour copy may be overwritten.
             old: θ_old.
         """
         ...
 
 
-def make_objective(config: Config) -> Objective:
-    """The objective that `config` names."""
-    from dgpo_fast.objectives.dgpo import DGPOObjective
+def load_objective(config: Config) -> Objective:
+    """The objective that `config` names, a shipped one or `my_module:MyObjective`, called with `config`.
 
-    return {"dgpo": DGPOObjective}[config.objective](config)
+    Raises UserError in one line where there is none, or where it cannot work with these settings.
+    """
+    name = config.objective
+    if ":" not in name and name not in BUILT_IN:
+        known = ", ".join(BUILT_IN)
+        raise UserError(f"no objective {name!r}: name one of {known}, or your own as my_module:MyObjective")
+    what = f"objective {name!r}"
+    make = import_attribute(what, BUILT_IN.get(name, name), example="my_objectives:MyObjective")
+    objective = call(what, "cannot be made", make, config)
+    parts = ("needs_transitions", "optimizer_batches", "accumulate")
+    missing = [part for part in parts if not hasattr(objective, part)]
+    if missing:
+        raise UserError(f"{what} has no `{missing[0]}`: docs/objectives.md shows what an objective has")
+    if objective.needs_transitions and config.data.source == "offline":
+        raise UserError(
+            f"data.source offline: {what} learns from the steps of its own rollouts; use --data.source online"
+        )
+    if objective.needs_transitions and config.rollout.noise_level == 0:
+        raise UserError(
+            f"{what} learns from the noise of the rollout's steps and rollout.noise_level is 0: give it some, "
+            "as in --rollout.solver euler --rollout.noise-level 0.7"
+        )
+    return cast(Objective, objective)
+
+
+def add_metrics(totals: dict[str, Any], values: dict[str, Tensor], weight: float) -> None:
+    """Adds `weight` times each of `values` to `totals`, without a host sync."""
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + weight * value.detach()
+
+
+def autocast(models: PolicyModels) -> torch.autocast:
+    """bf16 arithmetic for the policy's forward where the run is in bf16 and trained weights are fp32."""
+    return torch.autocast(models.device.type, dtype=torch.bfloat16, enabled=models.mixed)

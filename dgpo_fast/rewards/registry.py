@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import math
-import traceback
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.imports import call, import_attribute
 from dgpo_fast.rewards.protocol import Reward
 
 # One line per shipped reward; its module is imported when the reward is first asked for.
@@ -69,21 +66,23 @@ def load_reward(name: str, source: str | None = None) -> Reward:
     Raises:
         UserError: one line, where there is no such reward, it cannot be made, or its self-test fails.
     """
-    reward = _load(name, source or name)
+    what = f"reward {name!r}"
+    reward = _load(what, source or name)
     self_test = getattr(reward, "self_test", None)
     if self_test is not None:
-        _run(name, "failed its self-test", self_test)
+        call(what, "failed its self-test", self_test)
     return reward
 
 
-def _load(name: str, source: str) -> Reward:
+def _load(what: str, source: str) -> Reward:
     if ":" not in source and source not in BUILT_IN:
         close = difflib.get_close_matches(source, BUILT_IN, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"no reward {source!r}: {hint}Name one of {', '.join(BUILT_IN)}, or your own as module:attribute"
         )
-    return _make(name, _import(name, BUILT_IN.get(source, source)))
+    attribute = import_attribute(what, BUILT_IN.get(source, source), example="my_rewards:Brightness")
+    return _make(what, attribute)
 
 
 def _number(text: str) -> float | None:
@@ -93,36 +92,11 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _import(name: str, path: str) -> Any:
-    module_name, _, attribute = path.partition(":")
-    is_module = all(part.isidentifier() for part in module_name.split(".")) and not module_name.endswith(".py")
-    if not is_module or not attribute:
-        raise UserError(f"reward {name!r}: write module:attribute as in an import, for example my_rewards:Brightness")
-    module = _run(name, "cannot be imported", _find_module, module_name)
-    if module is None:
-        raise UserError(f"reward {name!r}: no module {module_name!r} in the working folder or among installed packages")
-    if not hasattr(module, attribute):
-        close = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f": did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"reward {name!r}: module {module_name!r} has no {attribute!r}{hint}")
-    return getattr(module, attribute)
-
-
-def _find_module(module_name: str) -> ModuleType | None:
-    """Imports a module; None where there is none, as opposed to one that lacks something it imports itself."""
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if f"{module_name}.".startswith(f"{error.name}."):
-            return None
-        raise
-
-
-def _make(name: str, attribute: Any) -> Reward:
+def _make(what: str, attribute: Any) -> Reward:
     is_factory = inspect.isclass(attribute) or (_accepts(attribute, 0) and not _accepts(attribute, 3))
-    reward = _run(name, "cannot be made", attribute) if is_factory else attribute
+    reward = call(what, "cannot be made", attribute) if is_factory else attribute
     if not _accepts(reward, 3):
-        raise UserError(f"reward {name!r}: must be callable as reward(images, prompts, metadata)")
+        raise UserError(f"{what}: must be callable as reward(images, prompts, metadata)")
     return cast(Reward, reward)
 
 
@@ -133,15 +107,3 @@ def _accepts(function: Any, arguments: int) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _run(name: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls code that may be a user's, and says in one line what went wrong and where."""
-    try:
-        return function(*arguments)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"reward {name!r} {what}: {message} ({place.filename}, line {place.lineno})") from error

@@ -1,0 +1,128 @@
+"""Groups compared with the reference at one noise level: the loss over micro-batches, exact at any size.
+
+What DGPO and Diffusion-DPO share: a group's score needs the denoising losses of all its samples before one of them can
+be back-propagated.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from dgpo_kernels import DGPOLoss, dgpo_loss
+from torch import Tensor
+
+from dgpo_fast.objectives import add_metrics, autocast
+from dgpo_fast.policy import PolicyModels
+from dgpo_fast.rollout import batch_slices, predict
+from dgpo_fast.text import TextEmbeds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whole groups at one noise level and what the policy is compared with there; no tensor has a gradient.
+
+    Attributes:
+        x0, x_t: (B, C, H, W) clean and noisy latents.
+        timestep: () or (B,), in [0, 1000].
+        text: the B prompts.
+        advantage: (B,) fp32.
+        group_index: (B,) int64.
+        group_size: samples per group.
+        ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old, and what the KL term holds to.
+        seed, draw: of the noise in `x_t`.
+    """
+
+    x0: Tensor
+    x_t: Tensor
+    timestep: Tensor
+    text: TextEmbeds
+    advantage: Tensor
+    group_index: Tensor
+    group_size: int
+    ref_v: Tensor
+    seed: int
+    draw: int
+    old_v: Tensor | None = None
+    kl_v: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+
+@dataclass(frozen=True)
+class GroupLoss:
+    """mean_g softplus(s_g)/β + kl_weight · KL over a whole `Comparison` (`dgpo_kernels.dgpo_loss`).
+
+    Attributes:
+        beta, clip_range, kl_weight: as `dgpo_kernels.dgpo_loss` takes them.
+        micro_batch: samples per forward and backward.
+        forward_batch: samples per forward without a gradient.
+    """
+
+    beta: float
+    micro_batch: int
+    forward_batch: int
+    clip_range: float | None = None
+    kl_weight: float = 0.0
+
+    def backward(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
+        """Adds the gradient of `weight` times the loss to the policy; returns the loss and per-sample means."""
+        metrics: dict[str, Tensor] = {}
+        for rows, loss in self._micro_batches(comparison, models):
+            (weight * loss.loss).backward()
+            add_metrics(metrics, {"loss": loss.loss}, 1.0)
+            add_metrics(metrics, _means(loss), (rows.stop - rows.start) / len(comparison))
+        return metrics
+
+    def _micro_batches(self, comparison: Comparison, models: PolicyModels) -> Iterator[tuple[slice, DGPOLoss]]:
+        """Rows and loss of each micro-batch, ready for its backward pass."""
+        size, group_score = self.micro_batch // comparison.group_size * comparison.group_size, None
+        if size == 0:
+            # A group does not fit: its weight σ(s) needs all its samples first, so one pass without gradients finds s.
+            size, everything = self.micro_batch, slice(0, len(comparison))
+            with torch.no_grad():
+                chunks = batch_slices(len(comparison), self.forward_batch)
+                policy_v = torch.cat([_policy_v(comparison, models, rows) for rows in chunks])
+                group_score = self._loss(comparison, policy_v, everything, None).group_score
+        for rows in batch_slices(len(comparison), size):
+            yield rows, self._loss(comparison, _policy_v(comparison, models, rows), rows, group_score)
+
+    def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, group_score: Tensor | None) -> DGPOLoss:
+        kl_is_ref = comparison.kl_v is comparison.ref_v
+        ref_v = comparison.ref_v[rows]
+        return dgpo_loss(
+            policy_v,
+            ref_v,
+            comparison.x0[rows],
+            comparison.advantage[rows],
+            comparison.group_index[rows],
+            seed=comparison.seed,
+            draw=comparison.draw,
+            beta=self.beta,
+            old_v=None if comparison.old_v is None else comparison.old_v[rows],
+            clip_range=self.clip_range,
+            kl_v=ref_v if kl_is_ref else None if comparison.kl_v is None else comparison.kl_v[rows],
+            kl_weight=self.kl_weight,
+            num_groups=len(comparison) // comparison.group_size,
+            group_size=comparison.group_size,
+            reduce_group_scores=None if group_score is None else lambda _: group_score[rows],
+        )
+
+
+def _policy_v(comparison: Comparison, models: PolicyModels, rows: slice) -> Tensor:
+    timestep = comparison.timestep.expand(len(comparison))[rows]
+    with autocast(models):
+        return predict(models.policy, comparison.x_t[rows], timestep, comparison.text[rows])
+
+
+def _means(loss: DGPOLoss) -> dict[str, Tensor]:
+    metrics = {
+        "dsm_policy": loss.dsm_policy.mean(),
+        "dsm_gap": (loss.dsm_policy - loss.dsm_ref).mean(),
+        "group_weight": torch.sigmoid(loss.group_score.float()).mean(),
+    }
+    if loss.dsm_old is not None:
+        metrics["clipped_fraction"] = loss.clipped.float().mean()
+    if loss.kl is not None:
+        metrics["kl"] = loss.kl.mean()
+    return metrics

@@ -1,0 +1,139 @@
+"""Groups drawn once by the reference model, scored, and kept on disk for this run and others."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgpo_fast.config import Config
+from dgpo_fast.console import Console, duration
+from dgpo_fast.errors import UserError
+from dgpo_fast.groups import GroupSampler
+from dgpo_fast.pipeline import fingerprint
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import GroupScores
+from dgpo_fast.sources import Groups
+from dgpo_fast.sources.folder import Drawing, GroupFolder, Place, Stored, load
+from dgpo_fast.sources.online import RolloutWorker
+
+FORMAT = 1
+# Settings of a rollout that change no image of it.
+NO_CONDITION = ("groups", "batch_size")
+LOST_FILES_BEFORE_STOP = 3
+
+
+class OfflineSource:
+    """Groups of the reference model, gone through again and again in an order that changes at every pass.
+
+    Args:
+        config: the run's; `data.folder` is looked into at once.
+        worker: draws and scores what is not there yet.
+        prompts: the training prompts.
+
+    Raises UserError where the folder's groups were drawn with other settings.
+    """
+
+    def __init__(self, config: Config, worker: RolloutWorker, prompts: list[Prompt]):
+        self.config, self.worker, self.prompts = config, worker, prompts
+        self.wanted = self._wanted()
+        self.drawing_s = 0.0
+        self.places: GroupSampler[Place] | None = None
+        if config.data.folder:
+            GroupFolder(Path(config.data.folder)).drawing(self.wanted)
+
+    def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
+        """Draws the groups that are not there yet."""
+        home = GroupFolder(Path(self.config.data.folder) if self.config.data.folder else folder / "groups")
+        drawing = home.drawing(self.wanted)
+        if drawing is None:
+            drawing = self.wanted
+            home.start(drawing)
+        if not self._draw_missing(home, drawing, console, should_stop):
+            return
+        places, self.drawing_s, dropped = home.index(drawing)
+        if not places:
+            raise UserError(f"{home.home}: none of its groups could be scored; mend the reward and remove the folder")
+        note = f"; {dropped} could not be scored" if dropped else ""
+        size = self.config.rollout.group_size
+        console.note(
+            f"offline: {len(places)} groups of {size} images, drawn and scored in {duration(self.drawing_s)}, are in "
+            f"{home.home}{note}"
+        )
+        self.places = GroupSampler(places, self.config.rollout.groups, self.config.seed, stream="offline groups")
+
+    def collect(self, iteration: int) -> Groups:
+        """See `Source.collect`."""
+        assert self.places is not None, "prepare comes first"
+        with self.worker.phases("load"):
+            stored = [load(place) for place in self.places.draw(iteration)]
+            x0 = torch.cat([group.x0 for group in stored]).to(self.worker.models.device)
+        with self.worker.phases("encode"):
+            text = self.worker.sampler.encoder([group.prompt.text for group in stored for _ in group.rewards])
+        return Groups([group.prompt for group in stored], text, x0, _scores(stored))
+
+    def summary(self) -> dict[str, Any]:
+        """See `Source.summary`."""
+        groups = len(self.places.items) if self.places else 0
+        drawn = groups * self.config.rollout.group_size
+        return {"source": "offline", "drawing_s": self.drawing_s, "drawn_images": drawn}
+
+    def _wanted(self) -> Drawing:
+        rollout = asdict(self.config.rollout)
+        content = json.dumps([[prompt.text, prompt.metadata] for prompt in self.prompts], sort_keys=True)
+        conditions = {
+            "format": FORMAT,
+            "model": fingerprint(self.worker.sampler.pipeline),
+            "prompts": hashlib.sha256(content.encode()).hexdigest(),
+            "rewards": list(self.config.rewards),
+            **{f"rollout.{name}": rollout[name] for name in rollout if name not in NO_CONDITION},
+        }
+        return Drawing(conditions, self.config.data.offline_groups, self.config.rollout.groups, self.config.seed)
+
+    def _draw_missing(
+        self, home: GroupFolder, drawing: Drawing, console: Console, should_stop: Callable[[], bool]
+    ) -> bool:
+        """Draws file after file. False where it was asked to stop before the last one."""
+        missing = [number for number in range(len(drawing.files)) if not home.path(number).exists()]
+        if not missing:
+            return True
+        lost = 0
+        with console.track(f"offline: drawing {drawing.groups} groups from the reference model") as on_step:
+            for number in missing:
+                if should_stop():
+                    return False
+                scores = self._draw_file(home, drawing, number)
+                for line in scores.failures:
+                    console.note(f"offline: group dropped: {line}")
+                lost = 0 if scores.valid.any() else lost + 1
+                if lost == LOST_FILES_BEFORE_STOP:
+                    raise UserError(f"{home.home}: no group could be scored; mend the reward and remove the folder. "
+                                    f"The last failure: {scores.failures[-1]}")  # fmt: skip
+                on_step((number + 1) / len(drawing.files))
+        return True
+
+    def _draw_file(self, home: GroupFolder, drawing: Drawing, number: int) -> GroupScores:
+        started = time.perf_counter()
+        prompts = GroupSampler(self.prompts, drawing.file_groups, drawing.seed).draw(number)
+        prompts = prompts[: len(drawing.files[number])]
+        weights = self.worker.models.initial_weights()
+        groups = self.worker.draw(prompts, weights, seed=drawing.seed, draw=number)
+        home.write(number, groups, time.perf_counter() - started)
+        return groups.scores
+
+
+def _scores(stored: list[Stored]) -> GroupScores:
+    """Scores of P groups, with NaN where a part of the reward says nothing of a group."""
+    names = dict.fromkeys(name for group in stored for name in group.parts)
+    empty = np.full_like(stored[0].rewards, np.nan)
+    return GroupScores(
+        rewards=np.stack([group.rewards for group in stored]),
+        parts={name: np.stack([group.parts.get(name, empty) for group in stored]) for name in names},
+        valid=np.ones(len(stored), bool),
+        failures=[],
+    )

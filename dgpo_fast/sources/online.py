@@ -1,0 +1,103 @@
+"""Groups drawn in the iteration that learns from them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgpo_fast.config import Rollout
+from dgpo_fast.console import Console
+from dgpo_fast.groups import GroupSampler, stream_seed
+from dgpo_fast.metrics import Phases
+from dgpo_fast.policy import PolicyModels, Weights
+from dgpo_fast.profiling.work import WorkMeter
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import RewardPool
+from dgpo_fast.rollout import Sampler, batch_slices
+from dgpo_fast.schedule import Schedule
+from dgpo_fast.sources import Groups
+from dgpo_fast.stochastic import StepNoise, joined
+
+
+class RolloutWorker:
+    """Draws, decodes and scores groups with given weights.
+
+    Args:
+        rollout: how.
+        models: its behaviour copy draws.
+        sampler: draws with that copy.
+        schedule: the grid, on the models' device.
+        rewards: score the images.
+        keep_transitions: whether every step of a rollout with noise is kept.
+        phases: seconds of each part go there.
+        work: what the forwards do is counted there.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        models: PolicyModels,
+        sampler: Sampler,
+        schedule: Schedule,
+        rewards: RewardPool,
+        *,
+        keep_transitions: bool,
+        phases: Phases,
+        work: WorkMeter,
+    ):
+        self.rollout, self.models, self.sampler, self.schedule = rollout, models, sampler, schedule
+        self.rewards, self.keep_transitions, self.phases, self.work = rewards, keep_transitions, phases, work
+
+    def draw(self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, draw: int) -> Groups:
+        """One group of each prompt by `weights`; the noise is a function of (seed, draw, position) alone."""
+        size, batch_size = self.rollout.group_size, self.rollout.batch_size
+        texts = [prompt.text for prompt in prompts for _ in range(size)]
+        scoring = self.rewards.start(prompts, size)
+        with self.phases("encode"):
+            text = self.sampler.encoder(texts)
+        with self.phases("rollout"):
+            self.models.load_behaviour(weights)
+        latents, noises = [], []
+        for rows in batch_slices(len(texts), batch_size):
+            with self.phases("rollout"):
+                samples = torch.arange(rows.start, rows.stop, device=self.models.device)
+                noises.append(self._step_noise(samples, seed, draw))
+                x0, _ = self.sampler.latents(
+                    texts[rows], samples, self.schedule, guidance_scale=self.rollout.guidance_scale,
+                    seed=stream_seed(seed, "initial noise"), draw=draw, step_noise=noises[-1],
+                )  # fmt: skip
+            latents.append(x0)
+            self.work.sampled(text[rows], forwards=self.schedule.steps * (2 if self.rollout.guidance_scale > 1 else 1))
+            with self.phases("decode"):
+                images = self.sampler.decode(x0)
+            self.work.decoded(len(images))
+            with self.phases("reward"):
+                scoring.add(images)  # scored beside the rollout of the next chunk
+        with self.phases("reward"):
+            scores = scoring.result()
+        metrics = {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
+        return Groups(list(prompts), text, torch.cat(latents), scores, joined(noises), metrics)
+
+    def _step_noise(self, samples: torch.Tensor, seed: int, draw: int) -> StepNoise | None:
+        if self.schedule.noise is None:
+            return None
+        return StepNoise(samples, seed=stream_seed(seed, "step noise"), draw=draw, keep=self.keep_transitions)
+
+
+class OnlineSource:
+    """Groups of each iteration's own prompts, drawn by the weights that `weights` gives at that time."""
+
+    def __init__(self, worker: RolloutWorker, prompts: GroupSampler[Prompt], seed: int, weights: Callable[[], Weights]):
+        self.worker, self.prompts, self.seed, self.weights = worker, prompts, seed, weights
+
+    def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
+        """Nothing: everything is drawn when it is needed."""
+
+    def collect(self, iteration: int) -> Groups:
+        """See `Source.collect`."""
+        return self.worker.draw(self.prompts.draw(iteration), self.weights(), seed=self.seed, draw=iteration)
+
+    def summary(self) -> dict[str, Any]:
+        """See `Source.summary`."""
+        return {"source": "online", "drawing_s": 0.0}
