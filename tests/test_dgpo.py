@@ -8,61 +8,13 @@ import pytest
 import torch
 from dgpo_kernels import group_noise
 
-from dgpo_fast.config import DGPO, Advantage, Config, Policy, Rollout
+from dgpo_fast.config import Advantage, Policy
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import advantages, draw_training_steps, stream_seed
-from dgpo_fast.objectives import Batch
-from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.pipeline import load_pipeline
-from dgpo_fast.policy import PolicyModels
 from dgpo_fast.rollout import predict
-from dgpo_fast.schedule import make_schedule
-from dgpo_fast.text import PromptEncoder
-
-CPU = torch.device("cpu")
-GROUPS, SIZE = 3, 4
-
-
-def make_config(**dgpo: object) -> Config:
-    return Config(
-        rollout=Rollout(group_size=SIZE, groups=GROUPS, num_inference_steps=6, max_sequence_length=9, batch_size=5),
-        dgpo=DGPO(**{"timesteps": 3, "high_noise_steps": 4, **dgpo}),
-        policy=Policy(lora_rank=4, lora_alpha=8.0, micro_batch=12),
-    )
-
-
-class Case:
-    """A policy that has moved away from its base and from θ_old, with a batch of scored groups."""
-
-    def __init__(self, folder: Path, config: Config):
-        self.config = config
-        pipeline = load_pipeline(str(folder), revision=None, device=CPU, dtype=torch.float32)
-        self.models = PolicyModels(pipeline.transformer, config.policy, seed=0)
-        generator = torch.manual_seed(1)
-        old = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in self.models.weights.items()}
-        self.old = {name: w.detach() for name, w in old.items()}
-        self.models.load_weights({n: w + 0.05 * torch.randn(w.shape, generator=generator) for n, w in self.old.items()})
-        encoder = PromptEncoder(pipeline, config.rollout.max_sequence_length)
-        advantage = torch.randn(GROUPS, SIZE, generator=generator)
-        self.batch = Batch(
-            iteration=7,
-            x0=torch.randn(GROUPS * SIZE, 16, 8, 8, generator=generator),
-            text=encoder(["a cat", "a dog", "a house"]).repeat_interleave(SIZE),
-            empty=encoder([""]),
-            advantage=(advantage - advantage.mean(1, keepdim=True)).flatten(),
-            group_index=torch.arange(GROUPS).repeat_interleave(SIZE),
-            group_size=SIZE,
-            schedule=make_schedule("dpmpp_2m", 6, 3.0),
-        )
-
-    def gradient(self, micro_batch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """All of the policy's gradient as one vector, and the metrics."""
-        for weight in self.models.weights.values():
-            weight.grad = None
-        config = replace(self.config, policy=replace(self.config.policy, micro_batch=micro_batch))
-        metrics = DGPOObjective(config).accumulate(self.batch, self.models, self.old)
-        return torch.cat([weight.grad.flatten() for weight in self.models.weights.values()]), metrics
+from tests.objective_case import CPU, GROUPS, SIZE, Case, make_config
 
 
 def written_out(case: Case) -> torch.Tensor:

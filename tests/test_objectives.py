@@ -1,0 +1,344 @@
+"""Diffusion-DPO and Flow-GRPO, rollouts with noise, and objectives from outside the package."""
+
+import ast
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dgpo_kernels import group_noise, guided_euler_step, philox_normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch.distributions import Normal
+
+from dgpo_fast.config import Config, Data, DiffusionDPO, FlowGRPO
+from dgpo_fast.errors import UserError
+from dgpo_fast.groups import stream_seed
+from dgpo_fast.objectives import BUILT_IN, Batch, load_objective
+from dgpo_fast.objectives.dgpo import DGPOObjective
+from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective, best_and_worst
+from dgpo_fast.objectives.flow_grpo import diffusion
+from dgpo_fast.rollout import predict, sample_latents
+from dgpo_fast.schedule import Schedule, _stochastic_steps, make_schedule
+from dgpo_fast.stochastic import StepNoise, Transitions, gaussian_log_prob
+from dgpo_fast.text import TextEmbeds
+from tests.objective_case import GROUPS, SIZE, Case, make_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_stochastic_steps_by_hand() -> None:
+    """σ = 1 → ½ → ¼ with noise level 0.7: s² = 0.49·1/(1 − ½) and 0.49·½/½; dt = −½ and −¼."""
+    drift, noise = _stochastic_steps([1.0, 0.5, 0.25], 0.7)
+    assert drift[0] == pytest.approx([-0.5]) and noise[0] == pytest.approx([0.98 / 2 * -0.5, math.sqrt(0.98 * 0.5)])
+    assert drift[1] == pytest.approx([(1 + 0.49 * 0.5 / 1.0) * -0.25])
+    assert noise[1] == pytest.approx([0.49 / 1.0 * -0.25, 0.7 * math.sqrt(0.25)])
+
+
+def gaussian_velocity(x: torch.Tensor, sigma: torch.Tensor, mean: float = 0.6, std: float = 0.3) -> torch.Tensor:
+    """E[ε − x0 | x_t = x] for x0 ~ N(mean, std²)."""
+    variance = (1 - sigma) ** 2 * std**2 + sigma**2
+    residual = x - (1 - sigma) * mean
+    return sigma / variance * residual - (mean + (1 - sigma) * std**2 / variance * residual)
+
+
+def roll_out(schedule: Schedule, noise: torch.Tensor, step_noise: StepNoise | None) -> torch.Tensor:
+    """`sample_latents` on the Gaussian's own velocity."""
+
+    class Transformer:
+        def __call__(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+            return (gaussian_velocity(hidden_states, timestep.reshape(-1, 1, 1, 1) / 1000),)
+
+    text = TextEmbeds(torch.zeros(len(noise), 1, 1), torch.zeros(len(noise), 1))
+    return sample_latents(
+        Transformer(), noise, text, text[:1], schedule, guidance_scale=1.0, batch_size=3, step_noise=step_noise
+    )  # type: ignore[arg-type]
+
+
+def start(samples: int) -> torch.Tensor:
+    return philox_normal((4, 100, 100), torch.arange(samples), seed=3, draw=0)
+
+
+def test_no_noise_is_the_ode() -> None:
+    """The stochastic steps at noise level 0 give the ODE's images to the last bit."""
+    ode, noise = make_schedule("euler", 6, 3.0), start(2)
+    drift, spread = _stochastic_steps([float(sigma) for sigma in ode.sigmas], 0.0)
+    sde = replace(ode, coefficients=torch.tensor(drift), noise=torch.tensor(spread))
+    step_noise = StepNoise(torch.arange(2), seed=1, draw=0)
+    assert torch.equal(roll_out(sde, noise, step_noise), roll_out(ode, noise, None))
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.7])
+def test_marginals_are_the_odes(noise_level: float) -> None:
+    """On a Gaussian, mean and variance of the images are those of the data; the error falls with the step size."""
+    errors = []
+    for steps in (10, 40, 120):
+        schedule = make_schedule("euler", steps, 1.0, noise_level)
+        x0 = roll_out(schedule, start(4), StepNoise(torch.arange(4), seed=1, draw=0))
+        errors.append(abs(float(x0.var()) / 0.3**2 - 1))
+        assert float(x0.mean()) == pytest.approx(0.6, abs=0.01)
+    assert errors[2] < errors[1] < errors[0] and errors[2] < 0.03, errors
+
+
+def test_noise_is_a_function_of_seed_draw_step_and_sample() -> None:
+    schedule, noise = make_schedule("euler", 4, 3.0, 0.7), start(4)
+    whole = roll_out(schedule, noise, StepNoise(torch.arange(4), seed=1, draw=5))
+    part = roll_out(schedule, noise[2:], StepNoise(torch.arange(2, 4), seed=1, draw=5))
+    assert torch.equal(whole[2:], part), "another batch, the same images"
+    for other in (StepNoise(torch.arange(4), seed=2, draw=5), StepNoise(torch.arange(4), seed=1, draw=6)):
+        assert not torch.equal(whole, roll_out(schedule, noise, other))
+    kept = StepNoise(torch.arange(4), seed=1, draw=5, keep=True)
+    roll_out(schedule, noise, kept)
+    states = kept.transitions.states
+    moves = [(states[step + 1] - moved(schedule, step, states[step])) / schedule.noise[step, 1] for step in range(4)]
+    assert all(abs(float(z.std()) - 1) < 0.02 for z in moves)
+    assert abs(float((moves[0] * moves[1]).mean())) < 0.02, "every step has noise of its own"
+
+
+def moved(schedule: Schedule, step: int, x: torch.Tensor) -> torch.Tensor:
+    """The mean of a step."""
+    v = gaussian_velocity(x, schedule.timesteps[step] / 1000)
+    after = guided_euler_step(x, v, None, guidance_scale=1.0, coefficients=schedule.coefficients[step])
+    return after + schedule.noise[step, 0] * x
+
+
+def test_only_euler_takes_noise() -> None:
+    with pytest.raises(ValueError, match="only the euler solver has a stochastic form"):
+        make_schedule("dpmpp_2m", 4, 3.0, 0.7)
+
+
+def test_log_prob_by_hand() -> None:
+    """Two elements 1 and −2 standard deviations off, std ½: −(1 + 4)/4 − ln ½ − ½·ln 2π, the mean over the elements."""
+    found = gaussian_log_prob(torch.tensor([[1.0, -2.0]]), torch.tensor(0.5))
+    assert float(found) == pytest.approx(-1.25 + 0.6931472 - 0.9189385)
+
+
+@settings(deadline=None, max_examples=40)
+@given(arrays(np.float32, (3, 2, 2), elements=st.floats(-4, 4, width=32)), st.floats(0.01, 3))
+def test_log_prob_is_that_of_torch_distributions(z: np.ndarray, std: float) -> None:
+    x = torch.from_numpy(z)
+    expected = Normal(1.0, std).log_prob(1.0 + std * x.double()).flatten(1).mean(1)
+    assert torch.allclose(gaussian_log_prob(x, torch.tensor(std)).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def grpo_config(**flow_grpo: object) -> Config:
+    config = make_config()
+    rollout = replace(config.rollout, solver="euler", noise_level=0.7, guidance_scale=2.0)
+    return replace(config, objective="flow_grpo", rollout=rollout, flow_grpo=FlowGRPO(**flow_grpo))
+
+
+def grpo_case(folder: Path, **flow_grpo: object) -> Case:
+    """Groups drawn with noise by θ_old, and a policy that has moved away from it."""
+    config = grpo_config(**flow_grpo)
+    case = Case(folder, config)
+    rollout = config.rollout
+    schedule = make_schedule("euler", rollout.num_inference_steps, rollout.shift, rollout.noise_level)
+    case.models.load_behaviour(case.old)
+    step_noise = StepNoise(torch.arange(GROUPS * SIZE), seed=5, draw=7, keep=True)
+    x0 = sample_latents(
+        case.models.behaviour, case.batch.x0, case.batch.text, case.batch.empty, schedule,
+        guidance_scale=rollout.guidance_scale, batch_size=5, step_noise=step_noise,
+    )  # fmt: skip
+    case.batch = replace(case.batch, x0=x0, schedule=schedule, transitions=step_noise.transitions)
+    return case
+
+
+def grpo_written_out(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and ratios from torch.distributions and the method's formulas, over the whole batch."""
+    batch, models, config = case.batch, case.models, case.config.flow_grpo
+    losses, ratios = [], []
+
+    def mean(transformer: object, x: torch.Tensor, sigma: torch.Tensor, dt: torch.Tensor, s: float) -> torch.Tensor:
+        conditional = predict(transformer, x, 1000 * sigma, batch.text)  # type: ignore[arg-type]
+        empty = predict(transformer, x, 1000 * sigma, batch.empty.expand(len(x)))  # type: ignore[arg-type]
+        v = empty + 2.0 * (conditional - empty)
+        return x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+
+    models.load_behaviour(case.old)
+    for step in range(batch.schedule.steps - 1):
+        sigma, after = batch.schedule.sigmas[step], batch.schedule.sigmas[step + 1]
+        s = 0.7 * math.sqrt(sigma / (1 - (after if sigma == 1 else sigma)))
+        x, x_next = batch.transitions.states[step], batch.transitions.states[step + 1]
+        std = s * math.sqrt(sigma - after)
+        policy = mean(models.policy, x, sigma, after - sigma, s)
+        with torch.no_grad():
+            old, ref = (mean(model, x, sigma, after - sigma, s) for model in (models.behaviour, models.base))
+        log_prob, old_log_prob = (Normal(m, std).log_prob(x_next).mean((1, 2, 3)) for m in (policy, old))
+        ratio, advantage = torch.exp(log_prob - old_log_prob), batch.advantage
+        clipped = torch.clamp(ratio, 1 - config.clip_range, 1 + config.clip_range)
+        kl = ((policy - ref) ** 2).mean() / (2 * s**2)
+        losses.append(torch.maximum(-advantage * ratio, -advantage * clipped).mean() + config.kl_weight * kl)
+        ratios.append(ratio.detach())
+    return torch.stack(losses).mean(), ratios
+
+
+@pytest.mark.parametrize("settings", [{"kl_weight": 0.0, "clip_range": 0.02}, {"kl_weight": 0.04, "clip_range": 1e9}])
+def test_flow_grpo_is_the_loss_written_out(settings: dict, random_pipeline: Path) -> None:
+    """Gradient and loss equal those from torch.distributions; the old log-probabilities are those of the rollout."""
+    case = grpo_case(random_pipeline, **settings)
+    loss, ratios = grpo_written_out(case)
+    if settings["clip_range"] < 1:
+        outside = torch.stack(ratios).sub(1).abs() > settings["clip_range"]
+        assert 0 < outside.sum() < outside.numel(), "the case must clip some steps and not others"
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(case.models.weights.values()))])
+    found, metrics = case.gradient(micro_batch=GROUPS * SIZE)
+    assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
+    assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    deviation = torch.stack(ratios).sub(1).abs().mean()
+    assert float(metrics["ratio_deviation"]) == pytest.approx(float(deviation), rel=1e-3)
+
+
+def test_ratio_is_1_on_policy(random_pipeline: Path) -> None:
+    """The policy that drew the images has the ratio 1 to rounding, and the plain policy gradient."""
+    case = grpo_case(random_pipeline, kl_weight=0.0)
+    case.models.load_weights(case.old)
+    _, metrics = case.gradient(micro_batch=5)
+    assert float(metrics["ratio_deviation"]) < 2e-6
+    assert float(metrics["clipped_fraction"]) == 0
+
+
+def test_diffusion_coefficient(random_pipeline: Path) -> None:
+    batch = grpo_case(random_pipeline).batch
+    sigma = batch.schedule.sigmas
+    assert float(diffusion(batch, 1)) == pytest.approx(0.7 * math.sqrt(sigma[1] / (1 - sigma[1])), rel=1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5))
+def test_optimizer_steps_share_the_groups_evenly(groups: int, steps: int) -> None:
+    """Every group is trained once, in one piece; no step is empty, and none has two groups more than another."""
+    batch = make_batch(np.zeros((groups, SIZE), np.float32))
+    parts = load_objective(grpo_config(optimizer_steps=steps)).optimizer_batches(batch)
+    assert torch.equal(torch.cat([part.x0 for part in parts]), batch.x0)
+    sizes = [part.groups for part in parts]
+    assert len(sizes) == min(groups, steps) and max(sizes) - min(sizes) <= 1
+    assert all(len(part.x0) == part.groups * SIZE == part.transitions.states.shape[1] for part in parts)
+
+
+def make_batch(advantage: np.ndarray) -> Batch:
+    """Groups with these advantages (P, G) and latents that are their own numbers."""
+    groups, size = advantage.shape
+    count = groups * size
+    number = torch.arange(count, dtype=torch.float32)
+    return Batch(
+        iteration=0, x0=number.reshape(-1, 1, 1, 1), text=TextEmbeds(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
+        empty=TextEmbeds(torch.zeros(1, 1, 1), torch.zeros(1, 1)), advantage=torch.from_numpy(advantage).flatten(),
+        group_index=torch.arange(groups).repeat_interleave(size), group_size=size,
+        schedule=make_schedule("euler", 2, 3.0, 0.7), transitions=Transitions(number.reshape(1, -1), number[None]),
+    )  # fmt: skip
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 6)), elements=st.floats(-3, 3, width=32)))
+def test_pairs_are_best_and_worst(advantage: np.ndarray) -> None:
+    """Each group gives its best image with +1 and its worst with −1, or nothing where all are equal."""
+    pairs = best_and_worst(make_batch(advantage))
+    assert pairs.group_size == 2 and pairs.groups == len(advantage)
+    chosen = advantage.ravel()[pairs.x0.flatten().long()].reshape(-1, 2)
+    assert (chosen[:, 0] == advantage.max(1)).all() and (chosen[:, 1] == advantage.min(1)).all()
+    assert (pairs.x0.flatten().long() // advantage.shape[1] == pairs.group_index).all()
+    differ = np.ptp(advantage, axis=1) > 0
+    assert pairs.advantage.reshape(-1, 2).tolist() == [[1.0, -1.0] if d else [0.0, 0.0] for d in differ]
+
+
+def test_diffusion_dpo_is_dgpo_on_a_pair(random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of two with the advantages ±1, no clip, no KL, at one noise level: β times DGPO's loss and gradient."""
+    dgpo = make_config(timesteps=1, high_noise_steps=1, clip_range=None, kl_weight=0.0)
+    case = Case(random_pipeline, replace(dgpo, diffusion_dpo=DiffusionDPO(beta=dgpo.dgpo.beta, timesteps=1)))
+    sign = torch.tensor([1.0, -1.0]).repeat(GROUPS * SIZE // 2)
+    pairs = torch.arange(GROUPS * SIZE // 2).repeat_interleave(2)
+    schedule = make_schedule("euler", 6, 3.0)
+    case.batch = replace(case.batch, advantage=sign, group_index=pairs, group_size=2, schedule=schedule)
+    sigma = schedule.sigmas[0].expand(GROUPS * SIZE)
+    monkeypatch.setattr(DiffusionDPOObjective, "_noise_levels", lambda *_: sigma)
+    group, group_metrics = case.gradient(micro_batch=12)
+    case.config = replace(case.config, objective="diffusion_dpo")
+    pair, pair_metrics = case.gradient(micro_batch=12)
+    beta = dgpo.dgpo.beta
+    assert group.abs().max() > 0
+    assert torch.linalg.norm(pair - beta * group) < 1e-5 * torch.linalg.norm(pair)
+    assert float(pair_metrics["loss"]) == pytest.approx(beta * float(group_metrics["loss"]), rel=1e-5)
+
+
+def test_diffusion_dpo_is_the_loss_written_out(random_pipeline: Path) -> None:
+    """−log sigmoid of the pairs, ε and σ shared in a pair and logit-normal."""
+    config = replace(make_config(), objective="diffusion_dpo", diffusion_dpo=DiffusionDPO(beta=40.0, timesteps=2))
+    case = Case(random_pipeline, config)
+    batch, models = case.batch, case.models
+    by_group = batch.advantage.reshape(GROUPS, SIZE)
+    best, worst = (i + torch.arange(GROUPS) * SIZE for i in (by_group.argmax(1), by_group.argmin(1)))
+    losses = []
+    for slot in range(2):
+        draw = batch.iteration * 2 + slot
+        normal = philox_normal((1,), torch.arange(GROUPS), seed=stream_seed(0, "noise levels"), draw=draw)
+        sigma, d = torch.sigmoid(normal.flatten()), {}
+        for name, rows in (("best", best), ("worst", worst)):
+            x0, seed = batch.x0[rows], stream_seed(0, "training noise")
+            noise = group_noise(torch.zeros_like(x0), torch.tensor(1.0), torch.arange(GROUPS), seed=seed, draw=draw)
+            level = sigma.reshape(-1, 1, 1, 1)
+            x_t, target = (1 - level) * x0 + level * noise, noise - x0
+            for model in ("policy", "base"):
+                v = predict(getattr(models, model), x_t, 1000 * sigma, batch.text[rows])
+                d[name, model] = (v - target).square().mean((1, 2, 3))
+        inner = (d["best", "policy"] - d["best", "base"]) - (d["worst", "policy"] - d["worst", "base"])
+        losses.append(-torch.nn.functional.logsigmoid(-40.0 / 2 * inner).mean())
+    loss = torch.stack(losses).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(models.weights.values()))])
+    found, metrics = case.gradient(micro_batch=12)
+    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+    assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_equal_rewards_give_a_pair_without_gradient(random_pipeline: Path) -> None:
+    case = Case(random_pipeline, replace(make_config(), objective="diffusion_dpo"))
+    case.batch = replace(case.batch, advantage=torch.zeros(GROUPS * SIZE))
+    assert case.gradient(micro_batch=12)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("objective", ["diffusion_dpo", "flow_grpo"])
+@pytest.mark.parametrize("micro_batch", [1, 5])
+def test_micro_batches_do_not_change_the_gradient(objective: str, micro_batch: int, random_pipeline: Path) -> None:
+    """One sample at a time and odd parts give the whole batch's gradient and metrics to 1e-5."""
+    if objective == "flow_grpo":
+        case = grpo_case(random_pipeline, clip_range=0.02)
+    else:
+        case = Case(random_pipeline, replace(make_config(), objective=objective))
+    whole, whole_metrics = case.gradient(micro_batch=GROUPS * SIZE)
+    parts, parts_metrics = case.gradient(micro_batch=micro_batch)
+    assert (parts - whole).abs().max() < 1e-5 * whole.abs().max()
+    for name, value in whole_metrics.items():
+        assert float(parts_metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+def test_the_loop_knows_no_objective() -> None:
+    """Neither the loop nor the command names an objective, or reads one's settings."""
+    names = {*BUILT_IN, *(cls.__name__ for cls in (DGPOObjective, DiffusionDPOObjective)), "FlowGRPOObjective"}
+    for file in ("trainer.py", "train.py", "sources/__init__.py", "sources/online.py", "sources/offline.py"):
+        tree = ast.parse((ROOT / "dgpo_fast" / file).read_text(encoding="utf-8"))
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        used |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str}
+        assert not used & names, (file, used & names)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"objective": "ppo"}, "no objective 'ppo': name one of dgpo, diffusion_dpo, flow_grpo, or your own as "),
+        ({"objective": "nowhere:Mine"}, "objective 'nowhere:Mine': no module 'nowhere' in the working folder or among"),
+        ({"objective": "dgpo_fast.config:DGPO"}, "objective 'dgpo_fast.config:DGPO' cannot be made: ValidationError: "),
+        ({"objective": "dgpo_fast.config:to_dict"}, "objective 'dgpo_fast.config:to_dict' has no `needs_transitions`"),
+        ({"objective": "flow_grpo"}, "objective 'flow_grpo' learns from the noise of the rollout's steps and rollout."),
+        (
+            {"objective": "flow_grpo", "data": Data(source="offline")},
+            "data.source offline: objective 'flow_grpo' learns from the steps of its own rollouts",
+        ),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused_in_one_line(change: dict, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_objective(replace(Config(), **change))
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
