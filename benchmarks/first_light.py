@@ -77,11 +77,13 @@ def search_table(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="tiny-shapes")
+    parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--table", action="store_true")
-    options, settings = parser.parse_known_args()
+    # Named only in the first place: elsewhere the value of a setting would be taken for it.
+    named = sys.argv[1:] and not sys.argv[1].startswith("-")
+    options, settings = parser.parse_known_args(sys.argv[1:] if named else ["tiny-shapes", *sys.argv[1:]])
     folder = RESULTS / ("gpu" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{options.recipe}_search.jsonl"
