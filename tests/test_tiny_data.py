@@ -80,10 +80,10 @@ def test_signs():
 
 def test_weights_give_tags_their_share():
     prompts = data.shape_prompts("train")
-    p = data.weights(prompts, data.TAG_MIX)
+    p = data.weights(prompts, dict.fromkeys(data.TAGS, 1) | {"position": 2})
     tags = np.array([m["tag"] for _, m in prompts])
     assert p.sum() == pytest.approx(1)
-    assert p[tags == "position"].sum() == pytest.approx(7 / 18)
+    assert p[tags == "position"].sum() == pytest.approx(2 / 7)
     assert len(set(p[tags == "counting"])) == 1
     with pytest.raises(UserError, match="change the mix"):
         data.weights(prompts, {"ocr": 1})

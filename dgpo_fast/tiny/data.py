@@ -35,7 +35,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # How often a tag is drawn in training: tags with more to learn more often, none rarely, since evaluation counts them
-# alike. GenEval's published mix (7 of 17 on position) learns its few position scenes by heart instead.
+# alike. GenEval's published mix (7 of 17 parts position) learns its few position scenes by heart instead.
 TAG_MIX = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 3, "color_attr": 3}
 HELDOUT_SHARE = 0.25
 
