@@ -373,7 +373,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def parse_overrides(args: list[str], settings: Any = None) -> dict[str, Any]:
     """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`.
 
-    A yes-or-no setting may stand alone: `--random-weights` is `--random-weights true`.
+    A yes-or-no setting may stand alone: `--random-weights` is `--random-weights true`. A list given twice adds up.
 
     Args:
         args: the command line.
@@ -398,6 +398,8 @@ def parse_overrides(args: list[str], settings: Any = None) -> dict[str, Any]:
         target = overrides
         for group in groups:
             target = target.setdefault(group, {})
+        if key in lists:
+            values = [*target.get(leaf, []), *values]
         target[leaf] = True if key in flags and not values else _value(name, values, key in lists)
     return overrides
 

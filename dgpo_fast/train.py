@@ -119,8 +119,8 @@ def train(args: list[str]) -> int:
             finished = fit(trainer, folder, stop)
     finally:
         trainer.close()
-    if processes.first:
-        lock.release()
+        if processes.first:
+            lock.release()
     processes.close()
     return 0 if finished else INTERRUPTED
 

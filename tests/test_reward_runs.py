@@ -1,14 +1,23 @@
 """Rewards inside whole runs on the shipped pipeline: chosen per prompt, failing, and gone."""
 
 import json
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dgpo_fast.cli import run_command
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_metrics
+from dgpo_fast.rewards import http_client
+from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
 from dgpo_fast.tiny import data
 from dgpo_fast.train import train
+from tests.servers import Process, answering, free_port, reward_server, wait_for
 
 # A run of four pictures an iteration that takes about a second.
 SMALL = [
@@ -42,3 +51,189 @@ def test_an_unknown_choice_is_refused_before_the_run(workspace: Path) -> None:
     with pytest.raises(UserError, match=r"^p\.jsonl:2: no reward 'ocr' in this run: use jpeg, or add it to --rewards$"):
         train(["--prompts", "p.jsonl", "--rewards", "jpeg", *SMALL])
     assert not (workspace / "runs").exists()
+
+
+# The reward server under fire
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "_FIRST_WAIT_S", 0.02)
+
+
+def lines(workspace: Path) -> list[dict[str, Any]]:
+    return read_metrics(workspace / "runs/run/metrics.jsonl")
+
+
+def in_background(action: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    return thread
+
+
+def iterations_done(workspace: Path) -> int:
+    path = workspace / "runs/run/metrics.jsonl"
+    return len(read_metrics(path)) if path.exists() else 0
+
+
+def test_a_run_on_a_reward_server(workspace: Path) -> None:
+    """Scores, parts and the queue are in every line of the run's metrics."""
+    with reward_server("--reward", "shapes") as server:
+        assert train(["--rewards", f"far={server.url}", *SMALL]) == 0
+    for line in lines(workspace):
+        assert line["groups_dropped_count"] == 0
+        assert line["reward_mean"] == pytest.approx(line["reward/far_mean"])
+        assert line["reward/far/shapes_mean"] == pytest.approx(line["reward/far_mean"])
+        assert line["reward/far/queue_mean"] >= 0 and line["reward/far/latency_s_mean"] > 0
+        assert line["reward/far/attempts_mean"] == 1
+
+
+def test_a_server_killed_and_restarted_in_mid_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run reaches its end; what could not be scored meanwhile was dropped and counted, and never scored 0."""
+    servers = [Process("--reward", "jpeg", port=free_port())]
+
+    def kill_and_restart() -> None:
+        wait_for(lambda: iterations_done(workspace) >= 2)
+        servers[0].kill()
+        time.sleep(0.3)
+        servers.append(Process("--reward", "jpeg", port=servers[0].port))
+
+    killer = in_background(kill_and_restart)
+    try:
+        assert train(["--rewards", servers[0].url, *SMALL, "--iterations=20", "--max-lost-iterations=1000"]) == 0
+        killer.join()
+        assert len(servers) == 2
+    finally:
+        for server in servers:
+            server.kill()
+    found = lines(workspace)
+    assert [line["iteration"] for line in found] == list(range(1, 21))
+    assert sum(line["groups_dropped_count"] for line in found) == capsys.readouterr().out.count("group dropped: ")
+    assert all(line["reward_mean"] is None or line["reward_mean"] < 0 for line in found), "0 is no JPEG's size"
+    assert found[-1]["groups_dropped_count"] == 0, "the new server is used"
+
+
+def test_a_server_that_stays_away_stops_the_run_with_a_checkpoint(workspace: Path, short_waits: None) -> None:
+    """In one line, after the iterations that were asked for; with a server again, the run goes on to its end."""
+    server = Process("--reward", "jpeg", port=free_port())
+
+    def kill() -> None:
+        wait_for(lambda: iterations_done(workspace) >= 2)
+        server.kill()
+
+    killer = in_background(kill)
+    with pytest.raises(UserError, match=r"no group of 2 iterations in a row could be scored; .*Connection refused"):
+        train(["--rewards", server.url, *SMALL, "--iterations=400", "--max-lost-iterations=2"])
+    killer.join()
+    done = iterations_done(workspace)
+    assert 2 <= done < 400 and list((workspace / "runs/run/checkpoints").glob(f"iteration-{done:06d}"))
+    with reward_server("--reward", "jpeg", port=server.port):
+        assert train(["--resume", "runs/run", f"--iterations={done + 2}"]) == 0
+    assert [line["iteration"] for line in lines(workspace)] == list(range(1, done + 3))
+    assert lines(workspace)[-1]["groups_dropped_count"] == 0
+
+
+FAULTS: list[tuple[Any, str]] = [
+    (b"{", "what is no JSON"),
+    ({"scores": [1.0]}, "1 numbers for 2 pictures"),
+    (b'{"scores": [NaN, NaN]}', "what is no JSON"),
+    ({"scores": [None, None]}, "no numbers"),
+    (b" " * (http_client.MAX_REPLY_BYTES + 1), "more than 16777216 bytes"),
+    (None, "no answer within 0.5 s"),
+]
+
+
+def test_every_fault_of_a_server_costs_a_group_and_the_run_reaches_its_end(
+    workspace: Path, short_waits: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken JSON, a wrong length, NaN, null, an oversized answer, silence: one after the other, one a request."""
+    asked: list[int] = []
+
+    def answer(path: str, body: bytes, handler: Any) -> Any:
+        if path == "/health":
+            return {"rewards": {"any": 1}}
+        if path == "/check":
+            return 404, {}
+        size = len(json.loads(body)["images"])
+        number = len(asked)
+        asked.append(size)
+        if size == 1 or number % 2:
+            return {"scores": [0.5 + 0.1 * place for place in range(size)]}
+        fault = FAULTS[number // 2 % len(FAULTS)][0]
+        if fault is None:
+            time.sleep(0.7)
+        return fault
+
+    with answering(answer) as url:
+        (workspace / "far.py").write_text(
+            "from dgpo_fast.rewards.remote import RemoteReward\n"
+            f"def reward():\n    return RemoteReward({url!r}, deadline_s=0.5)\n"
+        )
+        monkeypatch.syspath_prepend(str(workspace))
+        monkeypatch.setattr(RemoteReward, "groups_at_once", 1)
+        assert train(["--rewards", "far=far:reward", *SMALL, "--iterations=4"]) == 0
+    sys.modules.pop("far", None)
+    found = lines(workspace)
+    output = capsys.readouterr().out
+    dropped = sum(line["groups_dropped_count"] for line in found)
+    assert len(found) == 4 and dropped == output.count("group dropped: ") >= len(FAULTS)
+    for _, reason in FAULTS:
+        assert reason in output, reason
+    assert all(line["reward_mean"] == pytest.approx(0.55) for line in found)
+
+
+def no_folder_and_one_line(args: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Any) -> str:
+    monkeypatch.setattr(sys, "argv", ["train", *args, *SMALL])
+    assert run_command(train) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1 and not Path("runs").exists()
+    return errors[0]
+
+
+def test_no_server_no_token_and_oversized_pictures_end_before_the_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    url = f"http://127.0.0.1:{free_port()}"
+    line = no_folder_and_one_line(["--rewards", url], monkeypatch, capfd)
+    assert line.startswith(f"error: no reward server answers: {url}: Connection refused")
+    (workspace / "token").write_text("a-token-of-some-length")
+    with reward_server("--reward", "jpeg", "--token-file", str(workspace / "token")) as server:
+        line = no_folder_and_one_line(["--rewards", server.url], monkeypatch, capfd)
+        assert line == f"error: reward server {server.url} wants a token: put it into the environment variable " + (
+            TOKEN_VARIABLE
+        )
+    with reward_server("--reward", "jpeg", "--max-megapixels", "0.0005") as server:
+        line = no_folder_and_one_line(["--rewards", server.url], monkeypatch, capfd)
+        assert line.endswith("image 0: 256 × 256 pixels, more than 500 that are left of --max-megapixels 0.0005")
+
+
+def test_another_token_in_mid_run_stops_it_with_a_checkpoint(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, short_waits: None
+) -> None:
+    """A wrong set-up is no failure of a group: one line, nothing lost, and the right token goes on."""
+    token = workspace / "token"
+    token.write_text("a-token-of-some-length")
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-some-length")
+    args = ("--reward", "jpeg", "--token-file", str(token))
+    servers = [Process(*args, port=free_port())]
+
+    def change_token() -> None:
+        wait_for(lambda: iterations_done(workspace) >= 2)
+        servers[0].kill()
+        token.write_text("another-token-of-some-length")
+        servers.append(Process(*args, port=servers[0].port))
+
+    changer = in_background(change_token)
+    try:
+        many = ["--iterations=4000", "--max-lost-iterations=4000"]
+        with pytest.raises(UserError, match=f"refuses the token in the environment variable {TOKEN_VARIABLE}$"):
+            train(["--rewards", servers[0].url, *SMALL, *many])
+        changer.join()
+        done = iterations_done(workspace)
+        monkeypatch.setenv(TOKEN_VARIABLE, "another-token-of-some-length")
+        assert train(["--resume", "runs/run", f"--iterations={done + 1}"]) == 0
+    finally:
+        for server in servers:
+            server.kill()
+    assert [line["iteration"] for line in lines(workspace)] == list(range(1, done + 2))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 from PIL import Image
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class TooLarge(ValueError):
@@ -23,16 +26,19 @@ def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
     """The image, uint8 (H, W, 3), in a PNG file of 8-bit RGB, which nobody vouches for.
 
     Raises:
-        ValueError: no such PNG, or more than `max_pixels`, which are counted before any is unpacked.
+        TooLarge: more than `max_pixels`, which are counted before anything is unpacked.
+        ValueError: no such PNG.
     """
+    if data[:8] != _SIGNATURE or data[12:16] != b"IHDR" or len(data) < 24:
+        raise ValueError("no PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    if width * height > max_pixels:
+        raise TooLarge(f"{width} × {height} pixels, more than {max_pixels}")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-            if picture.width * picture.height > max_pixels:
-                raise TooLarge(f"{picture.width} × {picture.height} pixels, more than {max_pixels}")
-            if picture.mode != "RGB":
-                raise ValueError(f"a PNG of mode {picture.mode}, not of 8-bit RGB")
-            return np.array(picture)
-    except ValueError:
-        raise
+            if picture.mode == "RGB" and picture.size == (width, height):
+                return np.array(picture)
+            mode = picture.mode
     except Exception as error:  # a damaged file may raise anything in the decoder
         raise ValueError(f"no readable PNG ({type(error).__name__})") from error
+    raise ValueError(f"a PNG of mode {mode}, not of 8-bit RGB")

@@ -9,6 +9,9 @@ import numpy as np
 
 from dgpo_fast.errors import UserError
 
+REWARD_KEY = "reward"
+"""Key of a prompt's metadata that names the rewards that score it."""
+
 
 class Reward(Protocol):
     """Scores images against their prompts; a class, a function or any other callable of this shape is one.

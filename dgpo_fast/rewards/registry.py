@@ -1,4 +1,5 @@
-"""Rewards by name or import path, with weights: `shapes`, `ocr=0.5`, `my_module:MyReward=2`."""
+"""Rewards by name, import path, judge file or server, with weights: `shapes`, `ocr=0.5`, `my_module:MyReward=2`,
+`judge.yaml`, `http://127.0.0.1:8000=0.5`."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ BUILT_IN = {
 
 
 JUDGE_FILES = (".yaml", ".yml", ".json")
+SERVERS = ("http://", "https://")
 
 
 class Spec(NamedTuple):
@@ -75,6 +77,14 @@ def load_reward(name: str, source: str | None = None) -> Reward:
 
 
 def _load(what: str, source: str) -> Reward:
+    if source.startswith(SERVERS):
+        from dgpo_fast.rewards.remote import RemoteReward
+
+        return RemoteReward(source)
+    if source.endswith(JUDGE_FILES):
+        from dgpo_fast.rewards.judge import JudgeReward
+
+        return JudgeReward.from_file(source)
     if ":" not in source and source not in BUILT_IN:
         close = difflib.get_close_matches(source, BUILT_IN, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""

@@ -11,11 +11,8 @@ import numpy as np
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, shorten
-from dgpo_fast.rewards.protocol import Reward
+from dgpo_fast.rewards.protocol import REWARD_KEY, Reward
 from dgpo_fast.rewards.registry import load_reward, parse_spec
-
-REWARD_KEY = "reward"
-"""Key of a prompt's metadata that names the rewards that score it."""
 
 Answer = dict[str, np.ndarray] | str
 """One reward's scores of a group, under its name, and its parts, under `name/part`, each float32 (G,); or one line on

@@ -1,0 +1,587 @@
+"""The reward server as a process: what it scores, whom it answers, what it refuses, and how it ends."""
+
+import base64
+import io
+import json
+import pickle
+import random
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgpo_fast.cli import run_command
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.reward_server import serve
+from dgpo_fast.rewards import load_rewards, png
+from dgpo_fast.rewards.http_client import JsonClient, Unanswered
+from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
+from tests.servers import Process, answering, free_port, reward_server, wait_for
+
+TOKEN = "0123456789abcdef-token"
+OWN_REWARDS = """
+import threading, time
+
+class Slow:
+    "Takes its time, and would notice a second caller."
+    def __init__(self):
+        self.busy = threading.Lock()
+    def __call__(self, images, prompts, metadata):
+        assert self.busy.acquire(blocking=False), "two at a time"
+        time.sleep(metadata[0].get("seconds", 0.0))
+        self.busy.release()
+        return images.mean((1, 2, 3))
+
+def picky(images, prompts, metadata):
+    if prompts[0] == "raise":
+        raise RuntimeError("no score for this one")
+    return [float(prompts[0])] * len(images)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "own.py").write_text(OWN_REWARDS)
+    (folder / "token.txt").write_text(f"{TOKEN}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path):
+    with reward_server("--reward", "slow=own:Slow", "--max-images", "8", "--max-megapixels", "1", "--max-body-mib", "4",
+                       "--max-waiting", "80", folder=folder) as running:  # fmt: skip
+        yield running
+        status, _, errors = running.stop()
+        assert (status, errors) == (0, ""), "nothing that was sent surprised it"
+
+
+def picture(value: int = 100, size: int = 8) -> np.ndarray:
+    return np.full((size, size, 3), value, np.uint8)
+
+
+def as_text(image: np.ndarray) -> str:
+    return base64.b64encode(png.encode_png(image)).decode()
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "p", "metadata": {}, "images": [as_text(picture())], **changes}
+
+
+def post(server: Process, body: Any, path: str = "/score") -> Any:
+    """What the server answers, or its status and message."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        return JsonClient(server.url, attempts=1, deadline_s=20).post(path, data).content
+    except Unanswered as error:
+        return error.status, str(error)
+
+
+def raw(server: Process, data: bytes, close: bool = True) -> bytes:
+    """The answer to whatever is sent, to its end."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(data)
+        if close:
+            connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+        return received
+
+
+def serves(server: Process) -> bool:
+    return post(server, request())["scores"] == [100]
+
+
+# What it scores
+
+
+def test_a_remote_reward_scores_as_the_reward_itself(folder: Path) -> None:
+    """Same scores and parts for the same pictures, and what the queue cost beside them."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 24, 16, 3), dtype=np.uint8)
+    prompts = [Prompt("a cat", {"tag": "x"}), Prompt('größe "中文" \u2028'), Prompt("c")]
+    at_home = load_rewards(["jpeg=-2"]).score_groups(images, prompts, 2)
+    with reward_server("--reward", "jpeg=-2", folder=folder) as server:
+        far = load_rewards([f"far={server.url}=0.5"]).score_groups(images, prompts, 2)
+    assert far.valid.all() and not far.failures
+    np.testing.assert_allclose(far.rewards, 0.5 * at_home.rewards, rtol=1e-6)
+    np.testing.assert_array_equal(far.parts["far"], at_home.rewards)
+    np.testing.assert_array_equal(far.parts["far/jpeg/kilobytes"], at_home.parts["jpeg/kilobytes"])
+    assert (far.parts["far/latency_s"] > 0).all() and (far.parts["far/attempts"] == 1).all()
+    assert far.parts["far/queue"].max() >= 0
+
+
+def test_pictures_with_several_prompts_are_asked_for_one_by_one(folder: Path) -> None:
+    with reward_server("--reward", "own:picky", folder=folder) as server:
+        reward = RemoteReward(server.url)
+        scores, _ = reward(np.zeros((5, 8, 8, 3), np.uint8), ["1", "1", "2", "1", "3.5"], [{}] * 5)
+        assert scores.tolist() == [1, 1, 2, 1, 3.5]
+        assert reward(np.zeros((0, 8, 8, 3), np.uint8), [], [])[0].shape == (0,)
+        with pytest.raises(UserError, match="images must be uint8"):
+            reward(np.zeros((1, 8, 8, 3), np.float32), ["1"], [{}])
+        reward = load_rewards([server.url])
+        scores = reward.score_groups(np.zeros((2, 8, 8, 3), np.uint8), [Prompt("raise", {}, "p.txt:2"), Prompt("4")], 1)
+    assert scores.valid.tolist() == [False, True]
+    assert "p.txt:2" in scores.failures[0] and "RuntimeError: no score for this one" in scores.failures[0]
+
+
+def test_the_server_refuses_prompts_before_the_run_by_their_line(folder: Path) -> None:
+    """A key that chooses among the run's rewards stays with the run."""
+    with reward_server("--reward", "shapes", folder=folder) as server:
+        reward = load_rewards([f"far={server.url}"])
+        star = {"include": [{"class": "star", "count": 1}], "reward": "far"}
+        prompts = [Prompt("a star", star, f"p.jsonl:{line}") for line in range(1, 2501)]
+        reward.check_prompts(prompts)
+        prompts[2222] = Prompt("a dog", {"include": [{"class": "dog", "count": 1}]}, "p.jsonl:2223")
+        with pytest.raises(UserError, match=r"^p\.jsonl:2223: reward 'shapes' has no class 'dog': use one of circle"):
+            reward.check_prompts(prompts)
+        # Also where a prompt is only seen when it is scored.
+        with pytest.raises(UserError, match=r"^'a dog': reward 'shapes' has no class 'dog'"):
+            reward.score_groups(np.zeros((1, 32, 32, 3), np.uint8), prompts[2222:2223], 1)
+
+
+def test_health_says_what_runs_and_what_waits(server: Process) -> None:
+    health = JsonClient(server.url).get("/health").content
+    assert health["rewards"] == {"slow": 1.0} and health["queue"] == 0
+    assert health["limits"] == {"images": 8, "pixels": 1_000_000}
+    before = health["images"]
+    post(server, request(images=[as_text(picture())] * 3))
+    assert JsonClient(server.url).get("/health").content["images"] == before + 3
+
+
+# Whom it answers
+
+
+def test_64_clients_at_once_queue_up(server: Process) -> None:
+    """Each gets its own scores, the reward works for one at a time, and the queue shows in the metrics."""
+
+    def ask(number: int) -> tuple[float, float]:
+        reward = RemoteReward(server.url)
+        scores, parts = reward(picture(number)[None], [f"p{number}"], [{"seconds": 0.01}])
+        return float(scores[0]), float(parts["queue"][0])
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(ask, range(64)))
+    assert [score for score, _ in answers] == list(range(64))
+    assert max(queue for _, queue in answers) > 5
+
+
+def test_too_many_are_turned_away_and_come_again(folder: Path) -> None:
+    with reward_server("--reward", "own:Slow", "--max-waiting", "2", folder=folder) as server:
+
+        def ask(number: int) -> tuple[float, float]:
+            scores, parts = RemoteReward(server.url)(picture(number)[None], ["p"], [{"seconds": 0.1}])
+            return float(scores[0]), float(parts["attempts"][0])
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(8)))
+        assert [score for score, _ in answers] == list(range(8)) and max(tries for _, tries in answers) > 1
+
+
+def test_a_token_is_needed_where_there_is_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with reward_server("--reward", "jpeg", "--token-file", "token.txt", "--host", "0.0.0.0", folder=folder) as server:
+        server.url = f"http://127.0.0.1:{server.port}"
+        assert "with a token" in server.first_line and TOKEN not in server.first_line
+        wanted = f"reward server {server.url} wants a token: put it into the environment variable {TOKEN_VARIABLE}"
+        with pytest.raises(UserError) as caught:
+            load_rewards([server.url])
+        assert str(caught.value) == wanted
+        monkeypatch.setenv(TOKEN_VARIABLE, "wrong" + TOKEN)
+        with pytest.raises(UserError) as caught:
+            load_rewards([server.url])
+        assert str(caught.value) == wanted.replace("wants a token: put it into", "refuses the token in")
+        for authorization in (
+            "",
+            f"Authorization: {TOKEN}x\r\n",
+            "Authorization: Bearer \r\n",
+            "Authorization: \xff\r\n",
+        ):
+            answer = raw(server, f"GET /health HTTP/1.1\r\nHost: a\r\n{authorization}\r\n".encode("latin-1"))
+            assert answer.startswith(b"HTTP/1.1 401 "), answer
+        # A large request of a stranger is refused before it is read, and the reason arrives.
+        assert post(server, b" " * 2_000_000) == (401, "the token is missing or wrong")
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+        scores = load_rewards([server.url]).score_groups(picture()[None], [Prompt("p")], 1)
+        assert scores.valid.all()
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("", "command line: no reward: name at least one, as in --reward ocr"),
+        ("--reward jpeg --host 0.0.0.0", "--host 0.0.0.0: others could reach the server, so it needs --token-file: `"),
+        ("--reward jpeg --host ::", "--host ::: others could reach the server, so it needs --token-file: `"),
+        ("--reward jpeg --token-file none.txt", "--token-file none.txt: cannot be read ("),
+        ("--reward jpeg --token-file short.txt", "--token-file short.txt: needs one word of 16 letters or more"),
+        ("--reward jpeg --token-file words.txt", "--token-file words.txt: needs one word of 16 letters or more"),
+        (
+            "--reward jpeg --host no.such.host.invalid --token-file good.txt",
+            "--host no.such.host.invalid --port 8000: ",
+        ),
+        ("--reward jpeg --port TAKEN", "--host 127.0.0.1 --port TAKEN: cannot be listened at (Address already in use"),
+        ("--reward jpeg --port 70000", "command line: port: input should be less than or equal to 65535, not '70000'"),
+        ("--reward jpge", "no reward 'jpge': did you mean 'jpeg'? "),
+        ("--rewards jpeg", "command line: unknown setting 'rewards': did you mean 'reward'?"),
+    ],
+)
+def test_bad_settings_give_one_line(args, expected, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"short": "abc", "words": "two words are none", "good": TOKEN}.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["reward_server", *args.replace("TAKEN", port).split()])
+        assert run_command(serve) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith(f"error: {expected.replace('TAKEN', port)}")
+
+
+def test_rewards_may_be_named_one_by_one(folder: Path) -> None:
+    with reward_server("--reward", "jpeg", "--reward=shapes=0.5", folder=folder) as server:
+        assert JsonClient(server.url).get("/health").content["rewards"] == {"jpeg": 1.0, "shapes": 0.5}
+
+
+# The client's health check
+
+
+def test_no_server_is_one_clear_line() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError) as caught:
+        load_rewards([url])
+    assert str(caught.value) == (
+        f"no reward server answers: {url}: Connection refused: start it with "
+        "`python -m dgpo_fast.reward_server --reward NAME`, or mend the address"
+    )
+
+
+def test_another_kind_of_server_is_none() -> None:
+    with answering(lambda *_: {"hello": 1}) as url, pytest.raises(UserError, match="names no rewards"):
+        load_rewards([url])
+    with answering(lambda *_: (404, {})) as url, pytest.raises(UserError, match="no reward server answers: status 404"):
+        load_rewards([url])
+
+
+@pytest.mark.parametrize("change", [lambda image: image[..., ::-1], lambda image: image // 255])
+def test_swapped_channels_and_wrong_ranges_on_the_way_are_seen(server, monkeypatch, change) -> None:
+    original = png.encode_png
+    monkeypatch.setattr(png, "encode_png", lambda image: original(np.ascontiguousarray(change(image))))
+    with pytest.raises(UserError, match="failed its self-test: coloured squares did not arrive as they were sent"):
+        load_rewards([server.url])
+
+
+def test_a_server_of_another_make_needs_health_and_score_alone() -> None:
+    def answer(path: str, body: bytes, _: Any) -> Any:
+        if path == "/health":
+            return {"rewards": {"deqa": 1}}
+        return {"scores": [0.5] * len(json.loads(body)["images"])} if path == "/score" else (404, {})
+
+    with answering(answer) as url:
+        reward = load_rewards([url])
+        reward.check_prompts([Prompt("p")])
+        assert reward.score_groups(np.stack([picture()] * 2), [Prompt("p")], 2).rewards.tolist() == [[0.5, 0.5]]
+
+
+WRONG_ANSWERS = {
+    "no scores": ({}, "an answer without scores: {}"),
+    "a list": ([0.5, 0.5], "an answer without scores: [0.5, 0.5]"),
+    "too few": ({"scores": [0.5]}, "scores: 1 numbers for 2 pictures"),
+    "too many": ({"scores": [0.5] * 3}, "scores: 3 numbers for 2 pictures"),
+    "words": ({"scores": ["0.5", "0.5"]}, "scores: no numbers: ['0.5', '0.5']"),
+    "booleans": ({"scores": [True, False]}, "scores: no numbers: [True, False]"),
+    "nulls": ({"scores": [None, 1]}, "scores: no numbers: [None, 1]"),
+    "NaN": (b'{"scores": [NaN, 1]}', "answers with what is no JSON"),
+    "infinite": (b'{"scores": [1e999, 1]}', "non-finite score among [inf, 1.0]"),
+    "beyond float": (b'{"scores": [1' + b"0" * 400 + b", 1]}", "OverflowError"),
+    "parts": ({"scores": [1, 2], "parts": [1]}, '"parts" is no object'),
+    "a part too long": ({"scores": [1, 2], "parts": {"a": [1, 2, 3]}}, "part 'a': 3 numbers for 2 pictures"),
+    "oversized": (b" " * (16 * 2**20 + 1), "answers with more than 16777216 bytes"),
+    "no JSON": (b"<html>", "answers with what is no JSON"),
+    "failed": ((500, {"error": "out of memory"}), "out of memory"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_ANSWERS)
+def test_a_wrong_answer_costs_its_group_and_never_scores_0(kind: str) -> None:
+    content, expected = WRONG_ANSWERS[kind]
+
+    def answer(path: str, body: bytes, _: Any) -> Any:
+        return content if json.loads(body)["prompt"] == "two" else {"scores": [1, 2]}
+
+    from dgpo_fast.rewards import WeightedReward
+
+    with answering(answer) as url:
+        reward = WeightedReward({"far": RemoteReward(url)}, {"far": 1.0})
+        scores = reward.score_groups(np.stack([picture()] * 4), [Prompt("one"), Prompt("two")], 2)
+    assert scores.valid.tolist() == [True, False] and np.isnan(scores.rewards[1]).all()
+    assert len(scores.failures) == 1 and expected in scores.failures[0] and len(scores.failures[0]) < 300
+
+
+# What it refuses
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def saved(kind: str, mode: str = "RGB") -> str:
+    buffer = io.BytesIO()
+    Image.new(mode, (8, 8)).save(buffer, format=kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+REFUSED = {
+    "no JSON": (b"hello", 400, "no JSON: Expecting value"),
+    "not UTF-8": (b"\xff\xfe{}", 400, "no JSON: "),
+    "NaN": (b'{"prompt": "p", "metadata": {"a": NaN}, "images": []}', 400, "no JSON: NaN is no JSON"),
+    "deep": (b"[" * 100_000, 400, "no JSON: "),
+    "a list": ([], 400, "no JSON object"),
+    "no prompt": ({"images": [as_text(picture())]}, 400, "a prompt is a text with an object of metadata"),
+    "prompt of another type": (request(prompt=3), 400, "a prompt is a text with an object of metadata"),
+    "metadata of another type": (request(metadata=[]), 400, "a prompt is a text with an object of metadata"),
+    "no images": (request(images=[]), 400, '"images" is no list of PNG files in base64'),
+    "images of another type": (request(images=["", 3]), 400, '"images" is no list of PNG files in base64'),
+    "no base64": (request(images=["!!!"]), 400, "image 0: "),
+    "no PNG": (request(images=["AAAA"]), 400, "image 0: no PNG"),
+    "a JPEG": (request(images=[saved("JPEG")]), 400, "image 0: no PNG"),
+    "with alpha": (request(images=[saved("PNG", "RGBA")]), 400, "image 0: a PNG of mode RGBA, not of 8-bit RGB"),
+    "16 bits": (request(images=[saved("PNG", "I;16")]), 400, "image 0: a PNG of mode I;16, not of 8-bit RGB"),
+    "cut short": (request(images=[as_text(picture(size=64))[:80]]), 400, "image 0: no readable PNG ("),
+    "sizes": (request(images=[as_text(picture()), as_text(picture(size=9))]), 400, "the images differ in size"),
+    "too many": (request(images=[as_text(picture())] * 9), 413, "9 images, more than --max-images 8"),
+    "too large": (
+        request(images=[base64.b64encode(bomb(50_000, 50_000)).decode()]), 413,
+        "image 0: 50000 × 50000 pixels, more than 1000000 that are left of --max-megapixels 1",
+    ),
+    "too large together": (request(images=[as_text(picture(size=600))] * 3), 413, "image 2: 600 × 600 pixels, more"),
+    "empty picture": (request(images=[base64.b64encode(bomb(0, 5)).decode()]), 400, "image 0: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_request_that_cannot_be_scored_is_told_why(server: Process, kind: str) -> None:
+    body, status, expected = REFUSED[kind]
+    got = post(server, body)
+    assert got[0] == status and got[1].startswith(expected), got
+    assert serves(server)
+
+
+def test_addresses_that_are_none(server: Process) -> None:
+    assert post(server, request(), "/scores") == (
+        404,
+        "no such address '/scores': there are /health, /score, /check",
+    )
+    assert post(server, request(), "/../../etc/passwd")[0] == 404
+    assert post(server, {"prompts": ["p"]}, "/check") == (400, '"prompts" is no list of objects')
+    assert post(server, {}, "/check") == {"queue": 0}
+
+
+HEAD = b"POST /score HTTP/1.1\r\nHost: a\r\n"
+BAD_HEADS = {
+    "garbage": (b"\x00\x01\x02\r\n\r\n", b'{"error": '),
+    "no length": (HEAD + b"Content-Type: application/json\r\n\r\n{}", b"HTTP/1.1 411 "),
+    "two lengths": (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", b"HTTP/1.1 411 "),
+    "chunked": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", b"HTTP/1.1 411 "),
+    "negative": (HEAD + b"Content-Length: -1\r\n\r\n", b"HTTP/1.1 400 "),
+    "no number": (HEAD + b"Content-Length: 1_0\r\n\r\n", b"HTTP/1.1 400 "),
+    "plus": (HEAD + b"Content-Length: +2\r\n\r\n{}", b"HTTP/1.1 400 "),
+    "huge": (HEAD + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n", b"HTTP/1.1 400 "),
+    "a web page's type": (HEAD + b"Content-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", b"HTTP/1.1 415 "),
+    "too long": (
+        HEAD + b"Content-Type: application/json\r\nContent-Length: 5000000\r\n\r\n", b"HTTP/1.1 413 ",
+    ),
+    "ends early": (HEAD + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{}", b"HTTP/1.1 400 "),
+    "long line": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b"HTTP/1.1 414 "),
+    "long header": (b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000 + b"\r\n\r\n", b"HTTP/1.1 431 "),
+    "many headers": (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 431 "),
+    "another method": (b"DELETE /score HTTP/1.1\r\nHost: a\r\n\r\n", b"HTTP/1.1 501 "),
+    "another version": (b"GET /health HTTP/9.9\r\n\r\n", b'{"error": "Invalid HTTP version (9.9)"}'),
+    "another page": (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 404 "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_HEADS)
+def test_heads_that_are_none(server: Process, kind: str) -> None:
+    data, expected = BAD_HEADS[kind]
+    assert raw(server, data).startswith(expected)
+    assert serves(server)
+
+
+def test_a_body_that_is_too_large_is_refused_with_the_reason(server: Process) -> None:
+    assert post(server, b" " * 5_000_000) == (413, "5000000 bytes, more than --max-body-mib 4")
+    with pytest.raises(UserError, match=r"9 images, more than --max-images 8"):
+        RemoteReward(server.url)(np.stack([picture()] * 9), ["p"] * 9, [{}] * 9)
+
+
+def test_slow_and_silent_clients_keep_nobody_waiting(server: Process) -> None:
+    """Twenty that trickle, twenty that say nothing: others are answered at once."""
+    strangers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(40)]
+    for stranger in strangers[:20]:
+        stranger.sendall(b"POST /score HT")
+    started = time.monotonic()
+    assert serves(server) and time.monotonic() - started < 5
+    for stranger in strangers:
+        stranger.close()
+
+
+class Canary:
+    """Unpickled, makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_that_is_sent_is_executed(server: Process, tmp_path: Path) -> None:
+    path = tmp_path / "executed"
+    evil = pickle.dumps(Canary(path))
+    pickle.loads(evil)
+    assert path.exists(), "it would work"
+    path.unlink()
+    tag = f"!!python/object/apply:os.system ['touch {path}']"
+    code = f"__import__('pathlib').Path({str(path)!r}).touch()"
+    for body in (
+        evil,
+        base64.b64encode(evil),
+        tag.encode(),
+        request(images=[base64.b64encode(evil).decode()]),
+        request(
+            prompt=tag, metadata={"__class__": code, "__reduce__": code, "tag": tag, "$(touch)": f"$(touch {path})"}
+        ),
+        request(prompt=code),
+    ):
+        post(server, body)
+        for kind in (b"application/python-pickle", b"application/octet-stream", b"application/x-yaml"):
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            raw(server, HEAD + b"Content-Type: " + kind + b"\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    assert serves(server) and not path.exists()
+
+
+def mutated(rng: random.Random) -> bytes:
+    """A request with damage: bytes changed, cut, doubled or put in, in its head, its JSON or its picture."""
+    body = bytearray(json.dumps(request(prompt=rng.choice(["p", "\0", "😀", "x" * 100]))).encode())
+    kind = rng.randrange(5)
+    if kind == 0:
+        picture_ = bytearray(png.encode_png(picture()))
+        for _ in range(rng.randrange(1, 8)):
+            picture_[rng.randrange(len(picture_))] = rng.randrange(256)
+        body = bytearray(json.dumps(request(images=[base64.b64encode(picture_).decode()])).encode())
+    elif kind == 1:
+        for _ in range(rng.randrange(1, 8)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+    elif kind == 2:
+        body = body[: rng.randrange(len(body))]
+    elif kind == 3:
+        values: list[Any] = [None, True, -1, 1e308, "", "a", [], {}, [[]], {"a": {}}, [None] * 9, "9" * 50]
+        damaged = request(**{rng.choice(["prompt", "metadata", "images", "more"]): rng.choice(values)})
+        body = bytearray(json.dumps(damaged).encode())
+    head = bytearray(HEAD + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+    if kind == 4:
+        for _ in range(rng.randrange(1, 6)):
+            place = rng.randrange(len(head))
+            head[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+    return bytes(head + body)
+
+
+def test_10000_malformed_requests_leave_it_serving(server: Process) -> None:
+    """None goes unanswered by a thread that died, none kills the process, and it has nothing to say about them."""
+
+    def attack(seed: int) -> int:
+        rng, answered = random.Random(seed), 0
+        for _ in range(2500):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+                try:
+                    connection.sendall(mutated(rng))
+                    connection.shutdown(socket.SHUT_WR)
+                    answered += bool(connection.recv(64))
+                except ConnectionError:
+                    pass  # refused before it was all sent
+        return answered
+
+    with ThreadPoolExecutor(4) as pool:
+        answered = sum(pool.map(attack, range(4)))
+    assert answered > 9000
+    assert serves(server)
+    assert server.process.poll() is None
+
+
+# How it ends
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_on_a_signal_and_finishes_what_it_scores(folder: Path, number: int) -> None:
+    """The running request is answered, the one behind it turned away, and the exit status is 0."""
+    with reward_server("--reward", "own:Slow", folder=folder) as server:
+        answers: dict[str, Any] = {}
+
+        def ask(name: str, seconds: float) -> None:
+            answers[name] = post(server, request(metadata={"seconds": seconds}))
+
+        threads = [threading.Thread(target=ask, args=("running", 1.0))]
+        threads[0].start()
+        client = JsonClient(server.url)
+        wait_for(lambda: client.get("/health").content["queue"] == 1)
+        threads.append(threading.Thread(target=ask, args=("waiting", 0.0)))
+        threads[1].start()
+        wait_for(lambda: client.get("/health").content["queue"] == 2)
+        status, output, errors = server.stop(number)
+        for thread in threads:
+            thread.join()
+    assert answers["running"]["scores"] == [100]
+    assert answers["waiting"][0] == 503
+    assert status == 0 and errors == ""
+    assert output.splitlines()[-1] == "1 requests scored (1 images), 0 failed, 1 refused"
+
+
+def test_clients_that_have_gone_are_not_scored(folder: Path) -> None:
+    with reward_server("--reward", "own:Slow", folder=folder) as server:
+        running = threading.Thread(target=post, args=(server, request(metadata={"seconds": 1.0})))
+        running.start()
+        client = JsonClient(server.url)
+        wait_for(lambda: client.get("/health").content["queue"] == 1)
+        for _ in range(5):
+            with pytest.raises(Unanswered):
+                JsonClient(server.url, deadline_s=0.1).post("/score", json.dumps(request()).encode())
+        running.join()
+        wait_for(lambda: client.get("/health").content["queue"] == 0)
+        assert client.get("/health").content["scored"] == 1
+
+
+def test_what_takes_too_long_is_said_so(folder: Path) -> None:
+    with reward_server("--reward", "own:Slow", "--deadline-s", "0.3", folder=folder) as server:
+        assert post(server, request(metadata={"seconds": 1.0}))[0] == 504
+        wait_for(lambda: JsonClient(server.url).get("/health").content["scored"] == 1)
+        assert serves(server)
+
+
+def test_the_client_is_light() -> None:
+    """Its module brings neither torch nor the server."""
+    import subprocess
+
+    code = (
+        "import sys, dgpo_fast.rewards.remote, dgpo_fast.rewards.judge; "
+        "assert not {'torch', 'transformers', 'dgpo_fast.reward_server'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
