@@ -125,9 +125,9 @@ class Policy:
 
     train: Literal["lora", "full"] = "lora"
     """LoRA adapters through PEFT, or all weights of the transformer."""
-    weights: Literal["fp32", "bf16_master", "bf16_stochastic"] = "fp32"
-    """With `full`: fp32, cast at each forward where the run is in bf16; bf16 with the lower half of an fp32 master kept
-    beside it (4 bytes a weight); bf16 rounded stochastically (2 bytes)."""
+    weights: Literal["auto", "fp32", "bf16_master", "bf16_stochastic"] = "auto"
+    """How trained weights are kept: fp32, cast at each forward of a bf16 run; bf16 with the lower half of an fp32
+    master beside it (4 bytes a weight); bf16 rounded stochastically (2 bytes). auto: bf16_master in a bf16 run."""
     lora_rank: Count = 64
     """Rank of the adapters."""
     lora_alpha: Positive = 128.0
@@ -303,8 +303,6 @@ class Config:
                 f"dgpo.timesteps is {self.dgpo.timesteps} but only {available} timesteps can be drawn "
                 "(rollout.num_inference_steps, dgpo.high_noise_steps): lower it or raise those"
             )
-        if self.policy.train == "lora" and self.policy.weights != "fp32":
-            raise ValueError(f"policy.weights {self.policy.weights} is for policy.train full; LoRA's factors are fp32")
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

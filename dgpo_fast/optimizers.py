@@ -79,7 +79,7 @@ def make_optimizer(
     Args:
         weights: the trained tensors.
         config: which AdamW, and its numbers.
-        storage: `policy.weights`, how the weights are kept.
+        storage: how the weights are kept, see `policy.weight_storage`.
         seed: of stochastic rounding.
 
     Raises UserError where an 8-bit optimizer is asked for and bitsandbytes is not there, or not for this device.
@@ -150,7 +150,7 @@ def load_optimizer(optimizer: AnyOptimizer, tensors: Mapping[str, Tensor]) -> No
             state = _state(inner, weight, slots[str(index)])
             inner.state[weight] = state | maps if "absmax1" in state else state
     if isinstance(optimizer, Bf16Optimizer):
-        optimizer.steps = int(kept.pop("steps"))
+        optimizer.steps = int(kept.pop("steps", 0))  # none in the checkpoint of a run that was in fp32
         optimizer.rounding.load(kept, device)
 
 

@@ -25,7 +25,19 @@ from dgpo_fast.errors import UserError
 
 ADAPTER = "default"
 Weights = Mapping[str, Tensor]
-"""Trained tensors by name: LoRA factors, or all of a transformer's parameters. fp32."""
+"""Trained tensors by name: LoRA factors, or all of a transformer's parameters."""
+
+
+def weight_storage(config: PolicyConfig, dtype: torch.dtype) -> str:
+    """How `config.weights` keeps the trained weights of a run in `dtype`: "fp32", "bf16_master" or "bf16_stochastic".
+
+    Raises UserError where bf16 weights are asked for in a run that is not in bf16.
+    """
+    if config.weights == "auto":
+        return "bf16_master" if dtype == torch.bfloat16 else "fp32"
+    if config.weights != "fp32" and dtype != torch.bfloat16:
+        raise UserError(f"policy.weights {config.weights} is for runs in bf16: give --precision bf16, or another one")
+    return config.weights
 
 
 class PolicyModels:
@@ -41,13 +53,18 @@ class PolicyModels:
         self.config = config
         self.base = transformer
         self.behaviour = _copy(transformer)
+        self.storage = weight_storage(config, transformer.dtype)
         if config.train == "lora":
             self.policy = with_lora(_sharing_copy(transformer), config, seed)
         else:
-            self.policy = _trainable(_copy(transformer), config.weights)
+            self.policy = _copy(transformer).requires_grad_(True)
         self.weights: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in self.policy.named_parameters() if parameter.requires_grad
         }
+        for weight in self.weights.values():
+            weight.data = weight.data.to(torch.float32 if self.storage == "fp32" else torch.bfloat16)
+            # Gradients of all micro-batches and timesteps add up in fp32.
+            weight.grad_dtype = torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -118,17 +135,6 @@ def _copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
     return copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
 
 
-def _trainable(transformer: SD3Transformer2DModel, weights: str) -> SD3Transformer2DModel:
-    if weights != "fp32" and transformer.dtype != torch.bfloat16:
-        raise UserError(f"policy.weights {weights} is for runs in bf16: give --precision bf16 or --policy.weights fp32")
-    for parameter in transformer.requires_grad_(True).parameters():
-        # Gradients of all micro-batches and timesteps add up in fp32.
-        parameter.grad_dtype = torch.float32
-        if weights == "fp32":
-            parameter.data = parameter.data.float()
-    return transformer
-
-
 def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """A copy of the modules whose parameters and buffers are the original's own tensors."""
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
@@ -149,7 +155,4 @@ def with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: in
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer.add_adapter(lora, adapter_name=ADAPTER)
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     return transformer

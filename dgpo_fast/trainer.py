@@ -82,7 +82,7 @@ class Trainer:
         )
         self.objective = load_objective(config)
         self.optimizer = make_optimizer(
-            self.models.weights, config.optimizer, config.policy.weights, stream_seed(config.seed, "rounding")
+            self.models.weights, config.optimizer, self.models.storage, stream_seed(config.seed, "rounding")
         )
         self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights)
         self.phases = Phases(self.device)
