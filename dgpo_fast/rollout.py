@@ -61,6 +61,8 @@ def predict_batched(
     transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, batch_size: int
 ) -> Tensor:
     """`predict` without a gradient, at most `batch_size` samples a forward. `timestep` is () or (B,)."""
+    if len(x_t) == 0:
+        return x_t  # of a process that holds no sample of a batch
     timestep = timestep.expand(len(x_t))
     chunks = batch_slices(len(x_t), batch_size)
     return torch.cat([predict(transformer, x_t[rows], timestep[rows], text[rows]) for rows in chunks])
@@ -76,6 +78,8 @@ def predict_pair_batched(
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:
     """`predict_pair` without a gradient, at most `batch_size` samples (twice as many rows) a forward."""
+    if len(x_t) == 0:
+        return x_t, x_t
     pairs = [
         predict_pair(transformer, x_t[rows], timestep, text[rows], empty) for rows in batch_slices(len(x_t), batch_size)
     ]

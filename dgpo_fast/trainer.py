@@ -16,7 +16,8 @@ from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest
 from dgpo_fast.config import Config, to_dict
 from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.console import Console, duration
-from dgpo_fast.distributed import ALONE, Processes, SharedError
+from dgpo_fast.distributed import ALONE, BatchPart, Processes, Share, SharedError, place
+from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
@@ -57,6 +58,7 @@ class Trainer:
         self.processes = processes
         self.console = Console(quiet=not processes.first)
         self.writer: CheckpointWriter | None = None
+        place(config.rollout.groups, config.rollout.group_size, processes.count)  # refuses processes without work
         self.prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=config.evaluation.images)
         self.reward = load_rewards(config.rewards)
         self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
@@ -100,9 +102,9 @@ class Trainer:
             keep_transitions=self.objective.needs_transitions, phases=self.phases, work=self.work,
         )  # fmt: skip
         if config.data.source == "offline":
-            return OfflineSource(config, worker, self.prompts.train)
+            return OfflineSource(config, worker, self.prompts.train, self.processes)
         prompts = GroupSampler(self.prompts.train, config.rollout.groups, config.seed)
-        return OnlineSource(worker, prompts, config.seed, self._rollout_weights)
+        return OnlineSource(worker, prompts, config.seed, self._rollout_weights, self.processes)
 
     def resume(self, folder: Path) -> None:
         """Goes back to the newest valid checkpoint of the run in `folder`. Raises UserError where there is none."""
@@ -141,8 +143,7 @@ class Trainer:
 
     def prepare(self, folder: Path, should_stop: Callable[[], bool]) -> None:
         """Draws what is drawn before the first iteration, until it is done or `should_stop`."""
-        with self.processes.together("what is drawn before training"):
-            self.source.prepare(folder, self.console, should_stop)
+        self.source.prepare(folder, self.console, should_stop)
         self.phases.take(), self.work.take()  # no part of an iteration: the source counts its own seconds
 
     def save(self, folder: Path, wait: bool = True) -> None:
@@ -217,34 +218,57 @@ class Trainer:
         for part in self.objective.optimizer_batches(batch):
             with self.phases("train"), self.work.training():
                 losses = self.objective.accumulate(part, self.models, self.old.weights)
+            with self.phases("communicate"):
+                what = f"the gradients of iteration {self.iteration + 1}"
+                sum_gradients(self.models.weights, {}, self.processes, what)
             with self.phases("optimizer"):
                 norm = self._update(rate)
-            add_metrics(totals, {**losses, "grad_norm": norm}, len(part.x0) / len(batch.x0))
+            # Each process has its part of the means; the norm is that of the summed gradient, the same on all.
+            parts = {**losses, "grad_norm": norm / self.processes.count}
+            add_metrics(totals, parts, part.samples / batch.samples)
         self.halfway = False
-        return {"learning_rate": rate, **{name: float(value) for name, value in totals.items()}}
+        return {"learning_rate": rate, **self._sum({name: float(value) for name, value in totals.items()})}
+
+    def _sum(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Numbers added up over the processes; one that holds no sample has none to add."""
+        everyone = self.processes.gather(numbers, f"the metrics of iteration {self.iteration + 1}")
+        names = dict.fromkeys(name for theirs in everyone for name in theirs)
+        return {name: sum(theirs.get(name, 0.0) for theirs in everyone) for name in names}
 
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
         """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
         groups = self.source.collect(self.iteration)
         self._report_failures(groups.scores)
-        metrics = _reward_metrics(groups.scores, len(groups.x0)) | groups.metrics
+        metrics = _reward_metrics(groups.scores, groups.scores.rewards.size) | groups.metrics
         return (self._batch(groups) if groups.scores.valid.any() else None), metrics
 
     def _batch(self, groups: Groups) -> Batch:
-        """The groups that could be scored, with their advantages."""
-        scores, size = groups.scores, self.config.rollout.group_size
-        rows = torch.from_numpy(np.flatnonzero(np.repeat(scores.valid, size))).to(self.device)
+        """The process's samples of the groups that could be scored, with their advantages."""
+        scores, share = groups.scores, groups.share
+        size = share.group_size
+        valid = np.repeat(scores.valid, size)
+        rows = torch.from_numpy(np.flatnonzero(valid[share.start : share.stop])).to(self.device)
+        first = int(valid[: share.start].sum())
+        everyone = advantages(scores.rewards[scores.valid], self.config.advantage)
+        part = BatchPart(
+            first, int(scores.valid.sum()), size, everyone, any(not other.whole for other in self._shares(groups)),
+            self.processes, f"the group scores of iteration {self.iteration + 1}",
+        )  # fmt: skip
         return Batch(
             iteration=self.iteration,
             x0=groups.x0[rows],
             text=groups.text[rows],
             empty=self.encoder([""]),
-            advantage=advantages(scores.rewards[scores.valid], self.config.advantage).to(self.device),
-            group_index=rows // size,
+            advantage=everyone[first : first + len(rows)].to(self.device),
+            group_index=(rows + share.start) // size,
             group_size=size,
             schedule=self.schedule,
             transitions=None if groups.transitions is None else groups.transitions[rows],
+            part=part,
         )
+
+    def _shares(self, groups: Groups) -> list[Share]:
+        return place(len(groups.prompts), groups.share.group_size, self.processes.count)
 
     def _rollout_weights(self) -> Weights:
         switch = self.config.ema.switch_ema_ref
@@ -254,7 +278,7 @@ class Trainer:
         """One optimizer step at learning rate `rate`; returns the gradient's norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.models.weights.values()), self.config.optimizer.max_grad_norm)
         if not torch.isfinite(norm):
-            raise UserError(
+            raise SharedError(
                 f"iteration {self.iteration + 1}: the gradient is not finite, its step was not taken; "
                 "resume with a lower --optimizer.lr or --precision fp32"
             )
@@ -277,7 +301,7 @@ class Trainer:
             self.console.note(f"iteration {self.iteration + 1}: group dropped: {line}")
         self.lost_in_a_row = 0 if scores.valid.any() else self.lost_in_a_row + 1
         if self.lost_in_a_row >= self.config.max_lost_iterations:
-            raise UserError(
+            raise SharedError(
                 f"no group of {self.lost_in_a_row} iterations in a row could be scored; "
                 f"mend the reward and --resume. The last failure: {scores.failures[-1]}"
             )

@@ -2,10 +2,12 @@
 
 * `processes.py`: the process group, and everything that processes tell one another;
 * `placement.py`: which samples of an iteration belong to which process;
+* `batch_part.py`: what a process must know of the others to learn from its own samples;
 * `gradients.py`: the sum of gradients over processes.
 """
 
+from dgpo_fast.distributed.batch_part import BatchPart
 from dgpo_fast.distributed.placement import Share, place
 from dgpo_fast.distributed.processes import ALONE, LostError, Processes, SharedError, connect
 
-__all__ = ["ALONE", "LostError", "Processes", "Share", "SharedError", "connect", "place"]
+__all__ = ["ALONE", "BatchPart", "LostError", "Processes", "Share", "SharedError", "connect", "place"]

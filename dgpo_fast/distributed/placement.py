@@ -5,6 +5,7 @@ Every draw is keyed by these numbers, never by the process, and a share is a fun
 process knows everybody's.
 """
 
+import math
 from dataclasses import dataclass
 
 from dgpo_fast.errors import UserError
@@ -27,6 +28,16 @@ class Share:
         size = self.group_size
         groups = range(self.start // size, -(-self.stop // size)) if len(self) else range(0)
         return [(group, max(self.start, group * size), min(self.stop, (group + 1) * size)) for group in groups]
+
+    @property
+    def piece_size(self) -> int:
+        """The largest size of which every part of a group in the share is a multiple; G where groups are whole."""
+        return math.gcd(*(end - first for _, first, end in self.parts))
+
+    @property
+    def pieces(self) -> range:
+        """The first sample of each piece: groups, or what is held of them, in pieces of one size to be scored."""
+        return range(self.start, self.stop, self.piece_size)
 
     @property
     def whole(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.config import Config
+from dgpo_fast.distributed import BatchPart
 from dgpo_fast.errors import UserError
 from dgpo_fast.imports import call, import_attribute
 from dgpo_fast.policy import PolicyModels, Weights
@@ -41,6 +42,7 @@ class Batch:
         group_size: G, samples per group.
         schedule: the rollout's grid.
         transitions: every step of the rollout, for an objective that `needs_transitions`.
+        part: where these samples stand among those of all processes; None where they are all.
     """
 
     iteration: int
@@ -52,11 +54,17 @@ class Batch:
     group_size: int
     schedule: Schedule
     transitions: Transitions | None = None
+    part: BatchPart | None = None
 
     @property
     def groups(self) -> int:
-        """P, the groups in this batch."""
-        return len(self.x0) // self.group_size
+        """P, the groups in this batch, those of other processes among them."""
+        return len(self.x0) // self.group_size if self.part is None else self.part.groups
+
+    @property
+    def samples(self) -> int:
+        """P·G, the samples that the loss is a mean over, those of other processes among them."""
+        return self.groups * self.group_size
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         """The same for some of the samples; the caller sees to it that groups stay whole, or gives a `group_size`."""
@@ -70,9 +78,14 @@ class Batch:
         )
 
     def split(self, parts: int) -> list["Batch"]:
-        """Up to `parts` batches of whole groups, as even as they can be; none is empty."""
+        """Up to `parts` batches of whole groups, as even as they can be; none is empty on all processes together."""
         ends = [self.groups * part // parts * self.group_size for part in range(parts + 1)]
-        return [self[start:end] for start, end in pairwise(ends) if end > start]
+        return [self._between(start, end) for start, end in pairwise(ends) if end > start]
+
+    def _between(self, start: int, end: int) -> "Batch":
+        if self.part is None:
+            return self[start:end]
+        return replace(self[self.part.rows(start, end, len(self.x0))], part=self.part.only(start, end))
 
 
 class Objective(Protocol):
@@ -87,6 +100,9 @@ class Objective(Protocol):
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """Adds ∂loss/∂θ to the `.grad` of `models.weights` and returns 0-dim device tensors to log.
+
+        The loss is a mean over `batch.samples`. With several processes, gradients and returned values are parts of
+        that mean, which the loop adds up; a process may hold no sample of a batch.
 
         Args:
             batch: what was sampled and how it scored: one of `optimizer_batches`.

@@ -89,4 +89,5 @@ class DGPOObjective:
             kl_v=kl_v,
             seed=self.noise_seed,
             draw=draw,
+            part=batch.part,
         )

@@ -70,6 +70,7 @@ class DiffusionDPOObjective:
             ref_v=predict_batched(models.base, x_t, timestep, pairs.text, self.forward_batch),
             seed=self.noise_seed,
             draw=draw,
+            part=pairs.part,
         )
 
     def _noise_levels(self, pairs: Batch, draw: int) -> Tensor:
@@ -83,9 +84,17 @@ def best_and_worst(batch: Batch) -> Batch:
 
     A group whose rewards are all equal prefers nothing: its pair has the advantage 0, and no gradient.
     """
-    by_group = batch.advantage.reshape(batch.groups, batch.group_size)
-    positions = torch.stack([by_group.argmax(1), by_group.argmin(1)], dim=1)
-    rows = (positions + torch.arange(batch.groups, device=positions.device)[:, None] * batch.group_size).flatten()
-    sign = torch.tensor([1.0, -1.0], device=positions.device).repeat(batch.groups)
+    everyone = batch.advantage if batch.part is None else batch.part.advantage
+    by_group = everyone.reshape(batch.groups, batch.group_size)
+    # In the order of their positions, so that a process's pairs lie together where a pair is held by two of them.
+    positions, order = torch.stack([by_group.argmax(1), by_group.argmin(1)], dim=1).sort(dim=1)
+    places = (positions + torch.arange(batch.groups, device=positions.device)[:, None] * batch.group_size).flatten()
     differ = (by_group.amax(1) > by_group.amin(1)).repeat_interleave(PAIR)
-    return replace(batch[rows], advantage=sign * differ, group_size=PAIR)
+    advantage = (1.0 - 2.0 * order.flatten()) * differ
+    if batch.part is None:
+        return replace(batch[places], advantage=advantage, group_size=PAIR)
+    first, stop = batch.part.first, batch.part.first + len(batch.x0)
+    mine = (places >= first) & (places < stop)
+    part = replace(batch.part, first=int((places < first).sum()), group_size=PAIR, advantage=advantage)
+    rows = (places[mine] - first).to(batch.x0.device)
+    return replace(batch[rows], advantage=advantage[mine].to(batch.x0.device), group_size=PAIR, part=part)

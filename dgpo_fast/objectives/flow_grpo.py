@@ -44,7 +44,7 @@ class FlowGRPOObjective:
         for step in range(steps):
             ref_mean = self._reference_mean(batch, models, step) if self.config.kl_weight > 0 else None
             for rows in batch_slices(len(batch.x0), self.micro_batch):
-                share = (rows.stop - rows.start) / (len(batch.x0) * steps)
+                share = (rows.stop - rows.start) / (batch.samples * steps)
                 metrics = self._loss(batch[rows], models, step, None if ref_mean is None else ref_mean[rows])
                 (share * metrics["loss"]).backward()
                 add_metrics(totals, metrics, share)

@@ -4,17 +4,21 @@ What DGPO and Diffusion-DPO share: a group's score needs the denoising losses of
 be back-propagated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from dgpo_kernels import DGPOLoss, dgpo_loss
 from torch import Tensor
 
+from dgpo_fast.distributed import BatchPart
 from dgpo_fast.objectives import add_metrics, autocast
 from dgpo_fast.policy import PolicyModels
 from dgpo_fast.rollout import batch_slices, predict
 from dgpo_fast.text import TextEmbeds
+
+ReduceScores = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Comparison:
         group_size: samples per group.
         ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old, and what the KL term holds to.
         seed, draw: of the noise in `x_t`.
+        part: where these samples stand among those of all processes; None where they are all.
     """
 
     x0: Tensor
@@ -44,6 +49,12 @@ class Comparison:
     draw: int
     old_v: Tensor | None = None
     kl_v: Tensor | None = None
+    part: BatchPart | None = None
+
+    @property
+    def groups(self) -> int:
+        """Those of other processes among them."""
+        return len(self) // self.group_size if self.part is None else self.part.groups
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -71,23 +82,37 @@ class GroupLoss:
         for rows, loss in self._micro_batches(comparison, models):
             (weight * loss.loss).backward()
             add_metrics(metrics, {"loss": loss.loss}, 1.0)
-            add_metrics(metrics, _means(loss), (rows.stop - rows.start) / len(comparison))
+            share = (rows.stop - rows.start) / (comparison.groups * comparison.group_size)
+            add_metrics(metrics, _means(loss), share)
         return metrics
 
     def _micro_batches(self, comparison: Comparison, models: PolicyModels) -> Iterator[tuple[slice, DGPOLoss]]:
         """Rows and loss of each micro-batch, ready for its backward pass."""
-        size, group_score = self.micro_batch // comparison.group_size * comparison.group_size, None
-        if size == 0:
+        part, everything = comparison.part, slice(0, len(comparison))
+        split = part is not None and part.split
+        group_score: Tensor | None = None
+        size = self.micro_batch // comparison.group_size * comparison.group_size
+        reduce: ReduceScores | None = part.sum_group_scores if part is not None and split else None
+        if split and 0 < len(comparison) <= self.micro_batch:
+            yield everything, self._loss(comparison, _policy_v(comparison, models, everything), everything, reduce)
+            return
+        if split or size == 0:
             # A group does not fit: its weight σ(s) needs all its samples first, so one pass without gradients finds s.
-            size, everything = self.micro_batch, slice(0, len(comparison))
-            with torch.no_grad():
-                chunks = batch_slices(len(comparison), self.forward_batch)
-                policy_v = torch.cat([_policy_v(comparison, models, rows) for rows in chunks])
-                group_score = self._loss(comparison, policy_v, everything, None).group_score
+            size, group_score = self.micro_batch, self._group_score(comparison, models, reduce)
         for rows in batch_slices(len(comparison), size):
-            yield rows, self._loss(comparison, _policy_v(comparison, models, rows), rows, group_score)
+            known = None if group_score is None else partial(_rows_of, group_score, rows)
+            yield rows, self._loss(comparison, _policy_v(comparison, models, rows), rows, known)
 
-    def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, group_score: Tensor | None) -> DGPOLoss:
+    @torch.no_grad()
+    def _group_score(self, comparison: Comparison, models: PolicyModels, reduce: ReduceScores | None) -> Tensor:
+        """s of each sample's group, (B,), from a pass over all samples without a gradient."""
+        if len(comparison) == 0:
+            return comparison.advantage if reduce is None else reduce(comparison.advantage)
+        chunks = batch_slices(len(comparison), self.forward_batch)
+        policy_v = torch.cat([_policy_v(comparison, models, rows) for rows in chunks])
+        return self._loss(comparison, policy_v, slice(0, len(comparison)), reduce).group_score
+
+    def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, reduce: ReduceScores | None) -> DGPOLoss:
         kl_is_ref = comparison.kl_v is comparison.ref_v
         ref_v = comparison.ref_v[rows]
         return dgpo_loss(
@@ -103,10 +128,14 @@ class GroupLoss:
             clip_range=self.clip_range,
             kl_v=ref_v if kl_is_ref else None if comparison.kl_v is None else comparison.kl_v[rows],
             kl_weight=self.kl_weight,
-            num_groups=len(comparison) // comparison.group_size,
+            num_groups=comparison.groups,
             group_size=comparison.group_size,
-            reduce_group_scores=None if group_score is None else lambda _: group_score[rows],
+            reduce_group_scores=reduce,
         )
+
+
+def _rows_of(group_score: Tensor, rows: slice, _: Tensor) -> Tensor:
+    return group_score[rows]
 
 
 def _policy_v(comparison: Comparison, models: PolicyModels, rows: slice) -> Tensor:

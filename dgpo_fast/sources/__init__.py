@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dgpo_fast.console import Console
+from dgpo_fast.distributed import Share
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import GroupScores
 from dgpo_fast.stochastic import Transitions
@@ -20,10 +21,11 @@ class Groups:
 
     Attributes:
         prompts: P.
-        text: (P·G) their embeddings, one a sample.
-        x0: (P·G, C, H, W) fp32 final latents.
-        scores: what the rewards said.
-        transitions: every step of the rollout, where it was kept.
+        text: (B) embeddings of the process's own samples.
+        x0: (B, C, H, W) fp32 final latents of the process's own samples.
+        scores: what the rewards said of all samples.
+        share: which of the P·G samples are the process's own.
+        transitions: every step of the rollout of its own samples, where it was kept.
         metrics: what else to log of drawing them.
     """
 
@@ -31,6 +33,7 @@ class Groups:
     text: TextEmbeds
     x0: Tensor
     scores: GroupScores
+    share: Share
     transitions: Transitions | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 

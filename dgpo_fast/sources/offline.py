@@ -13,6 +13,7 @@ import torch
 
 from dgpo_fast.config import Config
 from dgpo_fast.console import Console, duration
+from dgpo_fast.distributed import ALONE, Processes, place
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import GroupSampler
 from dgpo_fast.pipeline import fingerprint
@@ -35,12 +36,13 @@ class OfflineSource:
         config: the run's; `data.folder` is looked into at once.
         worker: draws and scores what is not there yet.
         prompts: the training prompts.
+        processes: they draw file by file in turn, into a folder that all of them see.
 
     Raises UserError where the folder's groups were drawn with other settings.
     """
 
-    def __init__(self, config: Config, worker: RolloutWorker, prompts: list[Prompt]):
-        self.config, self.worker, self.prompts = config, worker, prompts
+    def __init__(self, config: Config, worker: RolloutWorker, prompts: list[Prompt], processes: Processes = ALONE):
+        self.config, self.worker, self.prompts, self.processes = config, worker, prompts, processes
         self.wanted = self._wanted()
         self.drawing_s = 0.0
         self.places: GroupSampler[Place] | None = None
@@ -50,11 +52,17 @@ class OfflineSource:
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
         """Draws the groups that are not there yet."""
         home = GroupFolder(Path(self.config.data.folder) if self.config.data.folder else folder / "groups")
+        with self.processes.together("the folder of offline groups"):
+            if self.processes.first and home.drawing(self.wanted) is None:
+                home.start(self.wanted)
         drawing = home.drawing(self.wanted)
         if drawing is None:
-            drawing = self.wanted
-            home.start(drawing)
-        if not self._draw_missing(home, drawing, console, should_stop):
+            raise UserError(
+                f"{home.home}: process {self.processes.rank} does not see it; put --data.folder on a shared disk"
+            )
+        with self.processes.together("the offline groups"):
+            done = self._draw_missing(home, drawing, console, should_stop)
+        if self.processes.any(not done, "the offline groups"):
             return
         places, self.drawing_s, dropped = home.index(drawing)
         if not places:
@@ -71,11 +79,15 @@ class OfflineSource:
         """See `Source.collect`."""
         assert self.places is not None, "prepare comes first"
         with self.worker.phases("load"):
-            stored = [load(place) for place in self.places.draw(iteration)]
-            x0 = torch.cat([group.x0 for group in stored]).to(self.worker.models.device)
+            stored = [load(where) for where in self.places.draw(iteration)]
+            size = self.config.rollout.group_size
+            share = place(len(stored), size, self.processes.count)[self.processes.rank]
+            mine = [stored[group].x0[first % size : first % size + end - first] for group, first, end in share.parts]
+            x0 = torch.cat(mine).to(self.worker.models.device)
         with self.worker.phases("encode"):
-            text = self.worker.sampler.encoder([group.prompt.text for group in stored for _ in group.rewards])
-        return Groups([group.prompt for group in stored], text, x0, _scores(stored))
+            texts = [stored[position // size].prompt.text for position in range(share.start, share.stop)]
+            text = self.worker.sampler.encoder(texts)
+        return Groups([group.prompt for group in stored], text, x0, _scores(stored), share)
 
     def summary(self) -> dict[str, Any]:
         """See `Source.summary`."""
@@ -99,7 +111,8 @@ class OfflineSource:
         self, home: GroupFolder, drawing: Drawing, console: Console, should_stop: Callable[[], bool]
     ) -> bool:
         """Draws file after file. False where it was asked to stop before the last one."""
-        missing = [number for number in range(len(drawing.files)) if not home.path(number).exists()]
+        mine = range(self.processes.rank, len(drawing.files), self.processes.count)
+        missing = [number for number in mine if not home.path(number).exists()]
         if not missing:
             return True
         lost = 0

@@ -8,6 +8,8 @@ import torch
 
 from dgpo_fast.config import Rollout
 from dgpo_fast.console import Console
+from dgpo_fast.distributed import ALONE, Processes, place
+from dgpo_fast.distributed.scores import gather_scores
 from dgpo_fast.groups import GroupSampler, stream_seed
 from dgpo_fast.metrics import Phases
 from dgpo_fast.policy import PolicyModels, Weights
@@ -49,11 +51,17 @@ class RolloutWorker:
         self.rollout, self.models, self.sampler, self.schedule = rollout, models, sampler, schedule
         self.rewards, self.keep_transitions, self.phases, self.work = rewards, keep_transitions, phases, work
 
-    def draw(self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, draw: int) -> Groups:
-        """One group of each prompt by `weights`; the noise is a function of (seed, draw, position) alone."""
+    def draw(
+        self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, draw: int, processes: Processes = ALONE
+    ) -> Groups:
+        """One group of each prompt by `weights`; the noise is a function of (seed, draw, position) alone.
+
+        Each of `processes` draws and scores its share; all of them must call this together.
+        """
         size, batch_size = self.rollout.group_size, self.rollout.batch_size
-        texts = [prompt.text for prompt in prompts for _ in range(size)]
-        scoring = self.rewards.start(prompts, size)
+        share = place(len(prompts), size, processes.count)[processes.rank]
+        texts = [prompts[position // size].text for position in range(share.start, share.stop)]
+        scoring = self.rewards.start([prompts[position // size] for position in share.pieces], share.piece_size)
         with self.phases("encode"):
             text = self.sampler.encoder(texts)
         with self.phases("rollout"):
@@ -61,7 +69,7 @@ class RolloutWorker:
         latents, noises = [], []
         for rows in batch_slices(len(texts), batch_size):
             with self.phases("rollout"):
-                samples = torch.arange(rows.start, rows.stop, device=self.models.device)
+                samples = torch.arange(share.start + rows.start, share.start + rows.stop, device=self.models.device)
                 noises.append(self._step_noise(samples, seed, draw))
                 x0, _ = self.sampler.latents(
                     texts[rows], samples, self.schedule, guidance_scale=self.rollout.guidance_scale,
@@ -75,9 +83,10 @@ class RolloutWorker:
             with self.phases("reward"):
                 scoring.add(images)  # scored beside the rollout of the next chunk
         with self.phases("reward"):
-            scores = scoring.result()
+            mine = scoring.result()
+        scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {draw + 1}")
         metrics = {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
-        return Groups(list(prompts), text, torch.cat(latents), scores, joined(noises), metrics)
+        return Groups(list(prompts), text, torch.cat(latents), scores, share, joined(noises), metrics)
 
     def _step_noise(self, samples: torch.Tensor, seed: int, draw: int) -> StepNoise | None:
         if self.schedule.noise is None:
@@ -88,15 +97,24 @@ class RolloutWorker:
 class OnlineSource:
     """Groups of each iteration's own prompts, drawn by the weights that `weights` gives at that time."""
 
-    def __init__(self, worker: RolloutWorker, prompts: GroupSampler[Prompt], seed: int, weights: Callable[[], Weights]):
+    def __init__(
+        self,
+        worker: RolloutWorker,
+        prompts: GroupSampler[Prompt],
+        seed: int,
+        weights: Callable[[], Weights],
+        processes: Processes = ALONE,
+    ):
         self.worker, self.prompts, self.seed, self.weights = worker, prompts, seed, weights
+        self.processes = processes
 
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
         """Nothing: everything is drawn when it is needed."""
 
     def collect(self, iteration: int) -> Groups:
         """See `Source.collect`."""
-        return self.worker.draw(self.prompts.draw(iteration), self.weights(), seed=self.seed, draw=iteration)
+        prompts = self.prompts.draw(iteration)
+        return self.worker.draw(prompts, self.weights(), seed=self.seed, draw=iteration, processes=self.processes)
 
     def summary(self) -> dict[str, Any]:
         """See `Source.summary`."""

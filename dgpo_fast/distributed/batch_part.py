@@ -1,0 +1,61 @@
+"""What a process must know of the others to learn from its own samples."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dgpo_fast.distributed.processes import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """Where a process's samples stand among the P·G of all processes, group after group.
+
+    Attributes:
+        first: position of the process's first sample.
+        groups: P, of all processes together.
+        group_size: G.
+        advantage: (P·G,) fp32 of all samples, on the CPU.
+        split: whether some group is held by several processes; the same on every one of them.
+        processes: who they are.
+        what: named in the error where the others do not come.
+    """
+
+    first: int
+    groups: int
+    group_size: int
+    advantage: Tensor
+    split: bool = False
+    processes: Processes = ALONE
+    what: str = "the group scores"
+
+    @property
+    def samples(self) -> int:
+        """P·G."""
+        return self.groups * self.group_size
+
+    def rows(self, start: int, stop: int, count: int) -> slice:
+        """Which of the process's `count` samples lie at the positions [start, stop)."""
+        return slice(min(max(start - self.first, 0), count), min(max(stop - self.first, 0), count))
+
+    def only(self, start: int, stop: int) -> "BatchPart":
+        """The same among the whole groups at the positions [start, stop)."""
+        return replace(
+            self,
+            first=max(self.first - start, 0),
+            groups=(stop - start) // self.group_size,
+            advantage=self.advantage[start:stop],
+        )
+
+    def sum_group_scores(self, score: Tensor) -> Tensor:
+        """Group scores of the process's samples (B,), each summed over the processes that hold a part of its group.
+
+        Every process must call it as often as the others, with no samples too.
+        """
+        if not self.split:
+            return score
+        groups = torch.arange(self.first, self.first + len(score), device=score.device) // self.group_size
+        whole = score.new_zeros(self.groups)
+        whole[groups] = score  # equal within a group
+        return self.processes.sum(whole, self.what)[groups]
