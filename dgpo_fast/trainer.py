@@ -59,6 +59,8 @@ class Trainer:
         self.console = Console(quiet=not processes.first)
         self.writer: CheckpointWriter | None = None
         place(config.rollout.groups, config.rollout.group_size, processes.count)  # refuses processes without work
+        if config.evaluation.images < processes.count:
+            raise UserError(f"evaluation.images {config.evaluation.images}: {processes.count} processes need one each")
         self.prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=config.evaluation.images)
         self.reward = load_rewards(config.rewards)
         self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
@@ -323,7 +325,13 @@ class Trainer:
     def _evaluate(self, weights: Weights, on_step: Callable[[float], None] | None) -> Evaluation:
         self.models.load_behaviour(weights)
         result = evaluate(
-            self.sampler, self.prompts.held_out, self.reward_pool, self.eval_schedule, self.config.evaluation, on_step
+            self.sampler,
+            self.prompts.held_out,
+            self.reward_pool,
+            self.eval_schedule,
+            self.config.evaluation,
+            on_step,
+            self.processes,
         )
         if result.failures:
             first, count = result.failures[0], len(result.failures)

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +34,7 @@ class LostError(UserError):
     """The others did not come: nothing can be agreed on any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Processes:
     """The processes of a run, seen from one of them.
 
@@ -50,7 +50,7 @@ class Processes:
     count: int = 1
     local_rank: int = 0
     timeout_s: float = 600.0
-    waited_s: float = field(default=0.0, compare=False)
+    waited_s: float = 0.0
 
     @property
     def first(self) -> bool:

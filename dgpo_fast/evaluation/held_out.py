@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from dgpo_fast.config import Evaluation as EvaluationConfig
-from dgpo_fast.errors import UserError
+from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
+from dgpo_fast.distributed.placement import even_ranges
+from dgpo_fast.distributed.scores import gather_scores
 from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.prompts import Prompt, in_turn
@@ -80,6 +82,16 @@ class Evaluation:
         return tags
 
 
+def _first_images(images: np.ndarray, start: int, total: int, processes: Processes) -> np.ndarray:
+    """Of `total` images the ones that pictures show, on every process; alone, all. `images` begin at `start`."""
+    if processes.count == 1:
+        return images
+    shown = torch.zeros(min(SHOWN_IMAGES, total), *images.shape[1:], dtype=torch.uint8)
+    count = max(0, min(len(images), len(shown) - start))
+    shown[start : start + count] = torch.from_numpy(images[:count])
+    return processes.sum(shown, "the evaluation's images").numpy()
+
+
 def _mean_of_finite(values: np.ndarray) -> float | None:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else None
@@ -92,21 +104,29 @@ def evaluate(
     schedule: Schedule,
     config: EvaluationConfig,
     on_step: Callable[[float], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
 
-    Raises UserError where not one image could be scored.
+    Each of `processes` draws whole forwards of the sampler where there is one for each, so that an image is the same
+    to the last bit on any number of them; all of them get the scores of all images, and the first images.
+
+    Raises UserError where not one image could be scored. There must be an image for each process.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     device = next(sampler.transformer.parameters()).device
-    samples = torch.arange(len(chosen), device=device)
+    unit = sampler.batch_size if len(chosen) >= sampler.batch_size * processes.count else 1
+    start, stop = even_ranges(len(chosen), processes.count, unit)[processes.rank]
+    samples = torch.arange(start, stop, device=device)
     x0, _ = sampler.latents(
-        [prompt.text for prompt in chosen], samples, schedule, guidance_scale=config.guidance_scale,
+        [prompt.text for prompt in chosen[start:stop]], samples, schedule, guidance_scale=config.guidance_scale,
         seed=stream_seed(config.seed, "evaluation"), draw=0, on_step=on_step,
     )  # fmt: skip
     images = sampler.decode(x0)
-    scores = reward.score_groups(images, chosen, group_size=1)
+    mine = reward.score_groups(images, chosen[start:stop], group_size=1)
+    scores = gather_scores(mine, Share(start, stop, 1), len(chosen), processes, "the evaluation's rewards")
+    images = _first_images(images, start, len(chosen), processes)
     if not scores.valid.any():
-        raise UserError(f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}")
+        raise SharedError(f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}")
     parts = {name: values[:, 0] for name, values in scores.parts.items()}
     return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures)
