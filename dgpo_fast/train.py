@@ -250,4 +250,10 @@ def resume_command(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(train))
+    status = run_command(train)
+    if launched_with_others():
+        # All is written. The communication's threads and the interpreter's end race, and may end in an abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)

@@ -35,7 +35,7 @@ def start(arguments: list[str], count: int) -> list[subprocess.Popen]:
     ]
 
 
-def finish(processes: list[subprocess.Popen], timeout_s: float = 120) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen], timeout_s: float = 400) -> list[tuple[int, str, str]]:
     """(exit status, output, errors) of each; kills what is left after `timeout_s`."""
     try:
         outputs = [process.communicate(timeout=timeout_s) for process in processes]

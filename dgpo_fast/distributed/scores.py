@@ -13,9 +13,7 @@ from dgpo_fast.distributed.processes import Processes
 from dgpo_fast.rewards import GroupScores
 
 
-def gather_scores(
-    mine: GroupScores, share: Share, groups: int, processes: Processes, what: str
-) -> GroupScores:
+def gather_scores(mine: GroupScores, share: Share, groups: int, processes: Processes, what: str) -> GroupScores:
     """The scores of all P groups on every process. A group is valid where all of its pieces are.
 
     Args:

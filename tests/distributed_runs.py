@@ -1,0 +1,132 @@
+"""Runs scenarios of `test_distributed.py` as one of several processes: `python -m tests.distributed_runs NAME …`.
+
+Starting a process costs more than a small run does, so each set of processes runs all scenarios. Process 0 prints what
+came out of them as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from dgpo_fast.cli import configure
+from dgpo_fast.distributed import Processes, connect
+from dgpo_fast.metrics import read_metrics
+from dgpo_fast.trainer import Trainer
+
+PROMPTS = "a cat\na dog\na house\nbig red car\ntwo birds\na tree\na river\na boat\na hill\na door\n"
+SETTINGS = {
+    "prompts": "prompts.txt",
+    "rewards": ["tests.distributed_runs:Brightness"],
+    "iterations": 2,
+    "device": "cpu",
+    "rollout": {
+        "group_size": 4, "groups": 3, "num_inference_steps": 4, "max_sequence_length": 9, "batch_size": 2,
+        "guidance_scale": 2.0,
+    },
+    "dgpo": {"timesteps": 2, "high_noise_steps": 3, "beta": 1000.0, "kl_weight": 0.001, "clip_range": 0.01},
+    "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
+    "optimizer": {"lr": 0.01},
+    "ema": {"eval_every": 1, "switch_ema_ref": 3},
+    "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
+}  # fmt: skip
+SCENARIOS: dict[str, list[str]] = {
+    "lora": ["--iterations", "6", "--evaluation.every", "6"],
+    "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
+    "small micro-batches, std of the iteration": ["--policy.micro-batch", "3", "--advantage.std", "global"],
+    "groups dropped": ["--rewards", "tests.distributed_runs:Flaky", "--iterations", "4"],
+    "pairs": ["--objective", "diffusion_dpo"],
+    "policy gradient": [
+        "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
+        "--flow-grpo.clip-range", "0.1",
+    ],
+    "offline": ["--data.source", "offline", "--data.offline-groups", "7"],
+}  # fmt: skip
+
+
+class Brightness:
+    """How bright an image is: changes with every pixel, so that a difference between runs shows."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        return images.mean((1, 2, 3), dtype=np.float64) / 255
+
+
+class Flaky(Brightness):
+    """Cannot score two of the prompts: whole processes may be left without a group."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        if prompts[0] in ("a dog", "two birds", "a house", "a tree"):
+            raise RuntimeError("no answer")
+        return super().__call__(images, prompts, metadata)
+
+
+def make_workspace(folder: Path, pipeline: Path) -> None:
+    """Writes the prompts and settings that `run` reads."""
+    (folder / "prompts.txt").write_text(PROMPTS)
+    (folder / "small.yaml").write_text(yaml.safe_dump({"model": str(pipeline), **SETTINGS}))
+
+
+class Watched(Trainer):
+    """Keeps the first iteration's gradient and latents."""
+
+    gradient: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+
+    def _update(self, rate: float) -> torch.Tensor:
+        if self.gradient is None:
+            self.gradient = torch.cat([weight.grad.flatten() for weight in self.models.weights.values()])
+        return super()._update(rate)
+
+    def _batch(self, groups: Any) -> Any:
+        if self.latents is None:
+            self.latents = groups.x0
+        return super()._batch(groups)
+
+
+def run(name: str, folder: Path, processes: Processes, resume: Path | None = None) -> dict[str, Any]:
+    """Trains scenario `name` in `folder`; what came out, on process 0 of all."""
+    config = configure(["small.yaml", *SCENARIOS[name]])
+    trainer = Watched(config, processes)
+    if resume is not None:
+        trainer.resume(resume)
+    if processes.first:
+        folder.mkdir(parents=True)
+    trainer.prepare(folder, lambda: False)
+    trainer.open_logs(folder, {})
+    trainer.console.start_training(trainer.iteration, config.iterations)
+    while trainer.iteration < config.iterations:
+        if trainer.iteration == 3:
+            trainer.save(folder)
+        trainer.step()
+    trainer.close()
+    assert trainer.latents is not None and trainer.gradient is not None
+    latents = processes.gather(trainer.latents.tolist(), "latents")
+    if not processes.first:
+        return {}
+    return {
+        "latents": [sample for share in latents for sample in share],
+        "gradient": trainer.gradient.tolist(),
+        "weights": torch.cat([weight.detach().flatten() for weight in trainer.models.weights.values()]).tolist(),
+        "metrics": read_metrics(folder / "metrics.jsonl"),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """`NAME …`: the scenarios to run. `NAME=FOLDER` resumes the run in FOLDER."""
+    processes = connect(120)
+    seen = {}
+    for argument in arguments:
+        name, _, resume = argument.partition("=")
+        folder = Path(f"runs/{processes.count}-{argument.replace('/', '-')}")
+        seen[argument] = run(name, folder, processes, Path(resume) if resume else None)
+    processes.close()
+    if processes.first:
+        Path(f"{processes.count}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

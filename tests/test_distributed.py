@@ -1,0 +1,89 @@
+"""A run on several processes is the run on one: the same latents, gradients, metrics and weights."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dgpo_fast.distributed import ALONE
+from tests.distributed_runs import SCENARIOS, make_workspace, run
+from tests.processes import run_together
+
+RESUMED = "lora=runs/2-lora"
+# Three processes hold a group each; two hold shares that differ in size; four must split groups.
+COUNTS = {2: list(SCENARIOS), 3: ["lora", RESUMED], 4: list(SCENARIOS)}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, random_pipeline: Path) -> dict[int, dict[str, Any]]:
+    """processes → scenario → what came out."""
+    folder, before = tmp_path_factory.mktemp("distributed"), Path.cwd()
+    make_workspace(folder, random_pipeline)
+    os.chdir(folder)
+    try:
+        found: dict[int, dict[str, Any]] = {}
+        for count, scenarios in COUNTS.items():
+            run_together(["-m", "tests.distributed_runs", *scenarios], count)
+            found[count] = json.loads(Path(f"{count}.json").read_text())
+        found[1] = {name: run(name, Path("runs/1") / str(n), ALONE) for n, name in enumerate(SCENARIOS)}
+        found[1][RESUMED] = run("lora", Path("runs/1/resumed"), ALONE, Path("runs/2-lora"))
+        return found
+    finally:
+        os.chdir(before)
+
+
+CASES = [(count, name) for count, names in COUNTS.items() for name in names if "=" not in name]
+
+
+@pytest.mark.parametrize(("count", "name"), CASES)
+def test_latents_are_the_same(count: int, name: str, outcomes: dict) -> None:
+    """To the last bit where batch shapes are: the first iteration's noise is, and so is every forward of two."""
+    mine, alone = (np.array(outcomes[n][name]["latents"], np.float32) for n in (count, 1))
+    np.testing.assert_allclose(mine, alone, rtol=0, atol=1e-5)
+    if count in (2, 3):  # their shares begin at multiples of the rollout's batch
+        assert (mine == alone).all()
+
+
+@pytest.mark.parametrize(("count", "name"), CASES)
+def test_the_gradient_is_the_same(count: int, name: str, outcomes: dict) -> None:
+    mine, alone = (np.array(outcomes[n][name]["gradient"]) for n in (count, 1))
+    assert np.abs(alone).max() > 0
+    np.testing.assert_allclose(mine, alone, rtol=1e-5, atol=1e-6 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize(("count", "name"), CASES)
+def test_metrics_and_weights_are_the_same(count: int, name: str, outcomes: dict) -> None:
+    """After six iterations of `lora`, fewer of the others."""
+    same_metrics(outcomes[count][name]["metrics"], outcomes[1][name]["metrics"])
+    mine, alone = (np.array(outcomes[n][name]["weights"]) for n in (count, 1))
+    assert np.abs(mine - alone).max() < 1e-3 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_checkpoint_of_two_processes_resumes_on(count: int, outcomes: dict) -> None:
+    resumed = outcomes[count][RESUMED]["metrics"]
+    assert [line["iteration"] for line in resumed] == list(range(4, 7))
+    same_metrics(resumed, outcomes[1]["lora"]["metrics"][3:])
+
+
+def test_groups_were_dropped_and_shares_were_uneven(outcomes: dict) -> None:
+    """The scenarios are what their names say."""
+    dropped = [line["groups_dropped_count"] for line in outcomes[4]["groups dropped"]["metrics"]]
+    assert sum(dropped) > 0
+    assert outcomes[1]["groups dropped"]["metrics"][0]["loss"] is not None
+    assert len(outcomes[2]["lora"]["latents"]) == 12
+
+
+def same_metrics(mine: list[dict], alone: list[dict]) -> None:
+    clock = ("_s", "_mib", "tflops", "mfu")
+    assert len(mine) == len(alone)
+    for line, expected in zip(mine, alone, strict=True):
+        for name, value in expected.items():
+            if name.endswith(clock) or isinstance(value, str) or value is None:
+                continue
+            # Differences of two nearly equal losses have the rounding of the losses.
+            scale = abs(expected["dsm_policy"]) if name == "dsm_gap" else 1e-3 if name == "loss" else abs(value)
+            assert abs(line[name] - value) <= 1e-3 * scale + 1e-6, (line["iteration"], name, line[name], value)
