@@ -88,7 +88,7 @@ def configure(args: list[str]) -> Config:
 
 def print_help(command: str, usage: str, args: list[str]) -> None:
     """Prints what the command does, the recipes and every setting with the value that `args` would give it."""
-    recipes = "\n".join(f"  {name:<18} {_first_line(function)}" for name, function in RECIPES.items())
+    recipes = "\n".join(f"  {name:<34} {_first_line(function)}" for name, function in RECIPES.items())
     shown = [arg for arg in args if arg not in ("-h", "--help")]
     description = f"{usage}\n\nRecipes:\n\n{recipes}\n\nSettings (defaults: those of the chosen recipe)"
     print_settings(command, description, configure(shown))

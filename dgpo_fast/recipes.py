@@ -1,14 +1,15 @@
 """Named starting points. Each is a function that returns a `Config`; most derive from another one.
 
 The `sd35m-*` recipes carry the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. Where the
-release's README and its configuration disagree, the configuration counts.
+release's README and its configuration disagree, the configuration counts. Those for Flow-GRPO carry the values of that
+method's release; for Diffusion-DPO none were released, and they share DGPO's.
 """
 
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from dgpo_fast.config import DGPO, EMA, Advantage, Config, Evaluation, Optimizer, Policy, Rollout
+from dgpo_fast.config import DGPO, EMA, Advantage, Config, Data, Evaluation, FlowGRPO, Optimizer, Policy, Rollout
 from dgpo_fast.errors import UserError
 
 
@@ -40,6 +41,51 @@ def tiny_shapes() -> Config:
 def tiny_ocr() -> Config:
     """Words on signs, read by a real OCR engine."""
     return replace(tiny_shapes(), recipe="tiny-ocr", prompts="tiny-signs", rewards=("ocr",))
+
+
+def tiny_shapes_offline() -> Config:
+    """As tiny-shapes, on groups that the reference model drew once."""
+    return replace(tiny_shapes(), recipe="tiny-shapes-offline", data=Data(source="offline", offline_groups=512))
+
+
+def tiny_shapes_sde() -> Config:
+    """As tiny-shapes, with noise in the rollouts."""
+    base = tiny_shapes()
+    return replace(base, recipe="tiny-shapes-sde", rollout=replace(base.rollout, solver="euler", noise_level=0.7))
+
+
+def tiny_shapes_no_timestep_clip() -> Config:
+    """As tiny-shapes, trained on all noise levels."""
+    base = tiny_shapes()
+    return replace(base, recipe="tiny-shapes-no-timestep-clip", dgpo=replace(base.dgpo, high_noise_steps=None))
+
+
+def tiny_shapes_diffusion_dpo() -> Config:
+    """Coloured shapes with Diffusion-DPO: the best and the worst image of each group."""
+    base = tiny_shapes()
+    return replace(
+        base,
+        recipe="tiny-shapes-diffusion-dpo",
+        objective="diffusion_dpo",
+        diffusion_dpo=replace(base.diffusion_dpo, beta=base.dgpo.beta),
+    )
+
+
+def tiny_shapes_diffusion_dpo_offline() -> Config:
+    """As tiny-shapes-diffusion-dpo, on groups that the reference model drew once."""
+    return replace(
+        tiny_shapes_diffusion_dpo(), recipe="tiny-shapes-diffusion-dpo-offline", data=tiny_shapes_offline().data
+    )
+
+
+def tiny_shapes_flow_grpo() -> Config:
+    """Coloured shapes with Flow-GRPO: a policy gradient over rollouts with noise."""
+    return replace(
+        tiny_shapes_sde(),
+        recipe="tiny-shapes-flow-grpo",
+        objective="flow_grpo",
+        ema=replace(tiny_shapes().ema, switch_ema_ref=None),
+    )
 
 
 def sd35m_geneval() -> Config:
@@ -106,15 +152,83 @@ def sd35m_cfgfree_ema() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {
-    "tiny-shapes": tiny_shapes,
-    "tiny-ocr": tiny_ocr,
-    "sd35m-geneval": sd35m_geneval,
-    "sd35m-ocr": sd35m_ocr,
-    "sd35m-pickscore": sd35m_pickscore,
-    "sd35m-cfgfree": sd35m_cfgfree,
-    "sd35m-cfgfree-ema": sd35m_cfgfree_ema,
-}
+def _flow_grpo(base: Config, kl_weight: float) -> Config:
+    """`base` trained with Flow-GRPO at its released values."""
+    return replace(
+        base,
+        recipe=f"{base.recipe}-flow-grpo",
+        objective="flow_grpo",
+        rollout=replace(base.rollout, group_size=24, groups=48, solver="euler", noise_level=0.7),
+        flow_grpo=FlowGRPO(clip_range=1e-4, kl_weight=kl_weight, optimizer_steps=2),
+        policy=replace(base.policy, micro_batch=24),
+        # The policy itself draws: its ratio is 1 until the second optimizer step.
+        ema=replace(base.ema, switch_ema_ref=None),
+    )
+
+
+def _diffusion_dpo(base: Config) -> Config:
+    """`base` trained with Diffusion-DPO."""
+    return replace(
+        base,
+        recipe=f"{base.recipe}-diffusion-dpo",
+        objective="diffusion_dpo",
+        diffusion_dpo=replace(base.diffusion_dpo, beta=base.dgpo.beta),
+    )
+
+
+def sd35m_geneval_flow_grpo() -> Config:
+    """SD3.5-Medium on GenEval with Flow-GRPO."""
+    return _flow_grpo(sd35m_geneval(), kl_weight=0.04)
+
+
+def sd35m_ocr_flow_grpo() -> Config:
+    """SD3.5-Medium writing readable text with Flow-GRPO."""
+    return _flow_grpo(sd35m_ocr(), kl_weight=0.04)
+
+
+def sd35m_pickscore_flow_grpo() -> Config:
+    """SD3.5-Medium on human preference with Flow-GRPO."""
+    return _flow_grpo(sd35m_pickscore(), kl_weight=0.01)
+
+
+def sd35m_geneval_diffusion_dpo() -> Config:
+    """SD3.5-Medium on GenEval with Diffusion-DPO."""
+    return _diffusion_dpo(sd35m_geneval())
+
+
+def sd35m_ocr_diffusion_dpo() -> Config:
+    """SD3.5-Medium writing readable text with Diffusion-DPO."""
+    return _diffusion_dpo(sd35m_ocr())
+
+
+def sd35m_pickscore_diffusion_dpo() -> Config:
+    """SD3.5-Medium on human preference with Diffusion-DPO."""
+    return _diffusion_dpo(sd35m_pickscore())
+
+
+_FUNCTIONS: tuple[Callable[[], Config], ...] = (
+    tiny_shapes,
+    tiny_ocr,
+    tiny_shapes_offline,
+    tiny_shapes_sde,
+    tiny_shapes_no_timestep_clip,
+    tiny_shapes_diffusion_dpo,
+    tiny_shapes_diffusion_dpo_offline,
+    tiny_shapes_flow_grpo,
+    sd35m_geneval,
+    sd35m_ocr,
+    sd35m_pickscore,
+    sd35m_cfgfree,
+    sd35m_cfgfree_ema,
+    sd35m_geneval_flow_grpo,
+    sd35m_ocr_flow_grpo,
+    sd35m_pickscore_flow_grpo,
+    sd35m_geneval_diffusion_dpo,
+    sd35m_ocr_diffusion_dpo,
+    sd35m_pickscore_diffusion_dpo,
+)
+RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
+"""Recipes by name: `tiny-shapes-offline` is `tiny_shapes_offline`."""
 
 
 def get_recipe(name: str) -> Config:
@@ -128,35 +242,45 @@ def get_recipe(name: str) -> Config:
 
 def markdown_table() -> str:
     """The recipes side by side, as the README shows them: `python -m dgpo_fast.recipes`."""
-    columns = [
-        "recipe",
-        "rewards",
-        "P × G",
-        "steps, guidance",
-        "trained on",
-        "β",
-        "KL weight, guidance",
-        "clip",
-        "std",
-        "lr",
-    ]
+    columns = ["recipe", "objective", "rewards", "P × G", "steps, guidance", "trained on", "β", "KL weight, guidance",
+               "clip", "std", "lr"]  # fmt: skip
     rows = [columns, ["---"] * len(columns)]
     for name, recipe in RECIPES.items():
         c = recipe()
-        first = f"{c.dgpo.timesteps} of the first {c.dgpo.high_noise_steps or c.rollout.num_inference_steps}"
+        trained_on, beta, kl, clip = _objective_cells(c)
         rows.append([
             f"`{name}`",
+            f"`{c.objective}`" + (", offline" if c.data.source == "offline" else ""),
             ", ".join(f"`{reward}`" for reward in c.rewards),
             f"{c.rollout.groups} × {c.rollout.group_size}",
-            f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}",
-            f"{first} steps, {c.policy.train}" + (f" r{c.policy.lora_rank}" if c.policy.train == "lora" else ""),
-            f"{c.dgpo.beta:g}" + (", EMA reference" if c.dgpo.reference == "ema" else ""),
-            f"{c.dgpo.kl_weight:g}, {c.dgpo.kl_guidance_scale:g}",
-            "off" if c.dgpo.clip_range is None else f"{c.dgpo.clip_range:g}",
+            f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}"
+            + (f", noise {c.rollout.noise_level:g}" if c.rollout.noise_level else ""),
+            f"{trained_on}, {c.policy.train}" + (f" r{c.policy.lora_rank}" if c.policy.train == "lora" else ""),
+            beta,
+            kl,
+            clip,
             c.advantage.std,
             f"{c.optimizer.lr:g}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _objective_cells(config: Config) -> tuple[str, str, str, str]:
+    """Trained on, β, KL weight and guidance, clip."""
+    if config.objective == "diffusion_dpo":
+        dpo = config.diffusion_dpo
+        return f"{dpo.timesteps} logit-normal levels", f"{dpo.beta:g}", "", ""
+    if config.objective == "flow_grpo":
+        grpo = config.flow_grpo
+        steps = f"all steps but the last, {grpo.optimizer_steps} optimizer steps"
+        return steps, "", f"{grpo.kl_weight:g}, {config.rollout.guidance_scale:g}", f"{grpo.clip_range:g}"
+    dgpo = config.dgpo
+    return (
+        f"{dgpo.timesteps} of the first {dgpo.high_noise_steps or config.rollout.num_inference_steps} steps",
+        f"{dgpo.beta:g}" + (", EMA reference" if dgpo.reference == "ema" else ""),
+        f"{dgpo.kl_weight:g}, {dgpo.kl_guidance_scale:g}",
+        "off" if dgpo.clip_range is None else f"{dgpo.clip_range:g}",
+    )
 
 
 if __name__ == "__main__":

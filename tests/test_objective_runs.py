@@ -1,0 +1,197 @@
+"""Whole runs with every objective: killed and resumed, on data drawn once, and with an objective of a user's own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dgpo_fast.checkpoint import load_newest
+from dgpo_fast.errors import UserError
+from dgpo_fast.metrics import read_metrics
+from dgpo_fast.train import train
+from dgpo_fast.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+NOISE = ["--rollout.solver=euler", "--rollout.noise-level=0.7"]
+OFFLINE = ["--data.source=offline", "--data.offline-groups=8"]
+SYSTEMS = {
+    "dgpo-sde": NOISE,
+    "dgpo-offline": OFFLINE,
+    "diffusion-dpo": ["--objective=diffusion_dpo", "--optimizer.lr=1e-3"],
+    "flow-grpo": ["--objective=flow_grpo", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=none", *NOISE],
+}
+
+
+def untimed(folder: Path) -> list[dict]:
+    """The metrics that do not depend on the clock."""
+    clock = ("_s", "_per_s", "_mib", "_tflops", "_percent")
+    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_newest(folder / "checkpoints")[0].tensors
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(system: str, workspace: Path) -> None:
+    """SIGKILL in mid-run, then --resume: metrics and weights are those of the run that was left alone."""
+    args = ["small.yaml", *SYSTEMS[system], "--iterations", "8"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "dgpo_fast.train", *args, "--name", "killed"], stdout=subprocess.DEVNULL
+    )
+    assert train([*args, "--name", "undisturbed"]) == 0
+    wait_for(workspace / "runs/killed/checkpoints/iteration-000002")
+    killed.kill()
+    killed.wait()
+    shutil.rmtree(workspace / "runs/killed/checkpoints/iteration-000008", ignore_errors=True)
+    assert train(["--resume", "runs/killed"]) == 0
+    ours, theirs = workspace / "runs/killed", workspace / "runs/undisturbed"
+    assert untimed(ours) == untimed(theirs)
+    assert all(torch.equal(tensor, state(theirs)[name]) for name, tensor in state(ours).items())
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def test_flow_grpo_takes_several_optimizer_steps(workspace: Path) -> None:
+    """The step that both optimizer steps share is on policy at first only; one step an iteration stays on policy."""
+    args = ["small.yaml", *SYSTEMS["flow-grpo"], "--iterations", "2", "--flow-grpo.clip-range", "1e9"]
+    for steps in ("1", "2"):
+        assert train([*args, "--name", steps, "--flow-grpo.optimizer-steps", steps]) == 0
+    one, two = (untimed(workspace / "runs" / steps) for steps in ("1", "2"))
+    assert all(line["ratio_deviation"] < 1e-6 for line in one)
+    assert all(line["ratio_deviation"] > 1e-5 for line in two)
+    optimizer_steps = [next(v for k, v in state(workspace / "runs" / s).items() if k.endswith("/step")) for s in "12"]
+    assert [float(step) for step in optimizer_steps] == [2.0, 4.0]
+
+
+def test_an_iteration_broken_between_its_optimizer_steps_is_done_again(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step was taken, the second failed: no checkpoint holds half an iteration, and resuming repeats it."""
+    args = ["small.yaml", *SYSTEMS["flow-grpo"], "--iterations", "3"]
+    train([*args, "--name", "undisturbed"])
+    original, calls = Trainer._update, []
+
+    def update(self: Trainer, rate: float) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise UserError("the second step of the second iteration")
+        return original(self, rate)
+
+    monkeypatch.setattr(Trainer, "_update", update)
+    with pytest.raises(UserError, match="the second step"):
+        train([*args, "--name", "broken"])
+    monkeypatch.undo()
+    os.chdir(workspace)
+    assert load_newest(workspace / "runs/broken/checkpoints")[0].iteration == 1
+    assert train(["--resume", "runs/broken"]) == 0
+    assert untimed(workspace / "runs/broken") == untimed(workspace / "runs/undisturbed")
+
+
+def test_offline_groups_serve_other_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn once, as the online run's first iterations draw them, and read by a run with another seed and objective."""
+    train(["small.yaml", *OFFLINE, "--name", "first", "--data.folder", "groups"])
+    train(["small.yaml", "--name", "online", "--iterations", "2", "--policy.micro-batch", "5"])
+    files = sorted(Path("groups").glob("*.safetensors"))
+    assert [read_x0(file).shape[0] for file in files] == [12, 12, 8]
+    before = {path: path.stat().st_mtime_ns for path in Path("groups").iterdir()}
+    monkeypatch.setattr("dgpo_fast.sources.online.RolloutWorker.draw", None)
+    reuse = ["small.yaml", *OFFLINE, "--data.folder", "groups", "--seed", "5", "--objective", "diffusion_dpo"]
+    assert train([*reuse, "--name", "second"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("groups").iterdir()} == before
+    first, second, online = (untimed(workspace / "runs" / name) for name in ("first", "second", "online"))
+    assert len({line["reward_mean"] for line in second}) > 1, "iterations go through different groups"
+    assert [line["reward_mean"] for line in first] != [line["reward_mean"] for line in second]
+    with safe_open(files[0], framework="pt") as file:
+        drawn = float(file.get_tensor("rewards").double().mean())
+    assert drawn == pytest.approx(online[0]["reward_mean"], rel=1e-6), "the reference is the policy of iteration 0"
+    summary = json.loads((workspace / "runs/second/summary.json").read_text())
+    assert summary["source"] == "offline" and summary["drawn_images"] == 32 and summary["drawing_s"] > 0
+
+
+def read_x0(path: Path) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("x0")
+
+
+def test_offline_groups_of_something_else_are_refused(workspace: Path, random_pipeline: Path) -> None:
+    """Before the run has a folder, in one line that names what differs; damage is named too."""
+    offline = ["small.yaml", *OFFLINE, "--data.folder", "groups", "--iterations", "1"]
+    train([*offline, "--name", "first"])
+    (workspace / "other.txt").write_text("a lake\na stone\na road\na hat\na bee\na cup\n")
+    shutil.copytree(random_pipeline, "other_model")
+    weights = Path("other_model/vae/diffusion_pytorch_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 0x40
+    weights.write_bytes(content)
+    different = {
+        "--rollout.group-size=5": "rollout.group_size",
+        "--rollout.guidance-scale=3": "rollout.guidance_scale",
+        "--rewards=jpeg=2": "rewards",
+        "--prompts=other.txt": "prompts",
+        "--model=other_model": "model",
+        "--data.offline-groups=9": r"data.offline_groups \(8\)",
+    }
+    for change, name in different.items():
+        with pytest.raises(UserError, match=f"^groups: its groups were drawn with another {name}; name another"):
+            train([*offline, "--name", "second", change])
+    assert not Path("runs/second").exists()
+    damaged = Path("groups/groups-000001.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"^groups/groups-000001.safetensors: damaged \(.*\): remove it and"):
+        train([*offline, "--name", "third"])
+    damaged.unlink()
+    assert train(["--resume", "runs/third"]) == 0
+    assert untimed(workspace / "runs/third") == untimed(workspace / "runs/first"), "drawn again as it was"
+
+
+def test_a_drawing_that_is_killed_goes_on(workspace: Path) -> None:
+    """SIGKILL while groups are drawn: what is there stays, and the rest is what one go would have drawn."""
+    args = ["small.yaml", "--data.source=offline", "--data.offline-groups=40", "--iterations=2"]
+    train([*args, "--name", "undisturbed"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dgpo_fast.train", *args, "--name", "killed"], stdout=subprocess.DEVNULL
+    )
+    wait_for(workspace / "runs/killed/groups/groups-000001.safetensors")
+    process.kill()
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in Path("runs/killed/groups").glob("g*.safetensors")}
+    assert len(kept) < 14, "it was killed before the last file"
+    assert train(["--resume", "runs/killed"]) == 0
+    for name, modified in kept.items():
+        assert (Path("runs/killed/groups") / name).stat().st_mtime_ns == modified
+    for path in Path("runs/undisturbed/groups").glob("g*.safetensors"):
+        assert torch.equal(read_x0(path), read_x0(Path("runs/killed/groups") / path.name))
+    assert untimed(workspace / "runs/killed") == untimed(workspace / "runs/undisturbed")
+
+
+def test_the_objective_of_the_guide(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File and recipe copied from docs/objectives.md train from outside the package, and resume."""
+    guide = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+    code, recipe = (re.search(rf"```{kind}\n(.*?)```", guide, re.S) for kind in ("python", "yaml"))
+    assert code and recipe
+    (workspace / "my_objectives.py").write_text(code[1], encoding="utf-8")
+    (workspace / "my_recipe.yaml").write_text(recipe[1], encoding="utf-8")
+    monkeypatch.syspath_prepend(str(workspace))
+    small = [
+        "--rollout.groups=2", "--rollout.group-size=4", "--rollout.num-inference-steps=2", "--evaluation.images=8",
+        "--evaluation.num-inference-steps=2", "--iterations=3", "--policy.micro-batch=3",
+    ]  # fmt: skip
+    assert train(["my_recipe.yaml", *small, "--name", "own"]) == 0
+    losses = [line["loss"] for line in untimed(workspace / "runs/own")]
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    assert train(["--resume", "runs/own", "--iterations", "4"]) == 0
+    assert len(untimed(workspace / "runs/own")) == 4
