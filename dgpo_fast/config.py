@@ -167,6 +167,9 @@ class Optimizer:
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """The gradient's norm is clipped to this."""
+    max_skipped_steps: Count = 3
+    """Stop, with a checkpoint and a dump, after so many steps in a row that were skipped for a gradient that is not
+    finite."""
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -17,7 +17,9 @@ from dgpo_fast.config import Config, to_dict
 from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.console import Console, duration
 from dgpo_fast.distributed import ALONE, BatchPart, Processes, Share, SharedError, place
+from dgpo_fast.distributed.checks import DriftError, checksum, compare
 from dgpo_fast.distributed.gradients import sum_gradients
+from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
@@ -95,6 +97,9 @@ class Trainer:
         self.iteration = 0
         self.lost_in_a_row = 0
         self.halfway = False
+        self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, self.console.note)
+        self.skipped = 0
+        self.folder: Path | None = None
         self._describe()
 
     def _make_source(self) -> Source:
@@ -175,6 +180,7 @@ class Trainer:
 
     def open_logs(self, folder: Path, settings: dict[str, Any]) -> None:
         """Opens metrics.jsonl, dropping what lies after the checkpoint resumed from, and the optional loggers."""
+        self.folder = folder
         if not self.processes.first:
             return
         self.metrics = MetricsFile(folder / "metrics.jsonl", until=self.iteration)
@@ -200,12 +206,13 @@ class Trainer:
                 "--rollout.batch-size and --resume"
             ) from None
         self.iteration += 1
+        self._compare_processes()
         seconds = time.perf_counter() - started
         metrics |= {"iteration_s": seconds, "images_per_s": metrics["images_count"] / seconds}
         metrics |= self.work.rates(self.work.take(), seconds)
         if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
             metrics |= self._heldout()
-        metrics = {"iteration": self.iteration, **metrics, **self.phases.take()}
+        metrics = {"iteration": self.iteration, **metrics, **self._phases(seconds)}
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)
         if not self.processes.first:
             return
@@ -213,15 +220,47 @@ class Trainer:
         self.loggers.write(metrics)
         self.console.iteration(metrics)
 
+    def _phases(self, iteration_s: float) -> dict[str, Any]:
+        """Seconds per phase of this process; of all, how long they waited and how uneven their own work was."""
+        mine = self.phases.take()
+        if self.processes.count == 1:
+            return mine
+        what = f"the seconds of iteration {self.iteration}"
+        everyone = self.processes.gather({**mine, "waited_s": self.processes.take_waited_s()}, what)
+        busy = [max(iteration_s - theirs["waited_s"], 0.0) for theirs in everyone]
+        waited_s = sum(theirs["waited_s"] for theirs in everyone) / len(everyone)
+        # 1 is even: the slowest process works as long as the mean.
+        return {**mine, "waited_s": waited_s, "imbalance": max(busy) * len(busy) / sum(busy), "processes": everyone}
+
+    def _compare_processes(self) -> None:
+        """Compares weights and counters over the processes, now and then and before every checkpoint.
+
+        Raises DriftError where they differ; nothing is saved from then on.
+        """
+        every = (self.config.distributed.check_every, self.config.checkpoint.every)
+        if self.processes.count == 1 or not any(n and self.iteration % n == 0 for n in every):
+            return
+        averages = {
+            "averages": checksum({**self.old.weights, **{f"slow.{n}": w for n, w in self.slow.weights.items()}})
+        }
+        state = {"iteration": self.iteration, "weights": checksum(self.models.weights), **averages}
+        try:
+            compare(state, self.processes, f"after iteration {self.iteration}")
+        except DriftError:
+            self.halfway = True  # what is here must not be saved
+            raise
+
     def _learn(self, batch: Batch) -> dict[str, Any]:
         """The iteration's optimizer steps; metrics are means over its samples."""
         rate = learning_rate(self.config.optimizer, self.iteration, self.config.iterations)
         totals: dict[str, Any] = {}
+        self.skipped = 0
         for part in self.objective.optimizer_batches(batch):
             with self.phases("train"), self.work.training():
                 losses = self.objective.accumulate(part, self.models, self.old.weights)
             with self.phases("communicate"):
                 what = f"the gradients of iteration {self.iteration + 1}"
+                self.own_norm = gradient_norm(self.models.weights)
                 sum_gradients(self.models.weights, {}, self.processes, what)
             with self.phases("optimizer"):
                 norm = self._update(rate)
@@ -229,7 +268,11 @@ class Trainer:
             parts = {**losses, "grad_norm": norm / self.processes.count}
             add_metrics(totals, parts, part.samples / batch.samples)
         self.halfway = False
-        return {"learning_rate": rate, **self._sum({name: float(value) for name, value in totals.items()})}
+        return {
+            "learning_rate": rate,
+            "steps_skipped_count": self.skipped,
+            **self._sum({name: float(value) for name, value in totals.items()}),
+        }
 
     def _sum(self, numbers: dict[str, float]) -> dict[str, float]:
         """Numbers added up over the processes; one that holds no sample has none to add."""
@@ -279,17 +322,27 @@ class Trainer:
     def _update(self, rate: float) -> Tensor:
         """One optimizer step at learning rate `rate`; returns the gradient's norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.models.weights.values()), self.config.optimizer.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise SharedError(
-                f"iteration {self.iteration + 1}: the gradient is not finite, its step was not taken; "
-                "resume with a lower --optimizer.lr or --precision fp32"
-            )
+        try:
+            allowed = self.guard.allows(norm, self.own_norm, self.iteration + 1)
+        except SharedError:
+            self._dump()
+            raise
+        if not allowed:
+            self.skipped += 1
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm
         self.halfway = True
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _dump(self) -> None:
+        """Writes what is known of a run that is about to stop for its gradients; the counters draw the rest again."""
+        if self.folder is not None and self.processes.first:
+            known = {"iteration": self.iteration + 1, "seed": self.config.seed, "weights": damage(self.models.weights)}
+            write_json(self.folder / f"dump-{self.iteration + 1:06d}.json", known)
 
     def _average(self) -> None:
         """Moves both averages of the weights, once an iteration."""

@@ -1,0 +1,68 @@
+"""Optimizer steps that must not be taken, on all processes together."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgpo_fast.distributed.processes import Processes, SharedError
+
+
+class StepGuard:
+    """Skips the steps whose gradient is not finite, and ends the run after too many in a row.
+
+    A NaN on one process makes the summed gradient NaN on all of them, so that all decide alike without being asked.
+
+    Args:
+        limit: skipped steps in a row that end the run.
+        processes: those of the run.
+        note: told in one line of every step that is skipped.
+    """
+
+    def __init__(self, limit: int, processes: Processes, note: Callable[[str], None]):
+        self.limit, self.processes, self.note = limit, processes, note
+        self.in_a_row = 0
+
+    def allows(self, norm: Tensor, own_norm: Tensor, iteration: int) -> bool:
+        """Whether the step is to be taken.
+
+        Args:
+            norm: of the summed gradient, the same on all processes.
+            own_norm: of this process's part of it, which tells whose it was.
+            iteration: counted from 1, for messages.
+
+        Raises SharedError at the limit.
+        """
+        if math.isfinite(float(norm)):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        finite = self.processes.gather(math.isfinite(float(own_norm)), f"the gradients of iteration {iteration}")
+        guilty = [str(rank) for rank, fine in enumerate(finite) if not fine]
+        whose = f" (process {', '.join(guilty)})" if guilty and self.processes.count > 1 else ""
+        line = f"iteration {iteration}: the gradient is not finite{whose}; its step was not taken"
+        self.note(line)
+        if self.in_a_row >= self.limit:
+            raise SharedError(
+                f"{line}, the {self.in_a_row}. in a row: resume with a lower --optimizer.lr or --precision fp32"
+            )
+        return False
+
+
+def gradient_norm(weights: Mapping[str, nn.Parameter]) -> Tensor:
+    """The norm of this process's own gradients, on their device; 0 where there are none."""
+    gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) if gradients else torch.zeros(())
+
+
+def damage(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a dump says of weights: how many are not finite, and the largest of the others."""
+    return {
+        name: {
+            "not_finite": int((~torch.isfinite(weight)).sum()),
+            "largest": float(torch.nan_to_num(weight.detach().float(), 0.0, 0.0, 0.0).abs().max()),
+        }
+        for name, weight in weights.items()
+    }
