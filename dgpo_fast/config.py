@@ -128,6 +128,9 @@ class Policy:
     weights: Literal["auto", "fp32", "bf16_master", "bf16_stochastic"] = "auto"
     """How trained weights are kept: fp32, cast at each forward of a bf16 run; bf16 with the lower half of an fp32
     master beside it (4 bytes a weight); bf16 rounded stochastically (2 bytes). auto: bf16_master in a bf16 run."""
+    behaviour: Literal["merged", "adapter"] = "merged"
+    """With LoRA, what draws the rollouts: a merged copy of the model, or the model itself with a second adapter, which
+    saves the copy and makes each forward slower by the adapter's share."""
     lora_rank: Count = 64
     """Rank of the adapters."""
     lora_alpha: Positive = 128.0
@@ -186,6 +189,8 @@ class EMA:
     """The slow average, which is evaluated and saved: decay = min(this, (1 + s) / (10 + s)). 0: no average."""
     eval_every: Count = 8
     """Iterations between updates of the slow average."""
+    offload: bool = False
+    """Keep the slow average in the CPU's memory."""
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -14,10 +14,14 @@ class MovingAverage:
 
     Args:
         weights: the trained tensors; the average starts as a copy of them.
+        device: where the average is kept; where the weights are by default.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self.weights: dict[str, Tensor] = {name: w.detach().float().clone() for name, w in weights.items()}
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device | None = None):
+        self.weights: dict[str, Tensor] = {
+            name: weight.detach().to(device or weight.device, torch.float32, copy=True)
+            for name, weight in weights.items()
+        }
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], decay: float) -> None:
@@ -25,7 +29,7 @@ class MovingAverage:
         names = list(self.weights)
         for start in range(0, len(names), TENSORS_AT_ONCE):
             some = names[start : start + TENSORS_AT_ONCE]
-            values = [weights[name].detach().float() for name in some]
+            values = [weights[name].detach().to(self.weights[name].device, torch.float32) for name in some]
             torch._foreach_lerp_([self.weights[name] for name in some], values, 1.0 - decay)
 
     @torch.no_grad()

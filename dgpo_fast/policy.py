@@ -2,7 +2,8 @@
 
 * **base**: the frozen pretrained transformer W. It is the reference, and carries no adapter.
 * **policy**: what is trained. With LoRA it is W + (alpha / rank)·B·A, its W being the *same tensors* as the base's.
-* **behaviour**: one merged copy without adapters in its graph. It draws the rollouts and gives the old predictions.
+* **behaviour**: one merged copy without adapters in its graph. It draws the rollouts and gives the old predictions. To
+  save its memory, it can be the base's tensors with an adapter of its own instead (`policy.behaviour`).
 
 Nothing is ever switched on or off: `load_behaviour` writes the wanted weights into the behaviour copy, in fp32
     arithmetic, once or twice an iteration.
@@ -52,8 +53,14 @@ class PolicyModels:
     def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int):
         self.config = config
         self.base = transformer
-        self.behaviour = _copy(transformer)
         self.storage = weight_storage(config, transformer.dtype)
+        self.adapted = config.train == "lora" and config.behaviour == "adapter"
+        if self.adapted:
+            self.behaviour = with_lora(_sharing_copy(transformer), config, seed).requires_grad_(False)
+            for factor in self.behaviour.parameters():
+                factor.data = factor.data.to(transformer.dtype)
+        else:
+            self.behaviour = _copy(transformer)
         if config.train == "lora":
             self.policy = with_lora(_sharing_copy(transformer), config, seed)
         else:
@@ -82,15 +89,16 @@ class PolicyModels:
     @torch.no_grad()
     def load_behaviour(self, weights: Weights) -> None:
         """Makes the behaviour copy predict what the policy would with `weights`. In place, without a host sync."""
-        merged = dict(self.behaviour.named_parameters())
-        if self.config.train == "full":
+        own = dict(self.behaviour.named_parameters())
+        if self.adapted or self.config.train == "full":
             for name, weight in weights.items():
-                merged[name].copy_(weight)
+                own[name].copy_(weight)
             return
         for name, layer in self._lora_layers():
-            down, up = (weights[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
-            delta = layer.scaling[ADAPTER] * (up.float() @ down.float())
-            merged[f"{name}.weight"].copy_(layer.base_layer.weight.float() + delta)
+            factors = (weights[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
+            down, up = (factor.to(self.device, torch.float32) for factor in factors)
+            delta = layer.scaling[ADAPTER] * (up @ down)
+            own[f"{name}.weight"].copy_(layer.base_layer.weight.float() + delta)
 
     def initial_weights(self) -> Weights:
         """Weights with which the policy predicts what the base model does."""

@@ -29,7 +29,8 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.
 MAY_CHANGE = (
     "iterations", "device", "precision", "optimizer.", "checkpoint.", "distributed.", "log.", "evaluation.every",
-    "rollout.batch_size", "policy.micro_batch", "max_lost_iterations", "reward_workers", "reward_deadline_s",
+    "rollout.batch_size", "policy.micro_batch", "policy.behaviour", "ema.offload", "max_lost_iterations",
+    "reward_workers", "reward_deadline_s",
 )  # fmt: skip
 MUST_STAY = ("optimizer.name",)  # its state is another's
 

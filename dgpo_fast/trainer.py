@@ -90,7 +90,8 @@ class Trainer:
         self.optimizer = make_optimizer(
             self.models.weights, config.optimizer, self.models.storage, stream_seed(config.seed, "rounding")
         )
-        self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights)
+        slow_device = torch.device("cpu") if config.ema.offload else None
+        self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights, slow_device)
         self.phases = Phases(self.device)
         self.work = WorkMeter(self.models, self.pipeline.vae, config.policy, self.sampler.shape)
         self.source = self._make_source()

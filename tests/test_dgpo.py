@@ -96,10 +96,10 @@ def test_equal_rewards_leave_only_the_kl_term(random_pipeline: Path) -> None:
     assert torch.equal(gradients[1], gradients[2]), "the groups' strength plays no part"
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_behaviour_predicts_what_the_policy_does(train: str, random_pipeline: Path) -> None:
-    """The merged copy agrees with the policy; base stays the pretrained model; both are where no gradient reaches."""
-    config = replace(make_config(), policy=replace(make_config().policy, train=train))
+@pytest.mark.parametrize("what", [("lora", "merged"), ("lora", "adapter"), ("full", "merged")])
+def test_behaviour_predicts_what_the_policy_does(what: tuple[str, str], random_pipeline: Path) -> None:
+    """The copy agrees with the policy; base stays the pretrained model; both are where no gradient reaches."""
+    config = replace(make_config(), policy=replace(make_config().policy, train=what[0], behaviour=what[1]))
     case = Case(random_pipeline, config)
     original = load_pipeline(str(random_pipeline), revision=None, device=CPU, dtype=torch.float32).transformer
     x_t, timestep, text = case.batch.x0, torch.tensor(700.0), case.batch.text
@@ -109,7 +109,7 @@ def test_behaviour_predicts_what_the_policy_does(train: str, random_pipeline: Pa
         case.models.load_behaviour(case.models.weights)
         merged = predict(case.models.behaviour, x_t, timestep, text)
         assert (policy - base).abs().max() > 1e-2
-        assert torch.allclose(merged, policy, atol=2e-5)
+        assert torch.allclose(merged, policy, atol=0 if what == ("lora", "adapter") else 2e-5)
         assert torch.equal(predict(case.models.base, x_t, timestep, text), base)
         case.models.load_behaviour(case.models.initial_weights())
         assert torch.equal(predict(case.models.behaviour, x_t, timestep, text), base)
@@ -123,6 +123,17 @@ def test_lora_policy_shares_the_base_weights(random_pipeline: Path) -> None:
     own = [p for p in models.policy.parameters() if p.data_ptr() not in base]
     assert {id(p) for p in own} == {id(p) for p in models.weights.values()}
     assert not {p.data_ptr() for p in models.behaviour.parameters()} & base
+
+
+def test_a_second_adapter_costs_its_factors_alone(random_pipeline: Path) -> None:
+    """With `policy.behaviour adapter` the large tensors are there once, and the factors of each are its own."""
+    config = make_config()
+    models = Case(random_pipeline, replace(config, policy=replace(config.policy, behaviour="adapter"))).models
+    base = {parameter.data_ptr() for parameter in models.base.parameters()}
+    own = {name: p for name, p in models.behaviour.named_parameters() if p.data_ptr() not in base}
+    assert own.keys() == models.weights.keys()
+    assert not {p.data_ptr() for p in own.values()} & {p.data_ptr() for p in models.weights.values()}
+    assert {p.dtype for p in own.values()} == {models.dtype}
 
 
 def test_lora_targets_that_match_nothing_are_refused(random_pipeline: Path) -> None:
