@@ -262,6 +262,11 @@ class Config:
     rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
     """What to raise, with `=weight`: names (shapes, ocr, geneval-hf, pickscore, …), your own `my_module:MyReward`, a
     judge's file or a reward server's address."""
+    prompt_cache: Annotated[str, Field(min_length=1)] = "auto"
+    """Where encoded prompts are kept for all runs: auto (the user's cache folder, or $DGPO_FAST_CACHE), off, or a
+    folder."""
+    prompt_cache_gib: Positive = 50.0
+    """Most disk space for encoded prompts, in GiB; the least recently used ones go beyond it."""
     reward_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Processes that score groups beside the rollout, for rewards that run on the CPU. auto: as many as there are cores
     but one, eight at most, on a GPU; none on a CPU, where they would share the rollout's cores."""

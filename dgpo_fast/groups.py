@@ -45,6 +45,17 @@ class GroupSampler(Generic[T]):
         orders = {epoch: self._order(epoch) for epoch in {p // len(self.items) for p in positions}}
         return [self.items[orders[p // len(self.items)][p % len(self.items)]] for p in positions]
 
+    def all_drawn(self, iterations: range) -> list[T]:
+        """The items of `iterations`, in the order of their first use; some may be there twice."""
+        start, count = iterations.start * self.groups, len(self.items)
+        # The rest of a pass and a whole one after it hold every item.
+        stop = min(iterations.stop * self.groups, (start // count + 2) * count)
+        drawn: list[T] = []
+        for epoch in range(start // count, -(-stop // count)):
+            order = self._order(epoch)[max(start - epoch * count, 0) : stop - epoch * count]
+            drawn += [self.items[index] for index in order]
+        return drawn
+
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
 

@@ -13,13 +13,16 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dgpo_fast import tiny
+from dgpo_fast.architecture import TEXT_ENCODERS
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import stream_seed
+from dgpo_fast.prompt_cache import content_digest, default_folder
 from dgpo_fast.random_weights import find_architecture, random_pipeline
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 FINGERPRINT_ELEMENTS = 256
+TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def pick_device(name: str) -> torch.device:
@@ -45,12 +48,14 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float32
 
 
-def make_pipeline(config: Config, *, device: torch.device, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+def make_pipeline(
+    config: Config, *, device: torch.device, dtype: torch.dtype, with_text: bool = True
+) -> StableDiffusion3Pipeline:
     """The pipeline that `config` names, with trained or with random weights. Raises UserError as `load_pipeline`."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # a run's own console shows what takes time
     if not config.random_weights:
-        return load_pipeline(config.model, revision=config.revision, device=device, dtype=dtype)
+        return load_pipeline(config.model, revision=config.revision, device=device, dtype=dtype, with_text=with_text)
     return random_pipeline(
         find_architecture(config.model), device=device, dtype=dtype, seed=stream_seed(config.seed, "random weights"),
         text_encoders=config.random_text_encoders,
@@ -58,13 +63,14 @@ def make_pipeline(config: Config, *, device: torch.device, dtype: torch.dtype) -
 
 
 def load_pipeline(
-    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype
+    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype, with_text: bool = True
 ) -> StableDiffusion3Pipeline:
     """The pipeline `model` on `device`, all modules frozen and in eval mode.
 
     Args:
         model: "tiny", a folder in diffusers' format, or "organisation/name" on the hub.
         revision: branch, tag or commit on the hub.
+        with_text: load the text encoders and tokenizers too; `load_text_encoders` can add them later.
 
     Raises UserError where there is no such model or it is not a Stable Diffusion 3 pipeline.
     """
@@ -76,8 +82,7 @@ def load_pipeline(
     try:
         # Downloads show their own progress; reading from the disk needs none.
         folder = source if source.exists() else StableDiffusion3Pipeline.download(model, revision=revision)
-        # A pipeline may be without its T5 encoder; diffusers wants to be told so by name.
-        absent = {name: None for name, value in index.items() if value == [None, None]}
+        absent = _absent(index) if with_text else dict.fromkeys(TEXT_PARTS)
         pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **absent)
     except (OSError, ValueError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
@@ -86,6 +91,48 @@ def load_pipeline(
     for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
         module.requires_grad_(False).eval()
     return pipeline
+
+
+def load_text_encoders(
+    pipeline: StableDiffusion3Pipeline, device: torch.device, dtype: torch.dtype
+) -> StableDiffusion3Pipeline:
+    """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
+
+    Args:
+        pipeline: stays as it is.
+        device: where the text encoders go.
+        dtype: of their weights.
+
+    Raises UserError where they cannot be loaded.
+    """
+    folder = Path(pipeline.name_or_path)
+    try:
+        shared = {"transformer": pipeline.transformer, "vae": pipeline.vae, "scheduler": pipeline.scheduler}
+        absent = _absent(_local_index(folder))
+        whole = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **shared, **absent)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the text encoders in {folder} cannot be loaded: {_first_line(error)}") from error
+    whole.set_progress_bar_config(disable=True)
+    for module in text_encoders(whole):
+        module.to(device).requires_grad_(False).eval()
+    return whole
+
+
+def lacks_text_encoders(pipeline: StableDiffusion3Pipeline) -> bool:
+    """Whether the pipeline was loaded without text encoders that its folder has."""
+    return type(pipeline) is StableDiffusion3Pipeline and not text_encoders(pipeline)
+
+
+def has_t5(pipeline: StableDiffusion3Pipeline) -> bool:
+    """Whether the pipeline has a T5 encoder, loaded or not."""
+    if lacks_text_encoders(pipeline):
+        return "text_encoder_3" not in _absent(_local_index(Path(pipeline.name_or_path)))
+    return pipeline.text_encoder_3 is not None
+
+
+def _absent(index: dict) -> dict[str, None]:
+    """What a pipeline does not have, as its T5 encoder: diffusers wants to be told so by name."""
+    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
@@ -97,9 +144,12 @@ def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
 def fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
     """A digest of the pipeline's weights: of some elements of every parameter, rounded to bf16.
 
-    The same weights in fp32 and in bf16 have the same one; weights trained a little further have another one.
+    The same weights in fp32 and in bf16 have the same one; weights trained a little further have another one. Text
+    encoders that are not loaded count by the content of their files.
     """
     digest = hashlib.blake2b(digest_size=16)
+    if lacks_text_encoders(pipeline):
+        digest.update(content_digest(Path(pipeline.name_or_path), default_folder()).encode())
     for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
         for name, parameter in module.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -30,7 +30,7 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
 MAY_CHANGE = (
     "iterations", "device", "precision", "optimizer.", "checkpoint.", "distributed.", "log.", "evaluation.every",
     "rollout.batch_size", "policy.micro_batch", "policy.behaviour", "ema.offload", "max_lost_iterations",
-    "reward_workers", "reward_deadline_s",
+    "reward_workers", "reward_deadline_s", "prompt_cache",
 )  # fmt: skip
 MUST_STAY = ("optimizer.name",)  # its state is another's
 
@@ -114,6 +114,8 @@ def train(args: list[str]) -> int:
             lock = open_folder(config, folder, resumed)
     if resumed:
         trainer.resume(folder)
+    with processes.together("the encoded prompts"):
+        trainer.encode_prompts()
     stop = StopSignal(quiet=not processes.first)
     try:
         with stop.installed():

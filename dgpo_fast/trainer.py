@@ -39,7 +39,7 @@ from dgpo_fast.schedule import make_schedule
 from dgpo_fast.sources import Groups, Source
 from dgpo_fast.sources.offline import OfflineSource
 from dgpo_fast.sources.online import OnlineSource, RolloutWorker
-from dgpo_fast.text import PromptEncoder
+from dgpo_fast.text import make_prompt_encoder
 from dgpo_fast.version import code_version
 
 BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
@@ -72,9 +72,10 @@ class Trainer:
             deadline_s=config.reward_deadline_s, device=self.device, note=self.console.note,
         )  # fmt: skip
         dtype = pick_dtype(config.precision, self.device)
-        self.pipeline = make_pipeline(config, device=self.device, dtype=dtype)
+        self.pipeline = make_pipeline(config, device=self.device, dtype=dtype, with_text=False)
         self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
-        self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
+        self.encoder = make_prompt_encoder(self.pipeline, config, self.console.note)
+        self.encoder([""])  # finds text encoders that cannot be loaded
         self.sampler = Sampler(
             self.pipeline, self.models.behaviour, self.encoder,
             resolution=config.rollout.resolution, batch_size=config.rollout.batch_size,
@@ -153,6 +154,16 @@ class Trainer:
         """Draws what is drawn before the first iteration, until it is done or `should_stop`."""
         self.source.prepare(folder, self.console, should_stop)
         self.phases.take(), self.work.take()  # no part of an iteration: the source counts its own seconds
+
+    def encode_prompts(self) -> None:
+        """Encodes what no run has encoded before, so that the text encoders can leave before training begins."""
+        drawn = self.source.prompts_of(range(self.iteration, self.config.iterations))
+        texts = ["", *(prompt.text for prompt in [*self.prompts.held_out, *drawn])]
+        # Processes begin at different prompts, and find what the others have encoded in the meantime.
+        first = len(texts) * self.processes.rank // self.processes.count
+        with self.console.track("encoding prompts") as on_step:
+            done = self.encoder.prepare(texts[first:] + texts[:first], on_step)
+        self.console.note(done)
 
     def save(self, folder: Path, wait: bool = True) -> None:
         """Has a checkpoint written, and waits for the disk if asked to; raises UserError where the disk refused.
@@ -433,7 +444,9 @@ class Trainer:
 
     def _write_results(self, folder: Path, before: Evaluation, after: Evaluation) -> None:
         after.save(folder / AFTER_FILE)
-        self.models.save(self._evaluated_weights(), folder, self.pipeline)
+        # A LoRA file needs no text encoders, a whole pipeline does.
+        pipeline = self.encoder.whole_pipeline() if self.config.policy.train == "full" else self.pipeline
+        self.models.save(self._evaluated_weights(), folder, pipeline)
         lines = read_metrics(folder / "metrics.jsonl")
         summary = {
             "recipe": self.config.recipe,

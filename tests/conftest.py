@@ -1,5 +1,6 @@
 """Shared by all tests: a small random pipeline of SD3.5's full architecture, and settings of a run with it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,9 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_prompt_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and the processes that they start, leave the user's cache alone."""
+    os.environ["DGPO_FAST_CACHE"] = str(tmp_path_factory.mktemp("prompt_cache"))

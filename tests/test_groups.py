@@ -24,6 +24,14 @@ def test_advantages_of_a_group_cancel(rewards: np.ndarray, std: str) -> None:
         assert (np.diff(scores.numpy()[np.argsort(group, kind="stable")]) >= 0).all()
 
 
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 9), st.integers(0, 9))
+def test_all_drawn_are_the_prompts_of_all_iterations(prompts: int, groups: int, first: int, count: int) -> None:
+    sampler = GroupSampler([Prompt(str(number)) for number in range(prompts)], groups, seed=0)
+    expected = [prompt.text for iteration in range(first, first + count) for prompt in sampler.draw(iteration)]
+    found = [prompt.text for prompt in sampler.all_drawn(range(first, first + count))]
+    assert list(dict.fromkeys(found)) == list(dict.fromkeys(expected))
+
+
 @settings(deadline=None)
 @given(st.floats(-100, 100, width=32), st.integers(2, 30))
 def test_equal_rewards_give_exact_zeros(reward: float, size: int) -> None:

@@ -79,9 +79,9 @@ def test_each_prompt_is_encoded_once_and_alike(pipeline: object, monkeypatch: py
 
 
 def test_forgotten_prompts_are_encoded_again(pipeline: object) -> None:
-    encoder = PromptEncoder(pipeline, max_sequence_length=9, cache_mib=0)
+    encoder = PromptEncoder(pipeline, max_sequence_length=9, memory_mib=0)
     first = encoder(["a cat"])
-    assert not encoder.cache
+    assert not encoder.memory
     assert torch.equal(encoder(["a cat"]).prompt, first.prompt)
 
 

@@ -84,6 +84,21 @@ def test_rewards_in_worker_processes_give_the_same_run(workspace: Path) -> None:
         assert line["reward_busy_s"] > 0 and line["reward_s"] >= line["reward_wait_s"] > 0
 
 
+def test_cached_prompts_give_the_same_run_without_text_encoders(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics, scores and weights are equal to the last bit; the second run to use the cache loads no text encoder."""
+    short = ["small.yaml", "--iterations", "3"]
+    train([*short, "--name", "uncached", "--prompt-cache", "off"])
+    train([*short, "--name", "first", "--prompt-cache", "cache"])
+    monkeypatch.setattr("dgpo_fast.text.load_text_encoders", lambda *args: pytest.fail("text encoders were loaded"))
+    train([*short, "--name", "second", "--prompt-cache", "cache"])
+    runs = [workspace / "runs" / name for name in ("uncached", "first", "second")]
+    assert untimed(runs[0]) == untimed(runs[1]) == untimed(runs[2])
+    weights = [load_file(run / "pytorch_lora_weights.safetensors") for run in runs]
+    assert all(torch.equal(tensor, other[name]) for other in weights[1:] for name, tensor in weights[0].items())
+
+
 @pytest.mark.parametrize("train_what", ["lora", "full"])
 def test_the_reference_never_moves(train_what: str, workspace: Path, random_pipeline: Path) -> None:
     """After some steps base equals the pretrained transformer to the last bit, and the policy does not."""

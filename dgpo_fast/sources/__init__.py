@@ -51,6 +51,10 @@ class Source(Protocol):
         """
         ...
 
+    def prompts_of(self, iterations: range) -> list[Prompt]:
+        """The prompts that `iterations`, and what comes before the first one, ask for; some may be there twice."""
+        ...
+
     def collect(self, iteration: int) -> Groups:
         """The groups of iteration `iteration`, counted from 0."""
         ...

@@ -75,6 +75,10 @@ class OfflineSource:
         )
         self.places = GroupSampler(places, self.config.rollout.groups, self.config.seed, stream="offline groups")
 
+    def prompts_of(self, iterations: range) -> list[Prompt]:
+        """See `Source.prompts_of`."""
+        return self._dealer(self.wanted).all_drawn(range(len(self.wanted.files)))
+
     def collect(self, iteration: int) -> Groups:
         """See `Source.collect`."""
         assert self.places is not None, "prepare comes first"
@@ -107,6 +111,9 @@ class OfflineSource:
         }
         return Drawing(conditions, self.config.data.offline_groups, self.config.rollout.groups, self.config.seed)
 
+    def _dealer(self, drawing: Drawing) -> GroupSampler[Prompt]:
+        return GroupSampler(self.prompts, drawing.file_groups, drawing.seed)
+
     def _draw_missing(
         self, home: GroupFolder, drawing: Drawing, console: Console, should_stop: Callable[[], bool]
     ) -> bool:
@@ -132,7 +139,7 @@ class OfflineSource:
 
     def _draw_file(self, home: GroupFolder, drawing: Drawing, number: int) -> GroupScores:
         started = time.perf_counter()
-        prompts = GroupSampler(self.prompts, drawing.file_groups, drawing.seed).draw(number)
+        prompts = self._dealer(drawing).draw(number)
         prompts = prompts[: len(drawing.files[number])]
         weights = self.worker.models.initial_weights()
         groups = self.worker.draw(prompts, weights, seed=drawing.seed, draw=number)

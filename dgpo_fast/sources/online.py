@@ -111,6 +111,10 @@ class OnlineSource:
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
         """Nothing: everything is drawn when it is needed."""
 
+    def prompts_of(self, iterations: range) -> list[Prompt]:
+        """See `Source.prompts_of`."""
+        return self.prompts.all_drawn(iterations)
+
     def collect(self, iteration: int) -> Groups:
         """See `Source.collect`."""
         prompts = self.prompts.draw(iteration)
