@@ -329,7 +329,7 @@ def serve(args: list[str]) -> int:
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print("closing: the request that is being scored is finished", flush=True)
+        print("closing, once the request that is being scored is finished", flush=True)
     finally:
         server.server_close()
         service.close()

@@ -4,8 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from dgpo_fast.cli import configure
 from dgpo_fast.config import setting_names
+from dgpo_fast.errors import UserError
 from dgpo_fast.recipes import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +35,21 @@ def test_settings_named_in_the_docs_exist() -> None:
         for group, field in re.findall(r"`(rollout|dgpo|policy|optimizer|ema|evaluation|checkpoint)\.(\w+)`",
                                        path.read_text(encoding="utf-8")):  # fmt: skip
             assert field == "py" or f"{group}.{field}" in names, f"{path.name}: {group}.{field}"
+
+
+def test_the_documented_recipe_is_understood(tmp_path: Path) -> None:
+    """The file in docs/recipes.md, and the error that it says a misspelt setting gives."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    file = tmp_path / "my_recipe.yaml"
+    file.write_text(block)
+    config = configure([str(file)])
+    assert (config.recipe, config.rollout.groups, config.optimizer.lr) == ("tiny-shapes", 8, 1e-4)
+    assert configure([str(file), "--optimizer.lr", "3e-4", "--name", "faster"]).optimizer.lr == 3e-4
+    file.write_text(block.replace("groups:", "group:"))
+    with pytest.raises(UserError) as caught:
+        configure([str(file)])
+    assert f"error: {caught.value}".replace(str(file), "my_recipe.yaml") in page
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,6 +1,7 @@
 """Judges over HTTP: what is sent, how answers are read, settings, and what happens when a judge is of no use."""
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -293,6 +294,22 @@ def test_settings_that_cannot_be(tmp_path: Path, settings: dict, expected: str) 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert message(str(tmp_path / "none.yaml")) == f"{tmp_path / 'none.yaml'}: no such file"
+
+
+def test_the_documented_judges_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files in docs/rewards.md, and the table of settings beside them."""
+    monkeypatch.setenv("EXAMPLE_API_KEY", "sk-1")
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    files = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(files) == 2
+    for file in files:
+        (tmp_path / "judge.yaml").write_text(file)
+        JudgeReward.from_file(tmp_path / "judge.yaml")
+    table = page[page.index("| setting | meaning | default |") :].split("\n\n")[0]
+    named = {
+        name for cell in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert named | {"preset"} == {field.name for field in dataclasses.fields(JudgeSettings)}
 
 
 # Self-tests

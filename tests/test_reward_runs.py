@@ -237,3 +237,33 @@ def test_another_token_in_mid_run_stops_it_with_a_checkpoint(
         for server in servers:
             server.kill()
     assert [line["iteration"] for line in lines(workspace)] == list(range(1, done + 2))
+
+
+def test_a_run_on_a_judge_keeps_its_key_to_itself(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores, their raw form and what they took are in the metrics; the key is in no file and on no line."""
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    keys: set[str] = set()
+
+    def answer(path: str, body: bytes, handler: Any) -> Any:
+        keys.add(handler.headers["Authorization"])
+        if b" star" in body:
+            return 400, {"error": {"message": "refused for sk-very-secret"}}
+        return {"choices": [{"message": {"content": f"Score: {1 + len(body) % 5}"}}]}
+
+    with answering(answer) as url:
+        (workspace / "judge.yaml").write_text(
+            f"url: {url}\nmodel: m\nprompt: 'Rate {{prompt}}'\nscore: 'Score: (.)'\napi_key_variable: MY_KEY\n"
+            "self_test: answer\n"
+        )
+        assert train(["--rewards", "judge.yaml=2", *SMALL, "--rollout.groups=8", "--max-lost-iterations=99"]) == 0
+    assert keys == {"Bearer sk-very-secret"}
+    found = [line for line in lines(workspace) if line["reward_mean"] is not None]
+    assert found and all(
+        line["reward_mean"] == pytest.approx(2 / 5 * line["reward/judge.yaml/raw_mean"]) for line in found
+    )
+    for path in (workspace / "runs").rglob("*"):
+        assert path.is_dir() or b"very-secret" not in path.read_bytes(), path
+    output = capsys.readouterr()
+    assert "very-secret" not in output.out + output.err

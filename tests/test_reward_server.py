@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+import os
 import pickle
 import random
+import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -576,10 +579,32 @@ def test_what_takes_too_long_is_said_so(folder: Path) -> None:
         assert serves(server)
 
 
+def test_the_documented_server_of_ones_own_is_one(tmp_path: Path) -> None:
+    """The server in docs/rewards.md, as a process that cannot import this package."""
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(import base64, io, json\n.*?)```", page, re.DOTALL)
+    assert block
+    port = free_port()
+    (tmp_path / "server.py").write_text(block[1].replace('("127.0.0.1", 8000)', f'("127.0.0.1", {port})'))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "server.py"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        reward = load_rewards([f"mine=http://127.0.0.1:{port}"])
+        reward.check_prompts([Prompt("p")])
+        red = np.zeros((2, 8, 8, 3), np.uint8)
+        red[1, ..., 0] = 255
+        scores = reward.score_groups(red, [Prompt("red")], 2)
+    finally:
+        process.kill()
+        process.wait()
+    assert scores.rewards.tolist() == [[0, 1]] and not scores.failures
+
+
 def test_the_client_is_light() -> None:
     """Its module brings neither torch nor the server."""
-    import subprocess
-
     code = (
         "import sys, dgpo_fast.rewards.remote, dgpo_fast.rewards.judge; "
         "assert not {'torch', 'transformers', 'dgpo_fast.reward_server'} & sys.modules.keys()"

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,8 +111,6 @@ class JudgeReward:
     cannot be read fails its group; nothing stands in for it.
     """
 
-    groups_at_once = 8
-
     def __init__(self, settings: JudgeSettings) -> None:
         """Raises UserError for settings that do not work together, or a key that is not there."""
         self._settings = settings
@@ -124,8 +121,9 @@ class JudgeReward:
         self._client = JsonClient(
             settings.url, secret=_key(settings), deadline_s=settings.deadline_s, attempts=settings.attempts
         )
-        # One bound on what the judge has to bear, whichever groups ask.
-        self._places = threading.BoundedSemaphore(settings.requests_at_once)
+        # One bound on what the judge has to bear, whichever groups ask; groups may be as small as one picture.
+        self.groups_at_once = settings.requests_at_once
+        self._pool = ThreadPoolExecutor(settings.requests_at_once, thread_name_prefix="judge")
 
     @classmethod
     def from_file(cls, path: str | Path) -> JudgeReward:
@@ -150,8 +148,7 @@ class JudgeReward:
         require_images(self._name, images)
         if not len(images):
             return np.zeros(0, np.float32), {}
-        with ThreadPoolExecutor(min(len(images), self._settings.requests_at_once)) as pool:
-            judged = list(pool.map(self._judge, images, prompts))
+        judged = list(self._pool.map(self._judge, images, prompts))
         raw, seconds, attempts = np.array(judged, np.float64).T
         parts = {"raw": raw, "latency_s": seconds, "attempts": attempts}
         return (raw / self._settings.divisor).astype(np.float32), {k: v.astype(np.float32) for k, v in parts.items()}
@@ -191,8 +188,7 @@ class JudgeReward:
         """Raw score of one picture, seconds and attempts."""
         body = json.dumps(self._request(image, prompt)).encode()
         try:
-            with self._places:
-                reply = self._client.post("/chat/completions", body)
+            reply = self._client.post("/chat/completions", body)
         except Unanswered as error:
             if error.status in (401, 403):
                 source = self._settings.api_key_variable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -16,9 +17,10 @@ class TooLarge(ValueError):
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """An image, uint8 (H, W, 3), as a PNG file, packed fast rather than small."""
+    """An image, uint8 (H, W, 3), as a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    # PNG's own filters leave little for a search of repetitions, which takes the most time, to find in a photograph.
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)
     return buffer.getvalue()
 
 
