@@ -66,12 +66,12 @@ def log_search(path: Path, run: dict[str, Any], settings: list[str]) -> None:
 def search_table(path: Path) -> str:
     """The log as Markdown, best first."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = ["| settings beside the recipe's | iterations | seconds | before | after | gain |", "|---" * 6 + "|"]
+    columns = ["settings beside the recipe's", "data", "seed", "iterations", "seconds", "before", "after", "gain"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in sorted(lines, key=lambda line: -line["gain"]):
-        rows.append(
-            f"| `{line['settings']}` | {line['iterations']} | {line['training_s']:.0f} "
-            f"| {line['before']:.3f} | {line['after']:.3f} | {line['gain']:+.3f} |"
-        )
+        tried = f"| `{line['settings'] or '(none)'}` | {line.get('data', '')} | {line['seed']} | {line['iterations']}"
+        outcome = f"{line['before']:.3f} | {line['after']:.3f} | {line['gain']:+.3f} |"
+        rows.append(f"{tried} | {line['training_s']:.0f} | {outcome}")
     return "\n".join(rows)
 
 

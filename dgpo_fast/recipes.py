@@ -32,7 +32,7 @@ def tiny_shapes() -> Config:
         # The KL term's guided reference teaches the unguided policy what guidance knows, as in the cfg-free recipes.
         dgpo=DGPO(beta=30.0, kl_weight=0.1, kl_guidance_scale=3.0, clip_range=None, timesteps=4, high_noise_steps=7),
         policy=Policy(train="full", micro_batch=128),
-        optimizer=Optimizer(lr=2e-4),
+        optimizer=Optimizer(lr=3e-4, lr_decay="linear"),
         ema=EMA(eval_decay_max=0.9, eval_every=1),
         evaluation=Evaluation(images=512, num_inference_steps=8, guidance_scale=1.0),
     )
