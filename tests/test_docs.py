@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,9 @@ def test_readme_results_are_those_of_the_file() -> None:
             )
         row = f"| {run['seed']} | {' | '.join(cells)} | {run['gain']:+.3f} | {run['wall_s']:.0f} s |"
         assert row in README, row
+
+
+def test_the_model_of_communication_is_the_script_s() -> None:
+    """Made by `python benchmarks/scaling.py`."""
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/scaling.py")], capture_output=True, text=True)
+    assert done.stdout and done.stdout in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
