@@ -23,7 +23,7 @@ setup(
     # `kernels` itself is no package: the name belongs to a Hugging Face library that diffusers imports.
     packages=[*find_packages(include=["dgpo_fast", "dgpo_fast.*"]), "dgpo_kernels", "dgpo_kernels.triton"],
     package_dir={"dgpo_kernels": "kernels/dgpo_kernels"},
-    package_data={"dgpo_fast.tiny": ["pipeline/**/*", "pipeline/*"]},
+    package_data={"dgpo_fast.tiny": ["pipeline/**/*", "pipeline/*"], "dgpo_fast.evaluation": ["page.*"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "diffusers>=0.42",

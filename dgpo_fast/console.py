@@ -41,6 +41,34 @@ class Console:
             task = progress.add_task(label, total=1.0)
             yield lambda share: progress.update(task, completed=share)
 
+    @contextmanager
+    def count(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[float], None]]:
+        """Gives a callback that shows how many of `total` things are done, how fast, and what is left.
+
+        The callback is told the number done, which may be a fraction.
+        """
+        first, started_s, shown_s = done, time.monotonic(), time.monotonic()
+
+        def line(now_done: float) -> str:
+            passed_s = max(time.monotonic() - started_s, 1e-9)
+            speed = (now_done - first) / passed_s
+            left = duration((total - now_done) / speed) if speed else "?"
+            return f"{int(now_done)}/{total} {what}  {speed:.3g} {what}/s  {left} left"
+
+        def plain(now_done: float) -> None:
+            nonlocal shown_s
+            if time.monotonic() - shown_s >= PLAIN_LINE_EVERY_S or now_done == total:
+                shown_s = time.monotonic()
+                self.note(line(now_done))
+
+        if not self.rich.is_terminal:
+            yield plain
+            return
+        columns = (BarColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=self.rich, transient=True) as progress:
+            task = progress.add_task("", total=total, completed=done)
+            yield lambda now_done: progress.update(task, completed=now_done, description=line(now_done))
+
     def start_training(self, done: int, total: int) -> None:
         """Opens the bar of the training loop, or announces the plain lines."""
         self.started_s, self.first, self.total = time.monotonic(), done, total

@@ -1,10 +1,12 @@
 """Pictures of a run: before and after side by side, and the reward's curve."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -25,14 +27,26 @@ def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: 
             continue
         block.suptitle("\n".join(textwrap.wrap(before.prompts[index].text, 38)[:2]), fontsize=9, parse_math=False)
         for axis, result, label in zip(block.subplots(1, 2), (before, after), ("before", "after"), strict=True):
-            axis.imshow(
-                result.images[index], interpolation="nearest" if result.images.shape[1] <= 64 else "antialiased"
-            )
+            _show(axis, result.images[index])
             axis.set_xlabel(f"{label}  {result.rewards[index]:.2f}", fontsize=9)
-            axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set_color(AFTER if label == "after" else BEFORE)
                 spine.set_linewidth(1.5)
+    _save(figure, path)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], path: Path, per_row: int = 8) -> None:
+    """Pictures, uint8 (H, W, 3), in rows, each with its caption below."""
+    per_row = min(per_row, len(pictures))
+    rows = -(-len(pictures) // per_row)
+    figure = Figure(figsize=(1.7 * per_row, 2.25 * rows), layout="constrained", dpi=110)
+    axes = np.ravel(figure.subplots(rows, per_row, squeeze=False))
+    for axis in axes[len(pictures) :]:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes, pictures, captions, strict=False):
+        _show(axis, image)
+        lines = [part for line in caption.split("\n") for part in textwrap.wrap(line, 28)]
+        axis.set_xlabel("\n".join(lines[:4]), fontsize=7, parse_math=False)
     _save(figure, path)
 
 
@@ -55,6 +69,11 @@ def reward_curve(metrics: list[dict[str, Any]], evaluations: list[tuple[int, dic
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     _save(figure, path)
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    axis.imshow(image, interpolation="nearest" if len(image) <= 64 else "antialiased")
+    axis.set(xticks=[], yticks=[])
 
 
 def _save(figure: Figure, path: Path) -> None:

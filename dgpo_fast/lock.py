@@ -30,8 +30,8 @@ class FolderLock:
             holder = read_lock(folder)
             self.file.close()
             raise UserError(
-                f"{folder}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is training in it; "
-                "wait for it, or stop it, before you --resume"
+                f"{folder}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is at work in it; "
+                "wait for it, or stop it, before you go on"
             ) from None
         content = {"pid": os.getpid(), "host": socket.gethostname(), **(note or {})}
         self.file.truncate(0)

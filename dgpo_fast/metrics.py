@@ -66,7 +66,7 @@ class MetricsFile:
     def __init__(self, path: Path, until: int = 0):
         kept = [line for line in read_metrics(path) if line["iteration"] <= until] if path.exists() else []
         staged = path.with_suffix(".tmp")
-        staged.write_text("".join(_json_line(line) for line in kept), encoding="utf-8")
+        staged.write_text("".join(json_line(line) for line in kept), encoding="utf-8")
         staged.replace(path)
         self.path = path
         self.file = path.open("a", encoding="utf-8")
@@ -78,7 +78,7 @@ class MetricsFile:
         """
         if os.fstat(self.file.fileno()).st_nlink == 0:
             raise UserError(f"{self.path} was removed during the run: its folder is gone; start the run again")
-        self.file.write(_json_line(metrics))
+        self.file.write(json_line(metrics))
         self.file.flush()
 
 
@@ -94,7 +94,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes `value` as indented JSON in one step: the file is the old one or the new one."""
     staged = path.with_name(f".{path.name}")
-    staged.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staged.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     staged.replace(path)
 
 
@@ -150,13 +150,15 @@ def _wandb(log: Log, folder: Path, config: dict[str, Any]) -> Logger:
     return lambda metrics: run.log(metrics, step=metrics["iteration"])
 
 
-def _json_line(metrics: dict[str, Any]) -> str:
-    return json.dumps(_finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
+def json_line(metrics: dict[str, Any]) -> str:
+    """One line of JSON with its end; NaN and infinity become null."""
+    return json.dumps(finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinity, which JSON lacks, as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ import transformers
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from dgpo_fast import tiny
 from dgpo_fast.architecture import TEXT_ENCODERS
@@ -133,6 +134,59 @@ def has_t5(pipeline: StableDiffusion3Pipeline) -> bool:
 def _absent(index: dict) -> dict[str, None]:
     """What a pipeline does not have, as its T5 encoder: diffusers wants to be told so by name."""
     return {name: None for name, value in index.items() if value == [None, None]}
+
+
+def find_lora(path: Path) -> Path:
+    """The LoRA at `path`, a .safetensors file or the folder it lies in. Raises UserError where there is none."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    named = path / "pytorch_lora_weights.safetensors"
+    if named in files or len(files) == 1:
+        return named if named in files else files[0]
+    found = "several .safetensors files are there: name one" if files else "no .safetensors file is there"
+    raise UserError(f"LoRA '{path}': {found if path.exists() else 'no such file or folder'}")
+
+
+def changes_text_encoders(lora: Path) -> bool:
+    """Whether the LoRA in this file is for text encoders too."""
+    return any("text_encoder" in name for name in _tensor_names(lora))
+
+
+@torch.no_grad()
+def merge_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:
+    """Merges a LoRA into the pipeline's weights, in place, as a run merges its own: in fp32, rounded once.
+
+    Args:
+        pipeline: with its text encoders, where the LoRA changes them.
+        lora: a .safetensors file.
+
+    Raises UserError where that is no LoRA, or not one for this pipeline.
+    """
+    transformer, dtype = pipeline.transformer, pipeline.transformer.dtype
+    transformer.float()
+    try:
+        factors = sum("lora" in name and "alpha" not in name for name in _tensor_names(lora))
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True, local_files_only=True)
+        models = (transformer, *text_encoders(pipeline))
+        found = sum("lora_" in name for model in models for name, _ in model.named_parameters())
+        if not factors or found < factors:
+            raise ValueError(f"{factors - found} of its {factors} matrices fit no layer")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    except UserError:
+        raise
+    except Exception as error:  # the loaders of a file in any of many formats fail in any way
+        raise UserError(f"LoRA '{lora}' cannot be loaded into this model: {_first_line(error)}") from error
+    transformer.to(dtype).requires_grad_(False).eval()
+
+
+def _tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"LoRA '{file}' cannot be read: {_first_line(error)}") from error
 
 
 def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:

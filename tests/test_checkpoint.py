@@ -150,7 +150,7 @@ def test_a_folder_is_locked_by_one_process_and_free_after_its_death(tmp_path: Pa
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"process {process.pid} on .* is training in it"):
+    with pytest.raises(UserError, match=f"process {process.pid} on .* is at work in it"):
         FolderLock(tmp_path)
     process.kill()
     process.wait()

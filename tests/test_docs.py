@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_fast.cli import configure
+from dgpo_fast.cli import configure, take_option
 from dgpo_fast.config import setting_names
 from dgpo_fast.errors import UserError
+from dgpo_fast.evaluate import take_sources
+from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.recipes import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -31,12 +33,28 @@ def test_readme_commands_are_understood() -> None:
             configure(args)
 
 
+def test_evaluation_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("NAME", "A", "B"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("recipe: tiny-shapes\n")
+    texts = [README, (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")]
+    commands = [found for text in texts for found in re.findall(r"python -m dgpo_fast\.evaluate([^\n#`]*)", text)]
+    assert len(commands) > 8
+    for command in commands:
+        args = command.split()
+        sources = take_sources(args) if "--side-by-side" in args else [args.pop(0)]
+        take_option(args, "output")
+        for source in sources:
+            assert source == "--help" or read_settings([source, *args])
+
+
 def test_settings_named_in_the_docs_exist() -> None:
     names = set(setting_names())
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for group, field in re.findall(r"`(rollout|dgpo|policy|optimizer|ema|evaluation|checkpoint)\.(\w+)`",
                                        path.read_text(encoding="utf-8")):  # fmt: skip
-            assert field == "py" or f"{group}.{field}" in names, f"{path.name}: {group}.{field}"
+            assert field in ("py", "yaml") or f"{group}.{field}" in names, f"{path.name}: {group}.{field}"
 
 
 def test_the_documented_recipe_is_understood(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgpo_fast.evaluation.held_out import Evaluation
-from dgpo_fast.evaluation.statistics import mean_with_ci95
+from dgpo_fast.evaluation.statistics import geneval_scores, mean_with_ci95
 from dgpo_fast.prompts import Prompt, in_turn
 
 
@@ -62,3 +62,32 @@ def test_evaluation_survives_its_file(tmp_path: Path) -> None:
     assert after.prompts == prompts and (after.images == images).all()
     assert json.dumps(after.summary()) == json.dumps(before.summary())
     assert after.summary()["images"] == 1 and after.summary()["images_failed"] == 1
+
+
+def test_one_prompt_has_no_interval() -> None:
+    mean, interval = mean_with_ci95(np.array([0.25, 0.75]), ["a", "a"])
+    assert mean == 0.5 and np.isnan(interval).all()
+
+
+def test_geneval_by_hand() -> None:
+    """Two tags of unequal size: 3 of 4 images and 1 of 2 are correct, so the score is 0.625 and not 4/6."""
+    tags = ["counting"] * 4 + ["colors"] * 2
+    prompts = [Prompt(text, {"tag": tag}) for text, tag in zip("aabbcd", tags, strict=True)]
+    found = geneval_scores(np.array([1, 0, 1, 1, 0, 1.0]), prompts)
+    assert found["overall_score"] == 0.625
+    assert found["tags"] == {
+        "counting": {"correct_images_share": 0.75, "images_count": 4},
+        "colors": {"correct_images_share": 0.5, "images_count": 2},
+    }
+    assert found["correct_images_share"] == pytest.approx(4 / 6)
+    assert found["correct_prompts_share"] == 0.75, "a, b and d have a correct image"
+    # Prompts' sums of residuals: ±0.5 in counting (n = 4), ±0.5 in colors (n = 2); each tag weighs one half.
+    half = 1.959964 * np.sqrt(2 * 0.5) / np.array([4, 2]) / 2
+    assert found["overall_score_ci95"] == pytest.approx([0.625 - np.hypot(*half), 0.625 + np.hypot(*half)])
+
+
+def test_geneval_leaves_out_what_could_not_be_judged() -> None:
+    prompts = [Prompt(text, {"tag": text}) for text in "aab"]
+    found = geneval_scores(np.array([1, np.nan, 0]), prompts)
+    assert found["overall_score"] == 0.5 and found["correct_prompts_share"] == 0.5
+    assert found["tags"]["a"]["images_count"] == 1

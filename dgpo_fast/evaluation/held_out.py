@@ -3,7 +3,7 @@ compared."""
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,15 +114,12 @@ def evaluate(
     Raises UserError where not one image could be scored. There must be an image for each process.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
-    device = next(sampler.transformer.parameters()).device
     unit = sampler.batch_size if len(chosen) >= sampler.batch_size * processes.count else 1
     start, stop = even_ranges(len(chosen), processes.count, unit)[processes.rank]
-    samples = torch.arange(start, stop, device=device)
-    x0, _ = sampler.latents(
-        [prompt.text for prompt in chosen[start:stop]], samples, schedule, guidance_scale=config.guidance_scale,
-        seed=stream_seed(config.seed, "evaluation"), draw=0, on_step=on_step,
+    images = draw_images(
+        sampler, chosen[start:stop], schedule, first=start, guidance_scale=config.guidance_scale, seed=config.seed,
+        on_step=on_step,
     )  # fmt: skip
-    images = sampler.decode(x0)
     mine = reward.score_groups(images, chosen[start:stop], group_size=1)
     scores = gather_scores(mine, Share(start, stop, 1), len(chosen), processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)
@@ -130,3 +127,29 @@ def evaluate(
         raise SharedError(f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}")
     parts = {name: values[:, 0] for name, values in scores.parts.items()}
     return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures)
+
+
+def draw_images(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    schedule: Schedule,
+    *,
+    first: int,
+    guidance_scale: float,
+    seed: int,
+    on_step: Callable[[float], None] | None = None,
+) -> np.ndarray:
+    """Images of B prompts, uint8 (B, H, W, 3), from noise that is a function of `seed` and their numbers alone.
+
+    Args:
+        sampler: draws with its transformer's weights.
+        schedule: the sigma grid.
+        first: the number of the first image; the others follow.
+        on_step: told the share done, in (0, 1].
+    """
+    samples = torch.arange(first, first + len(prompts), device=next(sampler.transformer.parameters()).device)
+    x0, _ = sampler.latents(
+        [prompt.text for prompt in prompts], samples, schedule, guidance_scale=guidance_scale,
+        seed=stream_seed(seed, "evaluation"), draw=0, on_step=on_step,
+    )  # fmt: skip
+    return sampler.decode(x0)

@@ -1,8 +1,12 @@
 """Means of scored images and how certain they are."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from dgpo_fast.prompts import Prompt
 
 Z_95 = 1.959964
 
@@ -11,7 +15,7 @@ def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, lis
     """Mean of the finite rewards and its 95 % interval.
 
     Images of one prompt resemble one another, so the interval counts prompts, not images, as independent (the
-    cluster-robust standard error of a mean).
+    cluster-robust standard error of a mean). It is NaN where there is one prompt only.
 
     Args:
         rewards: (N,) float, NaN where missing.
@@ -25,6 +29,42 @@ def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, lis
     for residual, cluster in zip((rewards - mean)[kept], np.array(clusters)[kept], strict=True):
         sums[cluster] += float(residual)
     count = len(sums)
-    correction = count / (count - 1) if count > 1 else 1.0
-    half = Z_95 * float(np.sqrt(correction * sum(s * s for s in sums.values()))) / int(kept.sum())
+    if count == 1:
+        return mean, [float("nan"), float("nan")]  # one prompt says nothing of others
+    half = Z_95 * float(np.sqrt(count / (count - 1) * sum(s * s for s in sums.values()))) / int(kept.sum())
     return mean, [mean - half, mean + half]
+
+
+def geneval_scores(correct: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """GenEval's official figures: its overall score is the mean over the tags of the share of correct images.
+
+    Args:
+        correct: (N,) 0 or 1, NaN where the image could not be judged.
+        prompts: N prompts, each with its tag.
+
+    Returns:
+        `overall_score` and its 95 % interval, `correct_images_share`, `correct_prompts_share` (prompts of which at
+        least one image is correct) and `tags`, each tag's share.
+    """
+    tags = np.array([prompt.tag for prompt in prompts])
+    texts = [prompt.text for prompt in prompts]
+    shares: dict[str, Any] = {}
+    variance = 0.0
+    for tag in dict.fromkeys(tags.tolist()):
+        rows = np.flatnonzero(tags == tag)
+        share, (low, high) = mean_with_ci95(correct[rows], [texts[row] for row in rows])
+        shares[tag] = {"correct_images_share": share, "images_count": int(np.isfinite(correct[rows]).sum())}
+        variance += ((high - low) / 2) ** 2
+    overall = float(np.mean([one["correct_images_share"] for one in shares.values()]))
+    half = float(np.sqrt(variance)) / len(shares)
+    best: dict[str, float] = {}
+    for text, value in zip(texts, correct, strict=True):
+        if np.isfinite(value):
+            best[text] = max(best.get(text, 0.0), float(value))
+    return {
+        "overall_score": overall,
+        "overall_score_ci95": [overall - half, overall + half],
+        "correct_images_share": mean_with_ci95(correct, texts)[0],
+        "correct_prompts_share": float(np.mean(list(best.values()))) if best else float("nan"),
+        "tags": shares,
+    }

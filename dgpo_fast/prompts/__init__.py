@@ -24,6 +24,7 @@ from dgpo_fast.prompts.signs import sign_prompts
 __all__ = [
     "Prompt",
     "PromptSets",
+    "evaluation_prompts",
     "in_turn",
     "load_prompts",
     "quoted_text",
@@ -54,6 +55,22 @@ def load_prompts(source: str, *, eval_source: str | None = None, held_out: int =
             return GENERATORS[source](held_out)
         return split_held_out(_read(source), held_out)
     return _with_evaluation_from(source, eval_source, held_out)
+
+
+def evaluation_prompts(source: str, count: int | None) -> list[Prompt]:
+    """Prompts to evaluate on, nothing being trained: all of a file in its order, or what a generator holds out.
+
+    Args:
+        source: as for `load_prompts`.
+        count: of a generator, the number of prompts at most.
+
+    Raises UserError, one line.
+    """
+    if source not in GENERATORS:
+        return _read(source)
+    if count is None:
+        raise UserError(f"--prompts {source}: a generator has no end: say how many, as in --images 512")
+    return GENERATORS[source](count).held_out
 
 
 def _with_evaluation_from(source: str, eval_source: str, held_out: int) -> PromptSets:

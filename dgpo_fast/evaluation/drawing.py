@@ -1,0 +1,232 @@
+"""Draws and scores the pictures of an evaluation, a batch at a time: no more than two batches are ever in memory."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from dgpo_fast.config import Config
+from dgpo_fast.console import Console
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
+from dgpo_fast.evaluation.held_out import draw_images
+from dgpo_fast.evaluation.settings import EvaluationSettings, is_run, lasting, run_config
+from dgpo_fast.pipeline import changes_text_encoders, find_lora, make_pipeline, merge_lora, pick_device, pick_dtype
+from dgpo_fast.prompts import Prompt, evaluation_prompts, in_turn, load_prompts
+from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
+from dgpo_fast.rollout import Sampler
+from dgpo_fast.schedule import make_schedule
+from dgpo_fast.text import make_prompt_encoder
+
+PNG_THREADS = 8
+
+
+class Drawing:
+    """One evaluation: its prompts, model and rewards, checked and ready to draw.
+
+    Raises UserError for anything that is wrong with the settings, before a folder is made.
+
+    Attributes:
+        failures: one line per reward that failed on a picture.
+        drawn: the number of pictures that `run` had to draw.
+    """
+
+    def __init__(self, settings: EvaluationSettings, console: Console):
+        self.settings = settings
+        self.console = console
+        self.folder = EvaluationFolder(Path(str(settings.output)))
+        self.prompts = choose_prompts(settings)
+        made_with = {
+            **lasting(settings),
+            "images_count": len(self.prompts),
+            "prompts_sha256": _digest_of_prompts(self.prompts),
+        }
+        self.folder.require_same(made_with)
+        reward = load_rewards(settings.rewards)
+        reward.check_prompts(list({id(prompt): prompt for prompt in self.prompts}.values()))
+        self.device = pick_device(settings.device)
+        self.pool = RewardPool(
+            reward, workers=count_workers(settings.reward_workers, self.device), deadline_s=settings.reward_deadline_s,
+            device=self.device, note=console.note,
+        )  # fmt: skip
+        dtype = pick_dtype(settings.precision, self.device)
+        pipeline, config, digests = load_evaluated(settings, device=self.device, dtype=dtype)
+        try:
+            self.encoder = make_prompt_encoder(pipeline, config, console.note)
+            self.sampler = Sampler(
+                pipeline, pipeline.transformer, self.encoder,
+                resolution=settings.resolution, batch_size=settings.batch_size,
+            )  # fmt: skip
+        except UserError as error:  # a run's settings have longer names
+            raise UserError(str(error).replace("rollout.", "")) from None
+        schedule = make_schedule(settings.solver, settings.num_inference_steps, settings.shift)
+        self.schedule = schedule.to(self.device)
+        self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests}
+        self.folder.require_same(self.made_with)
+        self.failures: list[str] = []
+        self.drawn = 0
+
+    def run(self) -> list[Row]:
+        """Draws and scores what is not there yet; returns the rows of all pictures.
+
+        What is done stays done, whatever is raised; UserError where a reward cannot score anything.
+        """
+        lock = self.folder.begin(self.made_with)
+        try:
+            return self._run()
+        finally:
+            self.pool.close()
+            lock.release()
+
+    def _run(self) -> list[Row]:
+        rows = self._score_again(self.folder.resume(self.settings.batch_size))
+        self._describe(len(rows))
+        if len(rows) < len(self.prompts):
+            with self.console.track("encoding prompts") as on_step:
+                self.encoder.prepare(["", *(prompt.text for prompt in self.prompts[len(rows) :])], on_step)
+        total, size = len(self.prompts), self.settings.batch_size
+        self.drawn = total - len(rows)
+        with self.console.count("images", total, done=len(rows)) as on_images, ThreadPoolExecutor(1) as beside:
+            pending: Future[list[Row]] | None = None
+            for start in range(len(rows), total, size):
+                images = self._draw(start, on_images)
+                if pending:
+                    rows += pending.result()
+                pending = beside.submit(self._finish, start, images, is_first=not rows)
+            if pending:
+                rows += pending.result()
+        return rows
+
+    def _draw(self, start: int, on_images: Callable[[float], None]) -> np.ndarray:
+        prompts = self.prompts[start : start + self.settings.batch_size]
+        return draw_images(
+            self.sampler, prompts, self.schedule, first=start, guidance_scale=self.settings.guidance_scale,
+            seed=self.settings.seed, on_step=lambda share: on_images(start + share * len(prompts)),
+        )  # fmt: skip
+
+    def _finish(self, start: int, images: np.ndarray, *, is_first: bool) -> list[Row]:
+        """Writes one batch's pictures, then, with its scores, their lines of the index."""
+        with ThreadPoolExecutor(PNG_THREADS) as threads:
+            list(threads.map(self.folder.write_image, range(start, start + len(images)), images))
+        rows = self._score(range(start, start + len(images)), images)
+        if is_first and all(row.failed for row in rows):
+            raise UserError(f"no image of the first batch could be scored; the first failure: {self.failures[0]}")
+        self.folder.append(rows)
+        return rows
+
+    def _score(self, samples: Sequence[int], images: np.ndarray) -> list[Row]:
+        prompts = [self.prompts[sample] for sample in samples]
+        scored = self.pool.score_groups(images, prompts, group_size=1)
+        self.failures += scored.failures
+        rewards, parts = scored.rewards[:, 0], {name: values[:, 0] for name, values in scored.parts.items()}
+        return [
+            Row(sample, prompt, _as_float(rewards[n]), {name: _as_float(values[n]) for name, values in parts.items()})
+            for n, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
+        ]
+
+    def _score_again(self, rows: list[Row]) -> list[Row]:
+        """The rows, those that a reward failed on scored once more from their pictures."""
+        failed = [row for row in rows if row.failed]
+        for start in range(0, len(failed), self.settings.batch_size):
+            batch = failed[start : start + self.settings.batch_size]
+            images = np.stack([self.folder.read_image(row) for row in batch])
+            for row in self._score([row.sample for row in batch], images):
+                rows[row.sample] = row
+            self.folder.write(rows)
+        return rows
+
+    def _describe(self, done: int) -> None:
+        settings, prompts = self.settings, len({prompt.text for prompt in self.prompts})
+        self.console.note(
+            f"{describe_model(self.made_with)} on {self.device} in {self.made_with['dtype']}: "
+            f"{len(self.prompts)} images of {prompts} prompts ({describe_prompts(settings)}), "
+            f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, into {self.folder.path}"
+        )
+        if done:
+            self.console.note(f"{done} of them are there already")
+
+
+def choose_prompts(settings: EvaluationSettings) -> list[Prompt]:
+    """One prompt for each image: every prompt `images_per_prompt` times, one after another."""
+    count = math.ceil(settings.images / settings.images_per_prompt) if settings.images else None
+    if settings.prompts is not None:
+        prompts = evaluation_prompts(settings.prompts, count)
+    else:
+        config = run_config(settings.model)
+        held_out = max(count or 0, config.evaluation.images)
+        prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=held_out).held_out
+    chosen = in_turn(prompts, lambda prompt: prompt.tag, count) if count else prompts
+    return [prompt for prompt in chosen for _ in range(settings.images_per_prompt)]
+
+
+def describe_prompts(settings: EvaluationSettings) -> str:
+    """Where the prompts come from, for people."""
+    if settings.prompts is not None:
+        return settings.prompts
+    config = run_config(settings.model)
+    return config.eval_prompts or f"held out of {config.prompts}"
+
+
+def load_evaluated(
+    settings: EvaluationSettings, *, device: torch.device, dtype: torch.dtype
+) -> tuple[StableDiffusion3Pipeline, Config, dict[str, str]]:
+    """The pipeline with its LoRA merged, a run's configuration that would load it, and checksums of its weights.
+
+    Text encoders are only loaded where the LoRA changes them.
+
+    Raises UserError where the model or the LoRA cannot be loaded, or a run has no weights yet.
+    """
+    config = replace(Config(), model=settings.model, revision=settings.revision)
+    lora = Path(settings.lora) if settings.lora else None
+    if is_run(settings.model):
+        config, lora = _of_run(Path(settings.model), settings.weights)
+    config = replace(config, rollout=replace(config.rollout, max_sequence_length=settings.max_sequence_length))
+    file = find_lora(lora) if lora else None
+    with_text = file is not None and changes_text_encoders(file)
+    pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=with_text)
+    digests = {"weights_sha256": _digest_of_weights(pipeline.transformer)}
+    if file:
+        merge_lora(pipeline, file)
+        digests["lora_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return pipeline, config, digests
+
+
+def _of_run(folder: Path, weights: str | None) -> tuple[Config, Path | None]:
+    """What to load for a run: the configuration of its pipeline, and its LoRA."""
+    config = run_config(str(folder))
+    if weights == "before":
+        return config, None
+    trained = folder / ("pytorch_lora_weights.safetensors" if config.policy.train == "lora" else "model_index.json")
+    if not trained.is_file():
+        raise UserError(
+            f"{folder}: the run has not finished, so its weights are not there ({trained.name}): go on with "
+            f"`python -m dgpo_fast.train --resume {folder}`, or evaluate --weights before"
+        )
+    if config.policy.train == "lora":
+        return config, trained
+    return replace(config, model=str(folder), revision=None, random_weights=False), None
+
+
+def _digest_of_prompts(prompts: Sequence[Prompt]) -> str:
+    lines = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _digest_of_weights(transformer: SD3Transformer2DModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(transformer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _as_float(value: np.float32) -> float:
+    """The shortest decimal that a float32 survives, NaN included."""
+    return float(str(value))

@@ -1,0 +1,172 @@
+"""The folder of an evaluation: numbered pictures, a line of scores for each, and what it was made with."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from dgpo_fast.config import read_yaml
+from dgpo_fast.errors import UserError
+from dgpo_fast.lock import LOCK, FolderLock
+from dgpo_fast.metrics import json_line, read_metrics
+from dgpo_fast.prompts import Prompt
+
+MADE_WITH, INDEX, RESULTS, CONTACT_SHEET = "evaluation.yaml", "index.jsonl", "results.json", "contact_sheet.png"
+
+NEEDED = ("model", "lora", "weights", "rewards", "seed", "num_inference_steps", "guidance_scale", "images_count")
+"""What the folder is read for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture and its scores.
+
+    Attributes:
+        sample: its number, which keys its initial noise.
+        prompt: what it was drawn for.
+        reward: the weighted sum of the rewards; NaN where one of them failed.
+        scores: each reward's score under its name, and its parts as `name/part`; NaN where there is none.
+    """
+
+    sample: int
+    prompt: Prompt
+    reward: float
+    scores: dict[str, float]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a reward failed on the picture."""
+        return math.isnan(self.reward)
+
+    @property
+    def image(self) -> str:
+        """The picture's place in the folder."""
+        return f"images/{self.sample:06d}.png"
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a line of the index."""
+        return {
+            "sample": self.sample,
+            "image": self.image,
+            "prompt": self.prompt.text,
+            "tag": self.prompt.tag,
+            "reward": self.reward,
+            "scores": self.scores,
+            "metadata": self.prompt.metadata,
+        }
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> "Row":
+        """What `to_json` gave."""
+        scores = {name: _number(value) for name, value in line["scores"].items()}
+        prompt = Prompt(line["prompt"], line["metadata"])
+        return cls(line["sample"], prompt, _number(line["reward"]), scores)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def describe_model(made_with: dict[str, Any]) -> str:
+    """What was evaluated, for people."""
+    lora = f" with {Path(made_with['lora']).name}" if made_with["lora"] else ""
+    training = f" {made_with['weights']} training" if made_with["weights"] else ""
+    return f"{made_with['model']}{lora}{training}"
+
+
+class EvaluationFolder:
+    """Reads and writes one evaluation. A picture's line is in the index only when picture and scores are there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def made_with(self) -> dict[str, Any]:
+        """Settings, prompts and weights. Raises UserError where no evaluation is there."""
+        path = self.path / MADE_WITH
+        if not path.is_file():
+            raise UserError(f"{self.path}: no evaluation is there (it has no {MADE_WITH})")
+        found = read_yaml(path)
+        lacking = next((name for name in NEEDED if name not in found), None)
+        if lacking is not None:
+            raise UserError(f"{path}: lacks '{lacking}'; the evaluation is damaged, make it anew")
+        return found
+
+    def require_same(self, wanted: dict[str, Any]) -> None:
+        """Raises UserError where the folder holds something else than what is `wanted`; a new one may hold anything."""
+        if not self.path.exists():
+            return
+        if not (self.path / MADE_WITH).is_file():
+            if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {
+                "images",
+                LOCK,
+                f".{MADE_WITH}",
+            }:
+                return
+            raise UserError(f"{self.path} exists and is no evaluation: choose another --output")
+        found = self.made_with()
+        different = next((name for name, value in wanted.items() if found.get(name) != value), None)
+        if different is not None:
+            raise UserError(
+                f"{self.path} was made with {different} {found.get(different)}, not {wanted[different]}: "
+                "choose another --output, or remove that folder"
+            )
+
+    def begin(self, made_with: dict[str, Any]) -> FolderLock:
+        """Makes the folder, or goes on in it, and takes it for this process.
+
+        Raises UserError where it was made with something else, or another process is at work in it.
+        """
+        self.require_same(made_with)
+        (self.path / "images").mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(self.path)
+        staged = self.path / f".{MADE_WITH}"
+        staged.write_text(yaml.safe_dump(made_with, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        staged.replace(self.path / MADE_WITH)
+        return lock
+
+    def rows(self) -> list[Row]:
+        """The pictures that are there with their scores, in order, up to the first that is missing."""
+        path = self.path / INDEX
+        try:
+            rows = [Row.from_json(line) for line in read_metrics(path)] if path.is_file() else []
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: a line is damaged; remove it and the lines after it") from None
+        there = (row.sample == number and self.image_path(row).is_file() for number, row in enumerate(rows))
+        return rows[: next((number for number, fine in enumerate(there) if not fine), len(rows))]
+
+    def image_path(self, row: Row) -> Path:
+        """Where a row's picture is."""
+        return self.path / row.image
+
+    def read_image(self, row: Row) -> np.ndarray:
+        """A picture, uint8 (H, W, 3)."""
+        with Image.open(self.image_path(row)) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    def write_image(self, sample: int, image: np.ndarray) -> None:
+        """Writes picture number `sample`, uint8 (H, W, 3)."""
+        Image.fromarray(image).save(self.path / f"images/{sample:06d}.png", compress_level=4)
+
+    def resume(self, batch_size: int) -> list[Row]:
+        """`rows` in whole batches, so that what is still to be drawn is drawn as it would have been; the rest goes."""
+        rows = self.rows()
+        if len(rows) < self.made_with()["images_count"]:
+            rows = rows[: len(rows) // batch_size * batch_size]
+        self.write(rows)
+        return rows
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Writes the index anew, in one step."""
+        staged = self.path / f".{INDEX}"
+        staged.write_text("".join(json_line(row.to_json()) for row in rows), encoding="utf-8")
+        staged.replace(self.path / INDEX)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Adds lines to the index, whose pictures are already there."""
+        with (self.path / INDEX).open("a", encoding="utf-8") as file:
+            file.write("".join(json_line(row.to_json()) for row in rows))

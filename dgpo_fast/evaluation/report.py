@@ -1,0 +1,149 @@
+"""What an evaluation found: `results.json`, the table on the console and the contact sheet."""
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from dgpo_fast import __version__
+from dgpo_fast.console import Console
+from dgpo_fast.evaluation.folder import CONTACT_SHEET, RESULTS, EvaluationFolder, Row
+from dgpo_fast.evaluation.statistics import geneval_scores, mean_with_ci95
+from dgpo_fast.figures import contact_sheet
+from dgpo_fast.metrics import write_json
+from dgpo_fast.prompts import in_turn
+
+SUM = "reward"
+"""The weighted sum, beside the rewards' own names."""
+SHEET_IMAGES = 48
+COLUMNS = 4
+
+
+def summarise(rows: Sequence[Row], rewards: Sequence[str]) -> dict[str, Any]:
+    """Means and 95 % intervals of every score, in all and per tag, and GenEval's figures where prompts are GenEval's.
+
+    Args:
+        rows: the scored pictures.
+        rewards: the rewards as they were named, with their weights.
+    """
+    names = score_names(rows, rewards)
+    by_tag: dict[str, list[Row]] = {}
+    for row in rows:
+        by_tag.setdefault(row.prompt.tag, []).append(row)
+    prompts = [row.prompt for row in rows]
+    is_geneval = all("include" in prompt.metadata and "tag" in prompt.metadata for prompt in prompts)
+    judged = [name for name in names if name.endswith("/correct")] if is_geneval else []
+    return {
+        "images_count": len(rows),
+        "images_failed_count": sum(row.failed for row in rows),
+        "prompts_count": len({prompt.text for prompt in prompts}),
+        "scores": {name: _summary(rows, name) for name in names},
+        "tags": {tag: {name: _summary(members, name) for name in names} for tag, members in sorted(by_tag.items())},
+        "geneval": {name.removesuffix("/correct"): geneval_scores(column(rows, name), prompts) for name in judged},
+    }
+
+
+def score_names(rows: Sequence[Row], rewards: Sequence[str]) -> list[str]:
+    """The scores that rows have: the weighted sum where it is a score of its own, then rewards and their parts."""
+    names = list(dict.fromkeys(name for row in rows for name in row.scores))
+    return names if len(rewards) == 1 and "=" not in rewards[0] else [SUM, *names]
+
+
+def column(rows: Sequence[Row], name: str) -> np.ndarray:
+    """One score of all rows, float64 (N,), NaN where there is none."""
+    return np.array([row.reward if name == SUM else row.scores.get(name, math.nan) for row in rows])
+
+
+def _summary(rows: Sequence[Row], name: str) -> dict[str, Any]:
+    values = column(rows, name)
+    mean, interval = mean_with_ci95(values, [row.prompt.text for row in rows])
+    return {"score_mean": mean, "score_ci95": interval, "images_count": int(np.isfinite(values).sum())}
+
+
+def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console, facts: dict[str, Any]) -> None:
+    """Writes `results.json` and the contact sheet, and prints the table.
+
+    Args:
+        folder: the evaluation's, complete.
+        rows: its pictures.
+        facts: what else belongs into `results.json`, by its name.
+    """
+    made_with = folder.made_with()
+    results = summarise(rows, made_with["rewards"])
+    size = folder.read_image(rows[0]).shape
+    more = {
+        "made_with": made_with,
+        "image_height_px": size[0],
+        "image_width_px": size[1],
+        "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+    }
+    write_json(folder.path / RESULTS, {**results, **more, **facts})
+    shown = sorted(in_turn(rows, lambda row: row.prompt.tag, min(SHEET_IMAGES, len(rows))), key=lambda r: r.prompt.tag)
+    captions = [f"{row.prompt.text}\n{'not scored' if row.failed else f'{row.reward:.2f}'}" for row in shown]
+    contact_sheet([folder.read_image(row) for row in shown], captions, folder.path / CONTACT_SHEET)
+    print_results(results, made_with["rewards"], console)
+    console.note(f"pictures, index, results and contact sheet are in {folder.path}")
+
+
+def print_results(results: dict[str, Any], rewards: Sequence[str], console: Console) -> None:
+    """The table: tags in rows, rewards in columns; below it what else is known of the pictures."""
+    rewards = [name for name in results["scores"] if "/" not in name.split(":")[-1]]
+    for start in range(0, len(rewards), COLUMNS):
+        console.rich.print(_table(results, rewards[start : start + COLUMNS]))
+    for name in results["scores"]:
+        if name not in rewards:
+            console.note(f"{name}: {with_interval(results['scores'][name])}")
+    for name, geneval in results["geneval"].items():
+        low, high = geneval["overall_score_ci95"]
+        console.note(
+            f"GenEval's overall score by {name}: {geneval['overall_score']:.4f} ± {(high - low) / 2:.4f} (mean over "
+            f"{len(geneval['tags'])} tags of the share of correct images); {geneval['correct_images_share']:.2%} of "
+            f"images and {geneval['correct_prompts_share']:.2%} of prompts are correct"
+        )
+
+
+def _table(results: dict[str, Any], names: Sequence[str]) -> Table:
+    table = Table("tag", title="mean score, 95 % interval", title_justify="left")
+    for name in names:
+        table.add_column("weighted sum" if name == SUM else escape(name), justify="right", overflow="fold")
+    table.add_column("images", justify="right")
+    if len(results["tags"]) > 1:
+        for tag, scores in results["tags"].items():
+            count = max(one["images_count"] for one in scores.values())
+            table.add_row(escape(tag), *(with_interval(scores[name]) for name in names), str(count))
+        table.add_section()
+    total = max(one["images_count"] for one in results["scores"].values())
+    table.add_row("all", *(with_interval(results["scores"][name]) for name in names), str(total), style="bold")
+    return table
+
+
+def with_interval(scores: dict[str, Any], sign: str = "") -> str:
+    """`0.564 ± 0.053`, to two digits of the interval; with the sign "+", `+0.564 ± 0.053`."""
+    mean, (low, high) = scores["score_mean"], scores["score_ci95"]
+    half = (high - low) / 2
+    if not math.isfinite(mean):
+        return "–"
+    if not math.isfinite(half):
+        return f"{mean:{sign}.3f}"
+    places = decimals(half)
+    return f"{mean:{sign}.{places}f} ± {half:.{places}f}"
+
+
+def decimals(half: float) -> int:
+    """Places after the point that show two digits of an interval's half."""
+    return min(max(1 - math.floor(math.log10(half)), 2), 6) if math.isfinite(half) and half > 0 else 3
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "diffusers", "transformers", "peft", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"dgpo_fast": __version__, "python": platform.python_version(), **versions, **gpu}

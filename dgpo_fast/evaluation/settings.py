@@ -1,0 +1,155 @@
+"""What `python -m dgpo_fast.evaluate` draws and scores: every setting, and where its default comes from."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from dgpo_fast.cli import take_option
+from dgpo_fast.config import STRICT, Config, Count, Guidance, Positive, parse_overrides, read_yaml, resolve, to_dict
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.files import SUFFIXES
+from dgpo_fast.recipes import get_recipe
+
+OUTPUTS = Path("evaluations")
+FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
+"""What may differ when an evaluation goes on: none of it decides what is drawn."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class EvaluationSettings:
+    """Images and scores of a diffusers Stable Diffusion 3 pipeline, or of what a run trained."""
+
+    model: str = "tiny"
+    """`tiny` (shipped), a pipeline's folder, a name on the hub, or a run's folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    lora: str | None = None
+    """A LoRA for the model: a .safetensors file, or the folder it lies in."""
+    weights: Literal["after", "before"] | None = None
+    """Of a run: what it trained, or what it started from. None: after."""
+    prompts: str | None = None
+    """A .txt or .jsonl file (all of its prompts), or a generator (what it holds out). None: what a run held out."""
+    images: Count | None = None
+    """Images in all, dealt out evenly over tags and prompts. None: `images_per_prompt` of every prompt of a file."""
+    images_per_prompt: Count = 1
+    """Images of each prompt, each from noise of its own."""
+    rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
+    """What scores the images, each a column of its own: names, or your own `my_module:MyReward`. Weights (`=0.5`) only
+    count in the sum that a run trained on."""
+    seed: int = 0
+    """Seed of the initial noise. Evaluations of one seed and one list of prompts start from the same noise."""
+    solver: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
+    """ODE solver on flow sigmas."""
+    num_inference_steps: Count = 14
+    """Solver steps per image."""
+    guidance_scale: Guidance = 4.5
+    """Classifier-free guidance. 1 is unguided and costs half."""
+    shift: Annotated[float, Field(gt=0, le=100)] = 3.0
+    """Timestep shift of the sigma grid."""
+    resolution: Annotated[int, Field(ge=16)] | None = None
+    """Height and width in pixels. None: what the model was trained at."""
+    max_sequence_length: Annotated[int, Field(ge=0)] = 128
+    """Tokens of the T5 prompt encoder. 0 leaves its slots out, for a pipeline without one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, fp32 elsewhere."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: Count = 32
+    """Images per forward, and what a killed evaluation draws again at most."""
+    reward_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Processes that score images beside the drawing, for rewards that run on the CPU. auto: on a GPU, up to eight."""
+    reward_deadline_s: Positive = 300.0
+    """Seconds within which a reward must have scored an image."""
+    output: str | None = None
+    """The folder to write. Default: evaluations/, by the names of model, LoRA and prompts."""
+
+
+def read_settings(args: list[str]) -> EvaluationSettings:
+    """The settings of `[MODEL_OR_RUN] [--recipe NAME] [--setting value …]`.
+
+    A run's folder gives its model, prompts, rewards and evaluation; a recipe gives them for a plain model. The command
+    line overrides both. Raises UserError, one line.
+    """
+    args = list(args)
+    source = args.pop(0) if args and not args[0].startswith("-") else take_option(args, "model")
+    if source is None:
+        raise UserError("command line: name a model or a run's folder, as in `python -m dgpo_fast.evaluate tiny`")
+    if is_evaluation(source):
+        raise UserError(f"{source} is an evaluation, not a model: --side-by-side compares it with another one")
+    recipe = take_option(args, "recipe")
+    if is_run(source):
+        if recipe is not None:
+            raise UserError(f"--recipe {recipe}: {source} is a run, which has its own settings; leave it out")
+        base = _of_run(source)
+    else:
+        base = _of_recipe(source, recipe)
+    overrides = parse_overrides(args, base)
+    if str(overrides.get("prompts")).endswith(SUFFIXES):
+        overrides.setdefault("images", None)  # all prompts of the file
+    settings = resolve(base, overrides, "command line")
+    _require_what_fits(settings)
+    return settings if settings.output else replace(settings, output=str(_default_output(settings, base)))
+
+
+def is_evaluation(source: str) -> bool:
+    """Whether `source` is the folder of an evaluation."""
+    return (Path(source) / "evaluation.yaml").is_file()
+
+
+def is_run(source: str) -> bool:
+    """Whether `source` is the folder of a training run."""
+    return (Path(source) / "config.yaml").is_file()
+
+
+def run_config(folder: str) -> Config:
+    """The configuration of the run in `folder`."""
+    path = Path(folder) / "config.yaml"
+    return resolve(Config(), read_yaml(path), str(path))
+
+
+def lasting(settings: EvaluationSettings) -> dict[str, Any]:
+    """What must stay the same when an evaluation goes on."""
+    return {name: value for name, value in to_dict(settings).items() if name not in FREE}
+
+
+def _require_what_fits(settings: EvaluationSettings) -> None:
+    run = is_run(settings.model)
+    if settings.lora and run:
+        raise UserError(f"--lora {settings.lora}: {settings.model} is a run, which brings its own weights; "
+                        "give --lora beside a plain model")  # fmt: skip
+    if settings.weights and not run:
+        raise UserError(f"--weights {settings.weights}: {settings.model} is no run's folder; leave it out")
+    if settings.prompts is None and not run:
+        raise UserError(f"--prompts none: {settings.model} has no prompts of its own; name a file or a generator")
+
+
+def _default_output(settings: EvaluationSettings, base: EvaluationSettings) -> Path:
+    """evaluations/NAME, where NAME says what differs from the model's plain evaluation."""
+    prompts = settings.prompts if settings.prompts != base.prompts else None
+    named = [Path(settings.model).resolve().name, "before" if settings.weights == "before" else ""]
+    named += [Path(path).resolve().stem for path in (settings.lora, prompts) if path]
+    return OUTPUTS / "-".join(name for name in named if name)
+
+
+def _of_run(folder: str) -> EvaluationSettings:
+    return replace(_from_config(run_config(folder), model=folder, prompts=None), weights="after")
+
+
+def _of_recipe(model: str, recipe: str | None) -> EvaluationSettings:
+    config = get_recipe(recipe or ("tiny-shapes" if model == "tiny" else "sd35m-geneval"))
+    return _from_config(config, model=model, prompts=config.prompts)
+
+
+def _from_config(config: Config, *, model: str, prompts: str | None) -> EvaluationSettings:
+    rollout, evaluation = config.rollout, config.evaluation
+    return EvaluationSettings(
+        model=model, revision=config.revision, prompts=prompts, rewards=config.rewards, images=evaluation.images,
+        seed=evaluation.seed, solver=evaluation.solver, num_inference_steps=evaluation.num_inference_steps,
+        guidance_scale=evaluation.guidance_scale, shift=rollout.shift, resolution=rollout.resolution,
+        max_sequence_length=rollout.max_sequence_length, precision=config.precision, device=config.device,
+        batch_size=rollout.batch_size, reward_workers=config.reward_workers,
+        reward_deadline_s=config.reward_deadline_s,
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+"""Two evaluations of the same prompts from the same noise as one page: offline, with the pictures in it.
+
+The page is `page.html` with `page.js` and a JSON block. Prompts and names are only ever in that block, where no `<` is
+left, and reach the document as text.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+from rich.markup import escape
+from rich.table import Table
+
+from dgpo_fast.console import Console
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
+from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
+from dgpo_fast.evaluation.statistics import mean_with_ci95
+from dgpo_fast.metrics import finite
+
+TEMPLATE, SCRIPT = Path(__file__).with_name("page.html"), Path(__file__).with_name("page.js")
+MARK = '<meta name="generator" content="dgpo_fast side by side">'
+LOSSLESS_PX = 64
+"""Pictures up to this size are shown as they are; larger ones as WebP, which the eye cannot tell from them."""
+WEBP_QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations, A and B, picture by picture.
+
+    Attributes:
+        folders: A and B.
+        names: what they are called.
+        rows: pairs of rows with the same prompt and noise.
+        scores: the scores that both have, the first one being what pairs are ordered by at first.
+    """
+
+    folders: tuple[EvaluationFolder, EvaluationFolder]
+    names: tuple[str, str]
+    rows: list[tuple[Row, Row]]
+    scores: list[str]
+
+    def differences(self, score: str) -> np.ndarray:
+        """B − A for every pair, float64 (N,), NaN where one of the two was not scored."""
+        return column([b for _, b in self.rows], score) - column([a for a, _ in self.rows], score)
+
+    def totals(self, score: str) -> list[dict[str, Any]]:
+        """Means of A, B and their paired difference with its 95 % interval: of all pairs, then per tag.
+
+        Pairs that lack a score count nowhere.
+        """
+        tags: dict[str, list[int]] = {}
+        for index, (row, _) in enumerate(self.rows):
+            tags.setdefault(row.prompt.tag, []).append(index)
+        groups = [("all", list(range(len(self.rows))))]
+        groups += sorted(tags.items()) if len(tags) > 1 else []
+        return [{"tag": tag, **self._total(score, members)} for tag, members in groups]
+
+    def _total(self, score: str, members: Sequence[int]) -> dict[str, Any]:
+        pairs = [self.rows[index] for index in members]
+        difference = self.differences(score)[members]
+        known = np.isfinite(difference)
+        mean, (low, high) = mean_with_ci95(difference, [row.prompt.text for row, _ in pairs])
+        a, b = (column([pair[side] for pair in pairs], score)[known] for side in (0, 1))
+        return {
+            "count": int(known.sum()),
+            "a": float(a.mean()) if known.any() else None,
+            "b": float(b.mean()) if known.any() else None,
+            "difference": mean,
+            "low": low,
+            "high": high,
+            "better": int((difference[known] > 0).sum()),
+            "same": int((difference[known] == 0).sum()),
+            "worse": int((difference[known] < 0).sum()),
+        }
+
+
+def read_comparison(a: Path, b: Path) -> Comparison:
+    """Two evaluation folders. Raises UserError where they are not of the same prompts and noise."""
+    folders = EvaluationFolder(a), EvaluationFolder(b)
+    made_with = [folder.made_with() for folder in folders]
+    rows = [folder.rows() for folder in folders]
+    for folder, found in zip(folders, rows, strict=True):
+        if not found:
+            raise UserError(f"{folder.path}: no picture is there yet")
+    where = f"{a} and {b} cannot be set side by side"
+    if made_with[0]["seed"] != made_with[1]["seed"]:
+        raise UserError(f"{where}: their noise has the seeds {made_with[0]['seed']} and {made_with[1]['seed']}")
+    sizes = [folder.read_image(found[0]).shape for folder, found in zip(folders, rows, strict=True)]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{where}: their pictures are {sizes[0][1]} and {sizes[1][1]} pixels wide")
+    pairs = list(zip(*rows, strict=False))
+    other = next((pair for pair in pairs if pair[0].prompt.text != pair[1].prompt.text), None)
+    if other is not None:
+        raise UserError(f"{where}: picture {other[0].sample} was drawn for other prompts; evaluate both with the same "
+                        "--prompts, --images and --images-per-prompt")  # fmt: skip
+    names = [score_names(found, made["rewards"]) for found, made in zip(rows, made_with, strict=True)]
+    shared = [name for name in names[0] if name in names[1]]
+    if made_with[0]["rewards"] != made_with[1]["rewards"] and SUM in shared:
+        shared.remove(SUM)  # sums of different rewards
+    if not shared:
+        raise UserError(f"{where}: no reward scored both of them")
+    return Comparison(folders, _names(a, b), pairs, shared)
+
+
+def _names(a: Path, b: Path) -> tuple[str, str]:
+    """The folders' names, with as much of their paths as it takes to tell them apart."""
+    parts = a.resolve().parts, b.resolve().parts
+    length = next((n for n in range(1, max(map(len, parts)) + 1) if parts[0][-n:] != parts[1][-n:]), 1)
+    return "/".join(parts[0][-length:]), "/".join(parts[1][-length:])
+
+
+def print_totals(comparison: Comparison, console: Console) -> None:
+    """The totals of the first score on the console."""
+    score = comparison.scores[0]
+    title = f"{score}, mean of the pairs; difference with its 95 % interval"
+    table = Table("tag", title=title, title_justify="left")
+    for name in ("A", "B", "B − A", "pairs"):
+        table.add_column(name, justify="right")
+    all_pairs, *tags = comparison.totals(score)
+    for total in [*tags, all_pairs]:
+        shown = {"score_mean": total["difference"], "score_ci95": [total["low"], total["high"]]}
+        cells = [f"{total[side]:.3f}" if total[side] is not None else "–" for side in "ab"]
+        style = "bold" if total is all_pairs else None
+        table.add_row(escape(total["tag"]), *cells, with_interval(shown, "+"), str(total["count"]), style=style)
+    console.note(f"A: {comparison.folders[0].path}\nB: {comparison.folders[1].path}")
+    console.rich.print(table)
+
+
+def require_writable(path: Path) -> None:
+    """Raises UserError where `path` is a file that is no such page, or a folder."""
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file in it, such as {path / 'page.html'}")
+    if path.exists() and MARK.encode() not in path.read_bytes()[:2000]:
+        raise UserError(f"--output {path} exists and is no page of this command: choose another name")
+
+
+def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:
+    """Writes the page, in one step.
+
+    Args:
+        comparison: the two evaluations.
+        path: the file.
+        most_pairs: how many pairs it may hold; of more, it has the lowest and the highest differences.
+    """
+    shown = choose_pairs(comparison, most_pairs)
+    script = SCRIPT.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = TEMPLATE.read_text(encoding="utf-8")
+    page = page.replace("{{script_hash}}", f"sha256-{digest}").replace("{{script}}", script)
+    title = html.escape(f"{comparison.names[0]} and {comparison.names[1]} side by side")
+    before, after = page.split("{{data}}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}")
+    with staged.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(before.replace("{{title}}", title))
+        _write_data(comparison, shown, file)
+        file.write(after)
+    staged.replace(path)
+
+
+def choose_pairs(comparison: Comparison, most: int) -> list[int]:
+    """Numbers of the pairs to show: all, or half of `most` from either end of the differences; unscored ones last."""
+    difference = comparison.differences(comparison.scores[0])
+    order = np.argsort(np.where(np.isnan(difference), np.inf, difference), kind="stable")
+    if len(order) <= most:
+        return sorted(order.tolist())
+    scored = order[: int(np.isfinite(difference).sum())]
+    lowest, highest = scored[: most - most // 2], scored[len(scored) - most // 2 :]
+    return sorted({*lowest.tolist(), *highest.tolist()})
+
+
+def _write_data(comparison: Comparison, shown: Sequence[int], file: TextIO) -> None:
+    """The page's JSON, a pair at a time: pictures can be many."""
+    head = _as_json(_describe(comparison, shown))
+    file.write(f'{head[:-1]}, "pairs": [')
+    for place, pair in enumerate(_pairs(comparison, shown)):
+        file.write((",\n" if place else "\n") + _as_json(pair))
+    file.write("\n]}")
+
+
+def _as_json(value: Any) -> str:
+    """JSON that stays inside its script element, whatever a prompt says."""
+    return json.dumps(finite(value), allow_nan=False).replace("<", "\\u003c")
+
+
+def _describe(comparison: Comparison, shown: Sequence[int]) -> dict[str, Any]:
+    rows = comparison.rows
+    height, width = comparison.folders[0].read_image(rows[0][0]).shape[:2]
+    made_with = [folder.made_with() for folder in comparison.folders]
+    prompts = len({row.prompt.text for row, _ in rows})
+    about = f"{len(rows)} pictures of {prompts} prompts from the same noise (seed {made_with[0]['seed']}), "
+    about += f"{width} × {height} pixels"
+    for letter, made in zip("AB", made_with, strict=True):
+        about += f" · {letter}: {describe_model(made)}, {made['num_inference_steps']} steps, "
+        about += f"guidance {made['guidance_scale']:g}"
+    note = ""
+    if len(shown) < len(rows):
+        note = f"{len(shown)} of {len(rows)} pairs are shown: those with the lowest and the highest differences in "
+        note += f"{comparison.scores[0]}. The totals count all."
+    return {
+        "a": {"name": comparison.names[0]},
+        "b": {"name": comparison.names[1]},
+        "about": about,
+        "note": note,
+        "width_px": width,
+        "height_px": height,
+        "scores": [_score(comparison, name) for name in comparison.scores],
+    }
+
+
+def _score(comparison: Comparison, name: str) -> dict[str, Any]:
+    totals = comparison.totals(name)
+    places = decimals((totals[0]["high"] - totals[0]["low"]) / 2)
+    return {"name": name, "places": places, "totals": totals}
+
+
+def _pairs(comparison: Comparison, shown: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for index in shown:
+        pair = comparison.rows[index]
+        values = [column([row], name)[0] for row in pair for name in comparison.scores]
+        half = len(comparison.scores)
+        yield {
+            "sample": pair[0].sample,
+            "prompt": pair[0].prompt.text,
+            "tag": pair[0].prompt.tag,
+            "a": {"image": _image_url(comparison.folders[0], pair[0]), "scores": values[:half]},
+            "b": {"image": _image_url(comparison.folders[1], pair[1]), "scores": values[half:]},
+        }
+
+
+def _image_url(folder: EvaluationFolder, row: Row) -> str:
+    content, kind = folder.image_path(row).read_bytes(), "png"
+    image = folder.read_image(row)
+    if max(image.shape) > LOSSLESS_PX:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="WEBP", quality=WEBP_QUALITY)
+        content, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

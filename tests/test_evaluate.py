@@ -1,0 +1,387 @@
+"""`python -m dgpo_fast.evaluate`: what it draws, writes, resumes and refuses, on real pipelines."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from dgpo_fast.cli import run_command
+from dgpo_fast.config import Policy
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluate import evaluate
+from dgpo_fast.evaluation import drawing
+from dgpo_fast.evaluation.folder import EvaluationFolder, Row
+from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.evaluation.settings import read_settings
+from dgpo_fast.pipeline import find_lora, load_pipeline, merge_lora
+from dgpo_fast.policy import PolicyModels
+from dgpo_fast.train import train
+from tests.pipelines import save_random_pipeline
+
+PROMPTS = ["a cat", "a dog on a hill", "two birds", "a red house", "a boat", "a river"]
+DRAWING = ["--prompts", "prompts.txt", "--num-inference-steps", "2", "--guidance-scale", "2",
+           "--resolution", "none", "--max-sequence-length", "9", "--batch-size", "4", "--device", "cpu"]  # fmt: skip
+SMALL = [*DRAWING, "--rewards", "jpeg"]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the pipeline `model` and six prompts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(random_pipeline)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return tmp_path
+
+
+def pictures(folder: Path) -> np.ndarray:
+    paths = sorted((folder / "images").iterdir())
+    return np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
+
+
+def index(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+
+
+class Brightness:
+    """Mean brightness, and its square as a part."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, dict]:
+        brightness = images.mean(axis=(1, 2, 3)) / 255
+        return brightness, {"squared": brightness**2}
+
+
+def test_what_an_evaluation_writes(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two images of each prompt of a file, each reward in a column of its own."""
+    rewards = ["--rewards", "jpeg=0", f"{__name__}:Brightness=0.5"]
+    assert evaluate(["model", *DRAWING, *rewards, "--images-per-prompt", "2", "--output", "out"]) == 0
+    out = workspace / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "images", "index.jsonl", "results.json", "contact_sheet.png", "evaluation.yaml", ".lock",
+    }  # fmt: skip
+    lines = index(out)
+    assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [line["image"] for line in lines] == [f"images/{number:06d}.png" for number in range(12)]
+    images, name = pictures(out), f"{__name__}:Brightness"
+    assert not np.array_equal(images[0], images[1]), "each image of a prompt starts from noise of its own"
+    brightness = images.mean((1, 2, 3)) / 255
+    assert [line["scores"][name] for line in lines] == pytest.approx(brightness, abs=1e-6)
+    assert [line["reward"] for line in lines] == pytest.approx(brightness / 2, abs=1e-6)
+    results = json.loads((out / "results.json").read_text())
+    assert results["scores"][name]["score_mean"] == pytest.approx(brightness.mean(), abs=1e-6)
+    assert results["scores"][f"{name}/squared"]["score_mean"] == pytest.approx((brightness**2).mean(), abs=1e-6)
+    assert set(results["scores"]) == {"reward", "jpeg", "jpeg/kilobytes", name, f"{name}/squared"}
+    assert (results["images_count"], results["prompts_count"], results["drawn_count"]) == (12, 6, 12)
+    assert results["image_width_px"] == 16 and results["made_with"]["weights_sha256"] and results["date_utc"]
+    assert {"torch", "diffusers", "dgpo_fast"} <= set(results["versions"])
+    assert not results["geneval"], "these prompts are not GenEval's"
+    assert Image.open(out / "contact_sheet.png").width > 500
+    output = capsys.readouterr().out
+    assert "12/12 images" in output and "weighted sum" in output and "all" in output
+
+
+def test_geneval_by_hand_on_the_shipped_pipeline(workspace: Path) -> None:
+    """The overall score is the mean of the tags' shares, here recomputed from the index."""
+    assert evaluate(["tiny", "--images", "24", "--images-per-prompt", "2", "--output", "out"]) == 0
+    lines = index(workspace / "out")
+    shares = {}
+    for tag in {line["tag"] for line in lines}:
+        judged = [line["scores"]["shapes/correct"] for line in lines if line["tag"] == tag]
+        assert len(judged) == 4
+        shares[tag] = sum(judged) / 4
+    found = json.loads((workspace / "out" / "results.json").read_text())["geneval"]["shapes"]
+    assert {tag: one["correct_images_share"] for tag, one in found["tags"].items()} == shares
+    assert found["overall_score"] == pytest.approx(sum(shares.values()) / 6)
+
+
+TRAINING = {
+    "prompts": "prompts.txt", "rewards": ["jpeg"], "iterations": 2, "device": "cpu",
+    "rollout": {"group_size": 2, "groups": 2, "num_inference_steps": 2, "max_sequence_length": 9, "batch_size": 4,
+                "guidance_scale": 2.0},
+    "dgpo": {"timesteps": 1, "high_noise_steps": 2, "beta": 1000.0},
+    "policy": {"lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 4},
+    "optimizer": {"lr": 0.03},
+    "ema": {"eval_every": 1},
+    "evaluation": {"images": 6, "num_inference_steps": 3, "guidance_scale": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["lora", "full"])
+def test_a_run_is_evaluated_as_it_evaluated_itself(what: str, workspace: Path) -> None:
+    """What a run saved, loaded as any pipeline or LoRA, gives the merged policy's last pictures to 1/255."""
+    (workspace / "small.yaml").write_text(yaml.safe_dump({**TRAINING, "model": str(workspace / "model")}))
+    train(
+        ["small.yaml", "--name", "run", "--policy.train", what, "--optimizer.lr", "0.03" if what == "lora" else "1e-3"]
+    )
+    assert evaluate(["runs/run"]) == 0
+    assert evaluate(["runs/run", "--weights", "before"]) == 0
+    for folder, file in (("run", "after"), ("run-before", "before")):
+        ours, theirs = (
+            workspace / "evaluations" / folder,
+            Evaluation.load(workspace / f"runs/run/evaluation_{file}.npz"),
+        )
+        assert [line["prompt"] for line in index(ours)] == [prompt.text for prompt in theirs.prompts]
+        assert np.abs(pictures(ours) - theirs.images).max() <= 1
+        assert [line["reward"] for line in index(ours)] == pytest.approx(theirs.rewards, abs=1e-4)
+    before, after = (pictures(workspace / "evaluations" / name) for name in ("run-before", "run"))
+    assert np.abs(before - after).max() > 5, "training matters to these pictures"
+    if what == "lora":
+        settings = ["--prompts", "none.txt", "--lora"]
+        (workspace / "none.txt").write_text("".join(f"{prompt.text}\n" for prompt in theirs.prompts))
+        for lora in ("runs/run", "runs/run/pytorch_lora_weights.safetensors"):
+            evaluate(["model", *SMALL, "--num-inference-steps", "3", *settings, lora, "--output", "plain"])
+            assert np.array_equal(pictures(workspace / "plain"), after)
+            shutil.rmtree(workspace / "plain")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_lora_is_the_behaviour_policy_to_the_last_bit(
+    dtype: torch.dtype, workspace: Path, random_pipeline: Path
+) -> None:
+    load = {"revision": None, "device": torch.device("cpu"), "dtype": dtype}
+    trained = load_pipeline(str(random_pipeline), **load)
+    models = PolicyModels(trained.transformer, Policy(lora_rank=4, lora_alpha=8.0), seed=0)
+    for weight in models.weights.values():
+        torch.nn.init.normal_(weight, std=0.1)
+    models.save(models.weights, workspace, trained)
+    models.load_behaviour(models.weights)
+    merged = load_pipeline(str(random_pipeline), **load)
+    merge_lora(merged, find_lora(workspace))
+    expected = dict(models.behaviour.named_parameters())
+    found = dict(merged.transformer.named_parameters())
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(found[name], one) for name, one in models.base.named_parameters()), "it has an effect"
+
+
+def test_ctrl_c_and_sigkill_lose_nothing(workspace: Path) -> None:
+    """Stopped twice, the same command goes on to what an undisturbed one gives; nothing is drawn again."""
+    args = ["model", *SMALL, "--images-per-prompt", "25", "--batch-size", "4", "--output"]
+    evaluate([*args, "undisturbed"])
+    out, command = workspace / "out", [sys.executable, "-m", "dgpo_fast.evaluate", *args, "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "images/000007.png").exists())
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output + errors
+    done = len(index(out))
+    last = output.splitlines()[-1]
+    assert 8 <= done < 150 and last.startswith(f"stopped: {done} of 150 images are drawn and scored")
+    assert last.endswith("python -m dgpo_fast.evaluate " + " ".join(args) + " out")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(index(out)) > done)
+    process.kill()
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in sorted((out / "images").iterdir())[: len(index(out))]}
+    assert not (out / "results.json").exists(), "it was killed before its end"
+    assert evaluate([*args, "out"]) == 0
+    assert all((out / "images" / name).stat().st_mtime_ns == changed for name, changed in kept.items())
+    assert (out / "index.jsonl").read_text() == (workspace / "undisturbed/index.jsonl").read_text()
+    assert np.array_equal(pictures(out), pictures(workspace / "undisturbed"))
+    clock = ("date_utc", "wall_s", "drawn_count")
+    results = [json.loads((workspace / name / "results.json").read_text()) for name in ("out", "undisturbed")]
+    assert results[0]["drawn_count"] == 150 - len(kept)
+    assert {k: v for k, v in results[0].items() if k not in clock} == {
+        k: v for k, v in results[1].items() if k not in clock
+    }
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the process did not get there"
+        time.sleep(0.02)
+
+
+def test_a_torn_line_or_a_lost_picture_is_drawn_again_with_its_batch(workspace: Path) -> None:
+    args = ["model", *SMALL, "--images-per-prompt", "2", "--output", "out"]
+    evaluate(args)
+    whole, lines = pictures(workspace / "out"), (workspace / "out/index.jsonl").read_text()
+    for damage in (lambda: (workspace / "out/index.jsonl").write_text(lines[: len(lines) * 6 // 10]),
+                   lambda: (workspace / "out/images/000006.png").unlink()):  # fmt: skip
+        damage()
+        evaluate(args)
+        assert (workspace / "out/index.jsonl").read_text() == lines
+        assert np.array_equal(pictures(workspace / "out"), whole)
+        assert json.loads((workspace / "out/results.json").read_text())["drawn_count"] == 8
+    evaluate(args)
+    assert json.loads((workspace / "out/results.json").read_text())["drawn_count"] == 0, "all of it is there"
+
+
+def test_images_do_not_pile_up_in_memory(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a batch is drawn, the one before it may still be scored; no third one is alive."""
+    alive, counts, original = [], [], drawing.draw_images
+
+    def draw_images(*args: object, **kwargs: object) -> np.ndarray:
+        counts.append(sum(reference() is not None for reference in alive))
+        images = original(*args, **kwargs)  # type: ignore[arg-type]
+        alive.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(drawing, "draw_images", draw_images)
+    evaluate(["model", *SMALL, "--images-per-prompt", "6", "--output", "out"])
+    assert len(counts) == 9 and max(counts) <= 2
+
+
+class Flaky:
+    """Fails on birds until it is mended."""
+
+    broken = "birds"
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        if self.broken in prompts[0]:
+            raise RuntimeError("no answer")
+        return images.mean((1, 2, 3)) / 255
+
+
+def test_a_failed_score_is_no_zero_and_is_tried_again(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["model", *DRAWING, "--rewards", f"{__name__}:Flaky", "jpeg", "--output", "out"]
+    monkeypatch.setattr(Flaky, "broken", "")  # every prompt
+    with pytest.raises(UserError, match=r"no image of the first batch could be scored; .*no answer"):
+        evaluate(args)
+    monkeypatch.undo()
+    monkeypatch.chdir(workspace)
+    assert evaluate(args) == 0
+    lines = index(workspace / "out")
+    birds = lines[PROMPTS.index("two birds")]
+    assert birds["reward"] is None and birds["scores"][f"{__name__}:Flaky"] is None and birds["scores"]["jpeg"] < 0
+    results = json.loads((workspace / "out/results.json").read_text())
+    others = [line["reward"] for line in lines if line is not birds]
+    assert results["images_failed_count"] == 1
+    assert results["scores"]["reward"]["score_mean"] == pytest.approx(np.mean(others))
+    assert "1 images could not be scored; the first failure: " in capsys.readouterr().out
+    monkeypatch.setattr(Flaky, "broken", "no such prompt")
+    assert evaluate(args) == 0
+    assert all(line["reward"] is not None for line in index(workspace / "out"))
+    assert json.loads((workspace / "out/results.json").read_text())["drawn_count"] == 0
+
+
+def test_the_same_folder_takes_the_same_evaluation_only(workspace: Path, random_pipeline: Path) -> None:
+    """Other settings, prompts or weights are refused in one line; batch size and device may change."""
+    args = ["model", *SMALL, "--output", "out"]
+    evaluate(args)
+    for change, line in {
+        "--guidance-scale 3": "out was made with guidance_scale 2.0, not 3.0: choose another --output",
+        "--rewards shapes": r"out was made with rewards \['jpeg'\], not \['jpeg', 'shapes'\]: ",
+        "--seed 1": "out was made with seed 0, not 1: ",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            evaluate([*args, *change.split()])
+    assert evaluate([*args, "--batch-size", "3"]) == 0
+    (workspace / "prompts.txt").write_text("\n".join([*PROMPTS[:-1], "a lake"]))
+    with pytest.raises(UserError, match="out was made with prompts_sha256 "):
+        evaluate(args)
+    (workspace / "prompts.txt").write_text("\n".join(PROMPTS))
+    (workspace / "model").unlink()
+    (workspace / "model").mkdir()
+    save_random_pipeline(workspace / "model", seed=1)
+    with pytest.raises(UserError, match="out was made with weights_sha256 "):
+        evaluate(args)
+
+
+MISTAKES = {
+    # arguments: the line that they give
+    "": "error: command line: name a model or a run's folder, as in `python -m dgpo_fast.evaluate tiny`",
+    "nowhere --rewards jpeg": "error: model 'nowhere': no such folder, and no name on the hub (organisation/name)",
+    "tiny --promts a.txt": "error: command line: unknown setting 'promts': did you mean 'prompts'?",
+    "tiny --images 0": "error: command line: images: input should be greater than or equal to 1",
+    "tiny --prompts missing.txt": "error: missing.txt: no such prompt file",
+    "tiny --prompts geneval --images none": "error: --prompts geneval: a generator has no end: say how many",
+    "tiny --prompts none": "error: --prompts none: tiny has no prompts of its own; name a file or a generator",
+    "tiny --prompts plain.txt": "error: plain.txt:1: ",
+    "tiny --rewards shape": "error: no reward 'shape': did you mean 'shapes'?",
+    "tiny --recipe tiny-shape": "error: unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
+    "tiny --weights before": "error: --weights before: tiny is no run's folder; leave it out",
+    "tiny --lora nowhere": "error: LoRA 'nowhere': no such file or folder",
+    "tiny --lora empty": "error: LoRA 'empty': no .safetensors file is there",
+    "tiny --lora junk.safetensors": "error: LoRA 'junk.safetensors' cannot be read: ",
+    "tiny --lora other.safetensors": "error: LoRA 'other.safetensors' cannot be loaded into this model: ",
+    "tiny --resolution 36": "error: resolution 36: this model draws multiples of ",
+    "tiny --output plain.txt": "error: plain.txt exists and is no evaluation: choose another --output",
+    "tiny --output run": "error: run exists and is no evaluation: choose another --output",
+    "tiny --device gpu": "error: --device gpu: no such device",
+    "run": "error: run: the run has not finished, so its weights are not there (pytorch_lora_weights.safetensors): ",
+    "run --lora x": "error: --lora x: run is a run, which brings its own weights",
+    "run --recipe tiny-ocr": "error: --recipe tiny-ocr: run is a run, which has its own settings; leave it out",
+    "done": "error: done is an evaluation, not a model: --side-by-side compares it with another one",
+    "--side-by-side": "error: command line: --side-by-side takes two evaluations, runs or models, or one run",
+    "--side-by-side tiny": "error: --side-by-side tiny: is no run with a before and an after; give two",
+    "--side-by-side done done --seed 1": "error: command line: --seed: both evaluations are there already",
+    "--side-by-side done done --pairs many": "error: command line: --pairs many: give a whole number from 2 up",
+    "--side-by-side done done": "error: done/evaluation.yaml: lacks 'lora'; the evaluation is damaged, make it anew",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_bad_input_gives_one_line_and_makes_nothing(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "run", "done"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "plain.txt").write_text("a cat\n")
+    (tmp_path / "junk.safetensors").write_bytes(b"\x80\x04 no tensors")
+    save_file({"transformer.transformer_blocks.99.attn.to_q.lora_A.weight": torch.zeros(2, 2)}, "other.safetensors")
+    (tmp_path / "run/config.yaml").write_text("policy: {train: lora}\n")
+    (tmp_path / "done/evaluation.yaml").write_text("model: tiny\n")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments.split()])
+    assert run_command(evaluate) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith(MISTAKES[arguments]), errors
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_defaults_come_from_the_run_or_the_recipe(workspace: Path) -> None:
+    (workspace / "run").mkdir()
+    (workspace / "run/config.yaml").write_text(
+        "rewards: [ocr]\nevaluation: {images: 40, seed: 3}\nrollout: {shift: 2}\n"
+    )
+    of_run = read_settings(["run", "--num-inference-steps", "5"])
+    assert (of_run.rewards, of_run.images, of_run.seed, of_run.shift) == (("ocr",), 40, 3, 2.0)
+    assert (of_run.prompts, of_run.num_inference_steps, of_run.output) == (None, 5, "evaluations/run")
+    of_file = read_settings(["run", "--prompts", "prompts.txt", "--weights", "before"])
+    assert of_file.images is None, "all prompts of the file"
+    assert of_file.output == "evaluations/run-before-prompts"
+    plain = read_settings(["organisation/sd3", "--recipe", "sd35m-ocr", "--lora", "my/lora.safetensors"])
+    assert (plain.prompts, plain.resolution, plain.output) == ("signs", 512, "evaluations/sd3-lora")
+
+
+def test_the_index_survives_its_file(tmp_path: Path) -> None:
+    """Any prompt and score that a row may hold is read as it was written."""
+    from dgpo_fast.prompts import Prompt
+
+    folder = EvaluationFolder(tmp_path)
+    (tmp_path / "images").mkdir()
+    texts = ["a\u2028b", "„ß“ \U0001f600", '"quoted" \\n </script>']
+    rows = [
+        Row(n, Prompt(text, {"tag": "t", "n": n}), float("nan") if n else 0.1, {"x/y": 1e-9})
+        for n, text in enumerate(texts)
+    ]
+    for row in rows:
+        folder.write_image(row.sample, np.full((4, 4, 3), row.sample, np.uint8))
+    folder.append(rows[:2])
+    folder.append(rows[2:])
+    found = folder.rows()
+    assert [(row.prompt, row.scores, row.failed) for row in found] == [(r.prompt, r.scores, r.failed) for r in rows]
+    assert (folder.read_image(found[2]) == 2).all()
+
+
+def test_the_command_starts_without_torch() -> None:
+    """A wrong command line is refused, and help shown, before the imports that take seconds."""
+    script = "import sys; import dgpo_fast.evaluate; assert not {'torch', 'diffusers', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    done = subprocess.run([sys.executable, "-m", "dgpo_fast.evaluate", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--images-per-prompt" in done.stdout and "--side-by-side" in done.stdout
