@@ -21,14 +21,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dgpo_fast.cli import run_command
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.reward_server import serve
-from dgpo_fast.rewards import load_rewards, png
-from dgpo_fast.rewards.http_client import JsonClient, Unanswered
+from dgpo_fast.rewards import WeightedReward, load_rewards, png
+from dgpo_fast.rewards.http_client import JsonClient, Reply, Unanswered
 from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
 from tests.servers import Process, answering, free_port, reward_server, wait_for
 
@@ -323,13 +325,32 @@ def test_a_wrong_answer_costs_its_group_and_never_scores_0(kind: str) -> None:
     def answer(path: str, body: bytes, _: Any) -> Any:
         return content if json.loads(body)["prompt"] == "two" else {"scores": [1, 2]}
 
-    from dgpo_fast.rewards import WeightedReward
-
     with answering(answer) as url:
         reward = WeightedReward({"far": RemoteReward(url)}, {"far": 1.0})
         scores = reward.score_groups(np.stack([picture()] * 4), [Prompt("one"), Prompt("two")], 2)
     assert scores.valid.tolist() == [True, False] and np.isnan(scores.rewards[1]).all()
     assert len(scores.failures) == 1 and expected in scores.failures[0] and len(scores.failures[0]) < 300
+
+
+KEYS = st.sampled_from(["scores", "parts", "queue", "a"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner),
+    max_leaves=8,
+)
+NUMBERS = st.lists(st.integers(-(10**40), 10**40) | st.floats(width=32), min_size=1, max_size=3)
+ANSWERS = JSON | st.fixed_dictionaries({"scores": NUMBERS}, optional={"queue": JSON, "parts": JSON})
+
+
+@settings(deadline=None)
+@given(ANSWERS)
+def test_any_answer_gives_two_finite_scores_or_a_failure(content: Any) -> None:
+    reward = RemoteReward("http://127.0.0.1")
+    reward._client.post = lambda path, body: Reply(content, 1, 0.1)  # type: ignore[method-assign]
+    scores = WeightedReward({"far": reward}, {"far": 1.0}).score_groups(np.stack([picture()] * 2), [Prompt("p")], 2)
+    assert np.isfinite(scores.rewards).all() if scores.valid[0] else len(scores.failures) == 1
+    if scores.valid[0]:
+        assert scores.rewards[0].tolist() == [pytest.approx(value) for value in content["scores"]]
 
 
 # What it refuses
