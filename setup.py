@@ -23,7 +23,11 @@ setup(
     # `kernels` itself is no package: the name belongs to a Hugging Face library that diffusers imports.
     packages=[*find_packages(include=["dgpo_fast", "dgpo_fast.*"]), "dgpo_kernels", "dgpo_kernels.triton"],
     package_dir={"dgpo_kernels": "kernels/dgpo_kernels"},
-    package_data={"dgpo_fast.tiny": ["pipeline/**/*", "pipeline/*"], "dgpo_fast.evaluation": ["page.*"]},
+    package_data={
+        "dgpo_fast.tiny": ["pipeline/**/*", "pipeline/*"],
+        "dgpo_fast.evaluation": ["page.*"],
+        "dgpo_fast.profiling": ["page.*"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "diffusers>=0.42",
@@ -38,6 +42,7 @@ setup(
         "pydantic>=2.9",
         "pyyaml>=6",
         "rich>=13",
+        "psutil>=5.9",
         "tyro>=1.0",
     ],
     extras_require={

@@ -150,6 +150,7 @@ def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
 
 
 def with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int) -> SD3Transformer2DModel:
+    """`transformer` with trainable adapters put in, in place. Raises UserError where a target is not there."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [end for end in config.lora_targets if not any(f".{name}".endswith(f".{end}") for name in names)]
     if unmatched:

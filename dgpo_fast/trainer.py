@@ -221,7 +221,7 @@ class Trainer:
         self._compare_processes()
         seconds = time.perf_counter() - started
         metrics |= {"iteration_s": seconds, "images_per_s": metrics["images_count"] / seconds}
-        metrics |= self.work.rates(self.work.take(), seconds)
+        metrics |= self.work.rates(seconds)
         if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
             metrics |= self._heldout()
         metrics = {"iteration": self.iteration, **metrics, **self._phases(seconds)}

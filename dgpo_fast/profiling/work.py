@@ -28,6 +28,7 @@ from dgpo_fast.text import TextEmbeds
 
 ROLLOUT, DECODE = "rollout", "decode"
 REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy forward", "backward"
+PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)
 
 
 @dataclass
@@ -129,26 +130,39 @@ class ModelWork:
         transformer: any of the run's transformers; its configuration alone is read.
         vae: the decoder; likewise.
         policy: what is trained.
+        adapted: whether the behaviour weights are an adapter too, and no merged copy.
         dtype: of weights and activations; bytes depend on it.
         shapes: of one sample.
     """
 
     def __init__(
-        self, transformer: SD3Transformer2DModel, vae: AutoencoderKL, policy: PolicyConfig, dtype: torch.dtype,
+        self,
+        transformer: SD3Transformer2DModel,
+        vae: AutoencoderKL,
+        policy: PolicyConfig,
+        dtype: torch.dtype,
         shapes: Shapes,
-    ):  # fmt: skip
+        adapted: bool = False,
+    ):
         self.dtype, self.shapes = dtype, shapes
+        self._counted: dict[tuple[str, int], Work] = {}
         with torch.device("meta"):
             self.base = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(False)
             self.policy = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(policy.train == "full")
             self.vae = AutoencoderKL.from_config(vae.config).requires_grad_(False)
         if policy.train == "lora":
             with_lora(self.policy, policy, seed=0)
+        self.behaviour = self.policy if adapted else self.base
         for module in (self.base, self.policy, self.vae):
             torch.nn.Module.to(module, dtype)  # diffusers' own `to` warns of what does not matter without data
 
     def count(self, kind: str, batch: int = 1) -> Work:
-        """One forward, backward or decode of `batch` samples."""
+        """One forward, backward or decode of `batch` samples; counted once."""
+        if (kind, batch) not in self._counted:
+            self._counted[kind, batch] = self._count(kind, batch)
+        return self._counted[kind, batch]
+
+    def _count(self, kind: str, batch: int) -> Work:
         if kind == DECODE:
             latent = torch.empty(batch, *self.shapes.latent, dtype=self.dtype, device="meta")
             return _count(lambda: self.vae.decode(latent, return_dict=False)[0])[0]
@@ -156,7 +170,8 @@ class ModelWork:
             with _FusedAttention():
                 out = self._forward(self.policy, batch)
             return _count(lambda: out.backward(torch.empty_like(out)))[0]
-        return _count(lambda: self._forward(self.policy if kind == POLICY else self.base, batch))[0]
+        transformer = {REFERENCE: self.base, POLICY: self.policy}.get(kind, self.behaviour)
+        return _count(lambda: self._forward(transformer, batch))[0]
 
     def _forward(self, transformer: SD3Transformer2DModel, batch: int) -> Tensor:
         def empty(*shape: int) -> Tensor:
@@ -185,12 +200,18 @@ class WorkMeter:
         vae: the decoder.
         policy: what is trained.
         latent: (C, H, W) of a latent.
+
+    Attributes:
+        last: samples by kind of work of the iteration that ended last.
+        batches: samples in one forward, the most seen, by kind of training work.
     """
 
     def __init__(self, models: PolicyModels, vae: AutoencoderKL, policy: PolicyConfig, latent: tuple[int, ...]):
         self.models, self.vae, self.policy, self.latent = models, vae, policy, latent
         self.peak_tflops = peak_tflops(models.device, models.dtype)
         self.samples: dict[str, int] = defaultdict(int)
+        self.last: dict[str, int] = {}
+        self.batches: dict[str, int] = {}
         self.flops_per_sample: dict[str, int] = {}
         self.shapes: Shapes | None = None
 
@@ -222,9 +243,10 @@ class WorkMeter:
         taken, self.samples = dict(self.samples), defaultdict(int)
         return taken
 
-    def rates(self, samples: dict[str, int], seconds: float) -> dict[str, float]:
-        """What an iteration that did `samples` in `seconds` achieved: for `metrics.jsonl`."""
-        rate = self.flops(samples) / seconds / 1e12
+    def rates(self, seconds: float) -> dict[str, float]:
+        """What the iteration that ends now and took `seconds` achieved: for `metrics.jsonl`."""
+        self.last = self.take()
+        rate = self.flops(self.last) / seconds / 1e12
         rates = {"achieved_tflops": rate}
         return rates | {"mfu_percent": 100 * rate / self.peak_tflops} if self.peak_tflops else rates
 
@@ -239,7 +261,8 @@ class WorkMeter:
     def model_work(self) -> ModelWork:
         """A counter for the shapes seen. There must have been a forward."""
         assert self.shapes is not None
-        return ModelWork(self.models.base, self.vae, self.policy, self.models.dtype, self.shapes)
+        models = self.models
+        return ModelWork(models.base, self.vae, self.policy, models.dtype, self.shapes, models.adapted)
 
     def _see(self, prompt: Tensor, pooled: Tensor) -> None:
         self.shapes = Shapes(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])
@@ -247,6 +270,7 @@ class WorkMeter:
     def _on_forward(self, kind: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._see(kwargs["encoder_hidden_states"], kwargs["pooled_projections"])
         count = len(kwargs["hidden_states"])
-        self.samples[kind] += count
-        if kind == POLICY and torch.is_grad_enabled():
-            self.samples[BACKWARD] += count
+        trained = kind == POLICY and torch.is_grad_enabled()
+        for name in (kind, BACKWARD) if trained else (kind,):
+            self.samples[name] += count
+            self.batches[name] = max(count, self.batches.get(name, 0))

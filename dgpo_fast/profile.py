@@ -1,0 +1,91 @@
+"""`python -m dgpo_fast.profile`: where an iteration's time goes, on one page."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from dgpo_fast.cli import configure, print_help, run_command, take_option
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+
+USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
+
+  python -m dgpo_fast.profile                                      coloured shapes on the shipped pipeline
+  python -m dgpo_fast.profile sd35m-geneval --random-weights       SD3.5-Medium's size, without a download
+  python -m dgpo_fast.profile my.yaml --measured 10 --warmup 3     more iterations
+  python -m dgpo_fast.profile --compare A B                        two profiles side by side, with ratios"""
+
+
+def profile(args: list[str]) -> int:
+    """Profiles as the command line says; returns the exit status."""
+    given, args = list(args), list(args)
+    if {"-h", "--help"} & set(args):
+        print_help("dgpo_fast.profile", USAGE, [arg for arg in args if arg in ("-h", "--help")])
+        return 0
+    if "--compare" in args:
+        return compare(args)
+    warmup, measured = _count(args, "warmup", 1), _count(args, "measured", 3)
+    config = replace(configure(args), iterations=warmup + measured + 1)
+    folder = new_folder(config)
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the tracer talks to the terminal otherwise
+    from dgpo_fast.profiling.page import write_page
+    from dgpo_fast.profiling.report import write_report
+    from dgpo_fast.profiling.session import Session
+    from dgpo_fast.profiling.summary import sentences
+    from dgpo_fast.trainer import Trainer
+
+    trainer = Trainer(config)
+    try:
+        folder.mkdir(parents=True)
+        report = Session(trainer, folder).run(warmup, measured, given)
+    finally:
+        trainer.close()
+    write_report(report, folder)
+    write_page(report, folder)
+    for sentence in sentences(report):
+        trainer.console.note(sentence)
+    trainer.console.note(f"open {folder / 'report.html'} in a browser; the trace opens in ui.perfetto.dev")
+    return 0
+
+
+def new_folder(config: Config) -> Path:
+    """The folder of a new profile, not yet made. Raises UserError where it is taken."""
+    folder = Path(config.runs_dir) / (config.name or f"profile-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists():
+        raise UserError(f"{folder} exists: choose another --name")
+    return folder
+
+
+def _count(args: list[str], name: str, default: int) -> int:
+    given = take_option(args, name)
+    if given is None:
+        return default
+    if not given.isdigit() or int(given) == 0:
+        raise UserError(f"command line: --{name}: a whole number from 1 up, not '{given}'")
+    return int(given)
+
+
+def compare(args: list[str]) -> int:
+    """Shows two profiles side by side and writes the page of it; returns the exit status."""
+    output = Path(take_option(args, "output") or "comparison.html")
+    args.remove("--compare")
+    if len(args) != 2 or any(arg.startswith("-") for arg in args):
+        raise UserError("command line: --compare takes two profiles: their folders, or their report.json files")
+
+    from dgpo_fast.console import Console
+    from dgpo_fast.profiling.compare import comparison_page, console_table
+    from dgpo_fast.profiling.report import read_report
+
+    first, second = (read_report(Path(arg)) for arg in args)
+    names = (args[0], args[1])
+    console = Console()
+    console.rich.print(console_table(first, second, names))
+    output.write_text(comparison_page(first, second, names), encoding="utf-8")
+    console.note(f"the same as a page: {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(profile))

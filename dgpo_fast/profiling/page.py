@@ -1,0 +1,321 @@
+"""`report.html`: the report as one page that needs no network, light or dark, from 390 pixels up."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from dgpo_fast.profiling import charts
+from dgpo_fast.profiling.report import Report
+from dgpo_fast.profiling.summary import sentences
+from dgpo_fast.profiling.units import digits, flop, gbytes, mebibytes, percent, seconds, short
+from dgpo_fast.profiling.work import BACKWARD, PARTS_OF_TRAINING
+
+FILE = "report.html"
+# Nothing may be loaded from anywhere: what is missing in the file is missing.
+POLICY_HEADER = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+TEXT_COLUMNS = ("class", "note")
+
+
+def write_page(report: Report, folder: Path) -> None:
+    """Writes `report.html` into `folder`."""
+    (folder / FILE).write_text(page(report), encoding="utf-8")
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    sections = [
+        ("time", "Where the time went", _time(report)),
+        ("compute", "Compute", _compute(report)),
+        ("memory", "Memory", _memory(report)),
+        ("gpu", "Launches and idle gaps", _gpu(report)),
+        ("hottest", "Hottest operations", _hottest(report)),
+        ("candidates", "Candidates that were timed", _candidates(report)),
+        ("power", "Power and energy", _power(report)),
+        ("setup", "What ran", _setup(report)),
+    ]
+    shown = [(name, title, body) for name, title, body in sections if body]
+    title = f"Profile of {report.recipe}"
+    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in shown)
+    top = (
+        f"<header><h1>{escape(title)}</h1>"
+        f'<p class="soft">{escape(" · ".join((report.device.name, report.device.dtype, _moment(report.created))))}</p>'
+        f'<nav aria-label="Sections">{links}</nav></header>'
+    )
+    body = "".join(
+        f'<section id="{name}"><h2>{escape(title)}</h2>{content}</section>' for name, title, content in shown
+    )
+    trace = f"Trace for ui.perfetto.dev: <code>{escape(report.trace_file)}</code>."
+    foot = f"<footer>Numbers: <code>report.json</code>. {trace}</footer>"
+    return document(title, f"{top}<main>{_lead(report)}{_tiles(report)}{body}</main>{foot}")
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML document with the style and the script inside it."""
+    static = files("dgpo_fast.profiling")
+    style, script = (static.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY_HEADER}">'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style></head>\n'
+        f'<body>{body}<div id="tip" role="status" aria-live="polite"></div><script>\n{script}</script></body></html>\n'
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[str], label: str) -> str:
+    """A table in a box that scrolls sideways where the page is too narrow; `rows` are HTML."""
+    cells = "".join(f'<th scope="col"{_aligned(cell)}>{escape(cell)}</th>' for cell in head)
+    return (
+        f'<div class="table" role="region" tabindex="0" aria-label="{escape(label)}"><table>'
+        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _aligned(head: str) -> str:
+    return ' class="text"' if head in TEXT_COLUMNS else ""
+
+
+def row(*cells: str, classes: str = "") -> str:
+    """A row of cells that are HTML already."""
+    css = f' class="{classes}"' if classes else ""
+    return f"<tr{css}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def chip(name: str) -> str:
+    """A name with the colour that it has in the charts."""
+    return f'<span class="chip" style="{charts.colour(name)}"></span>{escape(name)}'
+
+
+def _moment(created: str) -> str:
+    return f"{created[:16].replace('T', ' ')} UTC"
+
+
+def _lead(report: Report) -> str:
+    lines = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(report))
+    return f'<section class="lead" aria-label="Summary">{lines}</section>'
+
+
+def _tiles(report: Report) -> str:
+    speed = report.throughput
+    tiles = [
+        (f"{digits(speed.images_per_s)}", "images/s"),
+        (seconds(speed.iteration.median_s), "an iteration"),
+        (flop(speed.achieved_tflops, per_second=True), "achieved"),
+        (percent(speed.of_matmul_percent), "of the matmul rate measured here"),
+    ]
+    if speed.mfu_percent is not None:
+        tiles.append((percent(speed.mfu_percent), "MFU, of the datasheet"))
+    if report.gpu:
+        tiles.append((percent(report.gpu.busy_percent), "GPU busy"))
+    tiles.append((mebibytes(report.memory.peak_mib), "peak memory"))
+    if report.power:
+        tiles.append((f"{digits(report.power.energy_per_image_j)} J", "an image"))
+    shown = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in tiles)
+    columns = len(tiles) if len(tiles) < 7 else 4
+    return f'<div class="tiles" style="--columns:{columns}">{"".join(shown)}</div>'
+
+
+def _time(report: Report) -> str:
+    count = len(report.iterations)
+    names = [phase.name for phase in report.phases]
+    parts = [work.name for work in report.work if work.name in PARTS_OF_TRAINING]
+    return (
+        f'<p class="soft">The median of {count} iteration{"s" if count > 1 else ""} after {report.warmup_iterations} '
+        f"that warmed up. Below: when each phase ran.</p>"
+        f"{charts.stacked(report)}{charts.timeline(report.iterations)}{charts.legend([*names, *parts])}"
+        f"{_phase_table(report)}{_rewards(report)}"
+    )
+
+
+def _phase_table(report: Report) -> str:
+    rows = []
+    for phase in report.phases:
+        times = phase.times
+        peak = mebibytes(phase.peak_memory_mib) if phase.peak_memory_mib else ""
+        rows.append(row(
+            chip(phase.name), seconds(times.median_s),
+            percent(phase.share_percent) + charts.bar(phase.share_percent / 100, phase.name),
+            f"{seconds(times.low_s)} – {seconds(times.high_s)}", peak,
+        ))  # fmt: skip
+        if phase.name == "train":
+            rows += [_part_row(report, name) for name in PARTS_OF_TRAINING]
+    whole = report.throughput.iteration
+    rows.append(row("iteration", seconds(whole.median_s), "", f"{seconds(whole.low_s)} – {seconds(whole.high_s)}",
+                    mebibytes(report.memory.peak_mib), classes="total"))  # fmt: skip
+    return table(("phase", "median", "share", "20 – 80 % quantile", "peak memory"), rows, "Seconds per phase")
+
+
+def _part_row(report: Report, name: str) -> str:
+    work = next((work for work in report.work if work.name == name), None)
+    if work is None:
+        return ""
+    share = work.seconds / report.throughput.iteration.median_s
+    called = chip(name) + (" with loss and noise" if name == BACKWARD else "")
+    cells = (called, seconds(work.seconds), percent(100 * share) + charts.bar(share, name), "", "")
+    return row(*cells, classes="part")
+
+
+def _rewards(report: Report) -> str:
+    if report.rewards is None:
+        return ""
+    r = report.rewards
+    return (
+        f'<p class="soft" style="margin-top:14px">Rewards: {seconds(r.busy_s)} of work an iteration; the training '
+        f"waited {seconds(r.wait_s)} for them, {seconds(r.hidden_s)} were hidden behind other work.</p>"
+    )
+
+
+def _compute(report: Report) -> str:
+    device = report.device
+    rows = []
+    for number, work in enumerate(report.work, 1):
+        floor = work.tflop / device.matmul_tflops
+        rows.append(row(
+            f"{number} {chip(work.name)}", seconds(work.seconds), f"{work.samples:,}", flop(work.tflop),
+            flop(work.tflops, per_second=True),
+            percent(work.of_matmul_percent) + charts.bar(min(1, work.of_matmul_percent / 100), work.name),
+            seconds(max(0.0, work.seconds - floor)), gbytes(work.gbytes), digits(work.flop_per_byte),
+        ))  # fmt: skip
+    work_head = ("kind of work", "time", "samples", "FLOP", "rate", "of matmul rate", "lost", "moved", "FLOP/B")
+    operations = [
+        row(chip(o.kind), seconds(o.seconds), percent(o.share_percent) + charts.bar(o.share_percent / 100, o.kind),
+            flop(o.tflop) if o.tflop else "", flop(o.tflops, per_second=True) if o.tflop else "",
+            gbytes(o.gbytes), gbytes(o.gb_per_s, per_second=True), percent(100 * o.gb_per_s / device.copy_gb_per_s))
+        for o in report.operations
+    ]  # fmt: skip
+    head = ("operations, traced iteration", "time", "share", "FLOP", "rate", "moved", "bandwidth", "of copy")
+    sheet = (
+        f" The datasheet ({device.datasheet_source}) gives {flop(device.datasheet_tflops, per_second=True)} dense."
+        if device.datasheet_tflops and device.datasheet_source
+        else ""
+    )
+    return (
+        f'<p class="soft">Measured in this run: a {device.dtype} matmul of {device.matmul_size}² at '
+        f"{flop(device.matmul_tflops, per_second=True)}, a copy of {device.copy_mib} MiB at "
+        f"{gbytes(device.copy_gb_per_s, per_second=True)} read and written.{escape(sheet)} FLOPs are counted by "
+        "torch's formulas for the model's shapes. “Lost” is the time beyond what they take at the measured matmul "
+        "rate; “moved” are the inputs and outputs of every operation, so that fused code can beat the slope.</p>"
+        f"{charts.roofline(report)}{charts.roofline_legend(report)}"
+        f"{table(work_head, rows, 'Compute by kind of work')}{table(head, operations, 'Compute by class of operation')}"
+    )
+
+
+def _memory(report: Report) -> str:
+    memory = report.memory
+    rows = [row(escape(name), mebibytes(mib)) for name, mib in memory.held_mib.items()]
+    rows.append(row("sum", mebibytes(sum(memory.held_mib.values())), classes="total"))
+    facts = [row("peak", mebibytes(memory.peak_mib)), row("of the device", mebibytes(report.device.memory_mib))]
+    if memory.reserved_mib is not None:
+        facts.insert(1, row("reserved by the allocator", mebibytes(memory.reserved_mib)))
+    if memory.predicted_mib is not None:
+        facts.append(row("predicted", mebibytes(memory.predicted_mib)))
+        facts.append(row("prediction of the peak", percent(100 * memory.predicted_mib / memory.peak_mib)))
+    return (
+        f'<p class="soft">{escape(memory.what[0].upper() + memory.what[1:])}; colours are the phases.</p>'
+        f"{charts.memory(report)}<div class='columns'>{table(('memory', ''), facts, 'Memory')}"
+        f"{table(('held between iterations', ''), rows, 'Memory held by weights and states')}</div>"
+    )
+
+
+def _gpu(report: Report) -> str:
+    gpu = report.gpu
+    if gpu is None:
+        return ""
+    facts = [
+        row("GPU busy", percent(gpu.busy_percent)), row("idle", seconds(gpu.idle_ms / 1e3)),
+        row("kernels", f"{gpu.kernels:,}"), row("kernel launches", f"{gpu.kernel_launches:,}"),
+        row("graph launches", f"{gpu.graph_launches:,}"), row("copies and fills", f"{gpu.copies + gpu.fills:,}"),
+        row("host waits", f"{gpu.synchronisations:,}"),
+    ]  # fmt: skip
+    most = max((gap.total_ms for gap in gpu.gaps), default=0.0) or 1.0
+    gaps = [row(_gap_name(gap.from_us, gap.to_us), f"{gap.count:,}",
+                seconds(gap.total_ms / 1e3) + charts.bar(gap.total_ms / most)) for gap in gpu.gaps]  # fmt: skip
+    phases = [
+        row(chip(p.name), percent(p.busy_percent) + charts.bar(p.busy_percent / 100, p.name), f"{p.kernels:,}",
+            f"{p.kernel_launches:,}", f"{p.graph_launches:,}", f"{p.synchronisations:,}")
+        for p in gpu.phases
+    ]  # fmt: skip
+    head = ("phase", "busy", "kernels", "kernel launches", "graph launches", "host waits")
+    return (
+        f'<p class="soft">One traced iteration of {seconds(report.traced_iteration_s)}; tracing slows it down, so gaps '
+        "are at most as long in a run.</p>"
+        f"<div class='columns'>{table(('iteration', ''), facts, 'GPU totals')}"
+        f"{table(('idle gap', 'gaps', 'together'), gaps, 'Idle gaps')}</div>{table(head, phases, 'GPU by phase')}"
+    )
+
+
+def _gap_name(low_us: float, high_us: float | None) -> str:
+    low, high = (short(seconds((edge or 0.0) / 1e6)) for edge in (low_us, high_us))
+    if high_us is None:
+        return f"{low} and longer"
+    return f"below {high}" if low_us == 0 else f"{low} – {high}"
+
+
+def _hottest(report: Report) -> str:
+    most = max((operation.share_percent for operation in report.hottest), default=1.0)
+    rows = [
+        f'<tr><td class="name" data-tip="{escape(o.name)}">{escape(o.name)}</td><td class="text">{chip(o.kind)}</td>'
+        f"<td>{o.calls:,}</td><td>{seconds(o.total_ms / 1e3)}</td>"
+        f"<td>{percent(o.share_percent)}{charts.bar(o.share_percent / most, o.kind)}</td></tr>"
+        for o in report.hottest
+    ]
+    listed = table(("name", "class", "calls", "time", "share"), rows, "Hottest operations")
+    what, own = ("GPU kernels", "") if report.gpu else ("operations", ", by the time that is their own")
+    return (
+        f'<p class="soft">The {len(rows)} {what} that took longest in the traced iteration{own}.</p>'
+        f"{charts.chart('Hottest operations', listed)}"
+    )
+
+
+def _candidates(report: Report) -> str:
+    tables = []
+    for what, candidates in report.candidates.items():
+        rows = [
+            row(escape(c.name), f"{digits(c.median_ms)} ms" if c.median_ms is not None else "",
+                "chosen" if c.chosen else "", escape(c.note))
+            for c in candidates
+        ]  # fmt: skip
+        tables.append(table((what, "median", "", ""), rows, f"Candidates for {what}"))
+    return "".join(tables)
+
+
+def _power(report: Report) -> str:
+    power = report.power
+    if power is None:
+        return ""
+    facts = [
+        ("energy an image", f"{digits(power.energy_per_image_j)} J"), ("mean power", f"{digits(power.mean_w)} W"),
+        ("highest power", f"{digits(power.max_w)} W"),
+        ("limit", f"{digits(power.limit_w)} W" if power.limit_w else ""),
+        ("SM clock, median", f"{digits(power.sm_clock_median_mhz)} MHz"),
+        ("SM clock, lowest", f"{digits(power.sm_clock_min_mhz)} MHz"),
+        ("memory clock", f"{digits(power.memory_clock_median_mhz)} MHz"),
+        ("utilisation", percent(power.utilisation_mean_percent)),
+        ("highest temperature", f"{digits(power.temperature_max_c)} °C"),
+        ("held back by the power cap", percent(power.power_capped_percent)),
+        ("held back by heat", percent(power.heat_limited_percent)),
+    ]  # fmt: skip
+    rows = [row(name, value) for name, value in facts if value]
+    watts = charts.over_time("Power over time", [(t, w) for t, w, _, _ in power.samples], "W")
+    clocks = charts.over_time("SM clock over time", [(t, mhz) for t, _, mhz, _ in power.samples], "MHz")
+    return (
+        f"<div class='columns'><div><h3>Power</h3>{watts}</div><div><h3>SM clock</h3>{clocks}</div></div>"
+        f"{table(('by NVML, over the measured iterations', ''), rows, 'Power')}"
+    )
+
+
+def _setup(report: Report) -> str:
+    notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
+    versions = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in report.versions.items())
+    settings = "".join(f"<dt>{escape(k)}</dt><dd>{escape(_value(v))}</dd>" for k, v in report.settings.items())
+    return (
+        f'{notes}<p style="margin-top:8px"><code>{escape(report.command)}</code></p><dl>{versions}</dl>'
+        f"<details><summary>All settings</summary><dl>{settings}</dl></details>"
+    )
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)

@@ -1,0 +1,75 @@
+"""What the device can do, measured in the run itself: its matmul rate and its copy bandwidth."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+REPEATS = 9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Medians of a few repeats.
+
+    Attributes:
+        matmul_tflops: a square matmul of random numbers in the run's dtype.
+        matmul_size: its side.
+        copy_gb_per_s: bytes read and written by a copy much larger than any cache.
+        copy_mib: size of the copied tensor.
+    """
+
+    matmul_tflops: float
+    matmul_size: int
+    copy_gb_per_s: float
+    copy_mib: int
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Both rates of `device`; takes a second or two, and on a GPU about 3 GiB, less where less is free."""
+    size, copy_mib = 1024, 128
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        roomy = torch.cuda.mem_get_info(device)[0] > 6 << 30
+        size, copy_mib = (8192, 1024) if roomy else (4096, 256)
+    return Rates(_matmul_tflops(device, dtype, size), size, _copy_gb_per_s(device, copy_mib), copy_mib)
+
+
+def _matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    out = torch.empty_like(left)
+    return 2 * size**3 / _seconds(lambda: torch.mm(left, right, out=out), device) / 1e12
+
+
+def _copy_gb_per_s(device: torch.device, mib: int) -> float:
+    source = torch.randn(mib << 18, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e9
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Median time of one call, after three that warm up."""
+    for _ in range(3):
+        action()
+    return median(_cuda_times(action) if device.type == "cuda" else _cpu_times(action))
+
+
+def _cpu_times(action: Callable[[], object]) -> list[float]:
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _cuda_times(action: Callable[[], object]) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    for start, end in events:
+        start.record()
+        action()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]

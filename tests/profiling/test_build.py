@@ -1,0 +1,75 @@
+"""Rows of the report from recordings worked by hand."""
+
+import pytest
+import torch
+
+from dgpo_fast.profiling import build
+from dgpo_fast.profiling.rates import measure_rates
+from dgpo_fast.profiling.recorder import Recording
+from dgpo_fast.profiling.report import Span
+
+
+def recording(start_s: float, train_s: float) -> Recording:
+    """Two rollouts of a second around a reward that overlaps the second, then training with two forwards."""
+    spans = [
+        Span(name="rollout", start_s=0.0, end_s=1.0),
+        Span(name="rollout", start_s=1.0, end_s=2.0),
+        Span(name="reward", start_s=1.5, end_s=2.5),
+        Span(name="train", start_s=3.0, end_s=3.0 + train_s),
+        Span(name="policy forward", start_s=3.0, end_s=3.5, inside="train"),
+        Span(name="reference forward", start_s=3.5, end_s=3.75, inside="train"),
+    ]
+    return Recording(
+        start_s, start_s + 4.0 + train_s,
+        {"images_count": 8, "reward_busy_s": 3.0, "reward_wait_s": 1.0},
+        {"rollout": 64}, spans, {"rollout": 100.0 + start_s, "train": 300.0},
+    )  # fmt: skip
+
+
+RECORDINGS = [recording(10, 2.0), recording(16, 3.0), recording(23, 4.0)]
+
+
+def test_phases_by_hand() -> None:
+    """Iterations take 6, 7 and 8 s. Spans cover 2.5 s and the training; 1.5 s lie in no phase."""
+    rows = {row.name: row for row in build.phase_rows(RECORDINGS)}
+    assert list(rows) == ["rollout", "reward", "train", "other"]
+    assert (rows["rollout"].times.median_s, rows["reward"].times.median_s) == (2.0, 1.0)
+    assert (rows["train"].times.low_s, rows["train"].times.median_s) == (pytest.approx(2.4), 3.0)
+    assert rows["other"].times.median_s == pytest.approx(1.5)
+    assert rows["train"].share_percent == pytest.approx(100 * 3 / 7)
+    assert (rows["rollout"].peak_memory_mib, rows["train"].peak_memory_mib) == (123, 300)
+    assert rows["other"].peak_memory_mib is None
+
+
+def test_backward_is_what_forwards_leave_of_training() -> None:
+    kinds = build.kind_seconds(RECORDINGS[0])
+    assert kinds == {
+        "rollout": 2.0, "decode": 0.0, "reference forward": 0.25, "old forward": 0, "policy forward": 0.5,
+        "backward": 1.25,
+    }  # fmt: skip
+
+
+def test_iterations_are_counted_from_the_first() -> None:
+    rows = build.iteration_rows(RECORDINGS)
+    assert [(row.start_s, row.seconds, row.images) for row in rows] == [(0, 6, 8), (6, 7, 8), (13, 8, 8)]
+
+
+def test_hidden_rewards() -> None:
+    row = build.rewards_row(RECORDINGS)
+    assert row is not None and (row.busy_s, row.wait_s, row.hidden_s) == (3, 1, 2)
+    without = Recording(0, 1, {"images_count": 8})
+    assert build.rewards_row([*RECORDINGS, without]) is None
+
+
+def test_thinning_keeps_the_peak() -> None:
+    samples = [(float(t), float(t == 617)) for t in range(1000)]
+    few = build.thinned(samples, 60)
+    assert len(few) <= 60 and max(value for _, value in few) == 1.0
+    assert build.thinned(samples[:50], 60) == samples[:50]
+
+
+def test_the_devices_rates_are_plausible() -> None:
+    """A matmul of this size does at least as much as one core of ten years ago, and a copy no more than any memory."""
+    rates = measure_rates(torch.device("cpu"), torch.float32)
+    assert 1e-3 < rates.matmul_tflops < 100
+    assert 0.1 < rates.copy_gb_per_s < 2000
