@@ -1,12 +1,13 @@
 """`python -m dgpo_fast.profile`: where an iteration's time goes, on one page."""
 
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from dgpo_fast.cli import configure, print_help, run_command, take_option
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, Log
 from dgpo_fast.errors import UserError
 
 USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
@@ -26,7 +27,10 @@ def profile(args: list[str]) -> int:
     if "--compare" in args:
         return compare(args)
     warmup, measured = _count(args, "warmup", 1), _count(args, "measured", 3)
-    config = replace(configure(args), iterations=warmup + measured + 1)
+    config = configure(args)
+    config = replace(
+        config, iterations=warmup + measured + 1, evaluation=replace(config.evaluation, every=0), log=Log()
+    )
     folder = new_folder(config)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the tracer talks to the terminal otherwise
@@ -37,9 +41,12 @@ def profile(args: list[str]) -> int:
     from dgpo_fast.trainer import Trainer
 
     trainer = Trainer(config)
+    folder.mkdir(parents=True)
     try:
-        folder.mkdir(parents=True)
         report = Session(trainer, folder).run(warmup, measured, given)
+    except BaseException:
+        shutil.rmtree(folder)  # half a profile is none
+        raise
     finally:
         trainer.close()
     write_report(report, folder)

@@ -32,8 +32,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     size, copy_mib = 1024, 128
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        roomy = torch.cuda.mem_get_info(device)[0] > 6 << 30
-        size, copy_mib = (8192, 1024) if roomy else (4096, 256)
+        free = torch.cuda.mem_get_info(device)[0]
+        size, copy_mib = (8192, 1024) if free > 6 << 30 else (4096, 256) if free > 2 << 30 else (2048, 64)
     return Rates(_matmul_tflops(device, dtype, size), size, _copy_gb_per_s(device, copy_mib), copy_mib)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
-from dgpo_fast.config import Log, flat
+from dgpo_fast.config import flat
 from dgpo_fast.metrics import Loggers
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling import trace as tracing
@@ -47,7 +47,7 @@ class Session:
 
     def __init__(self, trainer: Any, folder: Path):
         self.trainer, self.folder = trainer, folder
-        trainer.metrics, trainer.loggers = Lines(), Loggers(Log(), folder, {}, trainer.console.note)
+        trainer.metrics, trainer.loggers = Lines(), Loggers(trainer.config.log, folder, {}, trainer.console.note)
 
     def run(self, warmup: int, measured: int, args: list[str]) -> Report:
         """The report of `measured` iterations after `warmup` others; `args` are those of the command line."""

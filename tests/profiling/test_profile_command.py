@@ -13,6 +13,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.profile import profile
 from dgpo_fast.profiling.compare import compare, differences
 from dgpo_fast.profiling.report import read_report
+from dgpo_fast.trainer import Trainer
 from tests.profiling.reports import HOSTILE, gpu_report
 
 
@@ -102,3 +103,13 @@ def test_the_module_does_not_stand_in_for_the_standard_librarys() -> None:
     """`cProfile` imports a module called `profile`; in a fresh process it gets its own, beside ours."""
     code = "import cProfile, profile, dgpo_fast.profile; assert 'dgpo_fast' not in profile.__file__, profile.__file__"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_profile_that_fails_leaves_no_folder(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Trainer) -> None:
+        raise UserError("out of luck")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(UserError, match="out of luck"):
+        profile(["small.yaml", "--name", "failed"])
+    assert not (workspace / "runs/failed").exists()

@@ -89,6 +89,17 @@ def test_samples_of_an_iteration(micro_batch: int, policy_forwards: int, workspa
     assert "mfu_percent" not in line, "a CPU has no datasheet here"
 
 
+def test_flops_are_counted_once(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first iteration, an iteration's FLOPs are a few multiplications."""
+    trainer = Trainer(configure(["small.yaml"]))
+    trainer.open_logs(workspace, {})
+    trainer.console.start_training(0, 2)
+    trainer.step()
+    monkeypatch.setattr(trainer.work, "model_work", None)
+    trainer.step()
+    assert [line["achieved_tflops"] > 0 for line in read_metrics(workspace / "metrics.jsonl")] == [True, True]
+
+
 def test_datasheets_are_found_by_torchs_names() -> None:
     names = {
         "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312,
