@@ -82,8 +82,9 @@ def side_by_side(args: list[str]) -> int:
     comparison = read_comparison(*folders)
     page = Path(output) if output else OUTPUTS / f"{'-and-'.join(folder.resolve().name for folder in folders)}.html"
     require_writable(page)
-    write_page(comparison, page, pairs)
     console = Console()
+    with console.track(f"writing {page}"):
+        write_page(comparison, page, pairs)
     print_totals(comparison, console)
     console.note(f"the pictures, worst regressions first: open {page} in a browser")
     return 0

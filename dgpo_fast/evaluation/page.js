@@ -68,8 +68,8 @@ function clear(total) {
   return isNumber(total.low) && (total.low > 0 || total.high < 0) ? direction(total.difference) : "same";
 }
 
-function totalsRow(name, total, places, reach) {
-  const row = element("tr", undefined, name === "all" ? "all" : "");
+function totalsRow(name, total, places, reach, isChosen = false) {
+  const row = element("tr", undefined, isChosen ? "all" : "");
   const head = element("th", name);
   head.scope = "row";
   const plotCell = element("td", undefined, "wide");
@@ -94,14 +94,26 @@ function renderTotals() {
   const known = isNumber(all.low);
   $("total").textContent = signed(all.difference, places);
   $("total").className = clear(all) === "same" ? "" : clear(all);
-  $("total-interval").textContent = known ? `± ${((all.high - all.low) / 2).toFixed(places)} ${name}, B − A` : `${name}, B − A`;
+  $("total-interval").textContent = known ? `± ${((all.high - all.low) / 2).toFixed(places)} ${name}, B − A` : `${name}, B − A`;
   const verdict = { same: "no clear difference", better: "B is better", worse: "B is worse" }[clear(all)];
   $("verdict").textContent = known
     ? `${verdict}: the 95 % interval of the paired difference is ${signed(all.low, places)} to ${signed(all.high, places)} over ${all.count} pictures`
     : `${all.count} pictures; too few prompts for an interval`;
+  const scores = data.scores.map((score, index) => {
+    const label = data.scores.length > 1 ? score.name : "all";
+    return totalsRow(label, score.totals[0], score.places, reachOf(score.totals), index === state.score);
+  });
+  const tags = totals.slice(1).map((one) => totalsRow(one.tag, one, places, reachOf(totals)));
+  const heading = element("tr");
+  heading.append(element("th", data.scores.length > 1 ? `${name}, by tag` : "by tag", "soft"));
+  heading.firstChild.colSpan = 9;
+  $("totals").replaceChildren(...scores, ...(tags.length && data.scores.length > 1 ? [heading] : []), ...tags);
+}
+
+/* Half the width of the axis that the intervals of one score share. */
+function reachOf(totals) {
   const ends = totals.flatMap((one) => [one.low, one.high, one.difference]).filter(isNumber);
-  const reach = Math.max(...ends.map(Math.abs), 1e-12);
-  $("totals").replaceChildren(...totals.map((one) => totalsRow(one.tag, one, places, reach)));
+  return Math.max(...ends.map(Math.abs), 1e-12);
 }
 
 /* Pairs */
@@ -137,12 +149,14 @@ function renderStrip() {
   const values = state.list.map((pair) => difference(pair) ?? 0);
   const reach = Math.max(...values.map(Math.abs), 1e-12);
   strip.setAttribute("viewBox", `0 0 ${Math.max(values.length, 1)} 56`);
+  const gap = values.length > 150 ? 0 : 0.08;
   const bars = values.map((value, index) => {
     const height = Math.max((Math.abs(value) / reach) * 26, 0.75);
-    const bar = { x: index + 0.08, width: 0.84, height, y: value > 0 ? 28 - height : 28, fill: `var(--${direction(value)})` };
+    const bar = { x: index + gap, width: 1 - 2 * gap, height, y: value > 0 ? 28 - height : 28, fill: `var(--${direction(value)})` };
     return svg("rect", bar);
   });
-  const cursor = svg("rect", { id: "cursor", y: 0, height: 56, width: 1, fill: "var(--b)", "fill-opacity": 0.28 });
+  const width = Math.max(1, values.length / 160);
+  const cursor = svg("rect", { id: "cursor", y: 0, height: 56, width, fill: "var(--b)", "fill-opacity": 0.35 });
   strip.replaceChildren(cursor, ...bars);
 }
 
@@ -168,13 +182,13 @@ function render() {
   picture("b", pair, data.b.name);
   const change = difference(pair);
   const strong = element("strong", MARK[direction(change)] + signed(change, places), direction(change));
-  $("difference").replaceChildren(strong, ` ${name}, B − A`);
+  $("difference").replaceChildren(strong, ` ${name}, B − A`);
   $("scores-table").hidden = data.scores.length < 2;
   $("scores").replaceChildren(...data.scores.map((score, index) => scoreRow(score, pair, index)));
   $("where").textContent = `${state.at + 1} of ${count}`;
   $("position").value = state.at;
   $("position").setAttribute("aria-valuetext", `${state.at + 1} of ${count}: ${pair.prompt}`);
-  $("cursor").setAttribute("x", state.at);
+  $("cursor").setAttribute("x", state.at + 0.5 - Math.max(1, count / 160) / 2);
   const focused = document.activeElement;
   $("previous").disabled = state.at === 0;
   $("next").disabled = state.at === count - 1;

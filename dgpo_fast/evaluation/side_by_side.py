@@ -10,6 +10,7 @@ import html
 import io
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +32,7 @@ MARK = '<meta name="generator" content="dgpo_fast side by side">'
 LOSSLESS_PX = 64
 """Pictures up to this size are shown as they are; larger ones as WebP, which the eye cannot tell from them."""
 WEBP_QUALITY = 88
+THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _names(a: Path, b: Path) -> tuple[str, str]:
 def print_totals(comparison: Comparison, console: Console) -> None:
     """The totals of the first score on the console."""
     score = comparison.scores[0]
-    title = f"{score}, mean of the pairs; difference with its 95 % interval"
+    title = f"{'weighted sum' if score == SUM else score}: means, and their paired difference with its 95 % interval"
     table = Table("tag", title=title, title_justify="left")
     for name in ("A", "B", "B − A", "pairs"):
         table.add_column(name, justify="right")
@@ -221,21 +223,22 @@ def _describe(comparison: Comparison, shown: Sequence[int]) -> dict[str, Any]:
 def _score(comparison: Comparison, name: str) -> dict[str, Any]:
     totals = comparison.totals(name)
     places = decimals((totals[0]["high"] - totals[0]["low"]) / 2)
-    return {"name": name, "places": places, "totals": totals}
+    return {"name": "weighted sum" if name == SUM else name, "places": places, "totals": totals}
 
 
 def _pairs(comparison: Comparison, shown: Sequence[int]) -> Iterator[dict[str, Any]]:
-    for index in shown:
-        pair = comparison.rows[index]
-        values = [column([row], name)[0] for row in pair for name in comparison.scores]
-        half = len(comparison.scores)
-        yield {
-            "sample": pair[0].sample,
-            "prompt": pair[0].prompt.text,
-            "tag": pair[0].prompt.tag,
-            "a": {"image": _image_url(comparison.folders[0], pair[0]), "scores": values[:half]},
-            "b": {"image": _image_url(comparison.folders[1], pair[1]), "scores": values[half:]},
-        }
+    def describe(index: int) -> dict[str, Any]:
+        row = comparison.rows[index][0]
+        sides = {side: one(number, index) for number, side in enumerate("ab")}
+        return {"sample": row.sample, "prompt": row.prompt.text, "tag": row.prompt.tag, **sides}
+
+    def one(number: int, index: int) -> dict[str, Any]:
+        row = comparison.rows[index][number]
+        scores = [float(column([row], name)[0]) for name in comparison.scores]
+        return {"image": _image_url(comparison.folders[number], row), "scores": scores}
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        yield from threads.map(describe, shown)
 
 
 def _image_url(folder: EvaluationFolder, row: Row) -> str:
