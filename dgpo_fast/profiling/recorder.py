@@ -106,10 +106,13 @@ class ForwardClock:
         return taken
 
     def _on_start(self, name: str, *_: Any) -> None:
-        self._started[name] = self._mark()
+        # A forward that is recorded into a CUDA graph does not run yet.
+        if not (self.on_gpu and torch.cuda.is_current_stream_capturing()):
+            self._started[name] = self._mark()
 
     def _on_end(self, name: str, *_: Any) -> None:
-        self.marks.append((name, self._started.pop(name), self._mark()))
+        if name in self._started:
+            self.marks.append((name, self._started.pop(name), self._mark()))
 
     def _mark(self) -> Any:
         if not self.on_gpu:

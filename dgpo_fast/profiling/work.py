@@ -5,6 +5,7 @@ meta device, where nothing is computed; an iteration's FLOPs are its samples tim
 models are not counted, nor is what a forward does again for the backward pass: saving memory must not look like speed.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from dgpo_fast.text import TextEmbeds
 
 ROLLOUT, DECODE = "rollout", "decode"
 REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy forward", "backward"
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "matmul")
 PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)
 
 
@@ -74,15 +76,13 @@ class WorkCounter(TorchDispatchMode):
 
 
 def operation_class(name: str) -> str:
-    """The class of an ATen operation: `aten::addmm` → matmul."""
-    name = name.removeprefix("aten::")
-    if "attention" in name:
+    """The class of an operation by its name: `aten::addmm` → matmul."""
+    name = name.rsplit("::", 1)[-1].lstrip("_")
+    if re.search("attention|attn|fmha|sdpa", name):
         return "attention"
     if "conv" in name:
         return "convolution"
-    if name.lstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "mkldnn_linear", "linear", "matmul"):
-        return "matmul"
-    return "other"
+    return "matmul" if name in MATMULS or re.search("(^|_)linear(_|$)", name) else "other"
 
 
 def _moves_nothing(func: Any) -> bool:

@@ -53,6 +53,20 @@ def test_forwards_are_timed_on_the_gpu() -> None:
     assert all(first[2] <= second[1] + 1e-3 for first, second in itertools.pairwise(spans))
 
 
+def test_a_forward_that_is_recorded_into_a_graph_is_not_timed() -> None:
+    module, data = torch.nn.Linear(64, 64, device="cuda"), torch.randn(64, 64, device="cuda")
+    clock = ForwardClock(torch.device("cuda"))
+    hooks = clock.hook("forward", module)
+    module(data)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        module(data)
+    graph.replay()
+    assert len(clock.take()) == 1
+    for hook in hooks:
+        hook.remove()
+
+
 def test_the_gpus_rates_are_plausible() -> None:
     rates = measure_rates(torch.device("cuda"), torch.bfloat16)
     assert 1 < rates.matmul_tflops < 5000

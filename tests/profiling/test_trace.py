@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling import trace as tracing
+from dgpo_fast.profiling.work import operation_class
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1) -> tracing.Event:
@@ -72,6 +73,16 @@ def test_kernel_classes() -> None:
         "Memset (Device)": "other",
     }
     assert {name: tracing.kernel_class(name) for name in names} == names
+
+
+def test_operation_classes() -> None:
+    names = {
+        "aten::addmm": "matmul", "aten::linear": "matmul", "mkldnn::_linear_pointwise": "matmul",
+        "aten::_scaled_mm": "matmul", "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "flash_attn::_flash_attn_forward": "attention", "aten::mkldnn_convolution": "convolution",
+        "dgpo_fast::linear_weight_gradient": "matmul", "aten::upsample_bilinear2d": "other", "aten::gelu": "other", "aten::native_layer_norm": "other",
+    }  # fmt: skip
+    assert {name: operation_class(name) for name in names} == names
 
 
 def test_gpu_trace_splits_by_phase() -> None:
