@@ -80,7 +80,8 @@ def test_operation_classes() -> None:
         "aten::addmm": "matmul", "aten::linear": "matmul", "mkldnn::_linear_pointwise": "matmul",
         "aten::_scaled_mm": "matmul", "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
         "flash_attn::_flash_attn_forward": "attention", "aten::mkldnn_convolution": "convolution",
-        "dgpo_fast::linear_weight_gradient": "matmul", "aten::upsample_bilinear2d": "other", "aten::gelu": "other", "aten::native_layer_norm": "other",
+        "dgpo_fast::linear_weight_gradient": "matmul", "aten::upsample_bilinear2d": "other",
+        "aten::gelu": "other", "aten::native_layer_norm": "other",
     }  # fmt: skip
     assert {name: operation_class(name) for name in names} == names
 
