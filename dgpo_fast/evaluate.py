@@ -51,8 +51,9 @@ def run_evaluation(settings: EvaluationSettings, args: list[str]) -> int:
         console.note(f"stopped: {done} of {total} images are drawn and scored; the same command goes on: {command}")
         return INTERRUPTED
     if drawing.failures:
-        console.note(f"{sum(row.failed for row in rows)} images could not be scored; the first failure: "
-                     f"{drawing.failures[0]}; the same command tries them again")  # fmt: skip
+        failed = sum(row.failed for row in rows)
+        console.note(f"not scored: {failed} of {len(rows)} images, which the same command tries again; "
+                     f"the first failure: {drawing.failures[0]}")  # fmt: skip
     facts = {"drawn_count": drawing.drawn, "wall_s": time.monotonic() - started_s}
     write_report(drawing.folder, rows, console, facts)
     return 0

@@ -24,9 +24,11 @@ from dgpo_fast.evaluate import evaluate
 from dgpo_fast.evaluation import drawing
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row
 from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.evaluation.report import score_names
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.pipeline import find_lora, load_pipeline, merge_lora
 from dgpo_fast.policy import PolicyModels
+from dgpo_fast.prompts import Prompt
 from dgpo_fast.train import train
 from tests.pipelines import save_random_pipeline
 
@@ -64,7 +66,7 @@ class Brightness:
 
 def test_what_an_evaluation_writes(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two images of each prompt of a file, each reward in a column of its own."""
-    rewards = ["--rewards", "jpeg=0", f"{__name__}:Brightness=0.5"]
+    rewards = ["--rewards", "jpeg=0", f"brightness={__name__}:Brightness=0.5"]
     assert evaluate(["model", *DRAWING, *rewards, "--images-per-prompt", "2", "--output", "out"]) == 0
     out = workspace / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -73,7 +75,7 @@ def test_what_an_evaluation_writes(workspace: Path, capsys: pytest.CaptureFixtur
     lines = index(out)
     assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert [line["image"] for line in lines] == [f"images/{number:06d}.png" for number in range(12)]
-    images, name = pictures(out), f"{__name__}:Brightness"
+    images, name = pictures(out), "brightness"
     assert not np.array_equal(images[0], images[1]), "each image of a prompt starts from noise of its own"
     brightness = images.mean((1, 2, 3)) / 255
     assert [line["scores"][name] for line in lines] == pytest.approx(brightness, abs=1e-6)
@@ -89,6 +91,15 @@ def test_what_an_evaluation_writes(workspace: Path, capsys: pytest.CaptureFixtur
     assert Image.open(out / "contact_sheet.png").width > 500
     output = capsys.readouterr().out
     assert "12/12 images" in output and "weighted sum" in output and "all" in output
+
+
+def test_a_sum_is_a_score_of_its_own_where_it_is_one() -> None:
+    """A lone reward of weight 1 is its own sum, whatever is in its name or its parts'."""
+    rows = [Row(0, Prompt("a"), 0.5, {"http://gpu2:8000": 0.5, "http://gpu2:8000/queue": 1.0})]
+    names = ["http://gpu2:8000", "http://gpu2:8000/queue"]
+    assert score_names(rows, ["http://gpu2:8000"]) == names
+    assert score_names(rows, ["taste=http://gpu2:8000"]) == names
+    assert score_names(rows, ["http://gpu2:8000=2"]) == ["reward", *names]
 
 
 def test_geneval_by_hand_on_the_shipped_pipeline(workspace: Path) -> None:
@@ -261,7 +272,9 @@ def test_a_failed_score_is_no_zero_and_is_tried_again(
     others = [line["reward"] for line in lines if line is not birds]
     assert results["images_failed_count"] == 1
     assert results["scores"]["reward"]["score_mean"] == pytest.approx(np.mean(others))
-    assert "1 images could not be scored; the first failure: " in capsys.readouterr().out
+    assert (
+        "not scored: 1 of 6 images, which the same command tries again; the first failure: " in capsys.readouterr().out
+    )
     monkeypatch.setattr(Flaky, "broken", "no such prompt")
     assert evaluate(args) == 0
     assert all(line["reward"] is not None for line in index(workspace / "out"))
@@ -361,8 +374,6 @@ def test_defaults_come_from_the_run_or_the_recipe(workspace: Path) -> None:
 
 def test_the_index_survives_its_file(tmp_path: Path) -> None:
     """Any prompt and score that a row may hold is read as it was written."""
-    from dgpo_fast.prompts import Prompt
-
     folder = EvaluationFolder(tmp_path)
     (tmp_path / "images").mkdir()
     texts = ["a\u2028b", "„ß“ \U0001f600", '"quoted" \\n </script>']

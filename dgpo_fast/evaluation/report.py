@@ -19,6 +19,7 @@ from dgpo_fast.evaluation.statistics import geneval_scores, mean_with_ci95
 from dgpo_fast.figures import contact_sheet
 from dgpo_fast.metrics import write_json
 from dgpo_fast.prompts import in_turn
+from dgpo_fast.rewards.registry import parse_spec
 
 SUM = "reward"
 """The weighted sum, beside the rewards' own names."""
@@ -53,7 +54,8 @@ def summarise(rows: Sequence[Row], rewards: Sequence[str]) -> dict[str, Any]:
 def score_names(rows: Sequence[Row], rewards: Sequence[str]) -> list[str]:
     """The scores that rows have: the weighted sum where it is a score of its own, then rewards and their parts."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
-    return names if len(rewards) == 1 and "=" not in rewards[0] else [SUM, *names]
+    weights = [parse_spec(reward).weight for reward in rewards]
+    return names if weights == [1.0] else [SUM, *names]
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -94,12 +96,13 @@ def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console
 
 
 def print_results(results: dict[str, Any], rewards: Sequence[str], console: Console) -> None:
-    """The table: tags in rows, rewards in columns; below it what else is known of the pictures."""
-    rewards = [name for name in results["scores"] if "/" not in name.split(":")[-1]]
-    for start in range(0, len(rewards), COLUMNS):
-        console.rich.print(_table(results, rewards[start : start + COLUMNS]))
+    """The table, with tags in rows and rewards in columns; below it their parts, and GenEval's figures."""
+    named = {SUM, *(parse_spec(reward).name for reward in rewards)}
+    columns = [name for name in results["scores"] if name in named]
+    for start in range(0, len(columns), COLUMNS):
+        console.rich.print(_table(results, columns[start : start + COLUMNS]))
     for name in results["scores"]:
-        if name not in rewards:
+        if name not in named:
             console.note(f"{name}: {with_interval(results['scores'][name])}")
     for name, geneval in results["geneval"].items():
         low, high = geneval["overall_score_ci95"]
