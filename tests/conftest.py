@@ -42,7 +42,7 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
             "clip_range": 0.01,
         },
         "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
-        "optimizer": {"lr": 0.03},
+        "optimizer": {"lr": 0.03, "lr_decay": "none"},
         "ema": {"eval_every": 1, "switch_ema_ref": 3},
         "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
         "checkpoint": {"every": 1, "keep": 9},

@@ -122,7 +122,7 @@ TRAINING = {
                 "guidance_scale": 2.0},
     "dgpo": {"timesteps": 1, "high_noise_steps": 2, "beta": 1000.0},
     "policy": {"lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 4},
-    "optimizer": {"lr": 0.03},
+    "optimizer": {"lr": 0.03, "lr_decay": "none"},
     "ema": {"eval_every": 1},
     "evaluation": {"images": 6, "num_inference_steps": 3, "guidance_scale": 2.0},
 }  # fmt: skip
