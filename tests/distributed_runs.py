@@ -30,7 +30,7 @@ SETTINGS = {
     },
     "dgpo": {"timesteps": 2, "high_noise_steps": 3, "beta": 1000.0, "kl_weight": 0.001, "clip_range": 0.01},
     "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
-    "optimizer": {"lr": 0.01},
+    "optimizer": {"lr": 0.01, "lr_decay": "none"},
     "ema": {"eval_every": 1, "switch_ema_ref": 3},
     "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
 }  # fmt: skip
