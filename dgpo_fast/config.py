@@ -333,12 +333,26 @@ def resolve(base: Settings, overrides: dict[str, Any], origin: str) -> Settings:
     try:
         return TypeAdapter(type(base)).validate_python(settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-        got = f", not {first['input']!r}" if key else ""
+        problems = error.errors()
+        key = _setting(problems[0]["loc"], settings)
+        # A setting that may be of several types has a problem with each of them.
+        messages = [problem["msg"] for problem in problems if _setting(problem["loc"], settings) == key]
+        message = " or ".join([messages[0], *(more.removeprefix("Input should be ") for more in messages[1:])])
+        message = message.removeprefix("Value error, ").replace("valid tuple", "list")
+        got = f", not {problems[0]['input']!r}" if key else ""
         message = message[0].lower() + message[1:] if key else message
         raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{got}") from None
+
+
+def _setting(location: tuple[str | int, ...], settings: Any) -> str:
+    """The dotted name of what pydantic's `location` is in, without the types that it was tried as."""
+    names = []
+    for part in location:
+        if isinstance(part, str) and not (isinstance(settings, dict) and part in settings):
+            break
+        names.append(str(part))
+        settings = settings[part] if isinstance(settings, dict) else None
+    return ".".join(names)
 
 
 def _merge(

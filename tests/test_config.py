@@ -78,6 +78,10 @@ ON_THE_COMMAND_LINE = {
     "unable to parse string as a number, not 'fast'",
     "--optimizer.lr nan": "command line: optimizer.lr: input should be a finite number, not 'nan'",
     "--precision fp8": "command line: precision: input should be 'auto', 'fp32' or 'bf16', not 'fp8'",
+    "--reward-workers many": "command line: reward_workers: input should be 'auto' or a valid integer, "
+    "unable to parse string as an integer, not 'many'",
+    "--reward-workers -1": "command line: reward_workers: input should be 'auto' or greater than or equal to 0, "
+    "not '-1'",
     "--iterations": "command line: --iterations has no value",
     "--iterations 3 4": "command line: --iterations takes one value, not 2",
     "tiny-ocr extra": "command line: unexpected 'extra': settings are given as --name value",

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -204,12 +205,83 @@ def test_a_reward_that_hangs_in_this_process_ends_the_run_in_one_line(own_reward
         pool.score_groups(pictures(1), [Prompt("a")], SIZE)
 
 
+def test_rewards_on_other_machines_are_asked_for_several_groups_at_a_time() -> None:
+    """Two groups that each wait until the other one is being scored too are both scored."""
+    together = threading.Barrier(2)
+
+    class Remote:
+        groups_at_once = 2
+
+        def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+            together.wait(timeout=60)
+            return images.mean((1, 2, 3))
+
+    pool = RewardPool(
+        WeightedReward({"remote": Remote()}, {"remote": 1.0}), workers=0, deadline_s=60, device=CPU, note=print
+    )
+    images = pictures(4)
+    scores = pool.score_groups(images, [Prompt(str(index)) for index in range(4)], SIZE)
+    np.testing.assert_allclose(scores.rewards, images.reshape(4, SIZE, -1).mean(2), rtol=1e-6)
+    pool.close()
+
+
+def test_processes_share_a_group_of_independent_images(own_rewards: str, make_pool: Callable) -> None:
+    """Portions of ten images by three processes; one that fails costs the group."""
+    reward = load_rewards(["jpeg", f"{own_rewards}:Trouble"])
+    reward.rewards[f"{own_rewards}:Trouble"].independent_images = True  # type: ignore[attr-defined]
+    pool = make_pool(reward, workers=3, deadline_s=60)
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    scores = pool.score_groups(images, [Prompt("a"), Prompt("raise")], 10)
+    expected = load_rewards(["jpeg"]).score_groups(images, [Prompt("a"), Prompt("raise")], 10)
+    np.testing.assert_array_equal(scores.parts["jpeg"], expected.rewards)
+    np.testing.assert_array_equal(scores.parts["jpeg/kilobytes"], expected.parts["jpeg/kilobytes"])
+    assert scores.valid.tolist() == [True, False] and len(scores.failures) == 1
+    assert [pool.portions("jpeg", count) for count in (1, 7, 8, 12, 16, 99)] == [1, 1, 2, 3, 3, 3]
+
+
+def test_prompts_are_scored_by_the_rewards_that_they_name(own_rewards: str, make_pool: Callable) -> None:
+    reward = load_rewards(["jpeg", f"sharp={own_rewards}:sharpness"])
+    prompts = [Prompt("a", {"reward": "sharp"}), Prompt("b"), Prompt("c", {"reward": ["jpeg"]})]
+    images = pictures(3)
+    scores = make_pool(reward, workers=1).score_groups(images, prompts, SIZE)
+    assert_same(scores, reward.score_groups(images, prompts, SIZE))
+    assert np.isnan(scores.parts["jpeg"][0]).all() and np.isnan(scores.parts["sharp"][2]).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_reward_on_the_gpu_is_scored_beside_the_trainers_work() -> None:
+    """On a stream of its own: the trainer's stream is done while the reward still computes, and scores are the same."""
+    device = torch.device("cuda")
+    weight = torch.randn(3, 3, device=device)
+
+    class Network:
+        def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+            assert torch.cuda.current_stream() != torch.cuda.default_stream()
+            torch.cuda._sleep(2_000_000_000)
+            return (torch.from_numpy(images).to(device).float() @ weight).mean((1, 2, 3))
+
+    reward = WeightedReward({"network": Network()}, {"network": 1.0})
+    pool = RewardPool(reward, workers=0, deadline_s=60, device=device, note=print)
+    images = pictures(2)
+    scoring = pool.start([Prompt("a"), Prompt("b")], SIZE)
+    scoring.add(images)
+    torch.ones(8, device=device).sum()
+    torch.cuda.current_stream().synchronize()
+    assert not scoring.groups[1]["network"][0].result.done()
+    expected = (torch.from_numpy(images).to(device).float() @ weight).mean((1, 2, 3)).cpu().numpy().reshape(2, SIZE)
+    np.testing.assert_allclose(scoring.result().rewards, expected, rtol=1e-5)
+    assert scoring.busy_s > 0
+    pool.close()
+
+
 def test_what_was_hidden_is_told(own_rewards: str, make_pool: Callable) -> None:
     """A group that was scored while the trainer did other work took time, and cost it none."""
     pool = make_pool(load_rewards([f"{own_rewards}:Trouble"]), workers=1)
     scoring = pool.start([Prompt("a")], SIZE)
     scoring.add(pictures(1, 512))
-    while not scoring.groups[0][0].result.done():
+    (task,) = next(iter(scoring.groups[0].values()))
+    while not task.result.done():
         time.sleep(0.01)
     assert scoring.result().valid.all()
     assert scoring.busy_s > 4 * scoring.wait_s > 0

@@ -23,6 +23,7 @@ class JpegReward:
     """
 
     runs_on_cpu = True
+    independent_images = True
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]

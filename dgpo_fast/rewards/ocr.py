@@ -53,6 +53,7 @@ class OcrReward:
     """
 
     runs_on_cpu = True
+    independent_images = True
 
     def __init__(self, workers: int | None = None) -> None:
         """Loads the engine, in about a second.

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     import torch  # a worker imports this package, and most rewards need no torch
 
 MOST_WORKERS = 8
+LEAST_PORTION = 4
+"""Images of a group that are worth a process of their own."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One reward's work on one group: images uint8 (G, H, W, 3) of a prompt.
+    """One reward's work on one group or a portion of it: images uint8 (B, H, W, 3) of a prompt.
 
     Attributes:
         result: the answer, and the seconds that it took.
@@ -128,6 +130,13 @@ class RewardPool:
             if tasks is self.tasks_elsewhere:
                 thread.join()
         self.threads = {}
+
+    def portions(self, name: str, count: int) -> int:
+        """Into how many portions a group of `count` images is cut for a reward."""
+        shared = self.queues[name] is self.tasks_elsewhere
+        if not shared or not getattr(self.reward.rewards[name], "independent_images", False):
+            return 1
+        return max(1, min(len(self.processes), count // LEAST_PORTION))
 
     def submit(self, task: Task) -> None:
         """Hands one task to the threads of its reward."""
@@ -238,7 +247,7 @@ class Scoring:
         self.pool = pool
         self.prompts = prompts
         self.group_size = group_size
-        self.groups: list[list[Task]] = []
+        self.groups: list[dict[str, list[Task]]] = []
         self.rest: list[np.ndarray] = []
         self.busy_s = self.wait_s = 0.0
 
@@ -262,18 +271,23 @@ class Scoring:
             raise ValueError(f"images for {len(self.groups)} of {len(self.prompts)} groups of {self.group_size}")
         answers = {}
         for index, group in enumerate(self.groups):
-            for task in group:
-                answers[index, task.name], seconds = self._wait(task)
-                self.busy_s += seconds
+            for name, tasks in group.items():
+                results = [self._wait(task) for task in tasks]
+                answers[index, name] = joined([answer for answer, _ in results])
+                self.busy_s += sum(seconds for _, seconds in results)
         return self.pool.reward.combine(answers, self.prompts, self.group_size)
 
     def _submit(self, images: np.ndarray) -> None:
         prompt = self.prompts[len(self.groups)]
-        group = [Task(name, images, prompt) for name in self.pool.reward.chosen(prompt)]
+        group = {}
+        for name in self.pool.reward.chosen(prompt):
+            portions = np.array_split(images, self.pool.portions(name, len(images)))
+            group[name] = [Task(name, portion, prompt) for portion in portions]
         self.groups.append(group)
-        for task in group:
+        tasks = [task for portions in group.values() for task in portions]
+        for task in tasks:
             self.pool.submit(task)
-        for task in group:
+        for task in tasks:
             if self.pool.blocks(task):
                 self._wait(task)
 
@@ -282,3 +296,12 @@ class Scoring:
         result = self.pool.wait(task)
         self.wait_s += time.perf_counter() - started
         return result
+
+
+def joined(portions: Sequence[Answer]) -> Answer:
+    """A group's answer from those to its portions: the first failure, or all scores and the parts that all have."""
+    scored = [portion for portion in portions if isinstance(portion, dict)]
+    if len(scored) < len(portions):
+        return next(portion for portion in portions if isinstance(portion, str))
+    return {name: np.concatenate([portion[name] for portion in scored])
+            for name in scored[0] if all(name in portion for portion in scored)}  # fmt: skip

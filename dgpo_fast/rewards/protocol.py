@@ -16,7 +16,7 @@ REWARD_KEY = "reward"
 class Reward(Protocol):
     """Scores images against their prompts; a class, a function or any other callable of this shape is one.
 
-    Two methods and two attributes are optional:
+    Two methods and three attributes are optional:
 
     - `check_prompts(prompts: Sequence[Prompt]) -> None` refuses, with a `UserError`, prompts that cannot be scored.
       It is called once, before anything is drawn.
@@ -26,6 +26,8 @@ class Reward(Protocol):
       time, each with the images of another prompt.
     - `runs_on_cpu = True` says that scoring takes no GPU and depends on the arguments alone. Such a reward may be
       loaded again in worker processes, which score several groups at a time beside the rollout.
+    - `independent_images = True` adds to it that a picture's score does not depend on the pictures beside it, so that
+      several processes may share a group.
     """
 
     def __call__(
