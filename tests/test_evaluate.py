@@ -177,7 +177,7 @@ def test_a_merged_lora_is_the_behaviour_policy_to_the_last_bit(
 
 def test_ctrl_c_and_sigkill_lose_nothing(workspace: Path) -> None:
     """Stopped twice, the same command goes on to what an undisturbed one gives; nothing is drawn again."""
-    args = ["model", *SMALL, "--images-per-prompt", "25", "--batch-size", "4", "--output"]
+    args = ["model", *SMALL, "--images-per-prompt", "50", "--batch-size", "1", "--output"]
     evaluate([*args, "undisturbed"])
     out, command = workspace / "out", [sys.executable, "-m", "dgpo_fast.evaluate", *args, "out"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -187,7 +187,7 @@ def test_ctrl_c_and_sigkill_lose_nothing(workspace: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in output + errors
     done = len(index(out))
     last = output.splitlines()[-1]
-    assert 8 <= done < 150 and last.startswith(f"stopped: {done} of 150 images are drawn and scored")
+    assert 8 <= done < 300 and last.startswith(f"stopped: {done} of 300 images are drawn and scored")
     assert last.endswith("python -m dgpo_fast.evaluate " + " ".join(args) + " out")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     wait_for(lambda: len(index(out)) > done)
@@ -201,7 +201,7 @@ def test_ctrl_c_and_sigkill_lose_nothing(workspace: Path) -> None:
     assert np.array_equal(pictures(out), pictures(workspace / "undisturbed"))
     clock = ("date_utc", "wall_s", "drawn_count")
     results = [json.loads((workspace / name / "results.json").read_text()) for name in ("out", "undisturbed")]
-    assert results[0]["drawn_count"] == 150 - len(kept)
+    assert results[0]["drawn_count"] == 300 - len(kept)
     assert {k: v for k, v in results[0].items() if k not in clock} == {
         k: v for k, v in results[1].items() if k not in clock
     }
