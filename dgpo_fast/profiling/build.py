@@ -12,6 +12,7 @@ from dgpo_fast.profiling import trace as tracing
 from dgpo_fast.profiling.power import HEAT, POWER_CAP, PowerMeter, energy_between_j
 from dgpo_fast.profiling.recorder import TRAIN, MemoryWatch, Recording
 from dgpo_fast.profiling.report import (
+    Candidate,
     Device,
     Gaps,
     GpuTrace,
@@ -28,7 +29,17 @@ from dgpo_fast.profiling.report import (
     Times,
     Work,
 )
-from dgpo_fast.profiling.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT, ModelWork
+from dgpo_fast.profiling.work import (
+    BACKWARD,
+    BOTH,
+    DECODE,
+    OLD,
+    PARTS_OF_TRAINING,
+    POLICY,
+    REFERENCE,
+    ROLLOUT,
+    ModelWork,
+)
 
 OTHER = "other"
 HOTTEST = 20
@@ -82,39 +93,59 @@ def kind_seconds(recording: Recording) -> dict[str, float]:
 
 
 def work_rows(
-    recordings: Sequence[Recording], model_work: ModelWork, batches: dict[str, int], matmul_tflops: float
+    recordings: Sequence[Recording],
+    model_work: ModelWork,
+    batches: dict[str, int],
+    matmul_tflops: float,
+    decodes_beside: bool = False,
 ) -> list[Work]:
-    """FLOPs, bytes and rates of each kind of work that the iterations did, at the medians of samples and seconds."""
+    """FLOPs, bytes and rates of each kind of work that the iterations did, at the medians of samples and seconds.
+
+    Args:
+        batches: samples in one forward or decode, by kind.
+        decodes_beside: whether decoding runs beside the rollout, so that their seconds are those of both together.
+    """
     rows = []
     seconds = [kind_seconds(recording) for recording in recordings]
-    for kind in (ROLLOUT, DECODE, REFERENCE, OLD, POLICY, BACKWARD):
-        samples = int(np.median([recording.samples.get(kind, 0) for recording in recordings]))
-        spent = float(np.median([row.get(kind, 0.0) for row in seconds]))
-        if not samples or spent <= 0:
+    kinds: dict[str, tuple[str, ...]] = {kind: (kind,) for kind in (ROLLOUT, DECODE, REFERENCE, OLD, POLICY, BACKWARD)}
+    if decodes_beside:
+        kinds = {BOTH: (ROLLOUT, DECODE), **{kind: parts for kind, parts in kinds.items() if kind in PARTS_OF_TRAINING}}
+    for name, parts in kinds.items():
+        samples = [int(np.median([recording.samples.get(kind, 0) for recording in recordings])) for kind in parts]
+        spent = float(np.median([sum(row[kind] for kind in parts) for row in seconds]))
+        if not any(samples) or spent <= 0:
             continue
-        batch = min(batches[kind], samples)
-        counted = model_work.count(kind, batch)
-        flops, moved = counted.total_flops * samples / batch, counted.total_bytes * samples / batch
-        rate = flops / spent / 1e12
+        flops, moved = _work(model_work, batches, dict(zip(parts, samples, strict=True)))
+        total, moved_total = sum(flops.values()), sum(moved.values())
+        rate = total / spent / 1e12
         rows.append(Work(
-            name=kind, seconds=spent, samples=samples, tflop=flops / 1e12, tflops=rate,
-            of_matmul_percent=100 * rate / matmul_tflops, gbytes=moved / 1e9, flop_per_byte=flops / moved,
+            name=name, seconds=spent, samples=samples[0], tflop=total / 1e12, tflops=rate,
+            of_matmul_percent=100 * rate / matmul_tflops, gbytes=moved_total / 1e9, flop_per_byte=total / moved_total,
         ))  # fmt: skip
     return rows
+
+
+def _work(
+    model_work: ModelWork, batches: dict[str, int], samples: dict[str, int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs and bytes by class of operation of so many samples of each kind of work."""
+    flops: dict[str, float] = {}
+    moved: dict[str, float] = {}
+    for kind, count in samples.items():
+        if count:
+            batch = min(batches[kind], count)
+            counted = model_work.count(kind, batch)
+            for name in counted.bytes:
+                flops[name] = flops.get(name, 0.0) + counted.flops[name] * count / batch
+                moved[name] = moved.get(name, 0.0) + counted.bytes[name] * count / batch
+    return flops, moved
 
 
 def operation_rows(
     operations: Sequence[tracing.Operation], samples: dict[str, int], model_work: ModelWork, batches: dict[str, int]
 ) -> list[Operations]:
     """Time of the traced iteration by class of operation, with the FLOPs and bytes that the models need of each."""
-    flops: dict[str, float] = {}
-    moved: dict[str, float] = {}
-    for kind, count in samples.items():
-        batch = min(batches[kind], count)
-        counted = model_work.count(kind, batch)
-        for name in counted.bytes:
-            flops[name] = flops.get(name, 0.0) + counted.flops[name] * count / batch
-            moved[name] = moved.get(name, 0.0) + counted.bytes[name] * count / batch
+    flops, moved = _work(model_work, batches, samples)
     total_ms = sum(operation.total_ms for operation in operations)
     rows = []
     for name in ("matmul", "attention", "convolution", OTHER):
@@ -263,3 +294,19 @@ def rewards_row(recordings: Sequence[Recording]) -> Rewards | None:
         return None
     busy, wait = (float(np.median([r.metrics[f"reward_{name}_s"] for r in recordings])) for name in ("busy", "wait"))
     return Rewards(busy_s=busy, wait_s=wait, hidden_s=max(0.0, busy - wait))
+
+
+def candidates(timings: Iterable[dict[str, Any]]) -> dict[str, list[Candidate]]:
+    """Tables of the report from what the engine timed before it chose.
+
+    Args:
+        timings: of each candidate what it is "for", its name as "kernel", "forward_ms" and "backward_ms" where they
+            were measured, whether it was "chosen", and as "obstacle" why it could not be had.
+    """
+    tables: dict[str, list[Candidate]] = {}
+    for timing in timings:
+        tables.setdefault(f"attention of {timing['for']}", []).append(Candidate(
+            name=timing["kernel"], forward_ms=timing["forward_ms"], backward_ms=timing["backward_ms"],
+            chosen=timing["chosen"], note=timing["obstacle"] or "",
+        ))  # fmt: skip
+    return tables

@@ -272,12 +272,16 @@ def _candidates(report: Report) -> str:
     tables = []
     for what, candidates in report.candidates.items():
         rows = [
-            row(escape(c.name), f"{digits(c.median_ms)} ms" if c.median_ms is not None else "",
-                "chosen" if c.chosen else "", escape(c.note))
+            row(escape(c.name), _milliseconds(c.forward_ms), _milliseconds(c.backward_ms),
+                "chosen" if c.chosen else escape(c.note))
             for c in candidates
         ]  # fmt: skip
-        tables.append(table((what, "median", "", ""), rows, f"Candidates for {what}"))
+        tables.append(table((what, "forward", "backward", ""), rows, f"Candidates for {what}"))
     return "".join(tables)
+
+
+def _milliseconds(value: float | None) -> str:
+    return seconds(value / 1e3) if value is not None else ""
 
 
 def _power(report: Report) -> str:

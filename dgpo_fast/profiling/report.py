@@ -206,10 +206,11 @@ class Operation:
 
 @dataclass(kw_only=True, config=STRICT)
 class Candidate:
-    """One way to do something that was timed before one of them was chosen."""
+    """One way to do something that was timed before one of them was chosen; `note` says why one could not be."""
 
     name: str
-    median_ms: float | None
+    forward_ms: float | None
+    backward_ms: float | None
     chosen: bool
     note: str = ""
 

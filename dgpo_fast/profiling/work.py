@@ -27,7 +27,7 @@ from dgpo_fast.policy import PolicyModels, with_lora
 from dgpo_fast.profiling.datasheet import peak_tflops
 from dgpo_fast.text import TextEmbeds
 
-ROLLOUT, DECODE = "rollout", "decode"
+ROLLOUT, DECODE, BOTH = "rollout", "decode", "rollout with decode"
 REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy forward", "backward"
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "matmul")
 PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)

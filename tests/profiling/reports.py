@@ -91,9 +91,9 @@ def gpu_report() -> Report:
         ),
         rewards=Rewards(busy_s=4.1, wait_s=0.3, hidden_s=3.8),
         candidates={"attention": [
-            Candidate(name="cudnn", median_ms=1.21, chosen=True),
-            Candidate(name="flash", median_ms=1.44, chosen=False),
-            Candidate(name="xformers", median_ms=None, chosen=False, note="not installed"),
+            Candidate(name="cudnn", forward_ms=1.21, backward_ms=3.4, chosen=True),
+            Candidate(name="flash", forward_ms=1.44, backward_ms=3.9, chosen=False),
+            Candidate(name="xformers", forward_ms=None, backward_ms=None, chosen=False, note="not installed"),
         ]},
         notes=["weights are random: speed only"],
         settings=flat(get_recipe("sd35m-geneval")),

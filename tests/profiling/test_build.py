@@ -1,12 +1,18 @@
 """Rows of the report from recordings worked by hand."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 
+from dgpo_fast.config import Policy
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import Recording
 from dgpo_fast.profiling.report import Span
+from dgpo_fast.profiling.work import ModelWork, Shapes
 
 
 def recording(start_s: float, train_s: float) -> Recording:
@@ -73,3 +79,34 @@ def test_the_devices_rates_are_plausible() -> None:
     rates = measure_rates(torch.device("cpu"), torch.float32)
     assert 1e-3 < rates.matmul_tflops < 100
     assert 0.1 < rates.copy_gb_per_s < 2000
+
+
+def test_decoding_beside_the_rollout_is_one_kind_of_work(random_pipeline: Path) -> None:
+    """Its seconds cannot be told apart, so FLOPs and seconds of both add up."""
+    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
+    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
+    work = ModelWork(transformer, vae, Policy(lora_rank=4), torch.float32, Shapes((16, 8, 8), (21, 48), 32))  # type: ignore[arg-type]
+    decode = Span(name="decode", start_s=2.5, end_s=3.0)
+    samples = {"rollout": 64, "decode": 8}
+    recordings = [replace(r, samples=samples, spans=[*r.spans, decode]) for r in RECORDINGS]
+    batches = {"rollout": 16, "decode": 8}
+    apart, (together,) = (
+        build.work_rows(recordings, work, batches, 0.1, decodes_beside=beside) for beside in (False, True)
+    )
+    assert [row.name for row in apart] == ["rollout", "decode"] and together.name == "rollout with decode"
+    assert together.tflop == pytest.approx(sum(row.tflop for row in apart))
+    assert together.gbytes == pytest.approx(sum(row.gbytes for row in apart))
+    assert together.seconds == pytest.approx(2.5) and together.samples == 64
+
+
+def test_candidates_become_tables() -> None:
+    rows = build.candidates([
+        {"for": "rollouts", "kernel": "native", "forward_ms": 1.5, "backward_ms": None, "obstacle": None,
+         "chosen": True},
+        {"for": "rollouts", "kernel": "cudnn", "forward_ms": None, "backward_ms": None, "obstacle": "needs a GPU",
+         "chosen": False},
+    ])  # fmt: skip
+    assert [(c.name, c.forward_ms, c.chosen, c.note) for c in rows["attention of rollouts"]] == [
+        ("native", 1.5, True, ""), ("cudnn", None, False, "needs a GPU"),
+    ]  # fmt: skip
+    assert build.candidates([]) == {}
