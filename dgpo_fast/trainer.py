@@ -242,7 +242,8 @@ class Trainer:
         busy = [max(iteration_s - theirs["waited_s"], 0.0) for theirs in everyone]
         waited_s = sum(theirs["waited_s"] for theirs in everyone) / len(everyone)
         # 1 is even: the slowest process works as long as the mean.
-        return {**mine, "waited_s": waited_s, "imbalance": max(busy) * len(busy) / sum(busy), "processes": everyone}
+        imbalance = max(busy) * len(busy) / sum(busy) if any(busy) else 1.0
+        return {**mine, "waited_s": waited_s, "imbalance": imbalance, "processes": everyone}
 
     def _compare_processes(self) -> None:
         """Compares weights and counters over the processes, now and then and before every checkpoint.

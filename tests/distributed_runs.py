@@ -28,7 +28,7 @@ SETTINGS = {
         "group_size": 4, "groups": 3, "num_inference_steps": 4, "max_sequence_length": 9, "batch_size": 2,
         "guidance_scale": 2.0,
     },
-    "dgpo": {"timesteps": 2, "high_noise_steps": 3, "beta": 1000.0, "kl_weight": 0.001, "clip_range": 0.01},
+    "dgpo": {"timesteps": 2, "high_noise_steps": 3, "beta": 30.0, "kl_weight": 0.001, "clip_range": 0.01},
     "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
     "optimizer": {"lr": 0.01, "lr_decay": "none"},
     "ema": {"eval_every": 1, "switch_ema_ref": 3},

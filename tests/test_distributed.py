@@ -55,8 +55,9 @@ def test_latents_are_the_same(count: int, name: str, outcomes: dict) -> None:
 def test_the_gradient_is_the_same(count: int, name: str, outcomes: dict) -> None:
     mine, alone = (np.array(outcomes[n][name]["gradient"]) for n in (count, 1))
     assert np.abs(alone).max() > 0
-    # The two samples of a pair pull against one another, and what is left has the rounding of both.
-    tolerance = 2e-5 if name == "pairs" else 1e-6
+    # The two samples of a pair pull against one another, and what is left has the rounding of both. On four processes
+    # the forwards have other batch shapes, and with them the images other last bits.
+    tolerance = 2e-5 if name == "pairs" or count == 4 else 1e-6
     np.testing.assert_allclose(mine, alone, rtol=1e-5, atol=tolerance * np.abs(alone).max())
 
 
@@ -89,6 +90,9 @@ def same_metrics(mine: list[dict], alone: list[dict]) -> None:
     for line, expected in zip(mine, alone, strict=True):
         for name, value in expected.items():
             if name.endswith(clock) or isinstance(value, str) or value is None:
+                continue
+            if isinstance(value, list):
+                np.testing.assert_allclose(line[name], value, rtol=1e-3, err_msg=name)
                 continue
             # Differences of two nearly equal losses have the rounding of the losses.
             scale = abs(expected["dsm_policy"]) if name == "dsm_gap" else 1e-3 if name == "loss" else abs(value)
