@@ -311,12 +311,16 @@ def _power(report: Report) -> str:
 
 def _setup(report: Report) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
-    versions = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in report.versions.items())
-    settings = "".join(f"<dt>{escape(k)}</dt><dd>{escape(_value(v))}</dd>" for k, v in report.settings.items())
+    versions = "".join(_pair(name, version) for name, version in report.versions.items())
+    settings = "".join(_pair(name, _value(value)) for name, value in report.settings.items())
     return (
         f'{notes}<p style="margin-top:8px"><code>{escape(report.command)}</code></p><dl>{versions}</dl>'
         f"<details><summary>All settings</summary><dl>{settings}</dl></details>"
     )
+
+
+def _pair(name: str, value: str) -> str:
+    return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
 
 
 def _value(value: object) -> str:
