@@ -35,6 +35,7 @@ setup(
         "peft>=0.18",
         "safetensors>=0.5",
         "accelerate>=1.0",
+        "psutil>=5.9",
         "numpy>=2.0",
         "scipy>=1.13",
         "pillow>=10",

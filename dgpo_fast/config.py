@@ -146,8 +146,15 @@ class Policy:
         "attn.to_add_out",
     )
     """Linear layers that get an adapter, by the end of their name."""
-    micro_batch: Count = 16
-    """Images per training forward and backward. Any size gives the same gradient."""
+    micro_batch: Count | Literal["auto"] = 16
+    """Images per training forward and backward. Any size gives the same gradient. auto: the largest that fits."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """`micro_batch`, after "auto" has become a number."""
+        if self.micro_batch == "auto":
+            raise ValueError("policy.micro_batch is still to be chosen")
+        return self.micro_batch
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -22,19 +22,22 @@ class Phases:
 
     Attributes:
         watch: entered around each phase with its name; a profiler puts its own there.
+        current: the phase that goes on, or that an error has ended; None between phases.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds: dict[str, float] = {}
+        self.current: str | None = None
         self.watch: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = self._now()
+        start, self.current = self._now(), name
         with self.watch(name):
             yield
             end = self._now()
+        self.current = None
         self.seconds[name] = self.seconds.get(name, 0.0) + end - start
 
     def take(self) -> dict[str, float]:

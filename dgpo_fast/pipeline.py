@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -14,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from safetensors import SafetensorError, safe_open
 
 from dgpo_fast import tiny
-from dgpo_fast.architecture import TEXT_ENCODERS
+from dgpo_fast.architecture import TEXT_ENCODERS, Architecture, read_architecture
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import stream_seed
@@ -63,6 +64,13 @@ def make_pipeline(
     )  # fmt: skip
 
 
+def read_model(config: Config) -> Architecture:
+    """The architecture of the model that `config` names; of its weights, nothing is read. Raises UserError."""
+    if config.random_weights:
+        return find_architecture(config.model)
+    return read_architecture(_find_model(config.model, config.revision))
+
+
 def load_pipeline(
     model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype, with_text: bool = True
 ) -> StableDiffusion3Pipeline:
@@ -75,15 +83,9 @@ def load_pipeline(
 
     Raises UserError where there is no such model or it is not a Stable Diffusion 3 pipeline.
     """
-    source = Path(tiny.PIPELINE_DIR if model == "tiny" else model)
-    index = _local_index(source) if source.exists() else _hub_index(model, revision)
-    found = index.get("_class_name")
-    if found != PIPELINE_CLASS:
-        raise UserError(f"model '{model}' is a {found or 'folder without _class_name'}, not a {PIPELINE_CLASS}")
+    folder = _find_model(model, revision)
     try:
-        # Downloads show their own progress; reading from the disk needs none.
-        folder = source if source.exists() else StableDiffusion3Pipeline.download(model, revision=revision)
-        absent = _absent(index) if with_text else dict.fromkeys(TEXT_PARTS)
+        absent = _absent(_local_index(folder)) if with_text else dict.fromkeys(TEXT_PARTS)
         pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **absent)
     except (OSError, ValueError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
@@ -210,6 +212,24 @@ def fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
             some = parameter.detach().flatten()[:: max(1, parameter.numel() // FINGERPRINT_ELEMENTS)]
             digest.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _find_model(model: str, revision: str | None) -> Path:
+    """The folder of the pipeline `model`, downloaded where it is on the hub."""
+    source = Path(tiny.PIPELINE_DIR if model == "tiny" else model)
+    index = _local_index(source) if source.exists() else _hub_index(model, revision)
+    found = index.get("_class_name")
+    if found != PIPELINE_CLASS:
+        raise UserError(f"model '{model}' is a {found or 'folder without _class_name'}, not a {PIPELINE_CLASS}")
+    return source if source.exists() else _download(model, revision)
+
+
+@cache
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        return Path(StableDiffusion3Pipeline.download(model, revision=revision))  # shows its own progress
+    except (OSError, ValueError) as error:
+        raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
 
 
 def _local_index(folder: Path) -> dict:

@@ -111,7 +111,7 @@ def train(args: list[str]) -> int:
         trainer = Trainer(config, processes)
     with processes.together("the run's folder"):
         if processes.first:
-            lock = open_folder(config, folder, resumed)
+            lock = open_folder(trainer.config, folder, resumed)
     if resumed:
         trainer.resume(folder)
     with processes.together("the encoded prompts"):

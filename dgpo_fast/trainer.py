@@ -25,10 +25,11 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
+from dgpo_fast.memory import MemoryPlan
 from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json
 from dgpo_fast.objectives import Batch, add_metrics, load_objective
 from dgpo_fast.optimizers import load_optimizer, make_optimizer, optimizer_tensors, state_bytes
-from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype
+from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.profiling.work import WorkMeter
 from dgpo_fast.prompts import load_prompts
@@ -56,7 +57,6 @@ class Trainer:
     """
 
     def __init__(self, config: Config, processes: Processes = ALONE):
-        self.config = config
         self.processes = processes
         self.console = Console(quiet=not processes.first)
         self.writer: CheckpointWriter | None = None
@@ -72,8 +72,11 @@ class Trainer:
             deadline_s=config.reward_deadline_s, device=self.device, note=self.console.note,
         )  # fmt: skip
         dtype = pick_dtype(config.precision, self.device)
+        self.memory = MemoryPlan(read_model(config), self.device, dtype, processes, self.console.note)
+        config = self.memory.predict(config)
         self.pipeline = make_pipeline(config, device=self.device, dtype=dtype, with_text=False)
         self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
+        self.config = config = self.memory.measure(config, self.models)
         self.encoder = make_prompt_encoder(self.pipeline, config, self.console.note)
         self.encoder([""])  # finds text encoders that cannot be loaded
         self.sampler = Sampler(
@@ -213,10 +216,7 @@ class Trainer:
                 metrics |= self._learn(batch)
                 self._average()
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"iteration {self.iteration + 1}: {str(error).splitlines()[0]} Lower --policy.micro-batch or "
-                "--rollout.batch-size and --resume"
-            ) from None
+            raise self.memory.error(error, self.config, self.phases.current, self.iteration + 1) from None
         self.iteration += 1
         self._compare_processes()
         seconds = time.perf_counter() - started

@@ -30,7 +30,7 @@ class DGPOObjective:
         self.noise_seed = stream_seed(config.seed, "training noise")
         self.loss = GroupLoss(
             beta=self.config.beta,
-            micro_batch=config.policy.micro_batch,
+            micro_batch=config.policy.micro_batch_size,
             forward_batch=self.forward_batch,
             clip_range=self.config.clip_range,
             kl_weight=self.config.kl_weight,

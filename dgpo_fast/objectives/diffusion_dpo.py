@@ -37,7 +37,7 @@ class DiffusionDPOObjective:
         self.noise_seed = stream_seed(config.seed, "training noise")
         self.level_seed = stream_seed(config.seed, "noise levels")
         self.loss = GroupLoss(
-            beta=self.config.beta, micro_batch=config.policy.micro_batch, forward_batch=self.forward_batch
+            beta=self.config.beta, micro_batch=config.policy.micro_batch_size, forward_batch=self.forward_batch
         )
 
     def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:

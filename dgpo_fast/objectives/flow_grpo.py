@@ -30,7 +30,7 @@ class FlowGRPOObjective:
     def __init__(self, config: Config):
         self.config = config.flow_grpo
         self.guidance_scale = config.rollout.guidance_scale
-        self.micro_batch = config.policy.micro_batch
+        self.micro_batch = config.policy.micro_batch_size
         self.forward_batch = config.rollout.batch_size
 
     def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:

@@ -1,0 +1,61 @@
+"""Bytes of tensors alive, counted from the operations that make them: on any device, the meta device too.
+
+What an operation needs inside itself, the allocator's rounding and everything that is not a tensor are not counted.
+"""
+
+import gc
+import weakref
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def tensors_alive() -> list[Tensor]:
+    """Every tensor that Python knows of."""
+    return [found for found in gc.get_objects() if isinstance(found, Tensor)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages made under it, until nothing holds them any more.
+
+    Args:
+        existing: tensors that are there already and count from the beginning.
+
+    Attributes:
+        now: bytes alive.
+        peak: most bytes alive at once so far.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, weakref.ref] = {}
+        for tensor in existing:
+            self._add(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._add(value)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        # torch keeps one Python object a storage as long as the storage lives, so it goes when the memory does.
+        self.known[key] = weakref.ref(storage, partial(self._drop, key, storage.nbytes()))
+
+    def _drop(self, key: int, nbytes: int, gone: weakref.ref) -> None:
+        del self.known[key]
+        self.now -= nbytes

@@ -1,0 +1,103 @@
+"""The largest micro-batch that fits. Its size is a matter of speed and memory: the gradient is the same at any."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgpo_fast.memory.predict import readable
+from dgpo_fast.memory.simulate import SampleShape
+from dgpo_fast.objectives import autocast
+from dgpo_fast.policy import PolicyModels
+from dgpo_fast.rollout import predict
+from dgpo_fast.text import TextEmbeds
+
+MOST_ON_A_CPU = 128
+"""Samples: beyond so many a CPU gains nothing by more at once."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes of a training step as a function of its samples: fixed + per_sample · samples."""
+
+    fixed: float
+    per_sample: float
+
+    @classmethod
+    def through(cls, measure: Callable[[int], int], first: int, second: int) -> "Line":
+        """The line through the measurements at two sizes."""
+        low, high = measure(first), measure(second)
+        per_sample = max((high - low) / (second - first), 1.0)
+        return cls(low - per_sample * first, per_sample)
+
+    def largest(self, available: float) -> int:
+        """Most samples that take no more than `available` bytes; 0 where not one does."""
+        return max(int((available - self.fixed) // self.per_sample), 0)
+
+    def __str__(self) -> str:
+        return f"{readable(self.per_sample)} a sample"
+
+
+def fit(most: int, samples: int, group_size: int) -> int:
+    """A micro-batch of at most `most` samples: whole groups if one fits, and little padding in the last one.
+
+    Args:
+        most: ≥ 1.
+        samples: of an iteration on this process.
+        group_size: G.
+    """
+    unit = group_size if most >= group_size else 1
+    limit, total = min(most, samples) // unit, -(-samples // unit)
+    # Less than half of what fits would cost more by small kernels than even batches save.
+    sizes = range(max(limit, 1), limit // 2, -1)
+    return unit * min(sizes, key=lambda size: -(-total // size) * size)
+
+
+def in_groups(micro_batch: int, group_size: int) -> str:
+    """`48 samples (3 groups)`, or what a size below a group costs."""
+    if micro_batch >= group_size:
+        count = micro_batch // group_size
+        return f"{micro_batch} samples ({count} group{'s' if count > 1 else ''})"
+    return f"{micro_batch} samples, less than a group, which costs one more forward"
+
+
+class TrainingMemory:
+    """Measures what the policy's forward and backward take on a GPU, with random inputs and without a step.
+
+    Args:
+        models: the run's; their gradients are dropped.
+        shape: of one sample.
+    """
+
+    def __init__(self, models: PolicyModels, shape: SampleShape):
+        self.models, self.shape = models, shape
+
+    def __call__(self, samples: int) -> int:
+        """Peak bytes of one micro-batch beside weights and gradients. Raises torch.OutOfMemoryError."""
+        device = self.models.device
+        # Blocks that are compiled run as they are: the sizes tried here are not those of the run.
+        with torch.compiler.set_stance("force_eager"):
+            self._backward(1)  # gradients, and what libraries take once, are there before
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            self._backward(samples)
+            torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def release(self) -> None:
+        """Drops the gradients and gives cached memory back."""
+        for weight in self.models.weights.values():
+            weight.grad = None
+        torch.cuda.empty_cache()
+
+    def _backward(self, samples: int) -> None:
+        text = TextEmbeds(self._random(samples, *self.shape.text), self._random(samples, self.shape.pooled))
+        x_t = self._random(samples, *self.shape.latent)
+        with autocast(self.models):
+            velocity = predict(self.models.policy, x_t, torch.tensor(500.0, device=self.models.device), text)
+        velocity.backward(torch.randn_like(velocity))
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.models.device, dtype=self.models.dtype)

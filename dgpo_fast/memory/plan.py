@@ -1,0 +1,132 @@
+"""The memory of one run: predicted before anything is allocated, measured once, and what helps where it runs out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+import torch
+
+from dgpo_fast.architecture import Architecture
+from dgpo_fast.config import Config
+from dgpo_fast.distributed import Processes
+from dgpo_fast.errors import UserError
+from dgpo_fast.memory.advice import remedies, sentence
+from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, Line, TrainingMemory, fit, in_groups
+from dgpo_fast.memory.predict import Predictor, readable
+from dgpo_fast.policy import PolicyModels
+
+CPU_SHARE = 0.5
+"""Of a CPU's free memory that a micro-batch may be chosen for: other programs want some too."""
+HEADROOM_SHARE, HEADROOM_BYTES = 0.05, 2**30
+"""Of a GPU's memory, left for fragmentation and for what operations need inside themselves."""
+
+
+class MemoryPlan:
+    """Chooses the micro-batch of a run and says what its memory goes to.
+
+    Args:
+        architecture: of the run's model.
+        device: the run's.
+        dtype: the run's.
+        processes: those that share the run.
+        note: told in one line what is predicted and chosen.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        processes: Processes,
+        note: Callable[[str], None],
+    ):
+        self.predictor = Predictor(architecture, dtype, processes=processes.count, on_gpu=device.type == "cuda")
+        self.device, self.processes, self.note = device, processes, note
+        self.auto = False
+
+    def predict(self, config: Config) -> Config:
+        """Says what the run will hold; `policy.micro_batch` "auto" becomes the largest that is predicted to fit."""
+        free, chosen = self.free_bytes(), ""
+        self.auto = config.policy.micro_batch == "auto"
+        if self.auto:
+            training = Line.through(lambda size: self.predictor.predict(config, size).at("training"), 1, 2)
+            most = training.largest(free - self._headroom())
+            if self.device.type == "cpu":
+                most = min(training.largest(CPU_SHARE * free), MOST_ON_A_CPU)
+            config = self._with_micro_batch(config, max(most, 1))
+            chosen = f", with micro-batches of {in_groups(config.policy.micro_batch_size, config.rollout.group_size)}"
+        prediction = self.predictor.predict(config, config.policy.micro_batch_size)
+        self.note(prediction.line() + chosen)
+        if prediction.peak > free:
+            self.note(f"that is more than the {readable(free)} that are free. {self.advice(config, None)}")
+        return config
+
+    def measure(self, config: Config, models: PolicyModels) -> Config:
+        """`config` with the largest micro-batch that fits this GPU, by two measured steps; as it is on a CPU.
+
+        Raises UserError where not one sample fits.
+        """
+        if not self.auto or self.device.type != "cuda":
+            return config
+        training = self._measured(config, models)
+        available = self.free_bytes() - self._to_come(config) - self._headroom()
+        most = training.largest(available)
+        if most == 0:
+            raise UserError(
+                f"policy.micro_batch auto: a sample needs {readable(training.per_sample)} in training and "
+                f"{readable(max(available, 0))} are left. {self.advice(config, 'train')}"
+            )
+        config = self._with_micro_batch(config, most)
+        self.note(
+            f"micro-batches of {in_groups(config.policy.micro_batch_size, config.rollout.group_size)}: a sample takes "
+            f"{readable(training.per_sample)} by measurement, {readable(available)} are left, so up to {most} fit"
+        )
+        return config
+
+    def _measured(self, config: Config, models: PolicyModels) -> Line:
+        """A training step's memory from steps of one and of two groups, or of one and two samples if these are many."""
+        measured, size = TrainingMemory(models, self.predictor.shape(config)), config.rollout.group_size
+        try:
+            for first in (size, 1):
+                try:
+                    return Line.through(measured, first, 2 * first)
+                except torch.OutOfMemoryError as error:
+                    measured.release()
+                    if first == 1:
+                        raise self.error(error, config, "train", 0) from None
+        finally:
+            measured.release()
+        raise AssertionError("the loop returns or raises")
+
+    def error(self, error: torch.OutOfMemoryError, config: Config, phase: str | None, iteration: int) -> UserError:
+        """What to raise in place of `error` in iteration `iteration`: one line, with what would help most."""
+        advice = self.advice(config, phase, begun=iteration > 0)
+        return UserError(f"iteration {iteration}, {phase}: {str(error).splitlines()[0]} {advice}")
+
+    def advice(self, config: Config, phase: str | None, *, begun: bool = False) -> str:
+        """The settings that would help most, with what each is predicted to save."""
+        return sentence(remedies(self.predictor, config, config.policy.micro_batch_size, phase), begun=begun)
+
+    def free_bytes(self) -> int:
+        """Memory that this process can still take on the run's device."""
+        if self.device.type != "cuda":
+            return psutil.virtual_memory().available
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + cached
+
+    def _headroom(self) -> float:
+        if self.device.type != "cuda":
+            return 0.0
+        return HEADROOM_BYTES + HEADROOM_SHARE * torch.cuda.get_device_properties(self.device).total_memory
+
+    def _to_come(self, config: Config) -> int:
+        """Predicted bytes that a training step finds allocated and that are not there yet beside the models."""
+        held = self.predictor.predict(config, 1).held
+        return sum(held[name] for name in ("gradients", "optimizer states", "averages")) + self.predictor.inputs(config)
+
+    def _with_micro_batch(self, config: Config, most: int) -> Config:
+        size = fit(most, self.predictor.local_samples(config), config.rollout.group_size)
+        # All the same, so that a run resumed from process 0's settings computes what this one does.
+        size = min(self.processes.gather(size, "the size of micro-batches"))
+        return replace(config, policy=replace(config.policy, micro_batch=size))

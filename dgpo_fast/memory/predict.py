@@ -1,0 +1,200 @@
+"""What a run will hold in memory, from its settings and its model's configuration: before anything is allocated.
+
+Predicted are bytes of tensors on the run's device. Not predicted: what operations need inside themselves (workspaces of
+convolutions), the allocator's rounding, the CUDA context, and reward models.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from dgpo_fast.architecture import Architecture
+from dgpo_fast.config import Config
+from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
+from dgpo_fast.optimizers import CHUNK_NUMEL, state_bytes
+from dgpo_fast.policy import weight_storage
+from dgpo_fast.rollout import latent_shape
+
+FP32 = 4
+SOLVER_STATES = 4
+"""fp32 latents of a batch that a solver's step holds at once."""
+LOSS_TENSORS = 8
+"""fp32 latents of a micro-batch that the eager loss holds at once."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted bytes of tensors.
+
+    Attributes:
+        held: by what holds them, all through training.
+        phases: most at once in each phase of an iteration beside what is held.
+    """
+
+    held: Mapping[str, int]
+    phases: Mapping[str, int]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at once."""
+        return self.at(self.peak_phase)
+
+    def at(self, phase: str) -> int:
+        """Most bytes at once in `phase`."""
+        return sum(self.held.values()) + self.phases[phase]
+
+    def line(self) -> str:
+        """One line for a person, largest first."""
+        largest = sorted(self.held.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in largest if nbytes >= 0.005 * self.peak)
+        return (
+            f"predicted memory {readable(self.peak)} at its peak, in {self.peak_phase}: "
+            f"{self.peak_phase} {readable(self.phases[self.peak_phase])}, {parts}"
+        )
+
+
+def readable(nbytes: float) -> str:
+    """`3.2 GiB`, `410 MiB`, `7.5 MiB`."""
+    mib = nbytes / 2**20
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
+
+
+class Predictor:
+    """Predicts the memory of runs on one model.
+
+    Args:
+        architecture: the model's configuration.
+        dtype: of the run.
+        processes: that share the run.
+        on_gpu: whether the run's device is a GPU: what is kept in the CPU's memory does not count then.
+    """
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, *, processes: int = 1, on_gpu: bool = True):
+        self.architecture, self.dtype, self.processes, self.on_gpu = architecture, dtype, processes, on_gpu
+        with torch.device("meta"):
+            self.transformer = architecture.build_transformer()
+            self.vae = architecture.build_vae()
+        self.texts = tuple(json.dumps(dict(module.config)) for module in (self.transformer, self.vae))
+
+    def predict(self, config: Config, micro_batch: int) -> Prediction:
+        """The memory of `config` with micro-batches of `micro_batch` samples."""
+        return Prediction(self._held(config), self._phases(config, micro_batch))
+
+    def _held(self, config: Config) -> dict[str, int]:
+        policy, storage = config.policy, weight_storage(config.policy, self.dtype)
+        trained = trained_sizes(self.transformer, config)
+        total, width = sum(trained), FP32 if storage == "fp32" else 2
+        lora = policy.train == "lora"
+        base = _bytes(self.transformer, self.dtype)
+        copy = total * self.dtype.itemsize if lora and policy.behaviour == "adapter" else self._copy_bytes
+        held = {
+            "base weights": base,
+            "behaviour weights": copy,
+            "trained weights": total * width,
+            "gradients": total * FP32,
+            "optimizer states": sum(state_bytes(numel, config.optimizer.name) for numel in trained),
+            "averages": total * FP32 * (1 if config.ema.offload and self.on_gpu else 2),
+            "decoder": _bytes(self.vae, self.dtype),
+        }
+        if storage == "bf16_master":
+            held["optimizer states"] += 2 * total
+        return held
+
+    @property
+    def _copy_bytes(self) -> int:
+        return sum(parameter.numel() for parameter in self.transformer.parameters()) * self.dtype.itemsize
+
+    def _phases(self, config: Config, micro_batch: int) -> dict[str, int]:
+        rollout, shape, simulated = config.rollout, self.shape(config), self._simulation(config)
+        samples = self.local_samples(config)
+        batch, micro_batch = min(rollout.batch_size, samples), min(micro_batch, samples)
+        latent = prod(shape.latent)
+        drawn = samples * (self._text_row(config) + latent * FP32)
+        guided = 2 if rollout.guidance_scale > 1 else 1
+        kl_guided = 2 if config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0 else 1
+        # A batch's own text, beside it that of its guided pairs, and the solver's states.
+        solving = batch * ((1 + guided * (guided > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
+        adapter = config.policy.train == "lora" and config.policy.behaviour == "adapter"
+        return {
+            "rollout": drawn + solving + simulated.forward(batch * guided, policy=adapter),
+            "decoding": drawn + simulated.decoding(batch),
+            "reference forwards": self.inputs(config) + simulated.forward(batch * kl_guided),
+            "training": self.inputs(config)
+            + simulated.training(micro_batch).peak
+            + micro_batch * latent * LOSS_TENSORS * FP32,
+            "optimizer": self._stepping(config),
+        }
+
+    def inputs(self, config: Config) -> int:
+        """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
+        latent, compared = prod(self.shape(config).latent), 3
+        return self.local_samples(config) * (
+            self._text_row(config) + 2 * latent * FP32 + compared * latent * self.dtype.itemsize
+        )
+
+    def _stepping(self, config: Config) -> int:
+        sizes = trained_sizes(self.transformer, config)
+        if weight_storage(config.policy, self.dtype) == "fp32":
+            return 3 * max(sizes) * FP32
+        return min(sum(sizes), CHUNK_NUMEL + max(sizes)) * FP32 + 3 * max(sizes) * FP32
+
+    def _simulation(self, config: Config) -> Simulation:
+        policy = config.policy
+        trained = Trained(
+            storage=weight_storage(policy, self.dtype),
+            lora=(policy.lora_rank, policy.lora_targets) if policy.train == "lora" else None,
+        )
+        return simulation(*self.texts, trained, self.dtype, self.shape(config))
+
+    def local_samples(self, config: Config) -> int:
+        """Samples of an iteration on the process that has most."""
+        groups, size = config.rollout.groups, config.rollout.group_size
+        if groups >= self.processes:
+            return -(-groups // self.processes) * size
+        return -(-groups * size // self.processes)
+
+    def shape(self, config: Config) -> SampleShape:
+        """What one sample is made of."""
+        model = self.transformer.config
+        tokens = self.architecture.clip_tokens + config.rollout.max_sequence_length
+        return SampleShape(
+            latent_shape(self.transformer, self.vae, config.rollout.resolution),
+            (tokens, model.joint_attention_dim),
+            model.pooled_projection_dim,
+        )
+
+    def _text_row(self, config: Config) -> int:
+        shape = self.shape(config)
+        return (shape.text[0] * shape.text[1] + shape.pooled) * self.dtype.itemsize
+
+
+def trained_sizes(transformer: SD3Transformer2DModel, config: Config) -> list[int]:
+    """Elements of each trained tensor.
+
+    Args:
+        transformer: on the meta device; stays as it is.
+        config: says what is trained.
+    """
+    if config.policy.train == "full":
+        return [parameter.numel() for parameter in transformer.parameters()]
+    ends = tuple(f".{end}" for end in config.policy.lora_targets)
+    adapted = [
+        module for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and name.endswith(ends)
+    ]
+    return [
+        config.policy.lora_rank * width for linear in adapted for width in (linear.in_features, linear.out_features)
+    ]
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()]) * dtype.itemsize

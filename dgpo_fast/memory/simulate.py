@@ -1,0 +1,238 @@
+"""Bytes that forwards and backwards take beside weights, counted by running them on the meta device.
+
+Only one transformer block of each kind is run: blocks of a kind save the same, so the model's whole depth is the sum.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.memory.live import LiveBytes
+from dgpo_fast.policy import with_lora
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """What one sample is made of.
+
+    Attributes:
+        latent: (C, H, W).
+        text: (T, D) of the token embeddings.
+        pooled: E of the pooled embedding.
+    """
+
+    latent: tuple[int, int, int]
+    text: tuple[int, int]
+    pooled: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of the policy is trained.
+
+    Attributes:
+        storage: how its weights are kept, see `policy.weight_storage`.
+        lora: rank and targets of the adapters; None where all weights are trained.
+        checkpointing: as `engine.checkpointing`.
+    """
+
+    storage: str
+    lora: tuple[int, tuple[str, ...]] | None
+    checkpointing: str = "none"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a forward and backward of `batch` samples beside weights and gradients.
+
+    Attributes:
+        saved: held between forward and backward.
+        peak: most at once, `saved` included.
+    """
+
+    saved: int
+    peak: int
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as the one operation that it is on a device, where the meta device would take it apart."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return func(*args, **kwargs)
+
+
+class MixedPrecision(TorchFunctionMode):
+    """What autocast to bf16 does to the few operations of these models: the meta device has no autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cast: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.linear, F.conv2d, F.scaled_dot_product_attention):
+            args = tuple(self._to_bf16(value) for value in args)
+            kwargs = {name: self._to_bf16(value) for name, value in (kwargs or {}).items()}
+        elif func is F.layer_norm:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _to_bf16(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if isinstance(value, nn.Parameter):
+            return self.cast.setdefault(id(value), value.bfloat16())  # autocast casts a weight once a forward
+        return value.bfloat16()
+
+
+def shallow(config: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """The transformer's configuration with one block of each kind, and how many of each kind the whole one has."""
+    layers, dual = config["num_layers"], set(config["dual_attention_layers"])
+    # Nothing before the first block needs a gradient with LoRA, so it saves less than the next.
+    kinds = [(index in dual, index == 0, index == layers - 1) for index in range(layers)]
+    unique = list(dict.fromkeys(kinds))
+    dual_attention_layers = tuple(index for index, kind in enumerate(unique) if kind[0])
+    small = {**config, "num_layers": len(unique), "dual_attention_layers": dual_attention_layers}
+    return small, [kinds.count(kind) for kind in unique]
+
+
+class Simulation:
+    """A run's forwards and backwards without data. Made by `simulation`, which keeps it.
+
+    Args:
+        transformer: its configuration.
+        vae: the autoencoder's configuration.
+        trained: what of the policy is trained, and how it is kept.
+        dtype: of the run.
+        shape: of one sample.
+    """
+
+    def __init__(
+        self, transformer: dict[str, Any], vae: dict[str, Any], trained: Trained, dtype: torch.dtype, shape: SampleShape
+    ):
+        small, self.counts = shallow(transformer)
+        self.dtype, self.shape = dtype, shape
+        self.known: dict[tuple, Any] = {}
+        with torch.device("meta"):
+            self.base = SD3Transformer2DModel.from_config(small).requires_grad_(False)
+            self.policy = SD3Transformer2DModel.from_config(small).requires_grad_(trained.lora is None)
+            self.vae = AutoencoderKL.from_config(vae).requires_grad_(False)
+        for module in (self.base, self.policy, self.vae):
+            nn.Module.to(module, dtype)
+        if trained.lora is not None:
+            with_lora(self.policy, PolicyConfig(lora_rank=trained.lora[0], lora_targets=trained.lora[1]), seed=0)
+        self.mixed = dtype == torch.bfloat16 and trained.storage == "fp32"
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32 if trained.storage == "fp32" else torch.bfloat16)
+                parameter.grad_dtype = torch.float32
+                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+    def forward(self, batch: int, *, policy: bool = False) -> int:
+        """Peak of a forward without a gradient, of the base or of the policy."""
+        return self._once(("forward", batch, policy), lambda: self._forward(batch, policy))
+
+    def training(self, batch: int) -> Activations:
+        """The policy's forward with its backward."""
+        return self._once(("training", batch), lambda: self._training(batch))
+
+    def decoding(self, batch: int) -> int:
+        """Peak of decoding latents to pixels."""
+        return self._once(("decoding", batch), lambda: self._decoding(batch))
+
+    def _once(self, key: tuple, count: Callable[[], Any]) -> Any:
+        if key not in self.known:
+            self.known[key] = count()
+        return self.known[key]
+
+    def _forward(self, batch: int, policy: bool) -> int:
+        module = self.policy if policy else self.base
+        with self._counting(module) as live, torch.no_grad():
+            start = live.now
+            self._predict(module, batch)
+        return live.peak - start
+
+    def _training(self, batch: int) -> Activations:
+        saved_by_block: list[int] = []
+        with self._counting(self.policy) as live:
+            hooks = [_on_block(block, live, saved_by_block) for block in self.policy.transformer_blocks]
+            start = live.now
+            out = self._predict(self.policy, batch)
+            shallow_saved = live.now - start
+            out.backward(torch.empty_like(out))
+            for handle in chain.from_iterable(hooks):
+                handle.remove()
+        deeper = sum((count - 1) * saved for count, saved in zip(self.counts, saved_by_block, strict=True))
+        return Activations(shallow_saved + deeper, live.peak - start + deeper)
+
+    def _decoding(self, batch: int) -> int:
+        with self._counting(self.vae) as live, torch.no_grad():
+            start = live.now
+            self.vae.decode(self._empty(batch, *self.shape.latent), return_dict=False)
+        return live.peak - start
+
+    def _predict(self, transformer: SD3Transformer2DModel, batch: int) -> Tensor:
+        return transformer(
+            hidden_states=self._empty(batch, *self.shape.latent),
+            timestep=self._empty(batch),
+            encoder_hidden_states=self._empty(batch, *self.shape.text),
+            pooled_projections=self._empty(batch, self.shape.pooled),
+            return_dict=False,
+        )[0]
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def _counting(self, module: nn.Module) -> "_Counting":
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        return _Counting([*module.parameters(), *module.buffers(), *gradients], self.mixed and module is self.policy)
+
+
+class _Counting:
+    """`LiveBytes` beside the modes that make the meta device do what a real one does."""
+
+    def __init__(self, existing: Sequence[Tensor], mixed: bool):
+        self.existing, self.mixed = existing, mixed
+
+    def __enter__(self) -> LiveBytes:
+        self.stack = ExitStack()
+        live = self.stack.enter_context(LiveBytes(self.existing))
+        self.stack.enter_context(FusedAttention())
+        if self.mixed:
+            self.stack.enter_context(MixedPrecision())
+        return live
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+
+@cache
+def simulation(transformer: str, vae: str, trained: Trained, dtype: torch.dtype, shape: SampleShape) -> Simulation:
+    """The simulation of these settings, made once. The configurations are JSON texts."""
+    return Simulation(json.loads(transformer), json.loads(vae), trained, dtype, shape)
+
+
+def _on_block(block: nn.Module, live: LiveBytes, saved: list[int]) -> list[Any]:
+    before: list[int] = []
+    return [
+        block.register_forward_pre_hook(lambda *_: before.append(live.now)),
+        block.register_forward_hook(lambda *_: saved.append(live.now - before.pop())),
+    ]

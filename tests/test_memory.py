@@ -1,0 +1,372 @@
+"""Memory is counted right, predicted before it is taken, chosen for, and its lack explained."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dgpo_fast.architecture import read_architecture, sd35_medium
+from dgpo_fast.cli import configure
+from dgpo_fast.config import Config, Policy
+from dgpo_fast.config import Optimizer as OptimizerConfig
+from dgpo_fast.distributed import ALONE
+from dgpo_fast.errors import UserError
+from dgpo_fast.memory import MemoryPlan, plan, simulate
+from dgpo_fast.memory.live import LiveBytes, tensors_alive
+from dgpo_fast.memory.micro_batch import Line, fit
+from dgpo_fast.memory.predict import Prediction, Predictor, readable
+from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained
+from dgpo_fast.metrics import read_metrics
+from dgpo_fast.objectives.dgpo import DGPOObjective
+from dgpo_fast.policy import PolicyModels
+from dgpo_fast.rollout import predict
+from dgpo_fast.text import TextEmbeds
+from dgpo_fast.train import train
+from dgpo_fast.trainer import Trainer
+
+GB = 1e9
+CPU = torch.device("cpu")
+
+
+def test_live_bytes_by_hand() -> None:
+    """Views and writes in place take nothing, what is dropped counts no more, and the peak is remembered."""
+    existing = torch.zeros(100)
+    with LiveBytes([existing]) as live:
+        assert live.now == 400
+        made = existing + 1
+        assert (live.now, live.peak) == (800, 800)
+        view = made[:50].reshape(5, 10)
+        made.mul_(2)
+        assert live.now == 800
+        del made
+        assert live.now == 800, "the view holds it"
+        del view
+        assert (live.now, live.peak) == (400, 800)
+        (existing + 1).sum()
+        assert (live.now, live.peak) == (400, 804)
+
+
+def test_live_bytes_of_a_backward() -> None:
+    """relu saves its output for the backward pass, and a gradient stays."""
+    weight = torch.zeros(1000, requires_grad=True)
+    with LiveBytes([weight]) as live:
+        out = (weight * 2).relu()
+        assert live.now == 3 * 4000 - 4000, "the product is gone, relu's output is kept"
+        out.sum().backward()
+        del out
+        assert live.now == 2 * 4000, "the weight and its gradient"
+
+
+SHAPE = SampleShape((16, 8, 8), (21, 48), 32)
+
+
+def simulated(folder: Path, dtype: torch.dtype, trained: Trained, layers: int = 4) -> Simulation:
+    architecture = read_architecture(folder)
+    transformer = {**architecture.transformer, "num_layers": layers, "dual_attention_layers": [0, 1]}
+    return Simulation(transformer, dict(architecture.vae), trained, dtype, SHAPE)
+
+
+TRAINED = {
+    "lora fp32": (torch.float32, Trained("fp32", (4, Policy().lora_targets))),
+    "lora bf16": (torch.bfloat16, Trained("bf16_master", (4, Policy().lora_targets))),
+    "full fp32": (torch.float32, Trained("fp32", None)),
+    "full bf16": (torch.bfloat16, Trained("bf16_stochastic", None)),
+    "full bf16 under autocast": (torch.bfloat16, Trained("fp32", None)),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_one_block_of_each_kind_stands_for_all(
+    name: str, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum over kinds of blocks is what the whole depth takes."""
+    dtype, trained = TRAINED[name]
+    shallow = simulated(random_pipeline, dtype, trained, layers=7)
+    monkeypatch.setattr(simulate, "shallow", lambda config: (dict(config), [1] * 7))
+    whole = simulated(random_pipeline, dtype, trained, layers=7)
+    assert len(shallow.policy.transformer_blocks) == 4 < len(whole.policy.transformer_blocks)
+    for batch in (1, 5):
+        mine, theirs = shallow.training(batch), whole.training(batch)
+        assert mine.saved == pytest.approx(theirs.saved, rel=0.01)
+        assert mine.peak == pytest.approx(theirs.peak, rel=0.03)
+
+
+def real_peak(models: PolicyModels, batch: int) -> int:
+    """Peak bytes of a forward and backward of real tensors, beside weights and gradients."""
+    for weight in models.weights.values():
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+    text = TextEmbeds(
+        torch.randn(batch, *SHAPE.text, dtype=models.dtype), torch.randn(batch, SHAPE.pooled, dtype=models.dtype)
+    )
+    x_t = torch.randn(batch, *SHAPE.latent, dtype=models.dtype)
+    policy: nn.Module = models.policy
+    there = [*policy.parameters(), *policy.buffers(), *(weight.grad for weight in models.weights.values())]
+    with LiveBytes([tensor for tensor in there if tensor is not None]) as live:
+        start = live.now
+        out = predict(models.policy, x_t, torch.tensor(500.0), text)
+        out.backward(torch.ones_like(out))
+    return live.peak - start
+
+
+@pytest.mark.parametrize("name", ["lora fp32", "lora bf16", "full fp32", "full bf16"])
+def test_simulated_training_takes_what_the_real_one_does(name: str, random_pipeline: Path) -> None:
+    """The meta device's activations are the CPU's to 3 %."""
+    dtype, trained = TRAINED[name]
+    simulation = simulated(random_pipeline, dtype, trained)
+    architecture = read_architecture(random_pipeline)
+    settings = {**architecture.transformer, "num_layers": 4, "dual_attention_layers": [0, 1]}
+    transformer = replace(architecture, transformer=settings).build_transformer().requires_grad_(False)
+    nn.Module.to(transformer, dtype)
+    policy = Policy(
+        train="full" if trained.lora is None else "lora",
+        lora_rank=4,
+        weights=trained.storage,  # type: ignore[arg-type]
+    )
+    models = PolicyModels(transformer, policy, seed=0)
+    assert simulation.training(6).peak == pytest.approx(real_peak(models, 6), rel=0.03)
+
+
+LORA, BF16 = ["--policy.train", "lora"], ["--precision", "bf16"]
+RUNS = {
+    "all weights, fp32": [],
+    "LoRA, a clip and guidance": [*LORA, "--dgpo.clip-range", "0.01", "--rollout.guidance-scale", "3"],
+    "small micro-batches, the decoder needs most": [*LORA, "--policy.micro-batch", "4"],
+    "bf16, 8 bits": [*BF16, "--optimizer.name", "adamw8bit", "--policy.weights", "bf16_stochastic"],
+    "bf16 LoRA, second adapter": [*BF16, *LORA, "--policy.behaviour", "adapter"],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_predicted_is_measured(name: str, tmp_path: Path) -> None:
+    """Predicted bytes of tensors at the peak of the default CPU run are those measured, within 15 %."""
+    small = ["--rollout.groups", "2", "--dgpo.timesteps", "1", "--evaluation.images", "2", "--device", "cpu"]
+    config = configure(["tiny-shapes", *small, *RUNS[name]])
+    others = tensors_alive()  # held, so that no storage of theirs makes room for one of the run's
+    trainer = Trainer(config)
+    trainer.open_logs(tmp_path, {})
+    trainer.console.start_training(0, 2)
+    trainer.step()  # the optimizer's states are there from here on
+    now = [tensor for tensor in tensors_alive() if tensor.device == trainer.device]
+    theirs = {tensor.untyped_storage()._cdata for tensor in others}
+    mine = [tensor for tensor in now if tensor.untyped_storage()._cdata not in theirs]
+    with LiveBytes(mine) as live:
+        trainer.step()
+    trainer.close()
+    predicted = trainer.memory.predictor.predict(trainer.config, trainer.config.policy.micro_batch_size)
+    assert predicted.peak == pytest.approx(live.peak, rel=0.15)
+
+
+def test_what_is_held_is_what_the_parts_of_a_run_hold(workspace: Path) -> None:
+    """Weights, states and averages by name, to the byte; gradients as many in fp32."""
+    for what in ("lora", "full"):
+        trainer = Trainer(configure(["small.yaml", "--policy.train", what]))
+        trainer.open_logs(workspace, {})
+        trainer.console.start_training(0, 1)
+        trainer.step()
+        held = trainer.memory.predictor.predict(trainer.config, 1).held
+        models = trainer.models
+        trained = sum(weight.nbytes for weight in models.weights.values())
+        base = [*models.base.parameters(), *models.base.buffers()]
+        assert held["base weights"] == sum(tensor.nbytes for tensor in base)
+        assert held["behaviour weights"] == sum(tensor.nbytes for tensor in models.behaviour.parameters())
+        assert held["trained weights"] == held["gradients"] == trained
+        assert held["averages"] == 2 * trained == held["optimizer states"]
+
+
+FULL_ON_80_GB = [
+    "sd35m-geneval", "--policy.train", "full", "--optimizer.name", "adamw8bit", "--policy.micro-batch", "8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["bf16_master", "bf16_stochastic"])
+def test_full_fine_tuning_of_sd35_medium_fits_80_gb(weights: str) -> None:
+    """With 8-bit states and bf16 weights the sum stays below 80 GB; with fp32 weights and states it does not."""
+    predictor = Predictor(sd35_medium(), torch.bfloat16)
+    small = predictor.predict(configure([*FULL_ON_80_GB, "--policy.weights", weights]), 8)
+    assert small.peak < 80 * GB
+    numel = 2_243_171_520
+    assert small.held["gradients"] == 4 * numel and small.held["averages"] == 8 * numel
+    assert small.held["trained weights"] == 2 * numel == small.held["behaviour weights"]
+    halves = 2 * numel if weights == "bf16_master" else 0
+    assert small.held["optimizer states"] - halves == pytest.approx(2 * numel * (1 + 4 / 256), rel=1e-3)
+    plain = [*FULL_ON_80_GB, "--policy.weights", "fp32", "--optimizer.name", "adamw"]
+    assert predictor.predict(configure(plain), 8).peak > 80 * GB
+
+
+def test_sd35_medium_saves_two_gigabytes_a_sample() -> None:
+    """Activations of a LoRA micro-batch at 512 × 512 in bf16, a known figure, from one second on the meta device."""
+    predictor = Predictor(sd35_medium(), torch.bfloat16)
+    config = configure(["sd35m-geneval"])
+    training = Line.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
+    assert training.per_sample / GB == pytest.approx(2.0, abs=0.1)
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(2, 24))
+def test_a_micro_batch_fits_and_is_even(most: int, groups: int, size: int) -> None:
+    """Never more than fits nor than there is; whole groups where one fits; at least half of what would fit."""
+    samples = groups * size
+    chosen = fit(most, samples, size)
+    assert 1 <= chosen <= min(most, samples)
+    assert chosen % size == 0 if most >= size else chosen < size
+    unit = size if most >= size else 1
+    assert chosen >= min(most, samples) // unit * unit / 2
+    padded = -(-samples // chosen) * chosen
+    assert padded <= -(-samples // (min(most, samples) // unit * unit)) * (min(most, samples) // unit * unit)
+
+
+def test_even_micro_batches_by_hand() -> None:
+    assert fit(50, samples=128, group_size=16) == 32, "3 groups would leave a third batch with 2 of them"
+    assert fit(48, samples=144, group_size=16) == 48
+    assert fit(1000, samples=128, group_size=16) == 128
+    assert fit(15, samples=128, group_size=16) == 8
+
+
+def test_a_line_through_two_measurements() -> None:
+    line = Line.through(lambda size: 1000 + 7 * size, 16, 32)
+    assert (line.fixed, line.per_sample) == (1000, 7)
+    assert [line.largest(n) for n in (999, 1006, 1007, 1070)] == [0, 0, 1, 10]
+
+
+class OnGpu:
+    """A GPU's memory, as `MemoryPlan` sees it."""
+
+    def __init__(self, free: float, most: int = 10**9):
+        self.free, self.most, self.tried = free, most, []  # type: float, int, list[int]
+
+    def __call__(self, *args: Any) -> "OnGpu":
+        return self
+
+    def measure(self, samples: int) -> int:
+        self.tried.append(samples)
+        if samples > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore lines")
+        return int((0.5 + 2 * samples) * GB)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes a plan for SD3.5-Medium on a GPU that has so many free bytes and fits so many samples."""
+
+    def make(free: float, most: int = 10**9) -> tuple[MemoryPlan, OnGpu, list[str]]:
+        card, notes = OnGpu(free, most), []  # type: OnGpu, list[str]
+        measure = type("Measure", (), {"__call__": lambda self, n: card.measure(n), "release": lambda self: None})
+        monkeypatch.setattr(plan, "TrainingMemory", lambda models, shape: measure())
+        monkeypatch.setattr(MemoryPlan, "free_bytes", lambda self: card.free)
+        monkeypatch.setattr(MemoryPlan, "_headroom", lambda self: 5 * GB)
+        return MemoryPlan(sd35_medium(), torch.device("cuda"), torch.bfloat16, ALONE, notes.append), card, notes
+
+    yield make
+
+
+def auto(*args: str) -> Config:
+    return configure(["sd35m-geneval", "--policy.micro-batch", "auto", *args])
+
+
+def test_auto_takes_what_fits_by_measurement(gpu: Any) -> None:
+    """Two steps are measured, of one and of two groups, and the numbers that decided are said."""
+    memory, card, notes = gpu(free=90 * GB)
+    config = memory.measure(memory.predict(auto()), models=None)
+    assert card.tried == [16, 32]
+    assert config.policy.micro_batch == 32, "42 fit beside what is to come, and groups are of 16"
+    assert re.search(
+        r"micro-batches of 32 samples \(2 groups\): a sample takes 1\.9 GiB by measurement, .* fit", notes[-1]
+    )
+
+
+def test_auto_below_a_group(gpu: Any) -> None:
+    """Where two groups do not fit to be measured, samples are; and where not one fits, the remedies are named."""
+    memory, card, notes = gpu(free=26 * GB, most=12)
+    config = memory.measure(memory.predict(auto()), models=None)
+    assert card.tried == [16, 1, 2] and config.policy.micro_batch == 8
+    assert "8 samples, less than a group, which costs one more forward" in notes[-1]
+    memory, _, _ = gpu(free=6 * GB)
+    with pytest.raises(UserError, match=r"micro_batch auto: a sample needs 1\.9 GiB in training and .* are left"):
+        memory.measure(memory.predict(auto()), models=None)
+
+
+def test_a_given_micro_batch_is_not_measured(gpu: Any) -> None:
+    memory, card, _ = gpu(free=90 * GB)
+    config = memory.measure(memory.predict(configure(["sd35m-geneval"])), models=None)
+    assert card.tried == [] and config.policy.micro_batch == 16
+
+
+def test_more_than_is_free_is_said_before(gpu: Any) -> None:
+    memory, _, notes = gpu(free=20 * GB)
+    memory.predict(configure(["sd35m-geneval"]))
+    assert notes[0].startswith("predicted memory 40.")
+    assert "more than the 18.6 GiB that are free. Start with one of these" in notes[1]
+    assert "--policy.micro-batch 8 (15." in notes[1]
+
+
+def test_auto_on_a_cpu_is_recorded_and_resumed(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The number goes into config.yaml, a resumed run takes it again, and the run is that with the number given."""
+    assert train(["small.yaml", "--policy.micro-batch", "auto", "--iterations", "2"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"predicted memory [0-9.]+ MiB at its peak, in \w+: .*, with micro-batches of 12 samples", output)
+    assert "micro_batch: 12\n" in (workspace / "runs/run/config.yaml").read_text()
+    assert train(["--resume", "runs/run", "--iterations", "3"]) == 0
+    assert train(["small.yaml", "--policy.micro-batch", "12", "--iterations", "3", "--name", "given"]) == 0
+    losses = [[line["loss"] for line in read_metrics(Path(f"runs/{name}/metrics.jsonl"))] for name in ("run", "given")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("value", ["many", "0"])
+def test_a_wrong_micro_batch_is_named(value: str) -> None:
+    with pytest.raises(UserError, match=rf"policy.micro_batch: input should be .* or 'auto', not '{value}'"):
+        configure(["--policy.micro-batch", value])
+
+
+def test_running_out_of_memory_names_what_would_help(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line: where it happened, what the device said, and three settings with what each saves there."""
+
+    def full(self: DGPOObjective, *args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of …")
+
+    monkeypatch.setattr(DGPOObjective, "accumulate", full)
+    with pytest.raises(UserError) as caught:
+        train(["small.yaml", "--policy.train", "full"])
+    line = str(caught.value)
+    assert line.startswith(
+        "iteration 1, train: CUDA out of memory. Tried to allocate 2.00 GiB. Go on with --resume and "
+    )
+    remedies = re.findall(r"(--\w+\.\S+)[^(,]*\(([0-9.]+) MiB", line)
+    assert len(remedies) == 3 and "\n" not in line
+    assert [float(saved) for _, saved in remedies] == sorted((float(saved) for _, saved in remedies), reverse=True)
+
+
+def test_advice_is_for_the_phase_that_failed(gpu: Any) -> None:
+    """A smaller micro-batch does not help where pictures are decoded."""
+    memory, _, _ = gpu(free=90 * GB)
+    config = replace(configure(["sd35m-geneval"]), optimizer=OptimizerConfig(name="adamw8bit"))
+    assert "--policy.micro-batch" in memory.advice(config, "train")
+    decoding = memory.advice(config, "decode")
+    assert "--policy.micro-batch" not in decoding and "--rollout.batch-size 16" in decoding
+
+
+def test_sizes_in_words() -> None:
+    assert [readable(n * 2**20) for n in (0.04, 7.53, 410.4, 3277)] == ["0.0 MiB", "7.5 MiB", "410 MiB", "3.2 GiB"]
+    prediction = Prediction({"a": 3 * 2**20, "b": 1}, {"x": 2**20, "y": 5 * 2**20})
+    assert prediction.line() == "predicted memory 8.0 MiB at its peak, in y: y 5.0 MiB, a 3.0 MiB"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_measured_on_a_gpu(random_pipeline: Path) -> None:
+    """Two real steps are measured, the gradients are gone afterwards, and the prediction is near."""
+    device = torch.device("cuda")
+    architecture = read_architecture(random_pipeline)
+    transformer = architecture.build_transformer().requires_grad_(False).to(device, torch.bfloat16)
+    config = configure(["--model", str(random_pipeline), "--policy.train", "lora", "--policy.micro-batch", "auto"])
+    config = replace(config, rollout=replace(config.rollout, max_sequence_length=9))
+    memory = MemoryPlan(architecture, device, torch.bfloat16, ALONE, print)
+    models = PolicyModels(transformer, config.policy, seed=0)
+    chosen = memory.measure(memory.predict(config), models)
+    assert chosen.policy.micro_batch == config.rollout.groups * config.rollout.group_size, "all of it fits"
+    assert all(weight.grad is None for weight in models.weights.values())
