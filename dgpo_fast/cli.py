@@ -23,7 +23,7 @@ DISK_ERRORS = {
 
 def run_command(command: Callable[[list[str]], int | None]) -> int:
     """Runs `command` with the command line's arguments and returns the exit status, errors printed in one line."""
-    _quieten_libraries()
+    quieten_libraries()
     try:
         return command(sys.argv[1:]) or 0
     except UserError as error:
@@ -43,7 +43,7 @@ def run_command(command: Callable[[list[str]], int | None]) -> int:
         return INTERRUPTED
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Leaves the terminal to the run: what the libraries say while they are imported is about packages nobody needs
     here."""
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):

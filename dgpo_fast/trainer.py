@@ -205,8 +205,9 @@ class Trainer:
         """Ends what the run has started."""
         self.reward_pool.close()
 
-    def step(self) -> None:
-        """One iteration: draws and scores the groups, takes one optimizer step, moves the averages, logs."""
+    def step(self) -> dict[str, Any]:
+        """One iteration: draws and scores the groups, takes the optimizer's steps, moves the averages; logs and returns
+        what it logged."""
         started = time.perf_counter()
         if self.writer is not None:
             self.writer.check()
@@ -226,11 +227,11 @@ class Trainer:
             metrics |= self._heldout()
         metrics = {"iteration": self.iteration, **metrics, **self._phases(seconds)}
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)
-        if not self.processes.first:
-            return
-        self.metrics.write(metrics)
-        self.loggers.write(metrics)
-        self.console.iteration(metrics)
+        if self.processes.first:
+            self.metrics.write(metrics)
+            self.loggers.write(metrics)
+            self.console.iteration(metrics)
+        return metrics
 
     def _phases(self, iteration_s: float) -> dict[str, Any]:
         """Seconds per phase of this process; of all, how long they waited and how uneven their own work was."""
@@ -378,11 +379,15 @@ class Trainer:
         """Held-out scores between two iterations; where they fail, a note, since the step before them is done."""
         try:
             with self.phases("evaluation"):
-                summary = self._evaluate(self._evaluated_weights(), on_step=None).summary()
+                summary = self.evaluate().summary()
         except UserError as error:
             self.console.note(f"evaluation skipped: {error}")
             return {}
         return {f"heldout_{key}": summary[key] for key in ("reward_mean", "reward_ci95")}
+
+    def evaluate(self) -> Evaluation:
+        """Held-out scores of the weights that would be saved now; the sampler is left with these weights."""
+        return self._evaluate(self._evaluated_weights(), on_step=None)
 
     def _evaluated_weights(self) -> Weights:
         """The slow average, or the policy itself in a run too short for an average."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dgpo_fast.cli import configure, take_option
+from dgpo_fast.compare.report import with_parts
 from dgpo_fast.config import setting_names
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import take_sources
@@ -95,3 +96,13 @@ def test_the_model_of_communication_is_the_script_s() -> None:
     """Made by `python benchmarks/scaling.py`."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/scaling.py")], capture_output=True, text=True)
     assert done.stdout and done.stdout in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_comparison_shows_its_results() -> None:
+    """Figures, tables and findings in docs/comparison.md are those that `python -m dgpo_fast.compare` wrote."""
+    results, document = ROOT / "benchmarks/results/cpu/compare", ROOT / "docs/comparison.md"
+    text = document.read_text(encoding="utf-8")
+    if results.exists():
+        assert with_parts(document, results) == text
+    else:
+        assert not re.search(r"-->\s*\S.*?<!-- end", text), "no results without their files"

@@ -1,0 +1,344 @@
+"""The comparison: fair plans, curves and findings by hand, what is measured beside the reward, and the command."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from dgpo_fast.compare.__main__ import compare
+from dgpo_fast.compare.curves import curve, mean_interval
+from dgpo_fast.compare.findings import Findings
+from dgpo_fast.compare.plan import Plan, choose, draw_run, fitted, from_json, next_run, to_json
+from dgpo_fast.compare.quality import PatchBank, diversity, rendered
+from dgpo_fast.compare.report import update_document, write_report
+from dgpo_fast.compare.run import Run, finished_result, perform
+from dgpo_fast.compare.systems import QUICK, SYSTEMS, configuration
+from dgpo_fast.config import flat
+from dgpo_fast.errors import UserError
+from dgpo_fast.tiny import data
+
+ALL = tuple(SYSTEMS)
+
+
+def make_plan(systems: tuple[str, ...] = ALL, seeds: int = 3, trials: int = 4) -> Plan:
+    return Plan(systems, seeds, trials, final_s=100.0, marks=(0.5, 1.0), groups=16)
+
+
+def result(run: Run, reward: float, patch: float = 4.0, **more: Any) -> dict[str, Any]:
+    """What a run would have written that rises from 0.5 to `reward` at half its time, and stays there."""
+    if run.kind == "draw":
+        return {"run": asdict(run), "source": "offline", "drawing_s": 10.0, "drawn_images": 160}
+    points = [
+        {
+            "iteration": round(10 * mark), "training_s": mark * run.seconds, "training_cpu_s": mark * run.seconds,
+            "trained_images": round(100 * mark), "reward_mean": reward, "reward_ci95": [reward - 0.1, reward + 0.1],
+            "patch_distance": patch,
+        }
+        for mark in run.marks
+    ]  # fmt: skip
+    return {
+        "run": asdict(run), "points": points, "failure": None, "out_of_task": {"diversity": 50.0, "signs": 0.3},
+        "source": {"drawing_s": 0.0}, **more,
+    }  # fmt: skip
+
+
+def carry_out(plan: Plan, reward: Any = lambda run: 0.6) -> tuple[list[Run], dict[str, dict]]:
+    """All runs in the order in which one process would do them, and their results."""
+    order: list[Run] = []
+    results: dict[str, dict] = {}
+    while (run := next_run(plan, results, set())) is not None:
+        order.append(run)
+        results[run.name] = result(run, reward(run))
+    return order, results
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sets(st.sampled_from(ALL), min_size=1), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
+def test_every_system_gets_the_same(systems: set[str], seeds: int, trials: int, seed: int) -> None:
+    """As many settings tried, as many final runs, the same seconds, whatever the scores are."""
+    plan, rng = make_plan(tuple(s for s in ALL if s in systems), seeds, trials), np.random.default_rng(seed)
+    order, results = carry_out(plan, lambda run: rng.random())
+    assert len(order) == plan.size == len({run.name for run in order})
+    for system in plan.systems:
+        mine = [run for run in order if run.system == system and run.kind != "draw"]
+        searched, final = ([run for run in mine if run.kind == kind] for kind in ("search", "final"))
+        assert len(searched) == trials and [run.seconds for run in searched] == [plan.search_s] * trials
+        assert [run.seed for run in final] == list(range(seeds)) and {run.seconds for run in final} == {100.0}
+        assert not {run.seed for run in searched} & {run.seed for run in final}, "tuned on another seed"
+        assert mine.index(final[0]) == trials, "tuned before the final runs"
+        best = max(searched, key=lambda run: results[run.name]["points"][-1]["reward_mean"])
+        assert {(run.lr, run.groups) for run in final} == {(best.lr, best.groups)}
+
+
+def test_systems_differ_in_what_they_are_and_in_nothing_else() -> None:
+    """Model, rollouts, evaluation, optimizer, trained weights: the same but for the settings that name the system."""
+    own = {
+        "dgpo-offline": {"data.source"},
+        "dpo": {"objective", "diffusion_dpo.beta"},
+        "dpo-offline": {"objective", "diffusion_dpo.beta", "data.source"},
+        "flow-grpo": {
+            "objective", "rollout.solver", "rollout.noise_level", "ema.switch_ema_ref", "flow_grpo.clip_range",
+        },
+        "dgpo-sde": {"rollout.solver", "rollout.noise_level"},
+        "dgpo-no-clip": {"dgpo.high_noise_steps"},
+    }  # fmt: skip
+    asked = {"lr": 1e-4, "groups": 4, "seed": 3, "evaluation_seed": 1, "device": "cpu"}
+    dgpo = flat(configuration(SYSTEMS["dgpo"], QUICK, **asked))
+    for name, expected in own.items():
+        settings_of = flat(configuration(SYSTEMS[name], QUICK, **asked))
+        assert {key for key in dgpo if settings_of[key] != dgpo[key]} <= expected | {"recipe"}, name
+
+
+def test_a_trial_that_failed_is_not_chosen() -> None:
+    plan = make_plan(("dgpo",), trials=3)
+    order, results = carry_out(plan, lambda run: run.lr)
+    best = choose(plan, "dgpo", results)
+    assert best is not None and best.lr == max(run.lr for run in order)
+    results[best.name]["failure"] = "the gradient is not finite"
+    second = choose(plan, "dgpo", results)
+    assert second is not None and second.lr < best.lr
+
+
+def test_offline_runs_wait_for_their_data() -> None:
+    plan = make_plan(("dgpo-offline", "dpo-offline"), seeds=1)
+    draws = {draw_run(seed, 16).name for seed in (0, 1000)}
+    assert next_run(plan, {}, draws) is None, "both draws are under way: nothing else can start"
+    run = next_run(plan, {draw_run(1000, 16).name: {}}, draws)
+    assert run is not None and (run.kind, run.system) == ("search", "dgpo-offline")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(1, 500), st.integers(1, 4), st.floats(0.1, 20), st.floats(0.1, 20))
+def test_the_plan_fits_into_its_minutes(minutes: float, processes: int, evaluation_s: float, set_up_s: float) -> None:
+    base = {"set_up_s": set_up_s, "evaluation_s": evaluation_s, "out_of_task_s": 2 * evaluation_s}
+    plan = make_plan()
+    try:
+        plan = fitted(plan, 60 * minutes, processes, base, draw_s=30.0)
+    except UserError as error:
+        assert "leaves no time to train: give at least" in str(error)
+        least = float(str(error).rsplit(" ", 1)[1])
+        assert fitted(plan, 60 * 1.06 * least, processes, base, draw_s=30.0).final_s >= 1
+        return
+    order, _ = carry_out(plan)
+    seconds = sum(run.seconds + set_up_s + evaluation_s * len(run.marks) for run in order)
+    seconds += sum(30 for run in order if run.kind == "draw") + 21 * base["out_of_task_s"]
+    assert 0.9 * 60 * minutes * processes < seconds <= 60 * minutes * processes
+    assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
+
+
+def test_mean_interval_by_hand() -> None:
+    """Three values: mean ± 4.3027·s/√3."""
+    assert mean_interval([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 4.302653 * np.sqrt(7 / 3) / np.sqrt(3)))
+    assert np.isnan(mean_interval([1.0])[1])
+
+
+def test_curve_by_hand() -> None:
+    """0.5 until the data is drawn at 20 s, then a line to 0.7 at 60 s, where it stays."""
+    run = {
+        "source": {"drawing_s": 20.0},
+        "points": [{"training_s": 60.0, "reward_mean": 0.7}, {"training_s": 120.0, "reward_mean": 0.7}],
+    }
+    line = curve([run, run], {"reward_mean": 0.5}, "reward_mean", "training_s", until=120.0)
+    at = dict(zip(line.x.round(1).tolist(), line.mean.tolist(), strict=True))
+    assert [at[s] for s in (0.0, 20.0, 40.0, 60.0, 120.0)] == pytest.approx([0.5, 0.5, 0.6, 0.7, 0.7])
+    assert line.reaches(0.6) == pytest.approx(40.0, abs=0.5) and line.reaches(0.71) is None
+    assert line.best() == (60.0, pytest.approx(0.7)) and line.half.max() == 0
+
+
+def final_runs(rewards: dict[str, list[float]], patch: dict[str, list[float]] | None = None) -> dict[str, list[dict]]:
+    """Final runs of 100 s that rise at once to these rewards, one a seed."""
+    runs: dict[str, list[dict]] = {}
+    for system, values in rewards.items():
+        patches = (patch or {}).get(system, [4.0] * len(values))
+        for seed, (reward, distance) in enumerate(zip(values, patches, strict=True)):
+            run = Run("final", system, seed, 1e-4, 16, 100.0, (0.02, 1.0))
+            runs.setdefault(system, []).append(result(run, reward, distance))
+    return runs
+
+
+BASE = {"reward_mean": 0.5, "patch_distance": 4.0}
+
+
+def test_findings_say_what_the_numbers_are() -> None:
+    """Flow-GRPO rises to 0.6 over 100 s and DGPO to 0.8 over 20: at 5 s of the way it is 20 times sooner."""
+    runs = final_runs({"dgpo": [0.8, 0.8, 0.8], "flow-grpo": [0.6, 0.6, 0.6], "dpo": [0.7, 0.71, 0.69]})
+    for run in runs["dgpo"]:
+        run["points"][0] |= {"training_s": 20.0, "reward_mean": 0.8}
+        run["points"][1] |= {"reward_mean": 0.8}
+    for run in runs["flow-grpo"]:
+        run["points"][0] |= {"training_s": 50.0, "reward_mean": 0.55}
+    found = {finding.claim: finding for finding in Findings(runs, BASE, 100.0).all()}
+    speed = next(finding for claim, finding in found.items() if "sooner" in claim)
+    assert speed.numbers["ratio"] == pytest.approx(100 / 6.67, rel=0.05)
+    assert speed.verdict == "holds" and "15.0 times sooner" in speed.sentence
+    pairs = found["groups beat pairs, online"]
+    assert pairs.verdict == "holds" and pairs.numbers["difference"] == pytest.approx(0.1)
+    assert "DGPO ends at 0.800, Diffusion-DPO at 0.700: a difference of +0.100 ± 0.025" in pairs.sentence
+
+
+def test_findings_are_honest_about_what_does_not_hold() -> None:
+    open_, against = [0.60, 0.75, 0.66], [0.7, 0.69, 0.71]
+    runs = final_runs(
+        {"dgpo": [0.6, 0.6, 0.6], "dgpo-sde": against, "dgpo-offline": open_, "flow-grpo": [0.65] * 3,
+         "dgpo-no-clip": [0.6] * 3},
+        {"dgpo": [4.0, 4.1, 4.2], "dgpo-no-clip": [6.0, 6.2, 6.1]},
+    )  # fmt: skip
+    found = {finding.claim: finding for finding in Findings(runs, BASE, 100.0).all()}
+    assert found["ODE rollouts beat SDE rollouts"].verdict == "does not hold"
+    assert found["online data beat offline data"].verdict == "open"
+    speed = next(finding for claim, finding in found.items() if "sooner" in claim)
+    assert speed.verdict == "does not hold" and "DGPO did not reach it in 100 s" in speed.sentence
+    clip = found["the timestep clip protects image quality"]
+    assert clip.verdict == "holds" and "+2.00 ± 0.25 grey levels" in clip.sentence
+
+
+def test_no_improvement_is_nothing_to_reach() -> None:
+    runs = final_runs({"dgpo": [0.6] * 3, "flow-grpo": [0.45] * 3})
+    [speed] = Findings(runs, BASE, 100.0).all()
+    assert speed.verdict == "open" and "nothing to reach" in speed.sentence
+
+
+def test_the_report(tmp_path: Path) -> None:
+    """Tables hold the runs' numbers, every figure is there, and a document's marked parts are replaced alone."""
+    plan = make_plan(("dgpo", "dgpo-sde"), trials=2)
+    _, results = carry_out(plan, lambda run: 0.6 + run.lr * 100 + 0.01 * (run.seed % 7))
+    base = {
+        "points": [{**BASE, "iteration": 0}], "out_of_task": {"diversity": 51.0, "signs": 0.2},
+        "rendered_pictures": {"patch_distance": 0.8},
+    }  # fmt: skip
+    machine = {"device": "cpu", "cpu_count": 2, "processes": 2, "torch": "2", "date": "2026-01-01"}
+    write_report(plan, results, base, machine, tmp_path)
+    expected = {"compare.json", "table.md", "search.md", "findings.md", "about.md", "ode_sde.png"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    table = (tmp_path / "table.md").read_text()
+    assert "| DGPO | 0.660 ± 0.025 | 4.00 ± 0.00 | 50.0 ± 0.0 | 0.300 ± 0.000 | 10 | 100 | 0.0005, 16 |" in table
+    assert "| DGPO | 0.0005 | 16 | 10 | 0.710 | chosen |" in (tmp_path / "search.md").read_text()
+    report = json.loads((tmp_path / "compare.json").read_text())
+    assert [finding["claim"] for finding in report["findings"]] == ["ODE rollouts beat SDE rollouts"]
+    assert len(report["final"]["dgpo"]) == 3 and report["plan"]["final_s"] == 100.0
+    document = tmp_path / "docs" / "comparison.md"
+    document.parent.mkdir()
+    parts = ("table", "figures")
+    document.write_text(
+        "before\n" + "".join(f"<!-- compare: {name} -->\nold\n<!-- end -->\n" for name in parts) + "after"
+    )
+    assert update_document(document, tmp_path)
+    once = document.read_text()
+    assert "old" not in once and table in once and once.startswith("before\n") and once.endswith("\nafter")
+    assert "](../ode_sde.png)" in once and update_document(document, tmp_path) and document.read_text() == once
+    assert not update_document(tmp_path / "none.md", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bank() -> PatchBank:
+    return PatchBank()
+
+
+def test_patch_distance_sees_damage_and_not_content(bank: PatchBank) -> None:
+    """Held-out pictures are near, whatever they show; blur, noise and a change of hue take them away."""
+    rng = np.random.default_rng(5)
+    pictures = rendered(data.shape_prompts("heldout"), 120, rng)
+    near = bank.distance(pictures)
+    assert near < 1.0
+    by_tag = [
+        bank.distance(rendered([p for p in data.shape_prompts("heldout") if p[1]["tag"] == tag], 60, rng))
+        for tag in data.TAGS
+    ]
+    assert max(by_tag) < 1.6
+    noisy = np.clip(pictures + rng.normal(0, 4, pictures.shape), 0, 255).astype(np.uint8)
+    blurred = ndimage.gaussian_filter(pictures, (0, 0.6, 0.6, 0))
+    for damaged in (noisy, blurred, pictures[..., [1, 2, 0]]):
+        assert bank.distance(damaged) > 2.5 * near
+
+
+def test_diversity_by_hand() -> None:
+    """Two pictures of a prompt 10 levels apart: 10. Equal ones: 0. Groups are averaged in the square."""
+    pictures = np.zeros((4, 2, 2, 3), np.uint8)
+    pictures[1] = 10
+    assert diversity(pictures[:2], 2) == pytest.approx(10)
+    assert diversity(pictures[2:], 2) == 0
+    assert diversity(pictures, 2) == pytest.approx(np.sqrt(50))
+
+
+def test_a_run_goes_on_from_its_last_evaluation(tmp_path: Path) -> None:
+    """Stopped between two evaluations, and done again: the first evaluation stays, training time goes on from there."""
+    run = Run("final", "dgpo-sde", 0, 1e-4, 2, seconds=1e-3, marks=(0.5, 1.0))
+    calls = []
+
+    def after_one_step() -> bool:
+        calls.append(1)
+        return len(calls) > 1
+
+    folder = tmp_path / run.name
+    long = Run("final", "dgpo-sde", 0, 1e-4, 2, seconds=1e3, marks=(1e-6, 1.0))
+    assert perform(long, tmp_path, QUICK, "cpu", lambda share: None, after_one_step) == {}
+    assert finished_result(long, tmp_path) is None
+    before = json.loads((folder / "points.json").read_text())["points"]
+    assert [point["iteration"] for point in before] == [1]
+    shares: list[float] = []
+    done = perform(long, tmp_path, QUICK, "cpu", shares.append, lambda: len(shares) >= 2)
+    assert done == {} and json.loads((folder / "points.json").read_text())["points"] == before
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3], "the second step was repeated"
+    done = perform(run, tmp_path, QUICK, "cpu", shares.append, lambda: False)
+    assert done["points"][0]["iteration"] == 1, "a run with other settings starts anew"
+    assert done["points"][0]["training_s"] < before[0]["training_s"] * 100
+    assert finished_result(run, tmp_path) == done
+    assert {"diversity", "signs"} == done["out_of_task"].keys() and not (folder / "checkpoints").exists()
+
+
+def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    """SIGKILL to it and its workers after the first run; the same command repeats nothing and ends with the figures."""
+    command = [
+        sys.executable, "-m", "dgpo_fast.compare", "--quick", "--systems", "dgpo", "flow-grpo", "--seeds", "1",
+        "--runs-dir", "runs",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/search/*/result.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    subprocess.run(["kill", "-9", "--", f"-{process.pid}"], check=True)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/result.json")}
+    assert len(before) < 5
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    names = {path.name for path in (tmp_path / "runs/results").iterdir()}
+    assert {"compare.json", "table.md", "speed.png", "ode_sde.png"} <= names
+    report = json.loads((tmp_path / "runs/results/compare.json").read_text())
+    assert {system: len(runs) for system, runs in report["final"].items()} == {"dgpo": 1, "flow-grpo": 1}
+    assert "DGPO reaches Flow-GRPO's best reward" in done.stdout
+    other = subprocess.run([*command, "--trials", "3"], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 2
+    assert other.stderr == (
+        "error: runs: a comparison with another trials was begun there; remove it, or choose another --runs-dir\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--systems", "ppo"], "--systems ppo: name some of dgpo, dgpo-offline, "),
+        (["--quick", "--long"], "command line: --quick and --long exclude one another"),
+        (["--minuts", "3"], "command line: unknown setting 'minuts': did you mean 'minutes'?"),
+        (["--trials", "9"], "command line: trials: input should be less than or equal to 4, not '9'"),
+        (["--device", "gpu"], "--device gpu: no such device"),
+    ],
+)
+def test_mistakes_are_one_line(args: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        compare(args)
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
