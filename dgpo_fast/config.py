@@ -437,7 +437,7 @@ def parse_overrides(args: list[str], settings: Any = None) -> dict[str, Any]:
 
 
 def _value(name: str, values: list[str], is_list: bool) -> Any:
-    if is_list:
+    if is_list and values:
         return values
     if len(values) != 1:
         problem = "has no value" if not values else f"takes one value, not {len(values)}"

@@ -129,4 +129,6 @@ def _cells(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, str, str
 
 
 def _with_interval(scores: dict[str, Any]) -> str:
-    return f"{scores['reward_mean']:.3f} ± {(scores['reward_ci95'][1] - scores['reward_ci95'][0]) / 2:.3f}"
+    low, high = scores["reward_ci95"]
+    interval = f" ± {(high - low) / 2:.3f}" if high >= low else ""  # one prompt has none
+    return f"{scores['reward_mean']:.3f}{interval}"

@@ -15,6 +15,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import take_sources
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.recipes import markdown_table
+from dgpo_fast.train import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,6 +72,23 @@ def test_the_documented_recipe_is_understood(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         configure([str(file)])
     assert f"error: {caught.value}".replace(str(file), "my_recipe.yaml") in page
+
+
+def test_what_the_documents_say_to_save_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own reward, prompt file and recipe, copied from the pages as they are, make a run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    pages = {name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("rewards", "prompts", "recipes")}
+    reward = re.search(r"Save this as `my_rewards\.py`.*?```python\n(.*?)```", pages["rewards"], re.DOTALL)
+    prompts = re.search(r"\*\*`\.txt`\*\*: one prompt a line.*?\n((?:    .*\n)+)", pages["prompts"], re.DOTALL)
+    recipe = re.search(r"```yaml\n(.*?)```", pages["recipes"], re.DOTALL)
+    assert reward and prompts and recipe
+    (tmp_path / "my_rewards.py").write_text(reward[1])
+    (tmp_path / "my_prompts.txt").write_text("".join(line[4:] for line in prompts[1].splitlines(keepends=True)))
+    (tmp_path / "my_recipe.yaml").write_text(recipe[1])
+    assert train(["my_recipe.yaml", "--iterations", "1", "--evaluation.images", "2", "--name", "mine"]) == 0
+    summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
+    assert {"jpeg", "bright", "bright/too_bright"} <= set(summary["after"]["parts"])
 
 
 def test_links_lead_somewhere() -> None:

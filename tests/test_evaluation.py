@@ -14,10 +14,10 @@ from dgpo_fast.prompts import Prompt, in_turn
 
 
 def test_interval_of_independent_images_by_hand() -> None:
-    """One image a prompt: mean ± 1.96·s/√n with the sample's standard deviation."""
+    """One image a prompt: mean ± t·s/√n with the sample's standard deviation, t = 2.776 for 4 degrees of freedom."""
     rewards = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
     mean, (low, high) = mean_with_ci95(rewards, list("abcde"))
-    half = 1.959964 * rewards.std(ddof=1) / np.sqrt(5)
+    half = 2.776445 * rewards.std(ddof=1) / np.sqrt(5)
     assert (mean, low, high) == pytest.approx((0.6, 0.6 - half, 0.6 + half))
 
 
@@ -28,12 +28,13 @@ def test_images_of_one_prompt_are_not_independent() -> None:
     assert once == twice
 
 
-def test_interval_covers_the_truth_95_times_of_100() -> None:
-    """Simulated: 40 prompts of differing difficulty, four images each."""
+@pytest.mark.parametrize("prompts", [3, 40])
+def test_interval_covers_the_truth_95_times_of_100(prompts: int) -> None:
+    """Simulated: prompts of differing difficulty, four images each."""
     rng, inside = np.random.default_rng(0), 0
     for _ in range(2000):
-        rewards = rng.normal(rng.normal(0.5, 0.2, (40, 1)), 0.3, (40, 4)).ravel()
-        _, (low, high) = mean_with_ci95(rewards, [str(prompt) for prompt in range(40) for _ in range(4)])
+        rewards = rng.normal(rng.normal(0.5, 0.2, (prompts, 1)), 0.3, (prompts, 4)).ravel()
+        _, (low, high) = mean_with_ci95(rewards, [str(prompt) for prompt in range(prompts) for _ in range(4)])
         inside += low < 0.5 < high
     assert 0.93 < inside / 2000 < 0.965
 
@@ -81,8 +82,9 @@ def test_geneval_by_hand() -> None:
     }
     assert found["correct_images_share"] == pytest.approx(4 / 6)
     assert found["correct_prompts_share"] == 0.75, "a, b and d have a correct image"
-    # Prompts' sums of residuals: ±0.5 in counting (n = 4), ±0.5 in colors (n = 2); each tag weighs one half.
-    half = 1.959964 * np.sqrt(2 * 0.5) / np.array([4, 2]) / 2
+    # Prompts' sums of residuals: ±0.5 in counting (n = 4), ±0.5 in colors (n = 2); t is 12.7 for two prompts; each tag
+    # weighs one half.
+    half = 12.706205 * np.sqrt(2 * 0.5) / np.array([4, 2]) / 2
     assert found["overall_score_ci95"] == pytest.approx([0.625 - np.hypot(*half), 0.625 + np.hypot(*half)])
 
 

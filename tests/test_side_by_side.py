@@ -15,7 +15,6 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import evaluate
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row
 from dgpo_fast.evaluation.side_by_side import choose_pairs, read_comparison, write_page
-from dgpo_fast.evaluation.statistics import Z_95
 from dgpo_fast.prompts import Prompt
 
 MADE_WITH = {
@@ -73,12 +72,12 @@ class Page(HTMLParser):
 
 
 def test_paired_difference_by_hand(tmp_path: Path) -> None:
-    """B − A of each pair, its mean, and ± 1.96·s/√n of the differences; a pair without one score counts nowhere."""
+    """B − A of each pair, its mean, and ± t·s/√n of the differences; a pair without one score counts nowhere."""
     a, b = [0.5, 0.25, 1.0, 0.0, 0.5, float("nan")], [0.5, 0.75, 0.5, 0.25, 0.75, 1.0]
     comparison = read_comparison(save(tmp_path / "a", numbered(6), a), save(tmp_path / "b", numbered(6), b))
     whole, first, second = comparison.totals("shapes")
     difference = np.array([0.0, 0.5, -0.5, 0.25, 0.25])
-    half = Z_95 * difference.std(ddof=1) / np.sqrt(5)
+    half = 2.776445 * difference.std(ddof=1) / np.sqrt(5)
     assert (whole["difference"], whole["low"], whole["high"]) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
     assert (whole["a"], whole["b"]) == pytest.approx((0.45, 0.55))
     assert [whole[key] for key in ("count", "better", "same", "worse")] == [5, 3, 1, 1]

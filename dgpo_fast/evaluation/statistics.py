@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from dgpo_fast.prompts import Prompt
-
-Z_95 = 1.959964
 
 
 def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, list[float]]:
     """Mean of the finite rewards and its 95 % interval.
 
-    Images of one prompt resemble one another, so the interval counts prompts, not images, as independent (the
-    cluster-robust standard error of a mean). It is NaN where there is one prompt only.
+    Images of one prompt resemble one another, so the interval counts prompts, not images, as independent: the
+    cluster-robust standard error of a mean, times Student's t for the number of prompts. It is NaN for a lone prompt.
 
     Args:
         rewards: (N,) float, NaN where missing.
@@ -31,7 +30,11 @@ def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, lis
     count = len(sums)
     if count == 1:
         return mean, [float("nan"), float("nan")]  # one prompt says nothing of others
-    half = Z_95 * float(np.sqrt(count / (count - 1) * sum(s * s for s in sums.values()))) / int(kept.sum())
+    half = (
+        stdtrit(count - 1, 0.975)
+        * float(np.sqrt(count / (count - 1) * sum(s * s for s in sums.values())))
+        / int(kept.sum())
+    )
     return mean, [mean - half, mean + half]
 
 
