@@ -106,9 +106,11 @@ class PromptEncoder:
         """
         distinct = list(dict.fromkeys(prompts))
         missing = [text for text in distinct if not self._is_known(text)]
-        about = f"prompts: {len(distinct) - len(missing)} of {len(distinct)} were encoded before"
         if missing and not self._has_room(distinct, missing):
-            return f"{about}; the others do not all fit in the cache and are encoded when they are needed"
+            return (
+                f"prompts: {len(distinct) - len(missing)} of {len(distinct)} were encoded before; "
+                "the others do not all fit in the cache and are encoded when they are needed"
+            )
         for count, text in enumerate(missing, 1):
             self._remember(text, self._find(text) or self._encode(text))
             if on_step:
@@ -117,7 +119,9 @@ class PromptEncoder:
         if all(self._is_known(text) for text in missing):
             self._dismiss()
         stays = "stay loaded" if self.encoders else "have left again" if loaded else "need not be loaded"
-        return f"{about}, {len(missing)} now; the text encoders {stays}"
+        now = min(self.encoded_count, len(distinct))
+        before = f"{len(distinct) - now} of {len(distinct)} were encoded before"
+        return f"prompts: {before}, {now} now; the text encoders {stays}"
 
     def whole_pipeline(self) -> StableDiffusion3Pipeline:
         """The pipeline with its text encoders, as for saving it."""
