@@ -71,11 +71,13 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.running: Future | None = None
 
-    def save(self, iteration: int, parts: Parts) -> None:
-        """Takes a copy of `parts` and has it written as the checkpoint of `iteration`."""
+    def save(self, iteration: int, parts: Parts, copied: bool = False) -> None:
+        """Takes a copy of `parts`, unless they are `copied` already, and has it written as `iteration`'s checkpoint."""
         self.wait()
         names = _flat(parts)
-        self.copies = {name: _copied(tensor, self.copies.get(name)) for name, tensor in names.items()}
+        self.copies = (
+            names if copied else {name: _copied(tensor, self.copies.get(name)) for name, tensor in names.items()}
+        )
         if any(tensor.is_cuda for tensor in names.values()):
             torch.cuda.current_stream().synchronize()
         self.running = self.thread.submit(_write, self.folder, iteration, self.copies, self.keep, self.info)

@@ -236,6 +236,9 @@ class Distributed:
     """How long a process waits for the others before it gives up and says what it waited for."""
     check_every: Annotated[int, Field(ge=0)] = 20
     """Every so many iterations the processes compare checksums of their weights and counters. 0: never."""
+    shard: Literal["none", "full", "hybrid"] = "none"
+    """Full fine-tuning with all copies of the weights, gradients and optimizer states cut over all processes (full), or
+    over those of a machine, with a copy on each machine (hybrid). Needs fp32 weights and `--optimizer.name adamw`."""
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -24,16 +25,23 @@ from torch import Tensor, nn
 from dgpo_fast.config import Policy as PolicyConfig
 from dgpo_fast.errors import UserError
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from dgpo_fast.distributed.shards import Shards
+
 ADAPTER = "default"
 Weights = Mapping[str, Tensor]
 """Trained tensors by name: LoRA factors, or all of a transformer's parameters."""
 
 
-def weight_storage(config: PolicyConfig, dtype: torch.dtype) -> str:
+def weight_storage(config: PolicyConfig, dtype: torch.dtype, sharded: bool = False) -> str:
     """How `config.weights` keeps the trained weights of a run in `dtype`: "fp32", "bf16_master" or "bf16_stochastic".
 
-    Raises UserError where bf16 weights are asked for in a run that is not in bf16.
+    Sharded weights are in fp32. Raises UserError where bf16 weights are asked for in a run that is not in bf16.
     """
+    if sharded:
+        return "fp32"
     if config.weights == "auto":
         return "bf16_master" if dtype == torch.bfloat16 else "fp32"
     if config.weights != "fp32" and dtype != torch.bfloat16:
@@ -48,12 +56,20 @@ class PolicyModels:
         transformer: the pretrained transformer, frozen, on its device in the run's dtype.
         config: what to train.
         seed: of the LoRA factors' Gaussian initialisation.
+        shards: where the weights of full fine-tuning are cut into shards; `weights` are then this process's.
     """
 
-    def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int):
+    def __init__(
+        self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int, shards: "Shards | None" = None
+    ):
         self.config = config
         self.base = transformer
-        self.storage = weight_storage(config, transformer.dtype)
+        self.dtype = transformer.dtype
+        self.shards = shards
+        self.storage = weight_storage(config, transformer.dtype, shards is not None)
+        if shards is not None:
+            self._make_shards(shards)
+            return
         self.adapted = config.train == "lora" and config.behaviour == "adapter"
         if self.adapted:
             self.behaviour = with_lora(_sharing_copy(transformer), config, seed).requires_grad_(False)
@@ -73,13 +89,69 @@ class PolicyModels:
             # Gradients of all micro-batches and timesteps add up in fp32.
             weight.grad_dtype = torch.float32
 
+    def _make_shards(self, shards: "Shards") -> None:
+        """Cuts each transformer before the next one is copied: only one of them is whole beside the original."""
+        self.adapted = False
+        self.behaviour = _copy(self.base)
+        behaviour = shards.cut(self.behaviour, self.dtype)
+        self.policy = _copy(self.base).requires_grad_(True).float()
+        self.sharded = shards.cut(self.policy, self.dtype)
+        base = shards.cut(self.base, self.dtype)
+        self.behaviour_shards, self.base_shards = (
+            {name: weight.to_local() for name, weight in weights.items()} for weights in (behaviour, base)
+        )
+        self.weights = {
+            name: nn.Parameter(cast("DTensor", weight.detach()).to_local()) for name, weight in self.sharded.items()
+        }
+
+    @property
+    def trained_numel(self) -> int:
+        """Trained weights of all processes together."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the trained tensors; where they are sharded, of the whole ones."""
+        return {name: weight.shape for name, weight in (self.sharded if self.shards else self.weights).items()}
+
+    def take_gradients(self) -> None:
+        """Where weights are sharded, gives the shards of the gradient, summed over processes, to `weights`."""
+        if self.shards is None:
+            return
+        for name, weight in self.sharded.items():
+            if weight.grad is not None:
+                self.weights[name].grad, weight.grad = cast("DTensor", weight.grad).to_local(), None
+
+    def whole(self, tensors: Weights) -> dict[str, Tensor]:
+        """What this process holds parts of, whole, on process 0's CPU. All processes must call it together.
+
+        Args:
+            tensors: shaped as `weights`, by their names, or as the optimizer's state of them is named.
+        """
+        assert self.shards is not None
+        return {name: self._whole(name, tensor) for name, tensor in tensors.items()}
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        weight = self._sharded_by(name)
+        return tensor if tensor.dim() == 0 or self.shards is None else self.shards.whole(tensor, weight)
+
+    def parts(self, tensors: Weights) -> Weights:
+        """This process's parts of what `whole` gave; the same tensors where nothing is sharded."""
+        if self.shards is None:
+            return tensors
+        return {
+            name: tensor if tensor.dim() == 0 else self.shards.part(tensor, self._sharded_by(name))
+            for name, tensor in tensors.items()
+        }
+
+    def _sharded_by(self, name: str) -> "DTensor":
+        """The weight that `name` is of: its own, or that at the position in `12/exp_avg`."""
+        owner = name.split("/")[0]
+        return list(self.sharded.values())[int(owner)] if owner.isdecimal() else self.sharded[name]
+
     @property
     def device(self) -> torch.device:
         return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     @property
     def mixed(self) -> bool:
@@ -89,7 +161,7 @@ class PolicyModels:
     @torch.no_grad()
     def load_behaviour(self, weights: Weights) -> None:
         """Makes the behaviour copy predict what the policy would with `weights`. In place, without a host sync."""
-        own = dict(self.behaviour.named_parameters())
+        own = self.behaviour_shards if self.shards else dict(self.behaviour.named_parameters())
         if self.adapted or self.config.train == "full":
             for name, weight in weights.items():
                 own[name].copy_(weight)
@@ -103,7 +175,7 @@ class PolicyModels:
     def initial_weights(self) -> Weights:
         """Weights with which the policy predicts what the base model does."""
         if self.config.train == "full":
-            return dict(self.base.named_parameters())
+            return self.base_shards if self.shards else dict(self.base.named_parameters())
         return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
 
     @torch.no_grad()
@@ -116,13 +188,12 @@ class PolicyModels:
         """Writes `weights` so that plain diffusers loads them: a LoRA file, or a whole pipeline folder.
 
         Args:
-            weights: the tensors to save, usually the slow average.
+            weights: the tensors to save, usually the slow average; where weights are sharded, what `whole` gave.
             folder: where `pytorch_lora_weights.safetensors`, or the pipeline's folders, go.
             pipeline: the run's pipeline; with full fine-tuning, all of it but the transformer is saved as it is.
         """
         if self.config.train == "full":
-            self.load_behaviour(weights)
-            original, pipeline.transformer = pipeline.transformer, self.behaviour
+            original, pipeline.transformer = pipeline.transformer, self._with(weights)
             pipeline.save_pretrained(folder, safe_serialization=True)
             pipeline.transformer = original
             return
@@ -133,6 +204,17 @@ class PolicyModels:
             # The metadata carries alpha: without it a loader would take alpha = rank.
             transformer_lora_adapter_metadata=self.policy.peft_config[ADAPTER].to_dict(),
         )
+
+    def _with(self, weights: Weights) -> SD3Transformer2DModel:
+        """A transformer with `weights`, not sharded."""
+        if self.shards is None:
+            self.load_behaviour(weights)
+            return self.behaviour
+        transformer = SD3Transformer2DModel.from_config(self.base.config)
+        given = {**weights, **dict(self.base.named_buffers())}
+        for name, own in chain(transformer.named_parameters(), transformer.named_buffers()):
+            own.data = given[name].to(own.device, self.dtype if own.requires_grad else given[name].dtype)
+        return transformer
 
     def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
         return [(name, module) for name, module in self.policy.named_modules() if isinstance(module, LoraLayer)]

@@ -31,10 +31,13 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
     """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
 
     Args:
-        x_t: (B, C, H, W) noisy latents, any float dtype.
+        x_t: (B, C, H, W) noisy latents, any float dtype. Where B is 0 there is a forward, too.
         timestep: () or (B,), in [0, 1000].
         text: the B prompts.
     """
+    if len(x_t) == 0:  # the others compute, and need this process's shards: a forward of which nothing is used
+        idle = TextEmbeds(*(rows.new_zeros(1, *rows.shape[1:]) for rows in (text.prompt, text.pooled)))
+        return predict(transformer, x_t.new_zeros(1, *x_t.shape[1:]), timestep.new_ones(1), idle)[:0]
     return transformer(
         hidden_states=x_t.to(text.prompt.dtype),
         timestep=timestep.expand(len(x_t)),
@@ -58,13 +61,16 @@ def predict_pair(
 
 @torch.no_grad()
 def predict_batched(
-    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, batch_size: int
+    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, batch_size: int, most: int = 0
 ) -> Tensor:
-    """`predict` without a gradient, at most `batch_size` samples a forward. `timestep` is () or (B,)."""
-    if len(x_t) == 0:
+    """`predict` without a gradient, at most `batch_size` samples a forward. `timestep` is () or (B,).
+
+    As many forwards as `most` samples need.
+    """
+    if max(len(x_t), most) == 0:
         return x_t  # of a process that holds no sample of a batch
     timestep = timestep.expand(len(x_t))
-    chunks = batch_slices(len(x_t), batch_size)
+    chunks = batch_slices(len(x_t), batch_size, most)
     return torch.cat([predict(transformer, x_t[rows], timestep[rows], text[rows]) for rows in chunks])
 
 
@@ -76,20 +82,24 @@ def predict_pair_batched(
     text: TextEmbeds,
     empty: TextEmbeds,
     batch_size: int,
+    most: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`predict_pair` without a gradient, at most `batch_size` samples (twice as many rows) a forward."""
-    if len(x_t) == 0:
+    """`predict_pair` without a gradient, at most `batch_size` samples (twice as many rows) a forward.
+
+    As many forwards as `most` samples need.
+    """
+    if max(len(x_t), most) == 0:
         return x_t, x_t
-    pairs = [
-        predict_pair(transformer, x_t[rows], timestep, text[rows], empty) for rows in batch_slices(len(x_t), batch_size)
-    ]
+    chunks = batch_slices(len(x_t), batch_size, most)
+    pairs = [predict_pair(transformer, x_t[rows], timestep, text[rows], empty) for rows in chunks]
     conditional, unconditional = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return conditional, unconditional
 
 
-def batch_slices(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover `total` rows in order."""
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
+    """Slices of at most `size` that cover `total` rows in order; as many as `most` rows need, the last ones empty."""
+    starts = range(0, max(total, most), size)
+    return (slice(min(start, total), min(start + size, total)) for start in starts)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
@@ -228,6 +238,16 @@ class Sampler:
             guidance_scale=guidance_scale, batch_size=self.batch_size, step_noise=step_noise, on_step=on_step,
         )  # fmt: skip
         return x0, text
+
+    def keep_up(self, mine: int, most: int, prompt: str, schedule: Schedule, guidance_scale: float) -> None:
+        """Forwards for one image that nobody sees, until they are as many as `most` samples need, not only `mine`.
+
+        Where weights are sharded, all processes must compute equally often.
+        """
+        for rows in batch_slices(mine, self.batch_size, most):
+            if rows.start == rows.stop:
+                nobody = torch.zeros(1, dtype=torch.int64, device=next(self.transformer.parameters()).device)
+                self.latents([prompt], nobody, schedule, guidance_scale=guidance_scale, seed=0, draw=0)
 
     def decode(self, x0: Tensor) -> np.ndarray:
         """Latents → uint8 images (B, height, width, 3)."""

@@ -225,8 +225,8 @@ def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
     except KeyboardInterrupt:
         console.note(f"interrupted; go on from the last checkpoint with: {resume_command(folder)}")
         raise
-    except Exception:
-        trainer.save(folder)  # what came before the failed step is kept
+    except Exception as error:
+        trainer.save(folder, after=error)  # what came before the failed step is kept
         raise
     finally:
         console.stop_training()

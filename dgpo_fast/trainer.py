@@ -20,6 +20,7 @@ from dgpo_fast.distributed import ALONE, BatchPart, Processes, Share, SharedErro
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
 from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
+from dgpo_fast.distributed.shards import Shards, make_shards
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
@@ -75,7 +76,8 @@ class Trainer:
         self.memory = MemoryPlan(read_model(config), self.device, dtype, processes, self.console.note)
         config = self.memory.predict(config)
         self.pipeline = make_pipeline(config, device=self.device, dtype=dtype, with_text=False)
-        self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
+        shards = self._shards(config)
+        self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"), shards)
         self.config = config = self.memory.measure(config, self.models)
         self.encoder = make_prompt_encoder(self.pipeline, config, self.console.note)
         self.encoder([""])  # finds text encoders that cannot be loaded
@@ -107,6 +109,22 @@ class Trainer:
         self.folder: Path | None = None
         self._describe()
 
+    def _shards(self, config: Config) -> Shards | None:
+        how = f"distributed.shard {config.distributed.shard}"
+        if config.distributed.shard == "none":
+            return None
+        if config.policy.train != "full":
+            raise UserError(f"{how} is for --policy.train full: LoRA's base weights are not sharded")
+        if config.optimizer.name != "adamw":
+            raise UserError(f"{how}: states in 8 bits cannot be cut elsewhere; use --optimizer.name adamw")
+        if config.policy.weights not in ("auto", "fp32"):
+            raise UserError(f"{how} keeps the shards in fp32: use --policy.weights fp32")
+        if config.data.source == "offline":
+            raise UserError(
+                f"{how}: processes draw offline groups one by one, which needs whole weights; draw them before"
+            )
+        return make_shards(config.distributed.shard, self.processes, self.device)
+
     def _make_source(self) -> Source:
         config = self.config
         worker = RolloutWorker(
@@ -125,15 +143,15 @@ class Trainer:
             self.console.note(line)
         if state.info.get("code") not in (None, code_version()):
             self.console.note(f"the checkpoint was written by other code ({state.info['code']}): results may differ")
-        expected = {name: weight.shape for name, weight in self.models.weights.items()}
+        expected = self.models.shapes
         try:
             for part in ("policy", "old", "slow"):
                 if {name: tensor.shape for name, tensor in state.part(part).items()} != expected:
                     raise ValueError(f"its {part} weights have other names or shapes")
-            self.models.load_weights(state.part("policy"))
-            self.old.load(state.part("old"))
-            self.slow.load(state.part("slow"))
-            load_optimizer(self.optimizer, state.part("optimizer"))
+            self.models.load_weights(self.models.parts(state.part("policy")))
+            self.old.load(self.models.parts(state.part("old")))
+            self.slow.load(self.models.parts(state.part("slow")))
+            load_optimizer(self.optimizer, self.models.parts(state.part("optimizer")))
         except (ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise SharedError(
@@ -168,14 +186,18 @@ class Trainer:
             done = self.encoder.prepare(texts[first:] + texts[:first], on_step)
         self.console.note(done)
 
-    def save(self, folder: Path, wait: bool = True) -> None:
+    def save(self, folder: Path, wait: bool = True, after: Exception | None = None) -> None:
         """Has a checkpoint written, and waits for the disk if asked to; raises UserError where the disk refused.
 
-        Not where an iteration broke off between two of its optimizer steps: no run could go on from there.
+        Not where an iteration broke off between two of its optimizer steps: no run could go on from there. Nor of
+        sharded weights after an error that not all processes had: nobody has the whole, and the others do not come.
         """
-        if self.halfway or not self.processes.first:
+        sharded = self.models.shards is not None
+        if self.halfway or not (self.processes.first or sharded):
             return
-        if self.writer is None:
+        if sharded and after is not None and not isinstance(after, SharedError):
+            return
+        if self.writer is None and self.processes.first:
             info = {"code": code_version(), "config": to_dict(self.config), "processes": self.processes.count}
             self.writer = CheckpointWriter(folder / "checkpoints", self.config.checkpoint.keep, info)
         parts: dict[str, Weights] = {
@@ -185,7 +207,11 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer),
         }
         with self.phases("checkpoint"):
-            self.writer.save(self.iteration, parts)
+            if sharded:
+                parts = {part: self.models.whole(tensors) for part, tensors in parts.items()}
+            if self.writer is None:
+                return
+            self.writer.save(self.iteration, parts, copied=sharded)
             if wait:
                 self.writer.wait()
 
@@ -212,10 +238,11 @@ class Trainer:
         if self.writer is not None:
             self.writer.check()
         try:
-            batch, metrics = self._collect()
-            if batch is not None:
-                metrics |= self._learn(batch)
-                self._average()
+            with self.processes.waiting(f"the shards of iteration {self.iteration + 1}", counted=False):
+                batch, metrics = self._collect()
+                if batch is not None:
+                    metrics |= self._learn(batch)
+                    self._average()
         except torch.OutOfMemoryError as error:
             raise self.memory.error(error, self.config, self.phases.current, self.iteration + 1) from None
         self.iteration += 1
@@ -254,10 +281,10 @@ class Trainer:
         every = (self.config.distributed.check_every, self.config.checkpoint.every)
         if self.processes.count == 1 or not any(n and self.iteration % n == 0 for n in every):
             return
-        averages = {
-            "averages": checksum({**self.old.weights, **{f"slow.{n}": w for n, w in self.slow.weights.items()}})
-        }
-        state = {"iteration": self.iteration, "weights": checksum(self.models.weights), **averages}
+        state: dict[str, Any] = {"iteration": self.iteration}
+        if self.models.shards is None:  # else each process has its own
+            averages = {**self.old.weights, **{f"slow.{n}": w for n, w in self.slow.weights.items()}}
+            state |= {"weights": checksum(self.models.weights), "averages": checksum(averages)}
         try:
             compare(state, self.processes, f"after iteration {self.iteration}")
         except DriftError:
@@ -274,8 +301,7 @@ class Trainer:
                 losses = self.objective.accumulate(part, self.models, self.old.weights)
             with self.phases("communicate"):
                 what = f"the gradients of iteration {self.iteration + 1}"
-                self.own_norm = gradient_norm(self.models.weights)
-                sum_gradients(self.models.weights, {}, self.processes, what)
+                self._sum_gradients(what)
             with self.phases("optimizer"):
                 norm = self._update(rate)
             # Each process has its part of the means; the norm is that of the summed gradient, the same on all.
@@ -287,6 +313,14 @@ class Trainer:
             "steps_skipped_count": self.skipped,
             **self._sum({name: float(value) for name, value in totals.items()}),
         }
+
+    def _sum_gradients(self, what: str) -> None:
+        if self.models.shards is not None:
+            self.models.take_gradients()  # they were summed in the backward
+            self.own_norm = torch.zeros(())  # nobody can tell any more whose part of a sum was not finite
+            return
+        self.own_norm = gradient_norm(self.models.weights)
+        sum_gradients(self.models.weights, {}, self.processes, what)
 
     def _sum(self, numbers: dict[str, float]) -> dict[str, float]:
         """Numbers added up over the processes; one that holds no sample has none to add."""
@@ -312,6 +346,7 @@ class Trainer:
         part = BatchPart(
             first, int(scores.valid.sum()), size, everyone, any(not other.whole for other in self._shares(groups)),
             self.processes, f"the group scores of iteration {self.iteration + 1}",
+            None if self.models.shards is None else self._edges(groups, valid),
         )  # fmt: skip
         return Batch(
             iteration=self.iteration,
@@ -326,6 +361,10 @@ class Trainer:
             part=part,
         )
 
+    def _edges(self, groups: Groups, valid: np.ndarray) -> tuple[int, ...]:
+        """See `BatchPart.edges`: among the samples that could be scored."""
+        return (*(int(valid[: share.start].sum()) for share in self._shares(groups)), int(valid.sum()))
+
     def _shares(self, groups: Groups) -> list[Share]:
         return place(len(groups.prompts), groups.share.group_size, self.processes.count)
 
@@ -335,7 +374,7 @@ class Trainer:
 
     def _update(self, rate: float) -> Tensor:
         """One optimizer step at learning rate `rate`; returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self.models.weights.values()), self.config.optimizer.max_grad_norm)
+        norm = self._clip()
         try:
             allowed = self.guard.allows(norm, self.own_norm, self.iteration + 1)
         except SharedError:
@@ -350,6 +389,15 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _clip(self) -> Tensor:
+        """Clips the gradient; returns its norm before."""
+        weights, largest = self.models.weights, self.config.optimizer.max_grad_norm
+        if self.models.shards is None:
+            return torch.nn.utils.clip_grad_norm_(list(weights.values()), largest)
+        norm = self.models.shards.gradient_norm(weights)
+        torch.nn.utils.clip_grads_with_norm_(list(weights.values()), largest, norm)
         return norm
 
     def _dump(self) -> None:
@@ -395,15 +443,17 @@ class Trainer:
 
     def _evaluate(self, weights: Weights, on_step: Callable[[float], None] | None) -> Evaluation:
         self.models.load_behaviour(weights)
-        result = evaluate(
-            self.sampler,
-            self.prompts.held_out,
-            self.reward_pool,
-            self.eval_schedule,
-            self.config.evaluation,
-            on_step,
-            self.processes,
-        )
+        with self.processes.waiting("the shards of the evaluation", counted=False):
+            result = evaluate(
+                self.sampler,
+                self.prompts.held_out,
+                self.reward_pool,
+                self.eval_schedule,
+                self.config.evaluation,
+                on_step,
+                self.processes,
+                sharded=self.models.shards is not None,
+            )
         if result.failures:
             first, count = result.failures[0], len(result.failures)
             self.console.note(f"evaluation: {count} images could not be scored; the first: {first}")
@@ -440,19 +490,22 @@ class Trainer:
         """
         with self.console.track(f"after: {self.config.evaluation.images} images of held-out prompts") as on_step:
             after = self._evaluate(self._evaluated_weights(), on_step)
+        weights = self._evaluated_weights()
+        if self.models.shards is not None:
+            weights = self.models.whole(weights)
         if before is None:
             return  # the first process has it, and writes
         try:
-            self._write_results(folder, before, after)
+            self._write_results(folder, before, after, weights)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: results could not be saved ({reason}); free space and --resume it") from None
 
-    def _write_results(self, folder: Path, before: Evaluation, after: Evaluation) -> None:
+    def _write_results(self, folder: Path, before: Evaluation, after: Evaluation, weights: Weights) -> None:
         after.save(folder / AFTER_FILE)
         # A LoRA file needs no text encoders, a whole pipeline does.
         pipeline = self.encoder.whole_pipeline() if self.config.policy.train == "full" else self.pipeline
-        self.models.save(self._evaluated_weights(), folder, pipeline)
+        self.models.save(weights, folder, pipeline)
         lines = read_metrics(folder / "metrics.jsonl")
         summary = {
             "recipe": self.config.recipe,
@@ -476,7 +529,7 @@ class Trainer:
                           f"weights, pictures and metrics are in {folder}")  # fmt: skip
 
     def _describe(self) -> None:
-        trained = sum(weight.numel() for weight in self.models.weights.values())
+        trained = self.models.trained_numel
         total = sum(parameter.numel() for parameter in self.models.base.parameters())
         precision = str(self.models.dtype).removeprefix("torch.")
         groups, size = self.config.rollout.groups, self.config.rollout.group_size
@@ -484,7 +537,8 @@ class Trainer:
             f"{self.config.model} on {self.device} in {precision}: training {trained / 1e6:.2f} M weights "
             f"({self.config.policy.train}) of {total / 1e6:.1f} M; {groups} groups of {size} images an iteration"
         )
-        state = sum(state_bytes(weight.numel(), self.config.optimizer.name) for weight in self.models.weights.values())
+        shapes = self.models.shapes.values()
+        state = sum(state_bytes(shape.numel(), self.config.optimizer.name) for shape in shapes)
         self.console.note(f"{self.config.optimizer.name}: {state / 2**20:.1f} MiB of optimizer state")
         if self.config.random_weights:
             self.console.note(random_weights_note(self.config))

@@ -29,19 +29,33 @@ SETTINGS = {
         "guidance_scale": 2.0,
     },
     "dgpo": {"timesteps": 2, "high_noise_steps": 3, "beta": 30.0, "kl_weight": 0.001, "clip_range": 0.01},
+    # A pair's weight σ(s) has β times the rounding of two losses.
+    "diffusion_dpo": {"beta": 1.0},
     "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
     "optimizer": {"lr": 0.01, "lr_decay": "none"},
     "ema": {"eval_every": 1, "switch_ema_ref": 3},
     "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
 }  # fmt: skip
+# Adam steps by the learning rate where a gradient is nothing but rounding, unless `eps` is well above that.
+SHARDED = ["--policy.train", "full", "--optimizer.lr", "3e-4", "--optimizer.eps", "1e-3", "--distributed.shard", "full"]
 SCENARIOS: dict[str, list[str]] = {
-    "lora": ["--iterations", "6", "--evaluation.every", "6"],
+    "lora": ["--iterations", "20", "--evaluation.every", "20", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-5"],
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
     "small micro-batches, std of the iteration": ["--policy.micro-batch", "3", "--advantage.std", "global"],
     "groups dropped": ["--rewards", "tests.distributed_runs:Flaky", "--iterations", "4"],
     "pairs": ["--objective", "diffusion_dpo"],
     "policy gradient": [
         "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
+        "--flow-grpo.clip-range", "0.1",
+    ],
+    "sharded": [*SHARDED, "--iterations", "10", "--policy.micro-batch", "4", "--evaluation.every", "10"],
+    "sharded, groups split": [
+        *SHARDED, "--rollout.groups", "1", "--rollout.group-size", "3", "--policy.micro-batch", "1",
+    ],
+    "sharded, groups dropped": [*SHARDED, "--rewards", "tests.distributed_runs:Flaky", "--iterations", "3"],
+    "sharded, pairs": [*SHARDED, "--objective", "diffusion_dpo"],
+    "sharded, policy gradient": [
+        *SHARDED, "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
         "--flow-grpo.clip-range", "0.1",
     ],
     "offline": ["--data.source", "offline", "--data.offline-groups", "7"],
@@ -78,7 +92,9 @@ class Watched(Trainer):
 
     def _update(self, rate: float) -> torch.Tensor:
         if self.gradient is None:
-            self.gradient = torch.cat([weight.grad.flatten() for weight in self.models.weights.values()])
+            gradient = {name: weight.grad for name, weight in self.models.weights.items() if weight.grad is not None}
+            gradient = self.models.whole(gradient) if self.models.shards else gradient
+            self.gradient = torch.cat([tensor.flatten() for tensor in gradient.values()])
         return super()._update(rate)
 
     def _batch(self, groups: Any) -> Any:
@@ -99,18 +115,21 @@ def run(name: str, folder: Path, processes: Processes, resume: Path | None = Non
     trainer.open_logs(folder, {})
     trainer.console.start_training(trainer.iteration, config.iterations)
     while trainer.iteration < config.iterations:
-        if trainer.iteration == 3:
+        if trainer.iteration > 5 and trainer.iteration == config.iterations - 3:
             trainer.save(folder)
         trainer.step()
+    weights: Any = trainer.models.whole(trainer.models.weights) if trainer.models.shards else trainer.models.weights
     trainer.close()
     assert trainer.latents is not None and trainer.gradient is not None
     latents = processes.gather(trainer.latents.tolist(), "latents")
     if not processes.first:
         return {}
+    if trainer.models.shards:
+        trainer.models.save(weights, folder / "pipeline", trainer.encoder.whole_pipeline())
     return {
         "latents": [sample for share in latents for sample in share],
         "gradient": trainer.gradient.tolist(),
-        "weights": torch.cat([weight.detach().flatten() for weight in trainer.models.weights.values()]).tolist(),
+        "weights": torch.cat([weight.detach().flatten() for weight in weights.values()]).tolist(),
         "metrics": read_metrics(folder / "metrics.jsonl"),
     }
 

@@ -15,7 +15,7 @@ from tests.processes import run_together
 RESUMED = "lora=runs/2-lora"
 # Three processes hold a group each; two hold shares that differ in size; four must split groups.
 COUNTS = {
-    2: list(SCENARIOS),
+    2: [name for name in SCENARIOS if "sharded" not in name],
     3: ["lora", RESUMED],
     4: ["lora", "small micro-batches, std of the iteration", "groups dropped", "pairs"],
 }
@@ -32,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, random_pipeline: Path) ->
         for count, scenarios in COUNTS.items():
             run_together(["-m", "tests.distributed_runs", *scenarios], count)
             found[count] = json.loads(Path(f"{count}.json").read_text())
-        found[1] = {name: run(name, Path("runs/1") / str(n), ALONE) for n, name in enumerate(SCENARIOS)}
+        found[1] = {name: run(name, Path("runs/1") / str(n), ALONE) for n, name in enumerate(COUNTS[2])}
         found[1][RESUMED] = run("lora", Path("runs/1/resumed"), ALONE, Path("runs/2-lora"))
         return found
     finally:
@@ -55,15 +55,14 @@ def test_latents_are_the_same(count: int, name: str, outcomes: dict) -> None:
 def test_the_gradient_is_the_same(count: int, name: str, outcomes: dict) -> None:
     mine, alone = (np.array(outcomes[n][name]["gradient"]) for n in (count, 1))
     assert np.abs(alone).max() > 0
-    # The two samples of a pair pull against one another, and what is left has the rounding of both. On four processes
-    # the forwards have other batch shapes, and with them the images other last bits.
-    tolerance = 2e-5 if name == "pairs" or count == 4 else 1e-6
+    # On four processes the forwards have other batch shapes, and with them the images other last bits.
+    tolerance = 5e-6 if count == 4 else 1e-6
     np.testing.assert_allclose(mine, alone, rtol=1e-5, atol=tolerance * np.abs(alone).max())
 
 
 @pytest.mark.parametrize(("count", "name"), CASES)
 def test_metrics_and_weights_are_the_same(count: int, name: str, outcomes: dict) -> None:
-    """After six iterations of `lora`, fewer of the others."""
+    """After twenty iterations of `lora`, fewer of the others."""
     same_metrics(outcomes[count][name]["metrics"], outcomes[1][name]["metrics"])
     mine, alone = (np.array(outcomes[n][name]["weights"]) for n in (count, 1))
     assert np.abs(mine - alone).max() < 1e-3 * np.abs(alone).max()
@@ -72,8 +71,8 @@ def test_metrics_and_weights_are_the_same(count: int, name: str, outcomes: dict)
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_checkpoint_of_two_processes_resumes_on(count: int, outcomes: dict) -> None:
     resumed = outcomes[count][RESUMED]["metrics"]
-    assert [line["iteration"] for line in resumed] == list(range(4, 7))
-    same_metrics(resumed, outcomes[1]["lora"]["metrics"][3:])
+    assert [line["iteration"] for line in resumed] == list(range(18, 21))
+    same_metrics(resumed, outcomes[1]["lora"]["metrics"][17:])
 
 
 def test_groups_were_dropped_and_shares_were_uneven(outcomes: dict) -> None:

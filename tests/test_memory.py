@@ -19,6 +19,7 @@ from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory import MemoryPlan, plan, simulate
+from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.live import LiveBytes, tensors_alive
 from dgpo_fast.memory.micro_batch import Line, fit
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
@@ -198,6 +199,23 @@ def test_full_fine_tuning_of_sd35_medium_fits_80_gb(weights: str) -> None:
     assert small.held["optimizer states"] - halves == pytest.approx(2 * numel * (1 + 4 / 256), rel=1e-3)
     plain = [*FULL_ON_80_GB, "--policy.weights", "fp32", "--optimizer.name", "adamw"]
     assert predictor.predict(configure(plain), 8).peak > 80 * GB
+
+
+def test_shards_hold_their_part_and_are_a_remedy() -> None:
+    """On eight processes an eighth of all weights, states and averages; named where memory runs out without them."""
+    plain = configure([*FULL_ON_80_GB, "--policy.weights", "auto", "--optimizer.name", "adamw"])
+    sharded = replace(plain, distributed=replace(plain.distributed, shard="full"))
+    hybrid = replace(plain, distributed=replace(plain.distributed, shard="hybrid"))
+    predictor = Predictor(sd35_medium(), torch.bfloat16, processes=16, local_processes=8)
+    numel = 2_243_171_520
+    for config, parts in ((sharded, 16), (hybrid, 8)):
+        held = predictor.predict(config, 8).held
+        assert held["trained weights"] == held["gradients"] == 4 * numel // parts
+        assert held["optimizer states"] == held["averages"] == 8 * numel // parts
+        assert 0 < held["blocks made whole"] < 0.1 * 2 * numel
+    advice = [remedy.setting for remedy in remedies(predictor, plain, 8, None)]
+    assert "--distributed.shard full" in advice
+    assert not any("8bit" in remedy.setting for remedy in remedies(predictor, sharded, 8, None))
 
 
 def test_sd35_medium_saves_two_gigabytes_a_sample() -> None:

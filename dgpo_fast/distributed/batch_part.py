@@ -1,6 +1,7 @@
 """What a process must know of the others to learn from its own samples."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class BatchPart:
         split: whether some group is held by several processes; the same on every one of them.
         processes: who they are.
         what: named in the error where the others do not come.
+        edges: with sharded weights, the position of every process's first sample, and the end.
     """
 
     first: int
@@ -29,11 +31,17 @@ class BatchPart:
     split: bool = False
     processes: Processes = ALONE
     what: str = "the group scores"
+    edges: tuple[int, ...] | None = None
 
     @property
     def samples(self) -> int:
         """P·G."""
         return self.groups * self.group_size
+
+    @property
+    def most(self) -> int:
+        """With sharded weights, the largest number of samples that a process holds; else 0."""
+        return 0 if self.edges is None else max(stop - start for start, stop in pairwise(self.edges))
 
     def rows(self, start: int, stop: int, count: int) -> slice:
         """Which of the process's `count` samples lie at the positions [start, stop)."""
@@ -46,6 +54,7 @@ class BatchPart:
             first=max(self.first - start, 0),
             groups=(stop - start) // self.group_size,
             advantage=self.advantage[start:stop],
+            edges=None if self.edges is None else tuple(min(max(e, start), stop) - start for e in self.edges),
         )
 
     def sum_group_scores(self, score: Tensor) -> Tensor:

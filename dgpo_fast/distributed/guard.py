@@ -62,7 +62,7 @@ def damage(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         name: {
             "not_finite": int((~torch.isfinite(weight)).sum()),
-            "largest": float(torch.nan_to_num(weight.detach().float(), 0.0, 0.0, 0.0).abs().max()),
+            "largest": weight.numel() and float(torch.nan_to_num(weight.detach().float(), 0.0, 0.0, 0.0).abs().max()),
         }
         for name, weight in weights.items()
     }

@@ -42,6 +42,7 @@ class Processes:
         rank: this process, counted from 0. Process 0 alone writes files and talks to the user.
         count: how many there are. Alone, nothing below communicates.
         local_rank: this process among those of its machine.
+        local_count: how many those are.
         timeout_s: how long others are waited for.
         waited_s: seconds spent waiting, since `take_waited_s`.
     """
@@ -50,18 +51,22 @@ class Processes:
     count: int = 1
     local_rank: int = 0
     timeout_s: float = 600.0
+    local_count: int = 1
     waited_s: float = 0.0
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
-    def set_timeout(self, seconds: float) -> None:
-        """Waits so long from now on; the settings are known only after the group was joined."""
+    def set_timeout(self, seconds: float, group: Any = None) -> None:
+        """Waits so long from now on; the settings are known only after the group was joined.
+
+        `group` is one of some of the processes; by default it is that of all.
+        """
         self.timeout_s = seconds
         if self.count > 1:
             # The library's own trainers change it this way: there is no public function for it.
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group or dist.group.WORLD)
 
     def own_device(self, device: torch.device) -> torch.device:
         """`device`, or with several processes on GPUs this one's own. Raises UserError where there is none for it."""
@@ -82,7 +87,7 @@ class Processes:
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """Adds up `tensor` over all processes, in place, and returns it. On a GPU nothing waits for it here."""
         if self.count > 1:
-            with self._waiting(what):
+            with self.waiting(what):
                 dist.all_reduce(tensor)
         return tensor
 
@@ -91,7 +96,7 @@ class Processes:
         if self.count == 1:
             return [value]
         text = json.dumps(value).encode()
-        with self._waiting(what):
+        with self.waiting(what):
             lengths = torch.zeros(self.count, dtype=torch.int64)
             lengths[self.rank] = len(text)
             dist.all_reduce(lengths)
@@ -106,7 +111,7 @@ class Processes:
         if self.count == 1:
             return value
         text = json.dumps(value).encode() if self.first else b""
-        with self._waiting(what):
+        with self.waiting(what):
             length = torch.tensor([len(text)])
             dist.broadcast(length, 0)
             row = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.first else _empty_bytes(length)
@@ -121,7 +126,7 @@ class Processes:
         received = {}
         for name, shape, dtype in self.broadcast(plan, what):
             tensor = tensors[name].contiguous() if tensors else torch.empty(shape, dtype=getattr(torch, dtype))
-            with self._waiting(what):
+            with self.waiting(what):
                 dist.broadcast(tensor, 0)
             received[name] = tensor
         return received
@@ -155,11 +160,17 @@ class Processes:
             dist.destroy_process_group()
 
     @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str, counted: bool = True) -> Iterator[None]:
+        """Raises LostError, which names `what`, where the others are lost in the block; counts its seconds as waited.
+
+        A block that does other things too is not `counted`, and only errors of the communication become a LostError.
+        """
         start = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
+            if not (counted or isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
             seconds = time.perf_counter() - start
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise LostError(
@@ -167,7 +178,8 @@ class Processes:
                 f"lost the others ({reason}): a process ended, hangs, or was cut off; see its own message, and --resume"
             ) from None
         finally:
-            self.waited_s += time.perf_counter() - start
+            if counted:
+                self.waited_s += time.perf_counter() - start
 
 
 ALONE = Processes()
@@ -203,7 +215,7 @@ def connect(timeout_s: float = 600.0) -> Processes:
             f"process {rank} of {count} could not meet the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({reason}): check the address and that all processes were started"
         ) from None
-    return Processes(rank, count, local_rank, timeout_s)
+    return Processes(rank, count, local_rank, timeout_s, _integer("LOCAL_WORLD_SIZE", count))
 
 
 def _integer(name: str, default: int) -> int:

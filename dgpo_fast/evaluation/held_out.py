@@ -105,21 +105,27 @@ def evaluate(
     config: EvaluationConfig,
     on_step: Callable[[float], None] | None = None,
     processes: Processes = ALONE,
+    sharded: bool = False,
 ) -> Evaluation:
     """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
 
     Each of `processes` draws whole forwards of the sampler where there is one for each, so that an image is the same
-    to the last bit on any number of them; all of them get the scores of all images, and the first images.
+    to the last bit on any number of them; all of them get the scores of all images, and the first images. Where the
+    sampler's weights are `sharded`, they compute equally often.
 
     Raises UserError where not one image could be scored. There must be an image for each process.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     unit = sampler.batch_size if len(chosen) >= sampler.batch_size * processes.count else 1
-    start, stop = even_ranges(len(chosen), processes.count, unit)[processes.rank]
+    ranges = even_ranges(len(chosen), processes.count, unit)
+    start, stop = ranges[processes.rank]
     images = draw_images(
         sampler, chosen[start:stop], schedule, first=start, guidance_scale=config.guidance_scale, seed=config.seed,
         on_step=on_step,
     )  # fmt: skip
+    if sharded:
+        most = max(end - first for first, end in ranges)
+        sampler.keep_up(stop - start, most, chosen[start].text, schedule, config.guidance_scale)
     mine = reward.score_groups(images, chosen[start:stop], group_size=1)
     scores = gather_scores(mine, Share(start, stop, 1), len(chosen), processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)

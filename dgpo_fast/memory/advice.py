@@ -42,7 +42,7 @@ def remedies(predictor: Predictor, config: Config, micro_batch: int, phase: str 
     now = prediction.at(name)
     found = [
         Remedy(setting, now - predictor.predict(other, size).at(name), new_run)
-        for setting, other, size, new_run in _alternatives(config, micro_batch)
+        for setting, other, size, new_run in _alternatives(config, micro_batch, predictor.processes)
     ]
     helpful = [remedy for remedy in found if remedy.saved > WORTHWHILE * now]
     return sorted(helpful, key=lambda remedy: -remedy.saved)[:SHOWN]
@@ -58,7 +58,7 @@ def sentence(found: list[Remedy], *, begun: bool) -> str:
     return f"{start}, with what each is predicted to save: {listed}"
 
 
-def _alternatives(config: Config, micro_batch: int) -> Iterator[tuple[str, Config, int, bool]]:
+def _alternatives(config: Config, micro_batch: int, processes: int) -> Iterator[tuple[str, Config, int, bool]]:
     """Setting, the configuration with it, its micro-batch, and whether it needs a new run."""
     policy, rollout, size = config.policy, config.rollout, config.rollout.group_size
     smaller = micro_batch // 2 // size * size or micro_batch // 2
@@ -72,9 +72,13 @@ def _alternatives(config: Config, micro_batch: int) -> Iterator[tuple[str, Confi
         changes.append(("--policy.behaviour adapter", {"policy": replace(policy, behaviour="adapter")}, False))
     if not config.ema.offload:
         changes.append(("--ema.offload", {"ema": replace(config.ema, offload=True)}, False))
-    if config.optimizer.name == "adamw":
+    whole = config.distributed.shard == "none"
+    if config.optimizer.name == "adamw" and whole:
         changes.append(("--optimizer.name adamw8bit", {"optimizer": replace(config.optimizer, name="adamw8bit")}, True))
-    if policy.train == "full":
+    if processes > 1 and whole and policy.train == "full" and config.optimizer.name == "adamw":
+        shard = {"distributed": replace(config.distributed, shard="full")}
+        changes.append(("--distributed.shard full", shard, False))
+    if policy.train == "full" and whole:
         changes.append(("--policy.train lora", {"policy": replace(policy, train="lora", weights="auto")}, True))
     for setting, change, new_run in changes:
         yield setting, replace(config, **change), micro_batch, new_run

@@ -40,7 +40,10 @@ class MemoryPlan:
         processes: Processes,
         note: Callable[[str], None],
     ):
-        self.predictor = Predictor(architecture, dtype, processes=processes.count, on_gpu=device.type == "cuda")
+        self.predictor = Predictor(
+            architecture, dtype, processes=processes.count, local_processes=processes.local_count,
+            on_gpu=device.type == "cuda",
+        )  # fmt: skip
         self.device, self.processes, self.note = device, processes, note
         self.auto = False
 
@@ -64,9 +67,11 @@ class MemoryPlan:
     def measure(self, config: Config, models: PolicyModels) -> Config:
         """`config` with the largest micro-batch that fits this GPU, by two measured steps; as it is on a CPU.
 
+        As it is too where weights are sharded: a process that ran out of memory would leave the others waiting.
+
         Raises UserError where not one sample fits.
         """
-        if not self.auto or self.device.type != "cuda":
+        if not self.auto or self.device.type != "cuda" or config.distributed.shard != "none":
             return config
         training = self._measured(config, models)
         available = self.free_bytes() - self._to_come(config) - self._headroom()

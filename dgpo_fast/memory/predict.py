@@ -25,6 +25,8 @@ SOLVER_STATES = 4
 """fp32 latents of a batch that a solver's step holds at once."""
 LOSS_TENSORS = 8
 """fp32 latents of a micro-batch that the eager loss holds at once."""
+WHOLE_BLOCKS = 2
+"""Of sharded transformers: the block that computes, and the next one, which is on its way."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,21 @@ class Predictor:
         architecture: the model's configuration.
         dtype: of the run.
         processes: that share the run.
+        local_processes: those of them on this machine.
         on_gpu: whether the run's device is a GPU: what is kept in the CPU's memory does not count then.
     """
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, *, processes: int = 1, on_gpu: bool = True):
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        *,
+        processes: int = 1,
+        local_processes: int = 1,
+        on_gpu: bool = True,
+    ):
         self.architecture, self.dtype, self.processes, self.on_gpu = architecture, dtype, processes, on_gpu
+        self.local_processes = local_processes
         with torch.device("meta"):
             self.transformer = architecture.build_transformer()
             self.vae = architecture.build_vae()
@@ -91,7 +103,7 @@ class Predictor:
         return Prediction(self._held(config), self._phases(config, micro_batch))
 
     def _held(self, config: Config) -> dict[str, int]:
-        policy, storage = config.policy, weight_storage(config.policy, self.dtype)
+        policy, storage = config.policy, self._storage(config)
         trained = trained_sizes(self.transformer, config)
         total, width = sum(trained), FP32 if storage == "fp32" else 2
         lora = policy.train == "lora"
@@ -108,11 +120,35 @@ class Predictor:
         }
         if storage == "bf16_master":
             held["optimizer states"] += 2 * total
-        return held
+        return held if self._shards(config) == 1 else self._shared_out(held, self._shards(config))
+
+    def _shared_out(self, held: dict[str, int], shards: int) -> dict[str, int]:
+        """What one of `shards` holds. Buffers and the decoder are not cut."""
+        buffers = sum(buffer.numel() for buffer in self.transformer.buffers()) * self.dtype.itemsize
+        cut = {name: nbytes // shards for name, nbytes in held.items() if name not in ("decoder", "base weights")}
+        return {
+            **cut,
+            "base weights": self._copy_bytes // shards + buffers,
+            "decoder": held["decoder"],
+            "blocks made whole": WHOLE_BLOCKS * max(map(_numel, self._blocks)) * self.dtype.itemsize,
+        }
+
+    def _shards(self, config: Config) -> int:
+        """Into how many parts the weights, and all that belongs to them, are cut."""
+        return {"none": 1, "full": self.processes, "hybrid": self.local_processes}[config.distributed.shard]
+
+    def _storage(self, config: Config) -> str:
+        return weight_storage(config.policy, self.dtype, sharded=self._shards(config) > 1)
+
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        """What FSDP makes whole at a time: the blocks, and what lies outside of them."""
+        rest = nn.ModuleList(child for child in self.transformer.children() if not isinstance(child, nn.ModuleList))
+        return [*self.transformer.transformer_blocks, rest]
 
     @property
     def _copy_bytes(self) -> int:
-        return sum(parameter.numel() for parameter in self.transformer.parameters()) * self.dtype.itemsize
+        return _numel(self.transformer) * self.dtype.itemsize
 
     def _phases(self, config: Config, micro_batch: int) -> dict[str, int]:
         rollout, shape, simulated = config.rollout, self.shape(config), self._simulation(config)
@@ -144,14 +180,14 @@ class Predictor:
 
     def _stepping(self, config: Config) -> int:
         sizes = trained_sizes(self.transformer, config)
-        if weight_storage(config.policy, self.dtype) == "fp32":
+        if self._storage(config) == "fp32":
             return 3 * max(sizes) * FP32
         return min(sum(sizes), CHUNK_NUMEL + max(sizes)) * FP32 + 3 * max(sizes) * FP32
 
     def _simulation(self, config: Config) -> Simulation:
         policy = config.policy
         trained = Trained(
-            storage=weight_storage(policy, self.dtype),
+            storage=self._storage(config),
             lora=(policy.lora_rank, policy.lora_targets) if policy.train == "lora" else None,
         )
         return simulation(*self.texts, trained, self.dtype, self.shape(config))
@@ -194,6 +230,10 @@ def trained_sizes(transformer: SD3Transformer2DModel, config: Config) -> list[in
     return [
         config.policy.lora_rank * width for linear in adapted for width in (linear.in_features, linear.out_features)
     ]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> int:

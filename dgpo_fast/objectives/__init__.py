@@ -66,6 +66,11 @@ class Batch:
         """P·G, the samples that the loss is a mean over, those of other processes among them."""
         return self.groups * self.group_size
 
+    @property
+    def most(self) -> int:
+        """Forwards must be as many as for so many samples: see `BatchPart.most`."""
+        return 0 if self.part is None else self.part.most
+
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         """The same for some of the samples; the caller sees to it that groups stay whole, or gives a `group_size`."""
         return replace(
@@ -128,6 +133,10 @@ def load_objective(config: Config) -> Objective:
     missing = [part for part in parts if not hasattr(objective, part)]
     if missing:
         raise UserError(f"{what} has no `{missing[0]}`: docs/objectives.md shows what an objective has")
+    if config.distributed.shard != "none" and name not in BUILT_IN:
+        raise UserError(
+            f"distributed.shard {config.distributed.shard}: only {', '.join(BUILT_IN)} run on sharded weights"
+        )
     if objective.needs_transitions and config.data.source == "offline":
         raise UserError(
             f"data.source offline: {what} learns from the steps of its own rollouts; use --data.source online"

@@ -67,13 +67,13 @@ class DGPOObjective:
         inputs = (x_t, timestep, batch.text)
         ref_v, old_v, kl_v = None, None, None
         if self.config.kl_guidance_scale > 1 and self.config.kl_weight > 0:
-            ref_v, empty_v = predict_pair_batched(models.base, *inputs, batch.empty, self.forward_batch)
+            ref_v, empty_v = predict_pair_batched(models.base, *inputs, batch.empty, self.forward_batch, batch.most)
             kl_v = guided(ref_v, empty_v, self.config.kl_guidance_scale)
         elif self.config.reference == "frozen" or self.config.kl_weight > 0:
-            ref_v = predict_batched(models.base, *inputs, self.forward_batch)
+            ref_v = predict_batched(models.base, *inputs, self.forward_batch, batch.most)
             kl_v = ref_v if self.config.kl_weight > 0 else None
         if self._needs_old:
-            old_v = predict_batched(models.behaviour, *inputs, self.forward_batch)
+            old_v = predict_batched(models.behaviour, *inputs, self.forward_batch, batch.most)
         reference = old_v if self.config.reference == "ema" else ref_v
         assert reference is not None
         return Comparison(

@@ -67,7 +67,7 @@ class DiffusionDPOObjective:
             advantage=pairs.advantage,
             group_index=pairs.group_index,
             group_size=PAIR,
-            ref_v=predict_batched(models.base, x_t, timestep, pairs.text, self.forward_batch),
+            ref_v=predict_batched(models.base, x_t, timestep, pairs.text, self.forward_batch, pairs.most),
             seed=self.noise_seed,
             draw=draw,
             part=pairs.part,
@@ -95,6 +95,7 @@ def best_and_worst(batch: Batch) -> Batch:
         return replace(batch[places], advantage=advantage, group_size=PAIR)
     first, stop = batch.part.first, batch.part.first + len(batch.x0)
     mine = (places >= first) & (places < stop)
-    part = replace(batch.part, first=int((places < first).sum()), group_size=PAIR, advantage=advantage)
+    edges = None if batch.part.edges is None else tuple(int((places < edge).sum()) for edge in batch.part.edges)
+    part = replace(batch.part, first=int((places < first).sum()), group_size=PAIR, advantage=advantage, edges=edges)
     rows = (places[mine] - first).to(batch.x0.device)
     return replace(batch[rows], advantage=advantage[mine].to(batch.x0.device), group_size=PAIR, part=part)

@@ -43,7 +43,10 @@ class FlowGRPOObjective:
         totals: dict[str, Tensor] = {}
         for step in range(steps):
             ref_mean = self._reference_mean(batch, models, step) if self.config.kl_weight > 0 else None
-            for rows in batch_slices(len(batch.x0), self.micro_batch):
+            for rows in batch_slices(len(batch.x0), self.micro_batch, batch.most):
+                if rows.start == rows.stop:  # nothing to learn, but the others need this process's shards
+                    self._policy_v(batch[rows], models, step).sum().backward()
+                    continue
                 share = (rows.stop - rows.start) / (batch.samples * steps)
                 metrics = self._loss(batch[rows], models, step, None if ref_mean is None else ref_mean[rows])
                 (share * metrics["loss"]).backward()
@@ -78,9 +81,11 @@ class FlowGRPOObjective:
     def _reference_mean(self, batch: Batch, models: PolicyModels, step: int) -> Tensor:
         x, timestep = batch.transitions.states[step], batch.schedule.timesteps[step]  # type: ignore[union-attr]
         if self.guidance_scale == 1:
-            velocity = predict_batched(models.base, x, timestep, batch.text, self.forward_batch)
+            velocity = predict_batched(models.base, x, timestep, batch.text, self.forward_batch, batch.most)
         else:
-            pair = predict_pair_batched(models.base, x, timestep, batch.text, batch.empty, self.forward_batch)
+            pair = predict_pair_batched(
+                models.base, x, timestep, batch.text, batch.empty, self.forward_batch, batch.most
+            )
             velocity = guided(*pair, self.guidance_scale)
         return transition_mean(batch, step, velocity)
 

@@ -56,6 +56,11 @@ class Comparison:
         """Those of other processes among them."""
         return len(self) // self.group_size if self.part is None else self.part.groups
 
+    @property
+    def most(self) -> int:
+        """See `BatchPart.most`."""
+        return 0 if self.part is None else self.part.most
+
     def __len__(self) -> int:
         return len(self.x0)
 
@@ -89,27 +94,38 @@ class GroupLoss:
     def _micro_batches(self, comparison: Comparison, models: PolicyModels) -> Iterator[tuple[slice, DGPOLoss]]:
         """Rows and loss of each micro-batch, ready for its backward pass."""
         part, everything = comparison.part, slice(0, len(comparison))
+        most = max(len(comparison), comparison.most)
         split = part is not None and part.split
         group_score: Tensor | None = None
         size = self.micro_batch // comparison.group_size * comparison.group_size
         reduce: ReduceScores | None = part.sum_group_scores if part is not None and split else None
-        if split and 0 < len(comparison) <= self.micro_batch:
-            yield everything, self._loss(comparison, _policy_v(comparison, models, everything), everything, reduce)
+        if split and 0 < most <= self.micro_batch:
+            policy_v = _policy_v(comparison, models, everything)
+            if len(policy_v):
+                yield everything, self._loss(comparison, policy_v, everything, reduce)
+            elif reduce is not None:
+                reduce(comparison.advantage)
+                policy_v.sum().backward()
             return
         if split or size == 0:
             # A group does not fit: its weight σ(s) needs all its samples first, so one pass without gradients finds s.
             size, group_score = self.micro_batch, self._group_score(comparison, models, reduce)
-        for rows in batch_slices(len(comparison), size):
+        for rows in batch_slices(len(comparison), size, most):
+            policy_v = _policy_v(comparison, models, rows)
+            if len(policy_v) == 0:
+                policy_v.sum().backward()  # nothing to learn, but the others need this process's shards
+                continue
             known = None if group_score is None else partial(_rows_of, group_score, rows)
-            yield rows, self._loss(comparison, _policy_v(comparison, models, rows), rows, known)
+            yield rows, self._loss(comparison, policy_v, rows, known)
 
     @torch.no_grad()
     def _group_score(self, comparison: Comparison, models: PolicyModels, reduce: ReduceScores | None) -> Tensor:
         """s of each sample's group, (B,), from a pass over all samples without a gradient."""
+        chunks = batch_slices(len(comparison), self.forward_batch, comparison.most)
+        parts = [_policy_v(comparison, models, rows) for rows in chunks]
         if len(comparison) == 0:
             return comparison.advantage if reduce is None else reduce(comparison.advantage)
-        chunks = batch_slices(len(comparison), self.forward_batch)
-        policy_v = torch.cat([_policy_v(comparison, models, rows) for rows in chunks])
+        policy_v = torch.cat(parts)
         return self._loss(comparison, policy_v, slice(0, len(comparison)), reduce).group_score
 
     def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, reduce: ReduceScores | None) -> DGPOLoss:

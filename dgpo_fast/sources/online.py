@@ -82,6 +82,10 @@ class RolloutWorker:
             self.work.decoded(len(images))
             with self.phases("reward"):
                 scoring.add(images)  # scored beside the rollout of the next chunk
+        if self.models.shards is not None:
+            most = max(map(len, place(len(prompts), size, processes.count)))
+            with self.phases("rollout"):
+                self.sampler.keep_up(len(texts), most, texts[0], self.schedule, self.rollout.guidance_scale)
         with self.phases("reward"):
             mine = scoring.result()
         scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {draw + 1}")

@@ -1,0 +1,106 @@
+"""Full fine-tuning with every copy of the transformer cut into shards (FSDP2's `fully_shard`).
+
+Everything but a forward and a backward works on this process's shards, which are plain tensors: the optimizer, the
+averages, the gradient's norm. A block is whole only while it computes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dgpo_fast.distributed.processes import Processes
+from dgpo_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the shards lie: over all processes, or over those of one machine, with a copy on each machine (hybrid).
+
+    Attributes:
+        mesh: the processes, (shards,) or (machines, shards).
+        processes: the same ones.
+    """
+
+    mesh: DeviceMesh
+    processes: Processes
+
+    @property
+    def copies(self) -> int:
+        """How many processes hold the same shard."""
+        return self.mesh.size(0) if self.mesh.ndim == 2 else 1
+
+    def cut(self, transformer: SD3Transformer2DModel, dtype: torch.dtype) -> dict[str, DTensor]:
+        """Shards `transformer` in place, block by block; its parameters by name from then on.
+
+        Args:
+            transformer: the same weights on every process.
+            dtype: of its blocks while they compute. Gradients are summed over the processes in fp32, never averaged:
+                each process's loss is already its part of the whole.
+        """
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # The root too is cut again after a forward: shards are written in between, and must be what the next one reads.
+        for module in (*transformer.transformer_blocks, transformer):
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
+        for module in transformer.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return {name: cast(DTensor, weight) for name, weight in transformer.named_parameters()}
+
+    def whole(self, shard: Tensor, weight: DTensor) -> Tensor:
+        """The whole of what this process holds `shard` of, on the CPU of process 0; nothing on the others.
+
+        Args:
+            shard: this process's part of a tensor that is cut as `weight` is.
+            weight: gives shape and cut.
+
+        All processes must call it together.
+        """
+        local = DTensor.from_local(
+            shard.detach().to(weight.device), self.mesh, weight.placements, run_check=False,
+            shape=weight.shape, stride=weight.stride(),
+        )  # fmt: skip
+        with self.processes.waiting("the shards of the others", counted=False):
+            whole = local.full_tensor()
+        return whole.to("cpu", copy=True) if self.processes.first else torch.empty(0)
+
+    def part(self, whole: Tensor, weight: DTensor) -> Tensor:
+        """This process's shard of `whole`, cut as `weight` is, on its device. Nothing is sent."""
+        return distribute_tensor(
+            whole.to(weight.device), self.mesh, weight.placements, src_data_rank=None
+        ).to_local().clone()  # fmt: skip
+
+    def gradient_norm(self, weights: Mapping[str, nn.Parameter]) -> Tensor:
+        """The norm of the whole gradient, the same on every process; not finite where any shard's is not."""
+        device = next(iter(weights.values())).device
+        norms = torch._foreach_norm([weight.grad for weight in weights.values() if weight.grad is not None])
+        total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), device=device).double()
+        return (self.processes.sum(total, "the gradient's norm") / self.copies).sqrt().float()
+
+
+def make_shards(kind: str, processes: Processes, device: torch.device) -> Shards | None:
+    """The shards of `distributed.shard`; None where weights stay whole, as on one process.
+
+    Raises UserError where machines hold different numbers of processes.
+    """
+    if kind == "none" or processes.count == 1:
+        return None
+    local = processes.local_count if kind == "hybrid" else processes.count
+    if processes.count % local:
+        raise UserError(
+            f"distributed.shard hybrid: {processes.count} processes are not the same number on every machine "
+            f"({local} on this one); use --distributed.shard full"
+        )
+    machines = processes.count // local
+    shape, names = ((local,), ("shard",)) if machines == 1 else ((machines, local), ("machines", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():
+        processes.set_timeout(processes.timeout_s, group)
+    return Shards(mesh, processes)
