@@ -252,6 +252,41 @@ class Log:
 
 
 @dataclass(kw_only=True, config=STRICT)
+class Engine:
+    """Where the speed comes from. Each saving can be switched alone, and none but fp8 rollouts changes what is learnt.
+
+    "auto" chooses by the device and by short measurements at the run's own shapes, and says what it chose and why.
+    """
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, one graph for each kind of transformer block. auto: on a GPU, and on a CPU in long runs."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record the whole ODE of a rollout once and replay it. auto: on a GPU with 40 GiB or more."""
+    attention: Literal["auto", "native", "native_flash", "native_cudnn", "flash", "flash3", "xformers", "matmul"] = (
+        "auto"
+    )
+    """Attention kernel: torch's own choice or one of its two, a package, or plain matrix products. auto: the fastest
+    that computes the same."""
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    """Matrix products of fp32 runs on a CPU: torch's or oneDNN's, which is faster on some. auto: the faster one."""
+    decoder: Literal["auto", "plain", "fast"] = "auto"
+    """fast: channels_last, and compiled where the blocks are; checked against fp32 on the first images. auto: fast."""
+    decode_batch: Count | None = None
+    """Images decoded at a time; fewer take less memory. Default: rollout.batch_size."""
+    overlap: bool = True
+    """On a GPU, decode and score one batch of a rollout while the next one is drawn."""
+    batch_timesteps: bool = True
+    """Predict with the reference and with θ_old for all training timesteps at once, in full batches."""
+    skip_equal_groups: bool = True
+    """Leave out what a group of equal rewards adds nothing to the gradient by."""
+    checkpointing: Literal["none", "selective", "blocks"] = "none"
+    """Activations made again in the backward pass, for memory: none, the cheap ones, or all inside each block."""
+    rollout_precision: Literal["same", "fp8"] = "same"
+    """fp8: rollouts in float8 by torchao, on GPUs that have it. Inexact: other images are drawn and learnt from. The
+    gradient and evaluations stay in the run's precision."""
+
+
+@dataclass(kw_only=True, config=STRICT)
 class Config:
     """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization (DGPO)."""
 
@@ -306,6 +341,7 @@ class Config:
     diffusion_dpo: DiffusionDPO = Field(default_factory=DiffusionDPO)
     flow_grpo: FlowGRPO = Field(default_factory=FlowGRPO)
     policy: Policy = Field(default_factory=Policy)
+    engine: Engine = Field(default_factory=Engine)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     ema: EMA = Field(default_factory=EMA)
     evaluation: Evaluation = Field(default_factory=Evaluation)

@@ -10,7 +10,7 @@ Nothing is ever switched on or off: `load_behaviour` writes the wanted weights i
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -57,6 +57,9 @@ class PolicyModels:
         config: what to train.
         seed: of the LoRA factors' Gaussian initialisation.
         shards: where the weights of full fine-tuning are cut into shards; `weights` are then this process's.
+
+    Attributes:
+        after_load: called when the behaviour copy has got other weights.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class PolicyModels:
         self.base = transformer
         self.dtype = transformer.dtype
         self.shards = shards
+        self.after_load: list[Callable[[], None]] = []
         self.storage = weight_storage(config, transformer.dtype, shards is not None)
         if shards is not None:
             self._make_shards(shards)
@@ -163,14 +167,15 @@ class PolicyModels:
         """Makes the behaviour copy predict what the policy would with `weights`. In place, without a host sync."""
         own = self.behaviour_shards if self.shards else dict(self.behaviour.named_parameters())
         if self.adapted or self.config.train == "full":
-            for name, weight in weights.items():
-                own[name].copy_(weight)
-            return
-        for name, layer in self._lora_layers():
-            factors = (weights[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
-            down, up = (factor.to(self.device, torch.float32) for factor in factors)
-            delta = layer.scaling[ADAPTER] * (up @ down)
-            own[f"{name}.weight"].copy_(layer.base_layer.weight.float() + delta)
+            torch._foreach_copy_([own[name] for name in weights], list(weights.values()))
+        else:
+            for name, layer in self._lora_layers():
+                factors = (weights[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
+                down, up = (factor.to(self.device, torch.float32) for factor in factors)
+                base = layer.base_layer.weight.float()
+                own[f"{name}.weight"].copy_(torch.addmm(base, up, down, alpha=layer.scaling[ADAPTER]))
+        for action in self.after_load:
+            action()
 
     def initial_weights(self) -> Weights:
         """Weights with which the policy predicts what the base model does."""

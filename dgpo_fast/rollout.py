@@ -1,6 +1,8 @@
 """Drawing images: a few-step ODE, or its stochastic form, from noise to latents, and the decoder."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,11 +52,12 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
 def predict_pair(
     transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, empty: TextEmbeds
 ) -> tuple[Tensor, Tensor]:
-    """Conditional and unconditional velocities in one forward of 2B samples, for guidance. `timestep` is ()."""
+    """Conditional and unconditional velocities in one forward of 2B samples, for guidance. `timestep` is () or (B,)."""
     both = TextEmbeds(
         torch.cat([text.prompt, empty.expand(len(text)).prompt]),
         torch.cat([text.pooled, empty.expand(len(text)).pooled]),
     )
+    timestep = timestep.expand(len(x_t)).repeat(2)
     conditional, unconditional = predict(transformer, torch.cat([x_t, x_t]), timestep, both).chunk(2)
     return conditional, unconditional
 
@@ -63,15 +66,17 @@ def predict_pair(
 def predict_batched(
     transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, batch_size: int, most: int = 0
 ) -> Tensor:
-    """`predict` without a gradient, at most `batch_size` samples a forward. `timestep` is () or (B,).
+    """`predict` without a gradient, at most `batch_size` samples a forward; as many forwards as `most` samples need.
 
-    As many forwards as `most` samples need.
+    `timestep` is () or (B,). Of fewer than B prompts, those of the first samples, the next ones have the same again.
     """
     if max(len(x_t), most) == 0:
         return x_t  # of a process that holds no sample of a batch
     timestep = timestep.expand(len(x_t))
-    chunks = batch_slices(len(x_t), batch_size, most)
-    return torch.cat([predict(transformer, x_t[rows], timestep[rows], text[rows]) for rows in chunks])
+    return torch.cat([
+        predict(transformer, x_t[rows], timestep[rows], _repeated(text, rows))
+        for rows in batch_slices(len(x_t), batch_size, most)
+    ])  # fmt: skip
 
 
 @torch.no_grad()
@@ -86,14 +91,24 @@ def predict_pair_batched(
 ) -> tuple[Tensor, Tensor]:
     """`predict_pair` without a gradient, at most `batch_size` samples (twice as many rows) a forward.
 
-    As many forwards as `most` samples need.
+    `timestep`, `text` and `most` are as for `predict_batched`.
     """
     if max(len(x_t), most) == 0:
         return x_t, x_t
-    chunks = batch_slices(len(x_t), batch_size, most)
-    pairs = [predict_pair(transformer, x_t[rows], timestep, text[rows], empty) for rows in chunks]
+    timestep = timestep.expand(len(x_t))
+    pairs = [
+        predict_pair(transformer, x_t[rows], timestep[rows], _repeated(text, rows), empty)
+        for rows in batch_slices(len(x_t), batch_size, most)
+    ]
     conditional, unconditional = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return conditional, unconditional
+
+
+def _repeated(text: TextEmbeds, rows: slice) -> TextEmbeds:
+    """Rows of `text` repeated endlessly."""
+    if rows.stop <= len(text):
+        return text[rows]
+    return text[torch.arange(rows.start, rows.stop, device=text.pooled.device) % len(text)]
 
 
 def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
@@ -159,15 +174,22 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.ndarray:
-    """Latents (B, C, H, W) → images, uint8 (B, height, width, 3), rounded as diffusers rounds them."""
-    images = []
-    for chunk in latents.split(batch_size):
-        scaled = chunk / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
-        pixels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        images.append(pixels.permute(0, 2, 3, 1).cpu())
-    return torch.cat(images).numpy()
+def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.ndarray:
+    """Latents (B, C, H, W) → images, uint8 (B, height, width, 3)."""
+    return torch.cat(
+        [to_uint8(decode_pixels(vae, chunk, vae.dtype)).cpu() for chunk in latents.split(batch_size)]
+    ).numpy()
+
+
+def decode_pixels(vae: AutoencoderKL, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the decoder, in `dtype`, makes of (B, C, H, W) latents: (B, 3, height, width) fp32, about in [−1, 1]."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(scaled.to(dtype), return_dict=False)[0].float()
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [−1, 1] → (B, H, W, 3) uint8, rounded as diffusers rounds."""
+    return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def latent_shape(
@@ -186,6 +208,30 @@ def latent_shape(
     return config.in_channels, side, side
 
 
+class Solve(Protocol):
+    """`sample_latents`, or what computes the same."""
+
+    def __call__(
+        self,
+        transformer: SD3Transformer2DModel,
+        noise: Tensor,
+        text: TextEmbeds,
+        empty: TextEmbeds,
+        schedule: Schedule,
+        *,
+        guidance_scale: float,
+        batch_size: int,
+        step_noise: StepNoise | None = None,
+        on_step: Callable[[float], None] | None = None,
+    ) -> Tensor:
+        """See `sample_latents`."""
+        ...
+
+
+Decode = Callable[[Tensor], Callable[[], np.ndarray]]
+"""Begins to decode (B, C, H, W) latents and returns what waits for the images, uint8 (B, height, width, 3)."""
+
+
 class Sampler:
     """Draws and decodes images of prompts with one transformer.
 
@@ -195,6 +241,9 @@ class Sampler:
         encoder: the prompt encoder, shared so that a prompt is encoded once.
         resolution: pixels, or None for what the transformer was trained at.
         batch_size: samples per forward.
+        solve: solves the ODE.
+        decode: how images are decoded; by default plainly, when they are asked for.
+        decodes_ahead: batches whose images are best asked for later, since `decode` works beside the rollout.
 
     Raises UserError where the resolution does not fit the model.
     """
@@ -207,13 +256,18 @@ class Sampler:
         *,
         resolution: int | None,
         batch_size: int,
+        solve: Solve = sample_latents,
+        decode: Decode | None = None,
+        decodes_ahead: int = 0,
     ):
         self.pipeline = pipeline
-        self.vae = pipeline.vae
         self.transformer = transformer
         self.encoder = encoder
         self.batch_size = batch_size
-        self.shape = latent_shape(transformer, self.vae, resolution)
+        self.solve = solve
+        self.start_decoding: Decode = decode or (lambda x0: partial(decode_plainly, pipeline.vae, x0, batch_size))
+        self.decodes_ahead = decodes_ahead
+        self.shape = latent_shape(transformer, pipeline.vae, resolution)
 
     def latents(
         self,
@@ -233,7 +287,7 @@ class Sampler:
         """
         text = self.encoder(prompts)
         noise = initial_noise(self.shape, samples, seed=seed, draw=draw)
-        x0 = sample_latents(
+        x0 = self.solve(
             self.transformer, noise, text, self.encoder([""]), schedule,
             guidance_scale=guidance_scale, batch_size=self.batch_size, step_noise=step_noise, on_step=on_step,
         )  # fmt: skip
@@ -251,4 +305,4 @@ class Sampler:
 
     def decode(self, x0: Tensor) -> np.ndarray:
         """Latents → uint8 images (B, height, width, 3)."""
-        return decode(self.vae, x0, self.batch_size)
+        return self.start_decoding(x0)()

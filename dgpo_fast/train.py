@@ -28,9 +28,9 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
 
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.
 MAY_CHANGE = (
-    "iterations", "device", "precision", "optimizer.", "checkpoint.", "distributed.", "log.", "evaluation.every",
-    "rollout.batch_size", "policy.micro_batch", "policy.behaviour", "ema.offload", "max_lost_iterations",
-    "reward_workers", "reward_deadline_s", "prompt_cache",
+    "iterations", "device", "precision", "optimizer.", "engine.", "checkpoint.", "distributed.", "log.",
+    "evaluation.every", "rollout.batch_size", "policy.micro_batch", "policy.behaviour", "ema.offload",
+    "max_lost_iterations", "reward_workers", "reward_deadline_s", "prompt_cache",
 )  # fmt: skip
 MUST_STAY = ("optimizer.name",)  # its state is another's
 

@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
 from dgpo_fast.distributed.shards import Shards, make_shards
 from dgpo_fast.ema import MovingAverage
+from dgpo_fast.engine import Engine
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.figures import before_after_grid, reward_curve
@@ -81,10 +83,10 @@ class Trainer:
         self.config = config = self.memory.measure(config, self.models)
         self.encoder = make_prompt_encoder(self.pipeline, config, self.console.note)
         self.encoder([""])  # finds text encoders that cannot be loaded
-        self.sampler = Sampler(
-            self.pipeline, self.models.behaviour, self.encoder,
-            resolution=config.rollout.resolution, batch_size=config.rollout.batch_size,
-        )  # fmt: skip
+        self.engine = Engine(config, self.models, self.pipeline, self.console.note)
+        self.engine.adopt(processes.broadcast(self.engine.measured(), "the engine's choices"))
+        self.sampler = self._make_sampler(self.engine.rollout_transformer)
+        self.eval_sampler = self._make_sampler(self.models.behaviour)
         rollout, evaluation = config.rollout, config.evaluation
         self.schedule = make_schedule(
             rollout.solver, rollout.num_inference_steps, rollout.shift, rollout.noise_level
@@ -108,6 +110,13 @@ class Trainer:
         self.skipped = 0
         self.folder: Path | None = None
         self._describe()
+
+    def _make_sampler(self, transformer: SD3Transformer2DModel) -> Sampler:
+        rollout = self.config.rollout
+        return Sampler(
+            self.pipeline, transformer, self.encoder, resolution=rollout.resolution, batch_size=rollout.batch_size,
+            solve=self.engine.solve, decode=self.engine.decoder.start, decodes_ahead=int(self.engine.decoder.overlaps),
+        )  # fmt: skip
 
     def _shards(self, config: Config) -> Shards | None:
         how = f"distributed.shard {config.distributed.shard}"
@@ -157,6 +166,7 @@ class Trainer:
             raise SharedError(
                 f"--resume {folder}: its checkpoint does not fit the model '{self.config.model}' ({reason})"
             ) from None
+        self.engine.adopt(state.info.get("engine"))
         self.iteration = state.iteration
         self.console.note(f"resuming after iteration {self.iteration}")
 
@@ -199,6 +209,7 @@ class Trainer:
             return
         if self.writer is None and self.processes.first:
             info = {"code": code_version(), "config": to_dict(self.config), "processes": self.processes.count}
+            info["engine"] = self.engine.measured()
             self.writer = CheckpointWriter(folder / "checkpoints", self.config.checkpoint.keep, info)
         parts: dict[str, Weights] = {
             "policy": self.models.weights,
@@ -445,7 +456,7 @@ class Trainer:
         self.models.load_behaviour(weights)
         with self.processes.waiting("the shards of the evaluation", counted=False):
             result = evaluate(
-                self.sampler,
+                self.eval_sampler,
                 self.prompts.held_out,
                 self.reward_pool,
                 self.eval_schedule,
@@ -540,6 +551,8 @@ class Trainer:
         shapes = self.models.shapes.values()
         state = sum(state_bytes(shape.numel(), self.config.optimizer.name) for shape in shapes)
         self.console.note(f"{self.config.optimizer.name}: {state / 2**20:.1f} MiB of optimizer state")
+        for line in self.engine.reasons.lines:
+            self.console.note(line)
         if self.config.random_weights:
             self.console.note(random_weights_note(self.config))
         if self.prompts.note:

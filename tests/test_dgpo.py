@@ -1,6 +1,7 @@
 """The DGPO objective and the three sets of weights, on an untrained pipeline of SD3.5's architecture."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from dgpo_kernels import group_noise
 
-from dgpo_fast.config import Advantage, Policy
+from dgpo_fast.config import Advantage, Engine, Policy
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import advantages, draw_training_steps, stream_seed
@@ -150,3 +151,41 @@ def test_moving_average_by_hand() -> None:
     assert average.weights["w"].tolist() == [2.5, 5.0]
     average.update({"w": torch.tensor([0.1, 0.7])}, decay=0.0)
     assert torch.equal(average.weights["w"], torch.tensor([0.1, 0.7])), "decay 0 copies to the last bit"
+
+
+@pytest.mark.parametrize("variant", ["released", "guided KL reference", "EMA reference", "nothing but groups"])
+def test_equal_groups_are_skipped_exactly(variant: str, random_pipeline: Path) -> None:
+    """The gradient and the loss are those of doing all the work; only forwards that a gradient needs are done."""
+    found = {}
+    for skip in (False, True):
+        config = make_config(**VARIANTS[variant])
+        case = Case(random_pipeline, replace(config, engine=Engine(skip_equal_groups=skip)))
+        case.batch.advantage[SIZE : 2 * SIZE] = 0
+        rows = {"base": 0, "behaviour": 0, "policy": 0}
+        for name in rows:
+            hook = partial(_count_rows, rows, name)
+            getattr(case.models, name).register_forward_pre_hook(hook, with_kwargs=True)
+        found[skip] = (*case.gradient(micro_batch=2 * SIZE), rows)
+    (all_gradient, all_metrics, all_rows), (gradient, metrics, rows) = found[False], found[True]
+    assert (gradient - all_gradient).abs().max() < 1e-5 * all_gradient.abs().max()
+    assert metrics.keys() == all_metrics.keys()
+    for name, value in all_metrics.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+    timesteps, without_kl = 3, variant == "nothing but groups"
+    skipped = {name: (count - rows[name]) // (timesteps * SIZE) for name, count in all_rows.items()}
+    assert skipped == {
+        "base": int(without_kl), "policy": int(without_kl), "behaviour": int(variant != "nothing but groups")
+    }  # fmt: skip
+
+
+def _count_rows(rows: dict[str, int], name: str, module: object, args: object, kwargs: dict) -> None:
+    rows[name] += len(kwargs["hidden_states"])
+
+
+def test_no_preference_at_all_is_a_gradient_of_zero(random_pipeline: Path) -> None:
+    """Not a missing one: the optimizer's momentum goes on."""
+    case = Case(random_pipeline, make_config(kl_weight=0.0, clip_range=None))
+    case.batch = replace(case.batch, advantage=torch.zeros(GROUPS * SIZE))
+    gradient, metrics = case.gradient(micro_batch=12)
+    assert gradient.abs().max() == 0
+    assert float(metrics["loss"]) == pytest.approx(np.log(2) / case.config.dgpo.beta)

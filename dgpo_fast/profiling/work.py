@@ -229,7 +229,8 @@ class WorkMeter:
         """Notes the forwards, and the backwards they lead to, of the block."""
         named = ((REFERENCE, self.models.base), (OLD, self.models.behaviour), (POLICY, self.models.policy))
         hooks = [
-            module.register_forward_pre_hook(partial(self._on_forward, kind), with_kwargs=True)
+            # In front of the engine's hook, which pads a partial batch.
+            module.register_forward_pre_hook(partial(self._on_forward, kind), with_kwargs=True, prepend=True)
             for kind, module in named
         ]
         try:

@@ -1,9 +1,11 @@
 """Groups drawn in the iteration that learns from them."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dgpo_fast.config import Rollout
@@ -16,6 +18,7 @@ from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.profiling.work import WorkMeter
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import RewardPool
+from dgpo_fast.rewards.pool import Scoring
 from dgpo_fast.rollout import Sampler, batch_slices
 from dgpo_fast.schedule import Schedule
 from dgpo_fast.sources import Groups
@@ -66,7 +69,7 @@ class RolloutWorker:
             text = self.sampler.encoder(texts)
         with self.phases("rollout"):
             self.models.load_behaviour(weights)
-        latents, noises = [], []
+        latents, noises, waiting = [], [], deque()  # type: ignore[var-annotated]
         for rows in batch_slices(len(texts), batch_size):
             with self.phases("rollout"):
                 samples = torch.arange(share.start + rows.start, share.start + rows.stop, device=self.models.device)
@@ -77,11 +80,12 @@ class RolloutWorker:
                 )  # fmt: skip
             latents.append(x0)
             self.work.sampled(text[rows], forwards=self.schedule.steps * (2 if self.rollout.guidance_scale > 1 else 1))
-            with self.phases("decode"):
-                images = self.sampler.decode(x0)
-            self.work.decoded(len(images))
-            with self.phases("reward"):
-                scoring.add(images)  # scored beside the rollout of the next chunk
+            waiting.append(self.sampler.start_decoding(x0))
+            # Where images are decoded beside the next batch's rollout, they are asked for after it.
+            if len(waiting) > self.sampler.decodes_ahead:
+                self._score(waiting.popleft(), scoring)
+        while waiting:
+            self._score(waiting.popleft(), scoring)
         if self.models.shards is not None:
             most = max(map(len, place(len(prompts), size, processes.count)))
             with self.phases("rollout"):
@@ -91,6 +95,13 @@ class RolloutWorker:
         scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {draw + 1}")
         metrics = {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
         return Groups(list(prompts), text, torch.cat(latents), scores, share, joined(noises), metrics)
+
+    def _score(self, decoding: Callable[[], np.ndarray], scoring: Scoring) -> None:
+        with self.phases("decode"):
+            images = decoding()
+        self.work.decoded(len(images))
+        with self.phases("reward"):
+            scoring.add(images)  # scored beside the rollout of the next batch
 
     def _step_noise(self, samples: torch.Tensor, seed: int, draw: int) -> StepNoise | None:
         if self.schedule.noise is None:

@@ -1,0 +1,219 @@
+"""Attention of SD3's blocks through diffusers' dispatcher, by the kernel that is fastest at the run's own shapes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from dgpo_fast.engine.timing import best_ms
+
+MATMUL = "matmul"
+DISPATCHED = {
+    "native": AttentionBackendName.NATIVE,
+    "native_flash": AttentionBackendName._NATIVE_FLASH,
+    "native_cudnn": AttentionBackendName._NATIVE_CUDNN,
+    "flash": AttentionBackendName.FLASH,
+    "flash3": AttentionBackendName._FLASH_3,
+    "xformers": AttentionBackendName.XFORMERS,
+}
+# Written-out products keep S × S numbers a head, which only pays for a few tokens on a CPU.
+CANDIDATES = {"cpu": ("native", MATMUL), "cuda": tuple(DISPATCHED)}
+FASTER_BY = 1.1
+TIMED_S = {"cpu": 0.2, "cuda": 1.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of attention in a forward: `calls` of (batch, tokens, heads, head_dim)."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one kernel takes for all attention of a forward.
+
+    Attributes:
+        name: as `engine.attention` has it.
+        forward_ms: without gradients; None where it cannot run.
+        backward_ms: forward and backward; None where it cannot run or has no gradient.
+        obstacle: why not, in a few words.
+    """
+
+    name: str
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    obstacle: str = ""
+
+
+class JointAttention:
+    """SD3's attention over image and text tokens: what diffusers' processor computes, through its dispatcher.
+
+    `transformer.set_attention_backend` of diffusers works on it.
+
+    Args:
+        name: the kernel, a key of `DISPATCHED` or "matmul".
+    """
+
+    _parallel_config = None
+
+    def __init__(self, name: str):
+        self._attention_backend = DISPATCHED.get(name)
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of (B, N, C) image tokens, and of (B, T, C) text tokens beside them where there are any."""
+        images = hidden_states.shape[1]
+        query, key, value = (_heads(attn, layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = _norm(attn.norm_q, query), _norm(attn.norm_k, key)
+        if encoder_hidden_states is not None:
+            text_key, text_value = (
+                _heads(attn, layer(encoder_hidden_states)) for layer in (attn.add_k_proj, attn.add_v_proj)
+            )
+            key = torch.cat([key, _norm(attn.norm_added_k, text_key)], dim=1)
+            value = torch.cat([value, text_value], dim=1)
+            # The last block drops its text tokens. Training keeps their queries: their weights then have gradients, 0.
+            if not attn.context_pre_only or torch.is_grad_enabled():
+                text_query = _heads(attn, attn.add_q_proj(encoder_hidden_states))
+                query = torch.cat([query, _norm(attn.norm_added_q, text_query)], dim=1)
+        attended = attend(self._attention_backend, query, key, value).flatten(2).to(query.dtype)
+        # to_out[1] is a dropout, which SD3 has at 0.
+        image_out = attn.to_out[0](attended[:, :images])
+        if encoder_hidden_states is None:
+            return image_out
+        text_out = attended[:, images:]
+        return image_out, text_out if attn.context_pre_only else attn.to_add_out(text_out)
+
+
+def set_attention(transformer: SD3Transformer2DModel, name: str) -> None:
+    """Has all blocks of `transformer` attend with the kernel `name`."""
+    processor = JointAttention(name)
+    for module in transformer.modules():
+        if isinstance(module, Attention):
+            module.set_processor(processor)
+
+
+def attend(backend: AttentionBackendName | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√D)·v of (B, S, H, D) tensors; None writes the products out."""
+    if backend is not None:
+        return dispatch_attention_fn(query, key, value, backend=backend)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
+    return (weights @ value).transpose(1, 2)
+
+
+def attention_shapes(
+    transformer: SD3Transformer2DModel, batch: int, tokens: int, text_tokens: int
+) -> tuple[Shape, ...]:
+    """Kinds of attention in one forward: over image and text together, and over the image alone."""
+    config = transformer.config
+    dual = len(config.dual_attention_layers)
+    heads = (config.num_attention_heads, config.attention_head_dim)
+    joint = Shape(batch, tokens + text_tokens, *heads, calls=config.num_layers)
+    return (joint, Shape(batch, tokens, *heads, calls=dual)) if dual else (joint,)
+
+
+@functools.cache
+def time_attention(shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype) -> tuple[Timing, ...]:
+    """All kernels of this device at `shapes`, in about a second on a GPU; those that cannot run say why."""
+    obstacles = {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]}
+    trials = {name: [] for name, reason in obstacles.items() if not reason}  # type: dict[str, list[_Trial]]
+    for name in list(trials):
+        try:
+            trials[name] = [_trial(name, shape, device, dtype) for shape in shapes]
+        except (RuntimeError, ValueError, TypeError) as error:  # each refuses shapes and dtypes in its own way
+            obstacles[name] = str(error).splitlines()[0]
+            del trials[name]
+    forward = _total_ms({name: [trial.forward for trial in group] for name, group in trials.items()}, shapes, device)
+    trained = {name: group for name, group in trials.items() if all(trial.differentiable for trial in group)}
+    backward = _total_ms({name: [trial.backward for trial in group] for name, group in trained.items()}, shapes, device)
+    return tuple(
+        Timing(name, forward.get(name), backward.get(name), reason or ("" if name in backward else "has no gradient"))
+        for name, reason in obstacles.items()
+    )
+
+
+def fastest(timings: Sequence[Timing], *, training: bool) -> str:
+    """The kernel to take: torch's own unless another one is clearly faster."""
+    times = {t.name: t.backward_ms if training else t.forward_ms for t in timings}
+    known = {name: time for name, time in times.items() if time is not None}
+    best = min(known, key=known.__getitem__)
+    return best if known[best] * FASTER_BY < known["native"] else "native"
+
+
+def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernel `name` cannot run here, in a few words; empty where it can."""
+    if name == MATMUL:
+        return "" if dtype in (torch.float32, torch.float64) else "would round its logits: is for fp32"
+    if name != "native" and device.type != "cuda":
+        return "needs a CUDA GPU"
+    if name != "native" and dtype == torch.float32 and name != "xformers":
+        return "needs bf16"
+    try:
+        _check_attention_backend_requirements(DISPATCHED[name])
+    except RuntimeError as error:
+        return str(error).split(". ")[0]
+    return ""
+
+
+def _heads(attn: Attention, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (attn.heads, -1))
+
+
+def _norm(norm: torch.nn.Module | None, tensor: Tensor) -> Tensor:
+    return tensor if norm is None else norm(tensor)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Calls of one kernel at one shape."""
+
+    forward: Callable[[], object]
+    backward: Callable[[], object]
+    differentiable: bool
+
+
+def _trial(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> _Trial:
+    """The kernel's calls, checked against float64. Raises ValueError where it computes something else."""
+    backend, generator = DISPATCHED.get(name), torch.Generator(device).manual_seed(0)
+    size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
+    *inputs, gradient = (torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(4))
+    few = [tensor[:1] for tensor in inputs]
+    exact = attend(None, *(tensor.double() for tensor in few))
+    errors = [(attend(chosen, *few).double() - exact).abs().max() for chosen in (DISPATCHED["native"], backend)]
+    if not errors[1] <= 2 * (errors[0] + torch.finfo(dtype).eps * exact.abs().max()):
+        raise ValueError(f"computes something else (by up to {float(errors[1]):.2g})")
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    return _Trial(
+        forward=torch.no_grad()(lambda: attend(backend, *inputs)),
+        backward=lambda: torch.autograd.grad(attend(backend, *leaves), leaves, gradient),
+        differentiable=attend(backend, *leaves).requires_grad,
+    )
+
+
+def _total_ms(
+    calls: dict[str, list[Callable[[], object]]], shapes: Sequence[Shape], device: torch.device
+) -> dict[str, float]:
+    """Milliseconds for all attention of a forward, by kernel."""
+    totals = dict.fromkeys(calls, 0.0)
+    for index, shape in enumerate(shapes):
+        budget_s = TIMED_S[device.type] / (2 * len(shapes))
+        times = best_ms([group[index] for group in calls.values()], device, budget_s)
+        for name, milliseconds in zip(calls, times, strict=True):
+            totals[name] += milliseconds * shape.calls
+    return totals

@@ -1,0 +1,172 @@
+"""What "auto" means on this device: every choice of the engine, made once, with the reason in words."""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dgpo_fast.config import Engine as EngineConfig
+from dgpo_fast.engine import attention, linear
+from dgpo_fast.engine.attention import Shape, Timing
+from dgpo_fast.errors import UserError
+
+GRAPH_MEMORY_GIB = 40.0
+CPU_COMPILE_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the engine does. Two runs with the same choices compute the same, to the last bit on a CPU.
+
+    Attributes:
+        compile: transformer blocks, and the decoder, are compiled.
+        cuda_graphs: rollouts are recorded and replayed.
+        attention: kernel of forwards without a gradient.
+        train_attention: kernel of the policy's forward and backward.
+        linear: "torch" or "onednn".
+        decoder: "plain" or "fast".
+    """
+
+    compile: bool
+    cuda_graphs: bool
+    attention: str
+    train_attention: str
+    linear: str
+    decoder: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What choices depend on besides the settings.
+
+    Attributes:
+        device: the run's.
+        dtype: of the forwards without a gradient.
+        rollout_shapes, train_shapes: attention of one forward of the rollout and of one micro-batch.
+        width: of the transformer.
+        iterations: how long the run is.
+        sharded: whether weights are cut over processes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rollout_shapes: tuple[Shape, ...]
+    train_shapes: tuple[Shape, ...]
+    width: int
+    iterations: int
+    sharded: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+@dataclass
+class Reasons:
+    """Why the choices are as they are.
+
+    Attributes:
+        lines: one for each choice that "auto" made.
+        timings: attention kernels, for rollouts and for training.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    timings: dict[str, tuple[Timing, ...]] = field(default_factory=dict)
+
+
+def choose(config: EngineConfig, situation: Situation) -> tuple[Choices, Reasons]:
+    """Turns every "auto" of `config` into a choice. Raises UserError where a setting cannot be had here."""
+    reasons = Reasons()
+    choices = Choices(
+        compile=_compile(config, situation, reasons),
+        cuda_graphs=_cuda_graphs(config, situation, reasons),
+        attention=_attention(config, situation, reasons, training=False),
+        train_attention=_attention(config, situation, reasons, training=True),
+        linear=_linear(config, situation, reasons),
+        decoder="fast" if config.decoder == "auto" else config.decoder,
+    )
+    return choices, reasons
+
+
+def _compile(config: EngineConfig, situation: Situation, reasons: Reasons) -> bool:
+    if config.compile == "off":
+        return False
+    problem = _no_compiler(situation)
+    if config.compile == "on":
+        if problem:
+            raise UserError(f"engine.compile on: {problem}; use --engine.compile off")
+        return True
+    if not problem and not situation.on_gpu and situation.iterations < CPU_COMPILE_ITERATIONS:
+        problem = f"on a CPU that pays in runs of {CPU_COMPILE_ITERATIONS} iterations and more"
+    reasons.lines.append(f"blocks are not compiled: {problem}" if problem else "blocks are compiled")
+    return not problem
+
+
+def _no_compiler(situation: Situation) -> str:
+    if situation.sharded:
+        return "sharded weights are gathered by every block's forward, which no graph here holds"
+    if situation.on_gpu:
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "no triton for this GPU"
+    return "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler (g++) is installed"
+
+
+def _cuda_graphs(config: EngineConfig, situation: Situation, reasons: Reasons) -> bool:
+    if config.cuda_graphs == "on" and not situation.on_gpu:
+        raise UserError("engine.cuda_graphs on: needs a CUDA GPU; use --engine.cuda-graphs auto")
+    if situation.sharded:
+        if config.cuda_graphs == "on":
+            raise UserError("engine.cuda_graphs on: sharded weights are gathered anew; use --engine.cuda-graphs auto")
+        return False
+    if config.cuda_graphs != "auto":
+        return config.cuda_graphs == "on"
+    if not situation.on_gpu:
+        return False
+    gib = torch.cuda.get_device_properties(situation.device).total_memory / 2**30
+    roomy = gib >= GRAPH_MEMORY_GIB
+    reasons.lines.append(
+        f"rollouts are {'' if roomy else 'not '}recorded as CUDA graphs: they keep their memory, of {gib:.0f} GiB"
+    )
+    return roomy
+
+
+def _attention(config: EngineConfig, situation: Situation, reasons: Reasons, *, training: bool) -> str:
+    if config.attention != "auto":
+        problem = attention.obstacle(config.attention, situation.device, situation.dtype)
+        if problem:
+            raise UserError(f"engine.attention {config.attention}: {problem}; use --engine.attention auto")
+        return config.attention
+    purpose, shapes = ("training", situation.train_shapes) if training else ("rollouts", situation.rollout_shapes)
+    timings = attention.time_attention(shapes, situation.device, situation.dtype)
+    reasons.timings[purpose] = timings
+    chosen = attention.fastest(timings, training=training)
+    times = ", ".join(_in_words(timing, training) for timing in timings)
+    reasons.lines.append(f"attention of {purpose} by {chosen} ({times})")
+    return chosen
+
+
+def _in_words(timing: Timing, training: bool) -> str:
+    milliseconds = timing.backward_ms if training else timing.forward_ms
+    return f"{timing.name} {milliseconds:.3g} ms" if milliseconds is not None else f"{timing.name}: {timing.obstacle}"
+
+
+def _linear(config: EngineConfig, situation: Situation, reasons: Reasons) -> str:
+    if config.linear == "torch":
+        return "torch"
+    fits = not situation.on_gpu and situation.dtype == torch.float32 and linear.available()
+    if config.linear == "onednn":
+        if not fits:
+            raise UserError("engine.linear onednn: is for fp32 runs on a CPU; use --engine.linear auto")
+        return "onednn"
+    if not fits:
+        return "torch"
+    torch_ms, onednn_ms = linear.time_linear(1024, situation.width)
+    chosen = "onednn" if onednn_ms * linear.FASTER_BY < torch_ms else "torch"
+    reasons.lines.append(f"linear layers by {chosen} (torch {torch_ms:.3g} ms, onednn {onednn_ms:.3g} ms)")
+    return chosen

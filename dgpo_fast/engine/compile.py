@@ -1,0 +1,95 @@
+"""Regional compilation: each kind of transformer block once, for the few batch sizes that a run has."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+# Kinds of blocks (3) × batch sizes × with and without gradients × with and without adapters.
+RECOMPILE_LIMIT = 64
+BACKEND = "inductor"
+
+
+def compile_blocks(transformer: SD3Transformer2DModel, batches: "StaticBatches") -> None:
+    """Compiles the blocks of `transformer`, each as a whole graph that all blocks of its kind share.
+
+    Its forwards are padded to `batches` from now on.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    for block in transformer.transformer_blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+    batches.attach(transformer)
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    if any(parameter.grad_dtype != parameter.dtype for parameter in trained):
+        HiddenGradients(trained).attach(transformer)
+
+
+class StaticBatches:
+    """Pads a partial last batch to a size that is compiled already, and cuts its output: nothing is compiled twice.
+
+    Args:
+        sizes: of whole batches in forwards without a gradient. A larger batch stays as it is.
+        training: the same for forwards with one.
+    """
+
+    def __init__(self, sizes: Iterable[int], training: Iterable[int] = ()):
+        self.sizes, self.training = sorted(set(sizes)), sorted(set(training))
+        self._rows: list[int] = []
+
+    def padded(self, rows: int) -> int:
+        """Rows of the forward that serves `rows` samples."""
+        sizes = self.training if torch.is_grad_enabled() else self.sizes
+        return next((size for size in sizes if size >= rows), rows)
+
+    def attach(self, module: nn.Module) -> None:
+        """Pads every forward of `module`, whose tensors are keywords with the batch in front."""
+        module.register_forward_pre_hook(self._pad, with_kwargs=True)
+        module.register_forward_hook(self._cut, with_kwargs=True, always_call=True)
+
+    def _pad(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        rows = len(kwargs["hidden_states"])
+        self._rows.append(rows)
+        missing = self.padded(rows) - rows
+        return args, {name: _repeat_last(value, missing) for name, value in kwargs.items()} if missing else kwargs
+
+    def _cut(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor]) -> Any:
+        rows = self._rows.pop()
+        return output if output is None or len(output[0]) == rows else (output[0][:rows],)
+
+
+class HiddenGradients:
+    """Takes gradients off their parameters during a forward.
+
+    Dynamo refuses to trace a bf16 parameter that has an fp32 gradient, though no forward reads it.
+
+    Args:
+        parameters: of the module.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = parameters
+        self._gradients: list[Tensor | None] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Hides them in every forward of `module`."""
+        module.register_forward_pre_hook(self._hide)
+        module.register_forward_hook(self._show, always_call=True)
+
+    def _hide(self, module: nn.Module, args: tuple) -> None:
+        self._gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _show(self, module: nn.Module, args: tuple, output: Any) -> None:
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._gradients = []
+
+
+def _repeat_last(value: Any, times: int) -> Any:
+    """`value` with its last row `times` times more: finite numbers, whose output is cut off and has no gradient."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.cat([value, value[-1:].expand(times, *value.shape[1:])])

@@ -1,0 +1,124 @@
+"""The decoder of a run: in the memory layout that convolutions want, compiled, beside the rollout."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from dgpo_fast.engine import compile
+from dgpo_fast.rollout import batch_slices, decode_pixels, to_uint8
+
+CHECKED_IMAGES = 4
+LARGEST_MEAN_DIFFERENCE = 1.0
+"""Of 255: where bf16 pictures differ by more on average, fp32 decodes."""
+
+
+class Decoder:
+    """Latents → uint8 pictures.
+
+    The first pictures of a decoder that is not plain fp32 are compared with those of one that is. Where they are not
+    finite or differ by more than `LARGEST_MEAN_DIFFERENCE` on average, fp32 takes over.
+
+    Args:
+        vae: the pipeline's; it stays as it is.
+        batch_size: pictures at a time.
+        fast: channels_last, in a copy of the decoder.
+        compiled: compile that copy, for whole batches.
+        overlap: decode on a stream of its own, where there is a GPU.
+        note: told in one line what the comparison found.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        batch_size: int,
+        *,
+        fast: bool,
+        compiled: bool,
+        overlap: bool,
+        note: Callable[[str], None],
+    ):
+        self.original, self.batch_size, self.note = vae, batch_size, note
+        self.vae, self.dtype = vae, vae.dtype
+        self.static = fast and compiled
+        if fast:
+            self.vae = _with_own_decoder(vae, memory_format=torch.channels_last)
+        if self.static:
+            self.vae.decoder.compile(fullgraph=True, dynamic=False, backend=compile.BACKEND)
+        self.checked = not self.static and self.dtype == torch.float32
+        self.stream = torch.cuda.Stream(vae.device) if overlap and vae.device.type == "cuda" else None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it works beside what its caller does."""
+        return self.stream is not None
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """(B, C, H, W) latents → (B, height, width, 3) uint8, rounded as diffusers rounds them."""
+        return self.start(latents)()
+
+    @torch.no_grad()
+    def start(self, latents: Tensor) -> Callable[[], np.ndarray]:
+        """Begins to decode, after what `latents` wait for, and returns what waits for the pictures.
+
+        On a CPU the work is done when the pictures are asked for.
+        """
+        if not self.checked:
+            self._check(latents)
+        if self.stream is None:
+            return lambda: self._decode(latents).cpu().numpy()
+        self.stream.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(self.stream):
+            images = self._decode(latents)
+            latents.record_stream(self.stream)
+            pictures = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+            pictures.copy_(images, non_blocking=True)
+            done = self.stream.record_event()
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return pictures.numpy()
+
+        return wait
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
+        parts = [self._pixels(latents[rows]) for rows in batch_slices(len(latents), self.batch_size)]
+        return torch.cat([to_uint8(pixels) for pixels in parts])
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """(B, 3, height, width) in [−1, 1] where the decoder is sure."""
+        rows = len(latents)
+        if self.static and rows < self.batch_size:
+            latents = torch.cat([latents, latents[-1:].expand(self.batch_size - rows, *latents.shape[1:])])
+        return decode_pixels(self.vae, latents, self.dtype)[:rows]
+
+    def _check(self, latents: Tensor) -> None:
+        """Compares the first pictures with fp32's, once, and takes fp32 where they are too far apart."""
+        self.checked = True
+        few = latents[:CHECKED_IMAGES]
+        exact = _with_own_decoder(self.original, dtype=torch.float32)
+        expected, found = decode_pixels(exact, few, torch.float32), self._pixels(few)
+        difference = (to_uint8(found).int() - to_uint8(expected).int()).abs().float()
+        precision, finite = str(self.dtype).removeprefix("torch."), bool(torch.isfinite(found).all())
+        about = f"{precision} decoder: its numbers are not finite"
+        if finite:
+            mean, largest = difference.mean(), difference.max()
+            about = f"{precision} decoder: {mean:.2g} of 255 from fp32's pictures on average, {largest:.0f} at most"
+        if not finite or difference.mean() > LARGEST_MEAN_DIFFERENCE:
+            self.vae, self.dtype, self.static = exact, torch.float32, False
+            about += "; fp32 decodes instead"
+        self.note(about)
+
+
+def _with_own_decoder(vae: AutoencoderKL, **to: Any) -> AutoencoderKL:
+    """A copy of `vae` with the original's encoder and a decoder of its own, moved to a dtype or memory format."""
+    own = copy.deepcopy(vae, {id(vae.encoder): vae.encoder})
+    for module in (own.decoder, own.post_quant_conv):
+        if module is not None:
+            torch.nn.Module.to(module, **to)
+    return own

@@ -1,0 +1,148 @@
+"""The engine of a run: makes its choices once and readies the models."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from dgpo_fast.config import Config
+from dgpo_fast.engine.attention import attention_shapes, set_attention
+from dgpo_fast.engine.checkpointing import checkpoint_blocks
+from dgpo_fast.engine.choices import Situation, choose
+from dgpo_fast.engine.compile import StaticBatches, compile_blocks
+from dgpo_fast.engine.decoder import Decoder
+from dgpo_fast.engine.fp8 import Float8Copy
+from dgpo_fast.engine.graphs import CudaGraphs
+from dgpo_fast.engine.linear import use_onednn
+from dgpo_fast.engine.rollout import RecordedRollouts
+from dgpo_fast.errors import UserError
+from dgpo_fast.policy import PolicyModels
+from dgpo_fast.rollout import Solve, latent_shape, sample_latents
+
+
+class Engine:
+    """Readies the transformers of a run, in place, and says how it draws and decodes.
+
+    Attributes:
+        choices, reasons: what "auto" became, and why.
+        rollout_transformer: draws the images that are learnt from.
+        solve: how.
+        decoder: decodes them.
+
+    Args:
+        config: the run's settings.
+        models: base, policy and behaviour, not yet used.
+        pipeline: theirs; it stays as it is.
+        note: told in one line what is found out later.
+
+    Raises UserError where a setting cannot be had on this device.
+    """
+
+    def __init__(
+        self, config: Config, models: PolicyModels, pipeline: StableDiffusion3Pipeline, note: Callable[[str], None]
+    ):
+        self.config, self.models = config, models
+        latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
+        text_tokens = pipeline.tokenizer_max_length + config.rollout.max_sequence_length
+        self.choices, self.reasons = choose(config.engine, _situation(config, models, latent, text_tokens))
+        self._apply()
+        self.rollout_transformer = self._float8() if config.engine.rollout_precision == "fp8" else models.behaviour
+        if config.engine.checkpointing != "none":
+            checkpoint_blocks(models.policy, config.engine.checkpointing)
+        if self.choices.compile:
+            for transformer in dict.fromkeys((*self._transformers(), self.rollout_transformer)):
+                compile_blocks(transformer, self._batches(transformer))
+        self.solve: Solve = RecordedRollouts(CudaGraphs(models.device)) if self.choices.cuda_graphs else sample_latents
+        self.decoder = Decoder(
+            pipeline.vae, config.engine.decode_batch or config.rollout.batch_size,
+            fast=self.choices.decoder == "fast", compiled=self.choices.compile, overlap=config.engine.overlap,
+            note=note,
+        )  # fmt: skip
+
+    def _float8(self) -> SD3Transformer2DModel:
+        if self.models.shards is not None:
+            raise UserError(
+                "engine.rollout_precision fp8: not with sharded weights; use --engine.rollout-precision same"
+            )
+        copied = Float8Copy(self.models.behaviour)
+        self.models.after_load.append(copied.refresh)
+        self.reasons.lines.append(
+            f"rollouts in float8, INEXACT: {len(copied.layers)} linear layers; gradient and evaluations are exact"
+        )
+        return copied.transformer
+
+    def measured(self) -> dict[str, str]:
+        """The choices that were made by measurement, ready for JSON: another time they might fall otherwise."""
+        names = ("attention", "train_attention", "linear")
+        return {"device": _device_name(self.models.device), **{name: getattr(self.choices, name) for name in names}}
+
+    def adopt(self, measured: dict[str, str] | None) -> None:
+        """Takes another process's choices, or those that a resumed run began with: it then computes what they do.
+
+        What a setting asks for by name stays, and so does everything where `measured` is of another device.
+        """
+        if measured is None or measured["device"] != _device_name(self.models.device):
+            return
+        adopted: dict[str, Any] = {}
+        if self.config.engine.attention == "auto":
+            adopted |= {name: measured[name] for name in ("attention", "train_attention")}
+        if self.config.engine.linear == "auto":
+            adopted["linear"] = measured["linear"]
+        self.choices = replace(self.choices, **adopted)
+        self._apply()
+
+    def _apply(self) -> None:
+        for transformer in self._transformers():
+            trained = transformer is self.models.policy
+            set_attention(transformer, self.choices.train_attention if trained else self.choices.attention)
+            use_onednn(transformer, self.choices.linear == "onednn")
+
+    def attention_rows(self) -> list[dict[str, Any]]:
+        """The attention kernels that were timed, for a report: a dictionary each."""
+        return [
+            {"for": purpose, "kernel": t.name, "forward_ms": t.forward_ms, "backward_ms": t.backward_ms,
+             "obstacle": t.obstacle, "chosen": t.name == getattr(self.choices, attribute)}
+            for purpose, attribute in (("rollouts", "attention"), ("training", "train_attention"))
+            for t in self.reasons.timings.get(purpose, ())
+        ]  # fmt: skip
+
+    def _transformers(self) -> tuple[SD3Transformer2DModel, ...]:
+        return self.models.base, self.models.behaviour, self.models.policy
+
+    def _batches(self, transformer: SD3Transformer2DModel) -> StaticBatches:
+        """Sizes of the whole batches that a transformer gets; with guidance there are two rows a sample."""
+        config = self.config
+        forward, micro, group = config.rollout.batch_size, config.policy.micro_batch_size, config.rollout.group_size
+        if transformer is self.models.policy:
+            return StaticBatches([forward, 2 * forward], training=[micro // group * group or micro, micro, 2 * micro])
+        if transformer is self.models.base and _guided_base(config):
+            return StaticBatches([2 * forward])
+        return StaticBatches([forward, 2 * forward])
+
+
+def _guided_base(config: Config) -> bool:
+    """Whether the base predicts with guidance, and no otherwise."""
+    if config.objective == "flow_grpo":
+        return config.rollout.guidance_scale > 1
+    return config.objective == "dgpo" and config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0
+
+
+def _situation(config: Config, models: PolicyModels, latent: tuple[int, ...], text_tokens: int) -> Situation:
+    transformer, forward = models.base, config.rollout.batch_size
+    tokens = latent[1] * latent[2] // transformer.config.patch_size**2
+    rows = 2 * forward if config.rollout.guidance_scale > 1 else forward
+    return Situation(
+        device=models.device,
+        dtype=models.dtype,
+        rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),
+        train_shapes=attention_shapes(transformer, config.policy.micro_batch_size, tokens, text_tokens),
+        width=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
+        iterations=config.iterations,
+        sharded=models.shards is not None,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,130 @@
+"""One pipeline's rollout and training step, with any of the engine's savings, in any dtype."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgpo_fast.config import DGPO, Config, Engine, Policy, Rollout
+from dgpo_fast.engine import Engine as RunEngine
+from dgpo_fast.groups import stream_seed
+from dgpo_fast.objectives import Batch, load_objective
+from dgpo_fast.pipeline import load_pipeline
+from dgpo_fast.policy import PolicyModels
+from dgpo_fast.rollout import Sampler
+from dgpo_fast.schedule import make_schedule
+from dgpo_fast.text import PromptEncoder
+
+CPU = torch.device("cpu")
+PROMPTS = ["a cat", "two birds", "a house"]
+GROUPS, SIZE = 3, 4
+
+OFF: dict[str, Any] = {
+    "compile": "off", "cuda_graphs": "off", "attention": "native", "linear": "torch", "decoder": "plain",
+    "batch_timesteps": False, "skip_equal_groups": False, "checkpointing": "none",
+}  # fmt: skip
+
+
+def make_config(train: str = "lora", **engine: Any) -> Config:
+    """A run with a partial last batch everywhere and, of the engine's savings, those named."""
+    return Config(
+        rollout=Rollout(
+            group_size=SIZE, groups=GROUPS, num_inference_steps=4, max_sequence_length=9, batch_size=5,
+            guidance_scale=3.0,
+        ),
+        dgpo=DGPO(beta=100.0, clip_range=0.01, kl_weight=0.5, kl_guidance_scale=2.0, timesteps=2, high_noise_steps=3),
+        policy=Policy(train=train, lora_rank=4, lora_alpha=8.0, micro_batch=8),  # type: ignore[arg-type]
+        engine=Engine(**{**OFF, **engine}),
+    )  # fmt: skip
+
+
+class EngineCase:
+    """A policy that has moved away from its base and from θ_old, readied by the engine, and scored groups.
+
+    The second group's rewards are equal. Weights, latents and noise are the same for all settings and dtypes.
+
+    Args:
+        folder: of the pipeline; "tiny" is the shipped one.
+        config: see `make_config`.
+        dtype: of everything.
+        device: of everything.
+    """
+
+    def __init__(
+        self, folder: Path | str, config: Config, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    ):
+        if folder == "tiny":
+            config = replace(config, rollout=replace(config.rollout, max_sequence_length=0))
+        self.config, self.dtype, self.device = config, dtype, device
+        self.pipeline = load_pipeline(str(folder), revision=None, device=device, dtype=dtype)
+        self.models = PolicyModels(self.pipeline.transformer, config.policy, seed=0)
+        if dtype == torch.float64:
+            self.models.policy.double()
+            for weight in self.models.weights.values():
+                weight.grad_dtype = dtype
+        self.notes: list[str] = []
+        self.engine = RunEngine(config, self.models, self.pipeline, self.notes.append)
+        self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
+        self.schedule = make_schedule("dpmpp_2m", 4, 3.0).to(device)
+        rollout = config.rollout
+        self.sampler = Sampler(
+            self.pipeline, self.engine.rollout_transformer, self.encoder, resolution=None,
+            batch_size=rollout.batch_size, solve=self.engine.solve, decode=self.engine.decoder.start,
+        )  # fmt: skip
+        self._move_weights()
+
+    def _move_weights(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        base = {n: w.detach().float().cpu() for n, w in self.models.weights.items()}
+        spread = {n: 0.05 * w.std() if self.config.policy.train == "full" else 0.05 for n, w in base.items()}
+        self.old = {n: w + spread[n] * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        self.new = {n: w + spread[n] * torch.randn(w.shape, generator=generator) for n, w in self.old.items()}
+        self.models.load_weights(self.new)
+
+    def rollout(self, prompts: list[str] | None = None, draw: int = 0) -> Tensor:
+        """x0 of seven samples drawn by the policy's weights: a whole batch of five and a partial one."""
+        self.models.load_behaviour(self.new)
+        prompts = prompts or PROMPTS
+        texts = [prompts[n % len(prompts)] for n in range(7)]
+        x0, _ = self.sampler.latents(
+            texts, torch.arange(7, device=self.device), self.schedule,
+            guidance_scale=self.config.rollout.guidance_scale, seed=3, draw=draw,
+        )  # fmt: skip
+        return x0
+
+    def batch(self) -> Batch:
+        """Three groups at one noise level or another, of which the second prefers nothing."""
+        generator = torch.Generator().manual_seed(2)
+        advantage = torch.randn(GROUPS, SIZE, generator=generator)
+        advantage = advantage - advantage.mean(1, keepdim=True)
+        advantage[1] = 0
+        return Batch(
+            iteration=7,
+            x0=torch.randn(GROUPS * SIZE, *self.sampler.shape, generator=generator).to(self.device, self._state_dtype),
+            text=self.encoder(PROMPTS).repeat_interleave(SIZE),
+            empty=self.encoder([""]),
+            advantage=advantage.flatten().to(self.device),
+            group_index=torch.arange(GROUPS, device=self.device).repeat_interleave(SIZE),
+            group_size=SIZE,
+            schedule=self.schedule,
+        )
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """The loss, and all of the policy's gradient as one vector; fp64."""
+        for weight in self.models.weights.values():
+            weight.grad = None
+        metrics = load_objective(self.config).accumulate(self.batch(), self.models, self.old)
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        gradient = torch.cat([weight.grad.flatten() for weight in self.models.weights.values()])  # type: ignore[union-attr]
+        return metrics["loss"].double(), gradient.double()
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def noise_seed(config: Config) -> int:
+    """Of the training noise of a run with `config`."""
+    return stream_seed(config.seed, "training noise")

@@ -1,0 +1,104 @@
+"""What "auto" becomes, and what is refused in one line."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dgpo_fast.config import Engine
+from dgpo_fast.engine import attention, linear
+from dgpo_fast.engine.attention import Timing, attention_shapes, fastest, time_attention
+from dgpo_fast.engine.choices import Choices, Situation, choose
+from dgpo_fast.errors import UserError
+from tests.engine.cases import EngineCase, make_config
+
+CPU = torch.device("cpu")
+SHAPES = (attention.Shape(batch=2, tokens=7, heads=2, head_dim=8, calls=3),)
+HERE = Situation(CPU, torch.float32, SHAPES, SHAPES, width=32, iterations=70)
+
+
+def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = (Timing("native", 2.0, 5.0), Timing("matmul", 1.0, 4.9))
+    monkeypatch.setattr(attention, "time_attention", lambda *_: timings)
+    monkeypatch.setattr(linear, "time_linear", lambda *_: (3.0, 1.0))
+    choices, reasons = choose(Engine(), HERE)
+    assert choices == Choices(
+        compile=False, cuda_graphs=False, attention="matmul", train_attention="native", linear="onednn", decoder="fast"
+    )
+    assert reasons.lines == [
+        "blocks are not compiled: on a CPU that pays in runs of 200 iterations and more",
+        "attention of rollouts by matmul (native 2 ms, matmul 1 ms)",
+        "attention of training by native (native 5 ms, matmul 4.9 ms)",
+        "linear layers by onednn (torch 3 ms, onednn 1 ms)",
+    ]
+    long_run, _ = choose(Engine(), replace(HERE, iterations=200))
+    assert long_run.compile
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({"cuda_graphs": "on"}, "engine.cuda_graphs on: needs a CUDA GPU; use --engine.cuda-graphs auto"),
+        ({"attention": "native_cudnn"}, "engine.attention native_cudnn: needs a CUDA GPU; use --engine.attention auto"),
+        ({"attention": "flash3"}, "engine.attention flash3: needs a CUDA GPU; use --engine.attention auto"),
+    ],
+)
+def test_a_setting_that_cannot_be_had_is_refused(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=f"^{line}$"):
+        choose(Engine(**settings), HERE)
+
+
+def test_onednn_is_for_fp32_runs() -> None:
+    with pytest.raises(UserError, match=r"^engine.linear onednn: is for fp32 runs on a CPU; use --engine.linear auto$"):
+        choose(Engine(linear="onednn", attention="native"), replace(HERE, dtype=torch.bfloat16))
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"^engine.compile on: no C\+\+ compiler \(g\+\+\) is installed; use --engine.compile off$"
+    ):
+        choose(Engine(compile="on", attention="native"), HERE)
+
+
+def test_torchs_own_attention_stays_unless_another_is_clearly_faster() -> None:
+    timings = (Timing("native", 10.0, 30.0), Timing("flash3", 9.5, 20.0), Timing("xformers", None, None, "absent"))
+    assert fastest(timings, training=False) == "native"
+    assert fastest(timings, training=True) == "flash3"
+
+
+def test_kernels_that_compute_something_else_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    time_attention.cache_clear()
+    right = attention.attend
+
+    def attend(backend: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        wrong = backend is None and inputs[0].dtype == torch.float32
+        return right(backend, *inputs) * (1.01 if wrong else 1.0)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    timings = {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32)}
+    time_attention.cache_clear()
+    assert timings["matmul"].obstacle.startswith("computes something else") and timings["matmul"].forward_ms is None
+    assert timings["native"].forward_ms > 0 and timings["native"].backward_ms > 0  # type: ignore[operator]
+
+
+def test_attention_shapes(random_pipeline: Path) -> None:
+    transformer = EngineCase(random_pipeline, make_config()).models.base
+    joint, dual = attention_shapes(transformer, batch=6, tokens=16, text_tokens=21)
+    assert (joint.tokens, joint.calls, joint.heads, joint.head_dim) == (37, 2, 2, 16)
+    assert (dual.tokens, dual.calls, dual.batch) == (16, 1, 6)
+
+
+def test_a_resumed_run_adopts_what_was_measured(random_pipeline: Path) -> None:
+    """What the settings name stays, and so does everything where the run went on to another device."""
+    case = EngineCase(random_pipeline, make_config(attention="auto", linear="torch"))
+    then = {"device": "cpu", "attention": "matmul", "train_attention": "native", "linear": "onednn"}
+    case.engine.adopt(then)
+    assert case.engine.measured() == {**then, "linear": "torch"}
+    before = case.engine.measured()
+    case.engine.adopt({**then, "device": "NVIDIA H200", "attention": "flash3"})
+    assert case.engine.measured() == before
+    rows = case.engine.attention_rows()
+    assert [row["kernel"] for row in rows if row["chosen"]] == ["matmul", "native"]

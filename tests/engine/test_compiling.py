@@ -1,0 +1,61 @@
+"""Compiled blocks: whole graphs, and none compiled after the first iteration."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dgpo_fast.engine import compile
+from dgpo_fast.engine.compile import StaticBatches
+from dgpo_fast.objectives import load_objective
+from tests.engine.cases import EngineCase, make_config
+
+
+def test_nothing_is_compiled_after_the_first_iteration(random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts, draws, weights and numbers of preferring groups; partial last batches of every kind."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compile, "BACKEND", counter)
+    case = EngineCase(random_pipeline, make_config(compile="on", batch_timesteps=True, skip_equal_groups=True))
+    objective, batch = load_objective(case.config), case.batch()
+    for iteration, preferring in enumerate((2, 3, 1)):
+        with torch._dynamo.config.patch(error_on_recompile=iteration > 0):
+            case.rollout([["a cat"], ["big red car", "a dog"], ["two birds"]][iteration], draw=iteration)
+            advantage = torch.where(torch.arange(12) < 4 * preferring, batch.advantage + 1.0, 0.0)
+            text = case.encoder(["a dog", "a big house", "a car"][iteration:] * 12)[slice(0, 12)]
+            changed = replace(batch, iteration=iteration, advantage=advantage, text=text, x0=batch.x0 + iteration)
+            objective.accumulate(changed, case.models, case.old)
+            case.models.load_weights({name: weight * 1.1 for name, weight in case.new.items()})
+        if iteration == 0:
+            compiled = counter.frame_count
+    assert counter.frame_count == compiled
+    # Kinds of blocks (2) × (pairs of the rollout and of the base; θ_old and partial pairs; the policy's micro-batch).
+    assert compiled == 2 * 3
+
+
+def test_a_batch_is_padded_to_what_is_compiled() -> None:
+    batches = StaticBatches([8, 16], training=[4])
+    assert [batches.padded(rows) for rows in (1, 4, 5, 9, 16, 17)] == [4, 4, 5, 9, 16, 17]
+    with torch.no_grad():
+        assert [batches.padded(rows) for rows in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 17]
+
+
+class Doubles(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor, scale: torch.Tensor, text: str) -> tuple[torch.Tensor]:
+        self.rows = len(hidden_states)
+        return (hidden_states * scale[:, None],)
+
+
+def test_padding_is_seen_neither_in_the_output_nor_in_the_gradient() -> None:
+    module = Doubles()
+    StaticBatches([], training=[4]).attach(module)
+    x, scale = torch.arange(6.0).reshape(3, 2).requires_grad_(), torch.tensor([1.0, 2.0, 3.0])
+    (out,) = module(hidden_states=x, scale=scale, text="kept")
+    out.sum().backward()
+    assert module.rows == 4 and torch.equal(out, x * scale[:, None])
+    assert torch.equal(x.grad, scale[:, None].expand(3, 2))
+    with pytest.raises(RuntimeError):
+        module(hidden_states=x, scale=scale[:2], text="fails")
+    assert len(module(hidden_states=x, scale=scale, text="and works again")[0]) == 3

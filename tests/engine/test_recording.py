@@ -1,0 +1,63 @@
+"""Recorded rollouts, by a recorder that is stricter than CUDA graphs; the real one is in `test_cuda.py`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgpo_fast.engine.rollout import RecordedRollouts
+from dgpo_fast.schedule import make_schedule
+from tests.engine.cases import EngineCase, make_config
+from tests.engine.tape import Tape, TapeRecorder
+
+
+@pytest.fixture(scope="module")
+def case(random_pipeline: Path) -> EngineCase:
+    return EngineCase(random_pipeline, make_config())
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_replays_draw_what_the_plain_path_draws(case: EngineCase, solver: str, guidance_scale: float) -> None:
+    """Other prompts, noise and weights under one recording; the last batch is partial. Nothing is recorded twice."""
+    case.config = replace(case.config, rollout=replace(case.config.rollout, guidance_scale=guidance_scale))
+    case.schedule, plain = make_schedule(solver, 4, 3.0), case.sampler.solve
+    recorder = TapeRecorder()
+    recorded = RecordedRollouts(recorder)
+    for draw, prompts in enumerate((["a cat"], ["two birds", "a house", "a cat"])):
+        case.new = {name: weight + 0.05 for name, weight in case.new.items()}
+        case.sampler.solve = recorded
+        found = case.rollout(prompts, draw)
+        if draw == 0:
+            (tape,), (recording, *_) = recorder.tapes, next(iter(recorded.recordings.values()))
+            addresses = {name: tensor.data_ptr() for name, tensor in recording.inputs.items()}
+        case.sampler.solve = plain
+        expected = case.rollout(prompts, draw)
+        assert torch.allclose(found, expected, atol=1e-5)
+    assert recorder.tapes == [tape], "one recording serves all batches"
+    assert {name: tensor.data_ptr() for name, tensor in recording.inputs.items()} == addresses
+
+
+def test_replays_run_no_python_of_the_model(case: EngineCase) -> None:
+    forwards = []
+    hook = case.models.behaviour.register_forward_pre_hook(lambda *_: forwards.append(1))
+    plain, case.sampler.solve = case.sampler.solve, RecordedRollouts(TapeRecorder())
+    case.rollout(draw=1)
+    recorded = len(forwards)
+    case.rollout(draw=2)
+    hook.remove()
+    case.sampler.solve = plain
+    assert recorded == len(forwards) > 0
+
+
+def test_the_double_refuses_what_a_capture_refuses() -> None:
+    x = torch.arange(3.0)
+    for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool((x > 1).all()), lambda: torch.tensor([1.0])):
+        with pytest.raises(AssertionError, match="no graph can hold it"), Tape():
+            wait()
+    with Tape() as tape:
+        y = (x[1:] * 2).add_(1)
+    x += 10
+    tape.replay()
+    assert y.tolist() == [23.0, 25.0]

@@ -1,0 +1,80 @@
+"""The engine's savings compute what the plain path computes: each alone, and all together."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgpo_fast.engine import compile
+from tests.engine.cases import EngineCase, make_config
+
+SAVINGS: dict[str, dict[str, Any]] = {
+    "attention": {"attention": "matmul"},
+    "linear": {"linear": "onednn"},
+    "compile": {"compile": "on"},
+    "decoder": {"decoder": "fast"},
+    "timesteps at once": {"batch_timesteps": True},
+    "equal groups": {"skip_equal_groups": True},
+    "checkpointing": {"checkpointing": "blocks"},
+    "selective checkpointing": {"checkpointing": "selective"},
+}
+
+
+def everything() -> dict[str, Any]:
+    return {name: value for settings in SAVINGS.values() for name, value in settings.items()}
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs as torch.compile makes them, without the minutes that code generation takes."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compile, "BACKEND", "aot_eager")
+
+
+@pytest.fixture(params=["shipped", "random"])
+def folder(request: pytest.FixtureRequest, random_pipeline: Path) -> Path | str:
+    return "tiny" if request.param == "shipped" else random_pipeline
+
+
+@cache
+def plain(folder: Path | str, train: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rollout, loss and gradient with all savings off."""
+    case = EngineCase(folder, make_config(train), dtype)
+    return case.rollout(), *case.gradient()
+
+
+def assert_within_budget(folder: Path | str, train: str, dtype: torch.dtype, found: tuple[Tensor, ...]) -> None:
+    """Each of `found` is as near to float64 as the plain path in the same dtype, within a factor of two."""
+    exact, same = plain(folder, train, torch.float64), plain(folder, train, dtype)
+    eps = torch.finfo(dtype).eps
+    # A single number may come out right by chance; of many, their norm does not.
+    floors = {"pictures": eps, "loss": 8 * eps, "gradient": eps}
+    for (name, floor), value, oracle, reference in zip(floors.items(), found, exact, same, strict=True):
+        scale = torch.linalg.norm(oracle.double())
+        error, allowed = (torch.linalg.norm(v.double() - oracle.double()) / scale for v in (value, reference))
+        assert error <= 2 * (allowed + floor), f"{name}: {error:.2e} from float64, plain {allowed:.2e}"
+
+
+@pytest.mark.parametrize("saving", [saving for saving in SAVINGS if saving != "compile"])
+def test_each_saving_alone(saving: str, folder: Path | str) -> None:
+    case = EngineCase(folder, make_config(**SAVINGS[saving]))
+    assert_within_budget(folder, "lora", torch.float32, (case.rollout(), *case.gradient()))
+
+
+def test_compiled_blocks_alone(random_pipeline: Path) -> None:
+    case = EngineCase(random_pipeline, make_config(**SAVINGS["compile"]))
+    assert_within_budget(random_pipeline, "lora", torch.float32, (case.rollout(), *case.gradient()))
+
+
+def test_all_savings_together() -> None:
+    case = EngineCase("tiny", make_config("full", **everything()))
+    assert_within_budget("tiny", "full", torch.float32, (case.rollout(), *case.gradient()))
+
+
+def test_all_savings_together_in_bf16(random_pipeline: Path) -> None:
+    fp32_alone = {"linear": "torch", "attention": "native"}
+    case = EngineCase(random_pipeline, make_config(**{**everything(), **fp32_alone}), torch.bfloat16)
+    assert_within_budget(random_pipeline, "lora", torch.bfloat16, (case.rollout(), *case.gradient()))
