@@ -227,6 +227,7 @@ policy: {lora_rank: 8, micro_batch: 2}
 optimizer: {lr: 1e-4}
 evaluation: {images: 2, num_inference_steps: 2}
 checkpoint: {every: 1, keep: 9}
+engine: {batch_timesteps: false}  # policy and reference then predict in batches of one shape, and round alike
 """
 
 

@@ -13,7 +13,7 @@ from dgpo_fast.cli import configure
 from dgpo_fast.errors import UserError
 from dgpo_fast.pipeline import make_pipeline
 from dgpo_fast.random_weights import RandomTextPipeline, find_architecture, random_pipeline
-from dgpo_fast.rollout import decode, predict
+from dgpo_fast.rollout import decode_plainly, predict
 from dgpo_fast.text import PromptEncoder
 from dgpo_fast.train import train
 
@@ -87,7 +87,7 @@ def test_weights_are_repeatable_and_signals_stay_finite(dtype: torch.dtype) -> N
             changed = predict(first.transformer, x_t, timestep, text)
             assert (changed - velocity).float().abs().max() > 0.02
             velocity = changed
-    images = decode(first.vae, x_t, 2)
+    images = decode_plainly(first.vae, x_t, 2)
     assert images.shape == (2, 64, 64, 3) and images.std() > 10
 
 

@@ -268,7 +268,11 @@ def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypa
     assert [line["iteration"] for line in untimed(workspace / "runs/run")] == [1, 2, 3, 4, 5, 6]
 
 
-GOLDEN = ["--iterations", "4", "--optimizer.lr", "0.003", "--dgpo.clip-range", "1e-5"]
+# Learning rate and clip enlarge rounding: the kernels that are chosen by their speed have another one.
+GOLDEN = [
+    "--iterations", "4", "--optimizer.lr", "0.003", "--dgpo.clip-range", "1e-5",
+    "--engine.attention", "native", "--engine.linear", "torch",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("train_what", ["lora", "full"])

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.engine.timing import best_ms
 
 MATMUL = "matmul"
@@ -126,6 +127,25 @@ def attention_shapes(
     heads = (config.num_attention_heads, config.attention_head_dim)
     joint = Shape(batch, tokens + text_tokens, *heads, calls=config.num_layers)
     return (joint, Shape(batch, tokens, *heads, calls=dual)) if dual else (joint,)
+
+
+def timings(shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype) -> tuple[Timing, ...]:
+    """`time_attention`, measured once on this machine."""
+    what = {
+        "attention": [asdict(shape) for shape in shapes],
+        "device": device_name(device),
+        "dtype": str(dtype),
+        "kernels": {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]},
+    }
+    return tuple(
+        Timing(**timing)
+        for timing in remembered(what, lambda: [asdict(timing) for timing in time_attention(shapes, device, dtype)])
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache

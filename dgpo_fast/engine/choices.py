@@ -9,6 +9,7 @@ import torch
 from dgpo_fast.config import Engine as EngineConfig
 from dgpo_fast.engine import attention, linear
 from dgpo_fast.engine.attention import Shape, Timing
+from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.errors import UserError
 
 GRAPH_MEMORY_GIB = 40.0
@@ -143,7 +144,7 @@ def _attention(config: EngineConfig, situation: Situation, reasons: Reasons, *, 
             raise UserError(f"engine.attention {config.attention}: {problem}; use --engine.attention auto")
         return config.attention
     purpose, shapes = ("training", situation.train_shapes) if training else ("rollouts", situation.rollout_shapes)
-    timings = attention.time_attention(shapes, situation.device, situation.dtype)
+    timings = attention.timings(shapes, situation.device, situation.dtype)
     reasons.timings[purpose] = timings
     chosen = attention.fastest(timings, training=training)
     times = ", ".join(_in_words(timing, training) for timing in timings)
@@ -166,7 +167,7 @@ def _linear(config: EngineConfig, situation: Situation, reasons: Reasons) -> str
         return "onednn"
     if not fits:
         return "torch"
-    torch_ms, onednn_ms = linear.time_linear(1024, situation.width)
+    torch_ms, onednn_ms = remembered({"linear": situation.width}, lambda: linear.time_linear(1024, situation.width))
     chosen = "onednn" if onednn_ms * linear.FASTER_BY < torch_ms else "torch"
     reasons.lines.append(f"linear layers by {chosen} (torch {torch_ms:.3g} ms, onednn {onednn_ms:.3g} ms)")
     return chosen

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from dgpo_fast.config import Config
-from dgpo_fast.engine.attention import attention_shapes, set_attention
+from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.engine.choices import Situation, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
@@ -76,14 +75,14 @@ class Engine:
     def measured(self) -> dict[str, str]:
         """The choices that were made by measurement, ready for JSON: another time they might fall otherwise."""
         names = ("attention", "train_attention", "linear")
-        return {"device": _device_name(self.models.device), **{name: getattr(self.choices, name) for name in names}}
+        return {"device": device_name(self.models.device), **{name: getattr(self.choices, name) for name in names}}
 
     def adopt(self, measured: dict[str, str] | None) -> None:
         """Takes another process's choices, or those that a resumed run began with: it then computes what they do.
 
         What a setting asks for by name stays, and so does everything where `measured` is of another device.
         """
-        if measured is None or measured["device"] != _device_name(self.models.device):
+        if measured is None or measured["device"] != device_name(self.models.device):
             return
         adopted: dict[str, Any] = {}
         if self.config.engine.attention == "auto":
@@ -142,7 +141,3 @@ def _situation(config: Config, models: PolicyModels, latent: tuple[int, ...], te
         iterations=config.iterations,
         sharded=models.shards is not None,
     )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
