@@ -39,7 +39,7 @@ def result(run: Run, reward: float, patch: float = 4.0, **more: Any) -> dict[str
         return {"run": asdict(run), "source": "offline", "drawing_s": 10.0, "drawn_images": 160}
     points = [
         {
-            "iteration": round(10 * mark), "training_s": mark * run.seconds, "training_cpu_s": mark * run.seconds,
+            "iteration": round(10 * mark), "training_s": mark * run.seconds, "training_wall_s": mark * run.seconds,
             "trained_images": round(100 * mark), "reward_mean": reward, "reward_ci95": [reward - 0.1, reward + 0.1],
             "patch_distance": patch,
         }
@@ -64,15 +64,16 @@ def carry_out(plan: Plan, reward: Any = lambda run: 0.6) -> tuple[list[Run], dic
 @settings(deadline=None, max_examples=30)
 @given(st.sets(st.sampled_from(ALL), min_size=1), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
 def test_every_system_gets_the_same(systems: set[str], seeds: int, trials: int, seed: int) -> None:
-    """As many settings tried, as many final runs, the same seconds, whatever the scores are."""
+    """As many settings tried, as many final runs, the same seconds times patience, whatever the scores are."""
     plan, rng = make_plan(tuple(s for s in ALL if s in systems), seeds, trials), np.random.default_rng(seed)
     order, results = carry_out(plan, lambda run: rng.random())
     assert len(order) == plan.size == len({run.name for run in order})
     for system in plan.systems:
         mine = [run for run in order if run.system == system and run.kind != "draw"]
         searched, final = ([run for run in mine if run.kind == kind] for kind in ("search", "final"))
-        assert len(searched) == trials and [run.seconds for run in searched] == [plan.search_s] * trials
-        assert [run.seed for run in final] == list(range(seeds)) and {run.seconds for run in final} == {100.0}
+        assert len(searched) == trials and {run.seconds for run in searched} == {40.0 * SYSTEMS[system].patience}
+        seconds = 100.0 * SYSTEMS[system].patience
+        assert [run.seed for run in final] == list(range(seeds)) and {run.seconds for run in final} == {seconds}
         assert not {run.seed for run in searched} & {run.seed for run in final}, "tuned on another seed"
         assert mine.index(final[0]) == trials, "tuned before the final runs"
         best = max(searched, key=lambda run: results[run.name]["points"][-1]["reward_mean"])
@@ -176,7 +177,7 @@ def test_findings_say_what_the_numbers_are() -> None:
         run["points"][1] |= {"reward_mean": 0.8}
     for run in runs["flow-grpo"]:
         run["points"][0] |= {"training_s": 50.0, "reward_mean": 0.55}
-    found = {finding.claim: finding for finding in Findings(runs, BASE, 100.0).all()}
+    found = {finding.claim: finding for finding in Findings(runs, BASE).all()}
     speed = next(finding for claim, finding in found.items() if "sooner" in claim)
     assert speed.numbers["ratio"] == pytest.approx(100 / 6.67, rel=0.05)
     assert speed.verdict == "holds" and "15.0 times sooner" in speed.sentence
@@ -192,7 +193,7 @@ def test_findings_are_honest_about_what_does_not_hold() -> None:
          "dgpo-no-clip": [0.6] * 3},
         {"dgpo": [4.0, 4.1, 4.2], "dgpo-no-clip": [6.0, 6.2, 6.1]},
     )  # fmt: skip
-    found = {finding.claim: finding for finding in Findings(runs, BASE, 100.0).all()}
+    found = {finding.claim: finding for finding in Findings(runs, BASE).all()}
     assert found["ODE rollouts beat SDE rollouts"].verdict == "does not hold"
     assert found["online data beat offline data"].verdict == "open"
     speed = next(finding for claim, finding in found.items() if "sooner" in claim)
@@ -203,7 +204,7 @@ def test_findings_are_honest_about_what_does_not_hold() -> None:
 
 def test_no_improvement_is_nothing_to_reach() -> None:
     runs = final_runs({"dgpo": [0.6] * 3, "flow-grpo": [0.45] * 3})
-    [speed] = Findings(runs, BASE, 100.0).all()
+    [speed] = Findings(runs, BASE).all()
     assert speed.verdict == "open" and "nothing to reach" in speed.sentence
 
 
@@ -220,7 +221,9 @@ def test_the_report(tmp_path: Path) -> None:
     expected = {"compare.json", "table.md", "search.md", "findings.md", "about.md", "ode_sde.png"}
     assert {path.name for path in tmp_path.iterdir()} == expected
     table = (tmp_path / "table.md").read_text()
-    assert "| DGPO | 0.660 ± 0.025 | 4.00 ± 0.00 | 50.0 ± 0.0 | 0.300 ± 0.000 | 10 | 100 | 0.0005, 16 |" in table
+    assert (
+        "| DGPO | 100 s | 0.660 ± 0.025 | 4.00 ± 0.00 | 50.0 ± 0.0 | 0.300 ± 0.000 | 10 | 100 | 0.0005, 16 |" in table
+    )
     assert "| DGPO | 0.0005 | 16 | 10 | 0.710 | chosen |" in (tmp_path / "search.md").read_text()
     report = json.loads((tmp_path / "compare.json").read_text())
     assert [finding["claim"] for finding in report["findings"]] == ["ODE rollouts beat SDE rollouts"]

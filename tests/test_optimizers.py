@@ -227,7 +227,6 @@ policy: {lora_rank: 8, micro_batch: 2}
 optimizer: {lr: 1e-4}
 evaluation: {images: 2, num_inference_steps: 2}
 checkpoint: {every: 1, keep: 9}
-engine: {batch_timesteps: false}  # policy and reference then predict in batches of one shape, and round alike
 """
 
 
@@ -260,7 +259,8 @@ def test_a_run_in_bf16_resumes_exactly(
     assert all(torch.equal(ends[0][key], tensor) for key, tensor in ends[1].items())
     lines = [read_metrics(Path(f"runs/{name}/metrics.jsonl")) for name in ("run", "whole")]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
-    assert lines[0][0]["dsm_gap"] == 0 != lines[0][1]["dsm_gap"], "the policy starts as the reference, to the last bit"
+    gaps = [abs(line["dsm_gap"]) for line in lines[0]]
+    assert gaps[0] < 0.01 * gaps[1], "the policy starts as the reference, but for the rounding of other batch shapes"
     assert {ends[0][key].dtype for key in ends[0] if key.startswith("policy/")} == {torch.bfloat16}
     names = ("/exp_avg", "/exp_avg_sq", "/state1", "/state2", "/absmax1", "/absmax2")
     moments = [tensor.nbytes for key, tensor in ends[0].items() if key.endswith(names)]

@@ -38,25 +38,25 @@ LABELS = {
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def draw_figures(runs: Runs, base: Mapping[str, Any], final_s: float, folder: Path) -> list[str]:
+def draw_figures(runs: Runs, base: Mapping[str, Any], folder: Path) -> list[str]:
     """Writes every figure that has at least two of its systems; returns the files' names."""
     names = []
     for name, (title, systems) in FIGURES.items():
         shown = [system for system in systems if system in runs]
         if len(shown) > 1:
-            _draw(title, shown, runs, base, final_s, folder / f"{name}.png")
+            _draw(title, shown, runs, base, folder / f"{name}.png")
             names.append(f"{name}.png")
     return names
 
 
-def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], final_s: float, path: Path) -> None:
+def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13.5, 4.6), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=13)
     axes = figure.subplots(1, 3)
     panels = (("reward_mean", "training_s"), ("reward_mean", "trained_images"), ("patch_distance", "training_s"))
     for axis, (measure, spent) in zip(axes, panels, strict=True):
         for system in systems:
-            _line(axis, system, runs[system], base, measure, spent, final_s)
+            _line(axis, system, runs[system], base, measure, spent)
         axis.axhline(base[measure], color=BASE, linewidth=1, linestyle=":", label="the model as it came")
         axis.set(xlabel=LABELS[spent], ylabel=LABELS[measure], xlim=(0, None))
         axis.grid(alpha=0.25)
@@ -66,10 +66,9 @@ def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], f
 
 
 def _line(
-    axis: Axes, system: str, runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any], measure: str, spent: str,
-    final_s: float,
-) -> None:  # fmt: skip
-    until = final_s if spent == "training_s" else min(run["points"][-1][spent] for run in runs)
+    axis: Axes, system: str, runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any], measure: str, spent: str
+) -> None:
+    until = runs[0]["run"]["seconds"] if spent == "training_s" else min(run["points"][-1][spent] for run in runs)
     color, style = STYLES[system]
     line = curve(runs, base, measure, spent, until)
     axis.plot(line.x, line.mean, color=color, linestyle=style, linewidth=2, label=SYSTEMS[system].label)

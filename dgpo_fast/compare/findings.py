@@ -35,11 +35,10 @@ class Findings:
     Args:
         runs: results of each system's final runs, in the order of the seeds.
         base: scores of the model as it came.
-        final_s: training seconds of each run.
     """
 
-    def __init__(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, Any], final_s: float):
-        self.runs, self.base, self.final_s = runs, base, final_s
+    def __init__(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, Any]):
+        self.runs, self.base = runs, base
 
     def all(self) -> list[Finding]:
         """Every claim whose systems were compared."""
@@ -69,7 +68,7 @@ class Findings:
         if level <= came:
             return Finding(claim, "open", f"{start}: no better than the base, so there is nothing to reach.", numbers)
         if ours_s is None:
-            return Finding(claim, "does not hold", f"{start}. DGPO did not reach it in {self.final_s:.0f} s.", numbers)
+            return Finding(claim, "does not hold", f"{start}. DGPO did not reach it in {dgpo.x[-1]:.0f} s.", numbers)
         ratio = theirs_s / max(ours_s, dgpo.x[1])
         low, high = self._ratio_interval(dgpo, flow)
         numbers |= {"ratio": ratio, "ratio_interval": [low, high]}
@@ -86,7 +85,7 @@ class Findings:
         means = [mean_interval(self._last(name, "reward_mean"))[0] for name in (first, second)]
         level, theirs_s = self._curve(second).best()[::-1]
         ours_s = self._curve(first).reaches(level)
-        when = f"after {ours_s:.0f} s" if ours_s is not None else f"not within {self.final_s:.0f} s"
+        when = f"after {ours_s:.0f} s" if ours_s is not None else f"not within {self._seconds(first):.0f} s"
         ours, theirs = SYSTEMS[first].label, SYSTEMS[second].label
         sentence = (
             f"{ours} ends at {means[0]:.3f}, {theirs} at {means[1]:.3f}: a difference of "
@@ -114,7 +113,10 @@ class Findings:
         return Finding("the timestep clip protects image quality", _verdict(worse, half), sentence, numbers)
 
     def _curve(self, system: str) -> Curve:
-        return curve(self.runs[system], self.base, "reward_mean", "training_s", self.final_s)
+        return curve(self.runs[system], self.base, "reward_mean", "training_s", self._seconds(system))
+
+    def _seconds(self, system: str) -> float:
+        return self.runs[system][0]["run"]["seconds"]
 
     def _last(self, system: str, measure: str) -> list[float]:
         return [run["points"][-1][measure] for run in self.runs[system]]

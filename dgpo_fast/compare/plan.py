@@ -26,7 +26,8 @@ class Plan:
         systems: names of the systems.
         seeds: final runs of each system.
         trials: settings tried for each system, 1 to 4.
-        final_s: training seconds of a final run; a tried setting trains for `SEARCH_SHARE` of it.
+        final_s: training seconds of a final run, times its system's patience; a tried setting trains for
+            `SEARCH_SHARE` of it.
         marks: shares of these seconds after which a final run is evaluated.
         groups: groups per iteration, unless the search finds another number better.
     """
@@ -37,11 +38,6 @@ class Plan:
     final_s: float
     marks: tuple[float, ...]
     groups: int
-
-    @property
-    def search_s(self) -> float:
-        """Training seconds of a tried setting."""
-        return SEARCH_SHARE * self.final_s
 
     @property
     def size(self) -> int:
@@ -56,11 +52,25 @@ class Plan:
 
     def trial(self, system: str, lr: float, groups: int) -> Run:
         """A run that tries a setting."""
-        return Run("search", system, SEARCH_SEED, lr, groups, self.search_s, (1.0,), SEARCH_EVALUATION_SEED)
+        return Run(
+            "search",
+            system,
+            SEARCH_SEED,
+            lr,
+            groups,
+            SEARCH_SHARE * self.seconds(system),
+            (1.0,),
+            SEARCH_EVALUATION_SEED,
+        )
 
     def final(self, system: str, seed: int, chosen: Run) -> Run:
         """A run with the setting that was chosen."""
-        return replace(chosen, kind="final", seed=seed, seconds=self.final_s, marks=self.marks, evaluation_seed=0)
+        seconds = self.seconds(system)
+        return replace(chosen, kind="final", seed=seed, seconds=seconds, marks=self.marks, evaluation_seed=0)
+
+    def seconds(self, system: str) -> float:
+        """Training seconds of a final run of `system`."""
+        return self.final_s * SYSTEMS[system].patience
 
 
 def base_run(groups: int) -> Run:
@@ -90,20 +100,23 @@ def fitted(plan: Plan, budget_s: float, processes: int, base: Mapping[str, Any],
     per_final = base["set_up_s"] + len(plan.marks) * base["evaluation_s"] + base["out_of_task_s"]
     beside = searches * per_search + finals * per_final + len(plan.draws) * (draw_s + base["set_up_s"])
     left = SPARE * budget_s * processes - beside
-    final_s = left / (SEARCH_SHARE * searches + finals)
+    # How many times `final_s` all training together is.
+    times = (SEARCH_SHARE * plan.trials + plan.seeds) * sum(SYSTEMS[name].patience for name in plan.systems)
+    final_s = left / times
     if final_s < 1:
-        least = (beside + SEARCH_SHARE * searches + finals) / (SPARE * processes) / 60
+        least = (beside + times) / (SPARE * processes) / 60
         raise UserError(f"--minutes {budget_s / 60:.3g} leaves no time to train: give at least {least:.2g}")
     return replace(plan, final_s=round(final_s, 1))
 
 
 def wanted(plan: Plan, results: Results) -> Iterator[Run]:
     """Runs that can be done now or are done, the most urgent first."""
+    systems = sorted(plan.systems, key=plan.seconds, reverse=True)  # nothing long is left for the end
     yield from plan.draws
-    for system in plan.systems:
+    for system in systems:
         yield from trials(plan, system, results)
     for seed in range(plan.seeds):
-        for system in plan.systems:
+        for system in systems:
             chosen = choose(plan, system, results)
             if chosen is not None:
                 yield plan.final(system, seed, chosen)
@@ -155,8 +168,14 @@ def describe(plan: Plan, processes: int) -> list[str]:
     searches, finals = len(plan.systems) * plan.trials, len(plan.systems) * plan.seeds
     return [
         f"{len(plan.systems)} systems, {processes} runs at a time",
-        f"tuning: {searches} runs of {plan.search_s:.0f} s of training, {plan.trials} settings for each system",
+        f"tuning: {searches} runs of {SEARCH_SHARE * plan.final_s:.0f} s of training, {plan.trials} settings for each "
+        "system",
         f"then {finals} runs of {plan.final_s:.0f} s of training, {plan.seeds} seeds for each system",
+        *(
+            f"{SYSTEMS[name].label} trains {SYSTEMS[name].patience:g} times as long, in both"
+            for name in plan.systems
+            if SYSTEMS[name].patience != 1
+        ),
         f"each final run is evaluated {len(plan.marks)} times; evaluations do not count as training",
     ]
 

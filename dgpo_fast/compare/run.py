@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dgpo_fast.compare.systems import SYSTEMS, Scale, configuration
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.metrics import write_json
+from dgpo_fast.pipeline import pick_device
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
 from dgpo_fast.tiny import data
@@ -40,7 +42,7 @@ class Run:
         seed: of prompts, noise and everything else.
         lr: learning rate.
         groups: groups per iteration.
-        seconds: of training, without evaluations; the drawing of data is training.
+        seconds: of training, as `clock` counts them, without evaluations; the drawing of data is training.
         marks: shares of the seconds after which the run is evaluated.
         evaluation_seed: of the evaluations' noise.
     """
@@ -68,12 +70,17 @@ class Run:
 
 
 @dataclass
-class Clock:
-    """Training so far: seconds on the wall, seconds of this process's CPU time, and images gone through."""
+class Spent:
+    """Training so far: seconds as `clock` counts them, seconds on the wall, and images gone through."""
 
+    seconds: float = 0.0
     wall_s: float = 0.0
-    cpu_s: float = 0.0
     images: int = 0
+
+
+def clock(device: torch.device) -> float:
+    """Seconds that count: on a CPU, of this process's computing, which nothing else on the machine makes more."""
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
 
 def perform(
@@ -127,14 +134,18 @@ class _Performance:
             SYSTEMS[run.system], scale, lr=run.lr, groups=run.groups, seed=run.seed,
             evaluation_seed=run.evaluation_seed, device=device,
         )  # fmt: skip
+        self.drawing_s = 0.0
         if SYSTEMS[run.system].offline:
-            groups = Run("draw", run.system, run.seed, run.lr, run.groups).name
-            config = replace(config, data=replace(config.data, folder=str(home / groups / "groups")))
-        started = time.perf_counter()
+            drawn = home / Run("draw", run.system, run.seed, run.lr, run.groups).name
+            config = replace(config, data=replace(config.data, folder=str(drawn / "groups")))
+            if run.kind != "draw":
+                self.drawing_s = json.loads((drawn / RESULT).read_text(encoding="utf-8"))["drawing_s"]
+        started, device_of = time.perf_counter(), pick_device(device)
         self.trainer = Trainer(config)
         self.set_up_s = time.perf_counter() - started
+        self.clock = partial(clock, device_of)
         self.points: list[dict[str, Any]] = []
-        self.clock = Clock()
+        self.spent = Spent()
 
     def perform(self) -> dict[str, Any]:
         try:
@@ -144,14 +155,17 @@ class _Performance:
 
     def _draw(self) -> dict[str, Any]:
         self._write_points()
+        # What a killed process had drawn is drawn again: nobody knows what it took.
+        shutil.rmtree(self.folder / "groups", ignore_errors=True)
+        started = self.clock()
         self.trainer.prepare(self.folder, self.should_stop)
-        return self.trainer.source.summary()
+        return {**self.trainer.source.summary(), "drawing_s": self.clock() - started}
 
     def _base(self) -> dict[str, Any]:
         self._write_points()
-        bank, started = PatchBank(), time.perf_counter()
+        bank, started = PatchBank(), self.clock()
         point = self._point(bank)
-        evaluation_s, started = time.perf_counter() - started, time.perf_counter()
+        evaluation_s, started = self.clock() - started, self.clock()
         extra = self._out_of_task()
         pictures = rendered(data.shape_prompts("heldout"), QUALITY_IMAGES, np.random.default_rng(1))
         return {
@@ -159,7 +173,7 @@ class _Performance:
             "out_of_task": {**extra, "patch_distance": point["patch_distance"]},
             "rendered_pictures": {"patch_distance": bank.distance(pictures)},
             "evaluation_s": evaluation_s,
-            "out_of_task_s": time.perf_counter() - started,
+            "out_of_task_s": self.clock() - started,
             "set_up_s": self.set_up_s,
         }
 
@@ -177,7 +191,7 @@ class _Performance:
             "points": self.points,
             "failure": failure,
             "out_of_task": self._out_of_task() if self.run.kind == "final" else None,
-            "source": self.trainer.source.summary(),
+            "source": {**self.trainer.source.summary(), "drawing_s": self.drawing_s},
             "set_up_s": self.set_up_s,
         }
 
@@ -186,11 +200,11 @@ class _Performance:
         self._resume()
         self.trainer.prepare(self.folder, self.should_stop)
         if not self.points:
-            self.clock.wall_s = self.clock.cpu_s = self.trainer.source.summary()["drawing_s"]
+            self.spent.seconds = self.spent.wall_s = self.drawing_s
         self.trainer.open_logs(self.folder, {})
         self.trainer.console.start_training(self.trainer.iteration, 1)
         for mark in self.run.marks[len(self.points) :]:
-            while self.clock.wall_s < mark * self.run.seconds:
+            while self.spent.seconds < mark * self.run.seconds:
                 if self.should_stop():
                     return False
                 self._step()
@@ -211,16 +225,16 @@ class _Performance:
             self.trainer.resume(self.folder)
             self.points = [point for point in kept["points"] if point["iteration"] <= self.trainer.iteration]
             last = self.points[-1]
-            self.clock = Clock(last["training_s"], last["training_cpu_s"], last["trained_images"])
+            self.spent = Spent(last["training_s"], last["training_wall_s"], last["trained_images"])
         self._write_points()
 
     def _step(self) -> None:
-        cpu_s = time.process_time()
+        started = self.clock()
         metrics = self.trainer.step()
-        self.clock.cpu_s += time.process_time() - cpu_s
-        self.clock.wall_s += metrics["iteration_s"]
-        self.clock.images += metrics["images_count"]
-        self.report(min(1.0, self.clock.wall_s / self.run.seconds))
+        self.spent.seconds += self.clock() - started
+        self.spent.wall_s += metrics["iteration_s"]
+        self.spent.images += metrics["images_count"]
+        self.report(min(1.0, self.spent.seconds / self.run.seconds))
 
     def _point(self, bank: PatchBank | None) -> dict[str, Any]:
         """The scores now."""
@@ -228,9 +242,9 @@ class _Performance:
         summary = evaluation.summary()
         return {
             "iteration": self.trainer.iteration,
-            "training_s": self.clock.wall_s,
-            "training_cpu_s": self.clock.cpu_s,
-            "trained_images": self.clock.images,
+            "training_s": self.spent.seconds,
+            "training_wall_s": self.spent.wall_s,
+            "trained_images": self.spent.images,
             "reward_mean": summary["reward_mean"],
             "reward_ci95": summary["reward_ci95"],
             "patch_distance": bank.distance(evaluation.images[:QUALITY_IMAGES]) if bank else None,

@@ -16,12 +16,14 @@ class System:
         label: as figures and tables call it.
         recipe: what its settings start from.
         lr: learning rate in the middle of its search.
+        patience: how many times as long as the others' its runs are, where it takes long to show what it can reach.
     """
 
     name: str
     label: str
     recipe: Callable[[], Config]
     lr: float
+    patience: float = 1.0
 
     @property
     def offline(self) -> bool:
@@ -36,7 +38,7 @@ SYSTEMS = {
         System("dgpo-offline", "DGPO, offline", recipes.tiny_shapes_offline, 2e-4),
         System("dpo", "Diffusion-DPO", recipes.tiny_shapes_diffusion_dpo, 2e-4),
         System("dpo-offline", "Diffusion-DPO, offline", recipes.tiny_shapes_diffusion_dpo_offline, 2e-4),
-        System("flow-grpo", "Flow-GRPO", recipes.tiny_shapes_flow_grpo, 2e-4),
+        System("flow-grpo", "Flow-GRPO", recipes.tiny_shapes_flow_grpo, 1e-4, patience=3.0),
         System("dgpo-sde", "DGPO, SDE rollout", recipes.tiny_shapes_sde, 2e-4),
         System("dgpo-no-clip", "DGPO, no timestep clip", recipes.tiny_shapes_no_timestep_clip, 2e-4),
     )
