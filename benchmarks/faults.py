@@ -1,130 +1,329 @@
-"""Kills a run of several processes at random moments, resumes it each time, and compares its end with another's.
+"""Makes the faults that a run meets, one after another, and writes down what happened and what was lost.
 
-    python benchmarks/faults.py --kills 50 --processes 2
+    python benchmarks/faults.py
 
-Every checkpoint folder that a kill leaves is read: the newest valid one is what `--resume` takes, and it must be whole.
-Writes `benchmarks/results/cpu/kills.json`. Runs on CPU processes joined by gloo.
+Each fault hits a run of two CPU processes joined by gloo, which is then resumed where it ended. Writes
+`benchmarks/results/cpu/faults.json` and the table in `docs/scaling.md`. The disk's faults mount a small tmpfs, which
+needs root.
 """
 
 import argparse
 import json
-import random
-import shutil
+import math
+import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dgpo_fast.checkpoint import load_newest
-from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_metrics, write_json
-from tests.distributed_runs import make_workspace
+from tests.distributed_runs import Brightness, make_workspace
 from tests.pipelines import save_random_pipeline
 from tests.processes import environments
 
-RESULTS = Path(__file__).parent / "results/cpu/kills.json"
-CLOCK = ("_s", "_mib", "tflops", "mfu")
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/cpu/faults.json"
+PAGE, MARKS = ROOT / "docs/scaling.md", ("<!-- faults: made by benchmarks/faults.py -->", "<!-- end of faults -->")
+ITERATIONS, COUNT = 6, 2
 
 
-def start(folder: Path, count: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """The processes of one run, as torchrun would start them."""
-    command = [sys.executable, "-m", "dgpo_fast.train", *arguments]
-    log = (folder / "log.txt").open("ab")
-    return [subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log) for env in environments(count)]
+class NaNReward(Brightness):
+    """Gives one prompt's images a NaN."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        rewards = super().__call__(images, prompts, metadata)
+        return np.full_like(rewards, math.nan) if prompts[0] == "a dog" else rewards
 
 
-def wait(processes: list[subprocess.Popen], seconds: float) -> list[int]:
-    """Exit statuses; what is left after `seconds` is killed, as torchrun does."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+class HungReward(Brightness):
+    """Never answers for one prompt in training, as long as the file `hang` is there."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        while len(images) > 1 and prompts[0] == "a dog" and Path("hang").exists():
+            time.sleep(0.1)
+        return super().__call__(images, prompts, metadata)
+
+
+def train_with_nan_gradient(arguments: list[str]) -> int:
+    """A run whose process 1 has a NaN in its gradient of iteration 3."""
+    from dgpo_fast.cli import run_command
+    from dgpo_fast.objectives.dgpo import DGPOObjective
+    from dgpo_fast.train import train
+
+    accumulate = DGPOObjective.accumulate
+
+    def broken(self: Any, batch: Any, models: Any, old: Any) -> Any:
+        losses = accumulate(self, batch, models, old)
+        if os.environ["RANK"] == "1" and batch.iteration == 2:
+            next(iter(models.weights.values())).grad[0, 0] = math.nan
+        return losses
+
+    DGPOObjective.accumulate = broken  # type: ignore[method-assign]
+    sys.argv = ["train", *arguments]
+    return run_command(train)
+
+
+@dataclass
+class Outcome:
+    """What a fault did.
+
+    Attributes:
+        fault: what was done to the run.
+        statuses: exit statuses of the processes.
+        line: what the first process that ended with an error said, or the run's note of it.
+        reached: iterations in metrics.jsonl at the end of the disturbed run.
+        resumed_after: iteration that the run went on from; None where it was not resumed.
+        resumed_statuses: exit statuses of the resumed run.
+        final: iterations in metrics.jsonl at the very end.
+        groups_dropped, steps_skipped: in the whole run.
+    """
+
+    fault: str
+    statuses: list[int]
+    line: str
+    reached: int
+    resumed_after: int | None
+    resumed_statuses: list[int]
+    final: int
+    groups_dropped: int
+    steps_skipped: int
+
+    @property
+    def happened(self) -> str:
+        """For the table."""
+        if self.resumed_statuses:
+            return (
+                "resumed from its newest checkpoint and finished" if not any(self.resumed_statuses) else "NOT RESUMED"
+            )
+        return "the run went on to its end" if not any(self.statuses) else "nothing was begun"
+
+    @property
+    def lost(self) -> str:
+        """For the table."""
+        parts = []
+        if self.resumed_after is not None and self.reached > self.resumed_after:
+            parts.append(f"{self.reached - self.resumed_after} iterations, made again")
+        if self.groups_dropped:
+            parts.append(f"{self.groups_dropped} group(s)")
+        if self.steps_skipped:
+            parts.append(f"{self.steps_skipped} step(s)")
+        return ", ".join(parts) or "nothing"
+
+
+class Run:
+    """One run of `COUNT` processes in a folder of its own name.
+
+    Args:
+        folder: the workspace.
+        name: of the run.
+        extra: settings.
+        program: what to start instead of the trainer.
+    """
+
+    def __init__(self, folder: Path, name: str, extra: list[str], program: list[str] | None = None):
+        self.folder, self.name, self.extra = folder, name, extra
+        self.program = program or ["-m", "dgpo_fast.train"]
+        self.runs = Path(extra[extra.index("--runs-dir") + 1] if "--runs-dir" in extra else "runs")
+        self.processes: list[subprocess.Popen] = []
+
+    @property
+    def home(self) -> Path:
+        return self.folder / self.runs / self.name
+
+    def start(self, arguments: list[str] | None = None, program: list[str] | None = None) -> None:
+        arguments = arguments or ["small.yaml", "--name", self.name, "--iterations", str(ITERATIONS), *self.extra]
+        command = [sys.executable, *(program or self.program), *arguments]
+        self.logs = [self.folder / f"{self.name}-{rank}.log" for rank in range(COUNT)]
+        self.processes = [
+            subprocess.Popen(command, cwd=self.folder, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+            for env, log in zip(environments(COUNT), self.logs, strict=True)
+        ]
+
+    def wait_for(self, iteration: int) -> None:
+        """Until the metrics of `iteration` are written, or the run has ended."""
+        while self.reached() < iteration and all(process.poll() is None for process in self.processes):
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 120) -> list[int]:
+        """Exit statuses; what has not ended is killed: after the first one that failed it gets ten seconds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+            if any(process.poll() for process in self.processes):
+                deadline = min(deadline, time.monotonic() + 10)
+            time.sleep(0.1)
+        for process in self.processes:
             process.kill()
             process.wait()
-    return [process.returncode for process in processes]
+        return [process.returncode for process in self.processes]
+
+    def reached(self) -> int:
+        """Iterations in the metrics."""
+        path = self.home / "metrics.jsonl"
+        return len(read_metrics(path)) if path.is_file() else 0
+
+    def said(self, pattern: str = r"^error: (.*)") -> str:
+        """The first line of a log that fits `pattern`, without this machine's folders."""
+        for log in self.logs:
+            found = re.search(pattern, log.read_text(), re.MULTILINE)
+            if found:
+                return found[1].replace(f"{self.folder}/", "").strip()
+        return ""
+
+    def resume(self) -> tuple[int | None, list[int], str]:
+        """Goes on; the iteration it went on from, exit statuses, and what it passed over."""
+        self.start(["--resume", str(self.runs / self.name)], ["-m", "dgpo_fast.train"])
+        statuses = self.end()
+        after = self.said(r"resuming after iteration (\d+)")
+        return (int(after) if after else None), statuses, self.said(r"^(passed over .*)")
+
+    def outcome(self, fault: str, line: str | None = None, resume: bool = True) -> Outcome:
+        """Waits for the end, resumes, and says what happened; `line` is what the run should have said in its log."""
+        statuses = self.end()
+        said, reached = self.said(line) if line else self.said(), self.reached()
+        after, resumed, passed_over = self.resume() if resume else (None, [], "")
+        lines = read_metrics(self.home / "metrics.jsonl") if (self.home / "metrics.jsonl").is_file() else []
+        return Outcome(
+            fault, statuses, passed_over or said, reached, after, resumed, self.reached(),
+            sum(line["groups_dropped_count"] for line in lines),
+            sum(line.get("steps_skipped_count", 0) for line in lines),
+        )  # fmt: skip
 
 
-def kill_once(folder: Path, count: int, iterations: int, rng: random.Random) -> dict:
-    """Starts or resumes the run, kills one process at a random moment after training began, and looks at the disk."""
-    run = folder / "runs/killed"
-    resumed = (run / "config.yaml").exists() and any((run / "checkpoints").glob("iteration-*"))
-    if not resumed:
-        shutil.rmtree(run, ignore_errors=True)
-    arguments = ["--resume", "runs/killed"] if resumed else ["small.yaml", "--name", "killed"]
-    processes = start(folder, count, [*arguments, "--iterations", str(iterations)])
-    checkpoints = run / "checkpoints"
-    before = newest(checkpoints)
-    while all(process.poll() is None for process in processes) and newest(checkpoints) <= before:
-        time.sleep(0.02)
-    time.sleep(rng.uniform(0, 1.5))
-    victim = rng.randrange(count)
-    processes[victim].kill()
-    statuses = wait(processes, 60)
-    iteration, passed_over = -1, ["no checkpoint yet"]
-    if checkpoints.is_dir():
+def nan_reward(folder: Path) -> Outcome:
+    run = Run(folder, "nan-reward", ["--rewards", "benchmarks.faults:NaNReward"])
+    run.start()
+    return run.outcome("a reward is NaN", r"(group dropped: .*)", resume=False)
+
+
+def nan_gradient(folder: Path) -> Outcome:
+    run = Run(folder, "nan-gradient", [], [str(Path(__file__)), "--nan-gradient"])
+    run.start()
+    return run.outcome("a NaN in one process's gradient", r"(the gradient is not finite.*)", resume=False)
+
+
+def hung_reward(folder: Path) -> Outcome:
+    (folder / "hang").touch()
+    run = Run(folder, "hung", ["--rewards", "benchmarks.faults:HungReward", "--reward-deadline-s", "5"])
+    run.start()
+    run.end()
+    (folder / "hang").unlink()
+    return run.outcome("a reward hangs")
+
+
+def paused(folder: Path) -> Outcome:
+    run = Run(folder, "paused", ["--distributed.timeout-s", "15"])
+    run.start()
+    run.wait_for(3)
+    run.processes[1].send_signal(signal.SIGSTOP)
+    return run.outcome("a process stops (SIGSTOP) for longer than `distributed.timeout_s`")
+
+
+def full_disk(folder: Path) -> Outcome:
+    with small_disk(folder / "disk", "size=4m"):
+        run = Run(folder, "full", ["--runs-dir", "disk"])
+        run.start()
+        run.wait_for(3)
+        fill = folder / "disk/fill"
         try:
-            state, passed_over = load_newest(checkpoints)
-            iteration = state.iteration
-        except UserError as error:
-            passed_over = [str(error)]
-    half_written = len(list(checkpoints.glob(".iteration-*")))
-    return {"victim": victim, "statuses": statuses, "resumes_after": iteration, "passed_over": passed_over,
-            "half_written": half_written}  # fmt: skip
+            with fill.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)) == 4096:
+                    pass
+        except OSError:
+            pass  # full, as it should be
+        run.end()
+        fill.unlink()
+        return run.outcome("the disk is full")
 
 
-def newest(checkpoints: Path) -> int:
-    """Number of the newest checkpoint, -1 without one."""
-    return max((int(path.name[-6:]) for path in checkpoints.glob("iteration-*")), default=-1)
+def read_only(folder: Path) -> Outcome:
+    with small_disk(folder / "sealed", "size=1m,ro"):
+        run = Run(folder, "read-only", ["--runs-dir", "sealed"])
+        run.start()
+        return run.outcome("the folder cannot be written", resume=False)
 
 
-def comparable(run: Path) -> list[dict]:
-    """The metrics that do not depend on the clock."""
-    keep = lambda name, value: not name.endswith(CLOCK) and not isinstance(value, list) and name != "imbalance"  # noqa: E731
-    return [
-        {name: value for name, value in line.items() if keep(name, value)}
-        for line in read_metrics(run / "metrics.jsonl")
-    ]
+def damaged(folder: Path, name: str, fault: str, damage: Callable[[bytes], bytes]) -> Outcome:
+    run = Run(folder, name, [])
+    run.start()
+    run.wait_for(5)
+    for process in run.processes:
+        process.kill()
+    run.end()
+    newest = max((run.home / "checkpoints").glob("iteration-*")) / "state.safetensors"
+    newest.write_bytes(damage(newest.read_bytes()))
+    return run.outcome(fault)
+
+
+def truncated(folder: Path) -> Outcome:
+    return damaged(folder, "truncated", "both processes are killed, and the newest checkpoint is cut in half",
+                   lambda content: content[: len(content) // 2])  # fmt: skip
+
+
+def bit_flipped(folder: Path) -> Outcome:
+    return damaged(folder, "flipped", "both processes are killed, and a bit of the newest checkpoint is flipped",
+                   lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])  # fmt: skip
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[None]:
+    """A tmpfs at `folder`."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+FAULTS = (nan_reward, nan_gradient, full_disk, read_only, truncated, bit_flipped, hung_reward, paused)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """In Markdown."""
+    rows = ["| fault | exit | what was said | what happened | lost |", "| --- | --- | --- | --- | --- |"]
+    for o in outcomes:
+        statuses = ", ".join(map(str, o.statuses))
+        rows.append(f"| {o.fault} | {statuses} | {o.line.replace('|', '/')} | {o.happened} | {o.lost} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", choices=[fault.__name__ for fault in FAULTS], nargs="*")
     args = parser.parse_args()
-    rng, iterations = random.Random(args.seed), 4 * args.kills + 4
+    outcomes = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "pipeline").mkdir()
         save_random_pipeline(folder / "pipeline")
         make_workspace(folder, folder / "pipeline")
         with (folder / "small.yaml").open("a") as file:
-            file.write("checkpoint: {every: 1, keep: 3}\n")
-        kills = []
-        for number in range(args.kills):
-            kills.append(kill_once(folder, args.processes, iterations, rng))
-            print(f"kill {number + 1}/{args.kills}: {json.dumps(kills[-1])}", flush=True)
-        # However far the kills let it come, both runs end at the same iteration.
-        last = kills[-1]["resumes_after"] + 2
-        ends = [wait(start(folder, args.processes, [*how, "--iterations", str(last)]), 3600)
-                for how in (["--resume", "runs/killed"], ["small.yaml", "--name", "undisturbed"])]  # fmt: skip
-        same = comparable(folder / "runs/killed") == comparable(folder / "runs/undisturbed")
-        broken = sum(kill["resumes_after"] < 0 for kill in kills)
-        report = {"processes": args.processes, "kills": kills, "iterations": last, "final_statuses": ends,
-                  "metrics_equal_undisturbed": same, "kills_without_a_valid_checkpoint": broken}  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, report)
-    verdict = "equal" if same else "DIFFER FROM"
-    print(f"{args.kills} kills of one of {args.processes} processes, {last} iterations: metrics {verdict} an "
-          f"undisturbed run's; {broken} kills left no valid checkpoint")  # fmt: skip
-    if not same or broken:
-        raise SystemExit(1)
+            file.write("checkpoint: {every: 2, keep: 3}\n")
+        for fault in FAULTS:
+            if not args.only or fault.__name__ in args.only:
+                outcomes.append(fault(folder))
+                print(json.dumps(asdict(outcomes[-1])), flush=True)
+    if not args.only:
+        write_json(RESULTS, {"processes": COUNT, "iterations": ITERATIONS, "faults": [asdict(o) for o in outcomes]})
+        before, after = (
+            part.split(mark)[i] for part, mark, i in zip([PAGE.read_text()] * 2, MARKS, (0, 1), strict=True)
+        )
+        PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(outcomes)}\n\n{MARKS[1]}{after}")
+    print(table(outcomes))
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--nan-gradient"]:
+        raise SystemExit(train_with_nan_gradient(sys.argv[2:]))
     main()
