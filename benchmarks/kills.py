@@ -1,93 +1,143 @@
-"""Kills a run of several processes at random moments, resumes it each time, and compares its end with another's.
+"""Kills a run of several processes again and again, resumes it each time, and compares its end with another run's.
 
-    python benchmarks/kills.py --kills 50 --processes 2
+    python -m benchmarks.kills --kills 50 --processes 2
 
-Every checkpoint folder that a kill leaves is read: the newest valid one is what `--resume` takes, and it must be whole.
-Writes `benchmarks/results/cpu/kills.json`. Runs on CPU processes joined by gloo.
+Every second kill (SIGKILL) hits a random process at a random moment, from its start on; the others hit process 0 while
+it writes a checkpoint. After each, the folder is looked at: the newest valid checkpoint is what `--resume` takes, and
+none that has a checkpoint's name may be broken. Writes `benchmarks/results/cpu/kills.json` and a sentence in
+`docs/scaling.md`.
+
+The processes are forked from one that has imported everything, so that 50 of them take minutes.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks.disturbed import comparable, workspace
+from benchmarks.pages import replace_part
 from dgpo_fast.checkpoint import load_newest
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import read_metrics, write_json
-from tests.distributed_runs import make_workspace
-from tests.pipelines import save_random_pipeline
+from dgpo_fast.metrics import write_json
 from tests.processes import environments
 
 RESULTS = Path(__file__).parent / "results/cpu/kills.json"
-CLOCK = ("_s", "_mib", "tflops", "mfu")
+SETTINGS = "checkpoint: {every: 1, keep: 3}\n"
+LONGEST_S = 4.0
+"""A random moment comes at most so long after the start: a few iterations after training has begun."""
+WRITING_S = 0.01
+"""And that in a save so long after its folder was made."""
+END_S = 30
+Processes = list[ForkServerProcess]
 
 
-def start(folder: Path, count: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """The processes of one run, as torchrun would start them."""
-    command = [sys.executable, "-m", "dgpo_fast.train", *arguments]
-    log = (folder / "log.txt").open("ab")
-    return [subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log) for env in environments(count)]
+def train_as(environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
+    """What each process runs."""
+    from dgpo_fast.cli import run_command
+    from dgpo_fast.train import train
+
+    os.environ.update(environment)
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["train", *arguments]
+    status = run_command(train)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # as the command ends
 
 
-def wait(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+class Victim:
+    """The run that is killed.
+
+    Args:
+        folder: the workspace.
+        count: its processes.
+        rng: chooses moments and processes.
+    """
+
+    def __init__(self, folder: Path, count: int, rng: random.Random):
+        self.folder, self.count, self.rng = folder, count, rng
+        self.home = folder / "runs/killed"
+        self.checkpoints = self.home / "checkpoints"
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["dgpo_fast.train", "dgpo_fast.trainer", "tests.distributed_runs"])
+
+    def start(self, *arguments: str) -> Processes:
+        """The processes of a run."""
+        processes = [
+            self.context.Process(target=train_as, args=(environment, self.folder, list(arguments)))
+            for environment in environments(self.count)
+        ]
+        for process in processes:
+            process.start()
+        return processes
+
+    def start_or_resume(self, iterations: int) -> Processes:
+        """Goes on; begins again where nothing was saved yet."""
+        if any(self.checkpoints.glob("iteration-*")):
+            return self.start("--resume", "runs/killed", "--iterations", str(iterations))
+        shutil.rmtree(self.home, ignore_errors=True)
+        return self.start("small.yaml", "--name", "killed", "--iterations", str(iterations))
+
+    def kill(self, iterations: int, *, saving: bool) -> dict[str, Any]:
+        """Starts, kills, and looks at what is left."""
+        began, had = time.monotonic(), self.newest()
+        processes = self.start_or_resume(iterations)
+        if saving:
+            rank = 0
+            self._wait_for_a_save(processes, had)
+            time.sleep(self.rng.uniform(0, WRITING_S))
+        else:
+            rank = self.rng.randrange(self.count)
+            time.sleep(self.rng.uniform(0, LONGEST_S))
+        processes[rank].kill()
+        after_s = time.monotonic() - began
+        statuses = end(processes)
+        return {"process": rank, "saving": saving, "after_s": after_s, "statuses": statuses, **self.left(had)}
+
+    def _wait_for_a_save(self, processes: Processes, had: int) -> None:
+        """Until the folder of a checkpoint is being filled that is newer than the one that the run goes on from."""
+        while all(process.is_alive() for process in processes):
+            staged = [path.name for path in self.checkpoints.glob(".iteration-??????")]
+            if any(int(name[-6:]) > had + 1 for name in staged):
+                return
+            time.sleep(0.001)
+
+    def left(self, had: int) -> dict[str, Any]:
+        """What a kill left on the disk, where there was the checkpoint `had` before, -1 for none."""
+        half_written = len(list(self.checkpoints.glob(".iteration-*")))
+        names = [path.name for path in self.checkpoints.glob("iteration-*")]
+        try:
+            state, passed_over = load_newest(self.checkpoints)
+        except UserError as error:
+            broken = [str(error)] if names or had >= 0 else []
+            return {"half_written": half_written, "resumes_after": -1, "broken": broken}
+        return {"half_written": half_written, "resumes_after": state.iteration, "broken": passed_over}
+
+    def newest(self) -> int:
+        """Iteration of the newest checkpoint, -1 without one."""
+        return max((int(path.name[-6:]) for path in self.checkpoints.glob("iteration-*")), default=-1)
+
+
+def end(processes: Processes, seconds: float = END_S) -> list[int | None]:
     """Exit statuses; what is left after `seconds` is killed, as torchrun does."""
     deadline = time.monotonic() + seconds
     for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return [process.returncode for process in processes]
-
-
-def kill_once(folder: Path, count: int, iterations: int, rng: random.Random) -> dict:
-    """Starts or resumes the run, kills one process at a random moment after training began, and looks at the disk."""
-    run = folder / "runs/killed"
-    resumed = (run / "config.yaml").exists() and any((run / "checkpoints").glob("iteration-*"))
-    if not resumed:
-        shutil.rmtree(run, ignore_errors=True)
-    arguments = ["--resume", "runs/killed"] if resumed else ["small.yaml", "--name", "killed"]
-    processes = start(folder, count, [*arguments, "--iterations", str(iterations)])
-    checkpoints = run / "checkpoints"
-    before = newest(checkpoints)
-    while all(process.poll() is None for process in processes) and newest(checkpoints) <= before:
-        time.sleep(0.02)
-    time.sleep(rng.uniform(0, 1.5))
-    victim = rng.randrange(count)
-    processes[victim].kill()
-    statuses = wait(processes, 60)
-    iteration, passed_over = -1, ["no checkpoint yet"]
-    if checkpoints.is_dir():
-        try:
-            state, passed_over = load_newest(checkpoints)
-            iteration = state.iteration
-        except UserError as error:
-            passed_over = [str(error)]
-    half_written = len(list(checkpoints.glob(".iteration-*")))
-    return {"victim": victim, "statuses": statuses, "resumes_after": iteration, "passed_over": passed_over,
-            "half_written": half_written}  # fmt: skip
-
-
-def newest(checkpoints: Path) -> int:
-    """Number of the newest checkpoint, -1 without one."""
-    return max((int(path.name[-6:]) for path in checkpoints.glob("iteration-*")), default=-1)
-
-
-def comparable(run: Path) -> list[dict]:
-    """The metrics that do not depend on the clock."""
-    keep = lambda name, value: not name.endswith(CLOCK) and not isinstance(value, list) and name != "imbalance"  # noqa: E731
-    return [
-        {name: value for name, value in line.items() if keep(name, value)}
-        for line in read_metrics(run / "metrics.jsonl")
-    ]
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def main() -> None:
@@ -97,33 +147,55 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    rng, iterations = random.Random(args.seed), 4 * args.kills + 4
+    began, kills = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "pipeline").mkdir()
-        save_random_pipeline(folder / "pipeline")
-        make_workspace(folder, folder / "pipeline")
-        with (folder / "small.yaml").open("a") as file:
-            file.write("checkpoint: {every: 1, keep: 3}\n")
-        kills = []
+        folder = workspace(Path(scratch) / "runs", SETTINGS)
+        victim = Victim(folder, args.processes, random.Random(args.seed))
         for number in range(args.kills):
-            kills.append(kill_once(folder, args.processes, iterations, rng))
+            kills.append(victim.kill(100 * args.kills, saving=number % 2 == 1))
             print(f"kill {number + 1}/{args.kills}: {json.dumps(kills[-1])}", flush=True)
         # However far the kills let it come, both runs end at the same iteration.
         last = kills[-1]["resumes_after"] + 2
-        ends = [wait(start(folder, args.processes, [*how, "--iterations", str(last)]), 3600)
-                for how in (["--resume", "runs/killed"], ["small.yaml", "--name", "undisturbed"])]  # fmt: skip
-        same = comparable(folder / "runs/killed") == comparable(folder / "runs/undisturbed")
-        broken = sum(kill["resumes_after"] < 0 for kill in kills)
-        report = {"processes": args.processes, "kills": kills, "iterations": last, "final_statuses": ends,
-                  "metrics_equal_undisturbed": same, "kills_without_a_valid_checkpoint": broken}  # fmt: skip
+        statuses = end(victim.start_or_resume(last), 3600)
+        statuses += end(victim.start("small.yaml", "--name", "undisturbed", "--iterations", str(last)), 3600)
+        same = comparable(victim.home) == comparable(folder / "runs/undisturbed")
+        if any(statuses):
+            print((folder / "log.txt").read_text()[-2000:], file=sys.stderr)
+    broken = sum(bool(kill["broken"]) for kill in kills)
+    report = {
+        "processes": args.processes, "seed": args.seed, "wall_s": time.monotonic() - began, "iterations": last,
+        "kills_while_saving": sum(kill["half_written"] > 0 for kill in kills), "kills_with_a_broken_checkpoint": broken,
+        "final_statuses": statuses, "metrics_equal_undisturbed": same, "kills": kills,
+    }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, report)
-    verdict = "equal" if same else "DIFFER FROM"
-    print(f"{args.kills} kills of one of {args.processes} processes, {last} iterations: metrics {verdict} an "
-          f"undisturbed run's; {broken} kills left no valid checkpoint")  # fmt: skip
-    if not same or broken:
+    if args.out == RESULTS:
+        replace_part("kills", text(report))
+    print(text(report))
+    if not as_documented(report):
         raise SystemExit(1)
+
+
+def written() -> dict[str, Any]:
+    """The report in the file."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def as_documented(report: dict[str, Any]) -> bool:
+    """Whether the kills changed nothing."""
+    broken = report["kills_with_a_broken_checkpoint"]
+    return report["metrics_equal_undisturbed"] and not broken and not any(report["final_statuses"])
+
+
+def text(report: dict[str, Any]) -> str:
+    """One sentence."""
+    equal = "equal those" if report["metrics_equal_undisturbed"] else "DIFFER from those"
+    return (
+        f"{len(report['kills'])} kills of one of {report['processes']} processes, {report['kills_while_saving']} of "
+        f"them with a checkpoint half written: {report['kills_with_a_broken_checkpoint']} left a broken checkpoint "
+        f"under a checkpoint's name, and the metrics of all {report['iterations']} iterations {equal} of a run that "
+        "was not killed."
+    )
 
 
 if __name__ == "__main__":

@@ -35,12 +35,22 @@ class Cost:
     fraction: float
 
 
+@dataclass(frozen=True)
+class Link:
+    """What connects neighbours in a ring: bytes a second in one direction, and seconds of one message."""
+
+    bytes_per_s: float
+    latency_s: float
+
+    def all_reduce_s(self, size: float, count: int) -> float:
+        """Seconds of a ring all-reduce of `size` bytes over `count`: 2(n − 1)/n of them, in 2(n − 1) messages."""
+        return 0.0 if count == 1 else 2 * (count - 1) * (size / count / self.bytes_per_s + self.latency_s)
+
+
 def all_reduce_s(size: float, gpus: int) -> float:
-    """Seconds of a ring all-reduce of `size` bytes: 2(n − 1)/n of them over the slowest link, in 2(n − 1) messages."""
-    if gpus == 1:
-        return 0.0
+    """The same over the slowest link between so many GPUs."""
     bandwidth = NVLINK_BYTES_PER_S if gpus <= GPUS_PER_NODE else INFINIBAND_BYTES_PER_S
-    return 2 * (gpus - 1) * (size / gpus / bandwidth + STEP_LATENCY_S)
+    return Link(bandwidth, STEP_LATENCY_S).all_reduce_s(size, gpus)
 
 
 def iteration_cost(parameters: float, gpus: int, samples_per_gpu: int = SAMPLES_PER_GPU) -> Cost:

@@ -1,5 +1,6 @@
 """The documents say what the code does."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pages import part
 from dgpo_fast.cli import configure, take_option
 from dgpo_fast.compare.report import with_parts
 from dgpo_fast.config import setting_names
@@ -124,3 +126,11 @@ def test_the_comparison_shows_its_results() -> None:
         assert with_parts(document, results) == text
     else:
         assert not re.search(r"-->\s*\S.*?<!-- end", text), "no results without their files"
+
+
+@pytest.mark.parametrize("script", ["faults", "nodes", "kills"])
+def test_the_faults_are_those_of_the_files(script: str) -> None:
+    """The parts of docs/scaling.md that `python -m benchmarks.faults`, `nodes` and `kills` wrote; all ended well."""
+    module = importlib.import_module(f"benchmarks.{script}")
+    assert part(script) == module.text(module.written())
+    assert module.as_documented(module.written())

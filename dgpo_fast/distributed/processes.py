@@ -9,6 +9,7 @@ Small values travel as JSON, not as pickles: what another machine sends is data.
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -172,7 +173,7 @@ class Processes:
             if not (counted or isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             seconds = time.perf_counter() - start
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = _reason(error)
             raise LostError(
                 f"process {self.rank} of {self.count} on {socket.gethostname()} waited {seconds:.0f} s for {what} and "
                 f"lost the others ({reason}): a process ended, hangs, or was cut off; see its own message, and --resume"
@@ -210,12 +211,18 @@ def connect(timeout_s: float = 600.0) -> Processes:
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(error)
         raise UserError(
             f"process {rank} of {count} could not meet the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({reason}): check the address and that all processes were started"
         ) from None
     return Processes(rank, count, local_rank, timeout_s, _integer("LOCAL_WORLD_SIZE", count))
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a message of gloo or NCCL, without the line of the source that it begins with."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[/\S*\]\s*", "", first).split(". ")[0][:160]
 
 
 def _integer(name: str, default: int) -> int:
