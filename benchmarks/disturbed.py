@@ -17,6 +17,8 @@ from tests.processes import environments
 
 TRAIN = ["-m", "dgpo_fast.train"]
 CLOCK = ("_s", "_mib", "tflops", "mfu")
+ENGINE = "engine: {compile: 'off', attention: native, linear: torch}\n"
+"""What costs nothing to start: these runs are short, and start often."""
 END_S = 15
 """Seconds that a process has to end after another one has, before it is killed, as torchrun does."""
 
@@ -27,7 +29,7 @@ def workspace(folder: Path, extra: str) -> Path:
     save_random_pipeline(folder / "pipeline")
     make_workspace(folder, folder / "pipeline")
     with (folder / "small.yaml").open("a") as file:
-        file.write(extra)
+        file.write(ENGINE + extra)
     return folder
 
 

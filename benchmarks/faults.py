@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-from benchmarks.disturbed import Run, comparable, workspace
+from benchmarks.disturbed import TRAIN, Run, comparable, workspace
 from benchmarks.pages import replace_part
 from dgpo_fast.metrics import read_metrics, write_json
 from tests.distributed_runs import Brightness
@@ -232,6 +233,17 @@ def killed(folder: Path) -> Outcome:
     return outcome("a process is killed (SIGKILL)", run)
 
 
+def killed_under_torchrun(folder: Path) -> Outcome:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", *TRAIN]
+    run = Run(folder, "torchrun", ["--iterations", str(ITERATIONS)], torchrun, count=1)
+    run.start()
+    run.wait_for(5)
+    workers = psutil.Process(run.processes[0].pid).children(recursive=True)
+    next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+    what = "a process is killed under `torchrun --max-restarts 1`"
+    return outcome(what, run, r"(resuming after iteration \d+)", resume=False)
+
+
 def terminated(folder: Path) -> Outcome:
     run = started(folder, "terminated", until=3)
     run.signal(1, signal.SIGTERM)
@@ -319,8 +331,8 @@ def fill(path: Path) -> None:
 
 
 FAULTS = (
-    nan_reward, nan_gradient, flipped_weight, hung_reward, hung_worker, killed, terminated, paused, paused_too_long,
-    full_disk, unwritable, vanished, truncated, bit_flipped, resumed_twice,
+    nan_reward, nan_gradient, flipped_weight, hung_reward, hung_worker, killed, killed_under_torchrun, terminated,
+    paused, paused_too_long, full_disk, unwritable, vanished, truncated, bit_flipped, resumed_twice,
 )  # fmt: skip
 
 

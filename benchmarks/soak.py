@@ -5,7 +5,7 @@
 The recipe's run goes on for so many minutes with a checkpoint about every minute, and is sampled from outside every few
 seconds, its child processes included. A straight line is fitted to each series after a warm-up; its slope's standard
 error comes from the means of blocks, since neighbouring samples are not independent. A series is flat where the slope
-is within two standard errors of 0, or where it makes less than 1 % of the mean over the whole run.
+is within three standard errors of 0, or where it makes less than 1 % of the mean over the whole run.
 
 Writes `benchmarks/results/cpu/NAME.json` and `NAME.png`. Ends with status 1 where something grows.
 """
@@ -68,7 +68,7 @@ class Line:
     @property
     def flat(self) -> bool:
         """Whether nothing grows."""
-        return abs(self.slope_per_hour) <= 2 * self.standard_error_per_hour or abs(self.change) < SMALL
+        return abs(self.slope_per_hour) <= 3 * self.standard_error_per_hour or abs(self.change) < SMALL
 
 
 def fit(hours: Sequence[float], values: Sequence[float]) -> Line:

@@ -138,7 +138,7 @@ class Start:
 
 
 def read_start(args: list[str]) -> Start:
-    """What `args` ask for; under torchrun's restarts, to go on with the run that was begun before."""
+    """What `args` ask for; where torchrun starts a run again, to go on with it."""
     args = list(args)
     resume = take_option(args, "resume")
     if resume:
@@ -151,6 +151,7 @@ def read_start(args: list[str]) -> Start:
     if begun is None:
         return Start(config, new_folder(config), False)
     if not has_checkpoints(begun):
+        FolderLock(begun).release()  # raises where a process is at work in it
         shutil.rmtree(begun)  # it ended before its first checkpoint: there is nothing to go on from
         return Start(config, begun, False)
     return Start(resumed_config(begun, []), begun, True)
@@ -175,13 +176,28 @@ def launcher_id() -> str | None:
 
 
 def begun_before(config: Config) -> Path | None:
-    """The folder of the run that this torchrun began before it restarted its processes."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    """The folder of the run that this torchrun began before it restarted its processes.
+
+    Or that an earlier torchrun began with the same `--rdzv-id`, `--name` and settings, as where a cluster's manager
+    starts a job again.
+    """
+    launcher = launcher_id()
+    if launcher is None:
         return None
+    restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
     for path in Path(config.runs_dir).glob(f"*/{LOCK}"):
-        if read_lock(path.parent).get("launcher") == launcher_id():
-            return path.parent
+        folder = path.parent
+        if read_lock(folder).get("launcher") == launcher and (restarted or is_same_job(config, folder)):
+            return folder
     return None
+
+
+def is_same_job(config: Config, folder: Path) -> bool:
+    """Whether `config` is what the run in `folder` began with, its name included."""
+    if config.name != folder.name or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
+        return False
+    begun = flat(resolve(Config(), read_yaml(folder / "config.yaml"), str(folder)))
+    return all(value in (begun[name], "auto") for name, value in flat(config).items())
 
 
 def shared_start(start: Start | None, processes: Any) -> tuple[Config, Path, bool]:
