@@ -277,6 +277,8 @@ class Engine:
     """On a GPU, decode and score one batch of a rollout while the next one is drawn."""
     batch_timesteps: bool = True
     """Predict with the reference and with θ_old for all training timesteps at once, in full batches."""
+    keep_memory: bool = True
+    """On a CPU, keep up to a GiB of freed memory for the next tensors, where the C library can (glibc)."""
     skip_equal_groups: bool = True
     """Leave out what a group of equal rewards adds nothing to the gradient by."""
     checkpointing: Literal["none", "selective", "blocks"] = "none"

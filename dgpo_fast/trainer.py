@@ -82,8 +82,8 @@ class Trainer:
         self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"), shards)
         self.config = config = self.memory.measure(config, self.models)
         self.encoder = make_prompt_encoder(self.pipeline, config, self.console.note)
-        self.encoder([""])  # finds text encoders that cannot be loaded
-        self.engine = Engine(config, self.models, self.pipeline, self.console.note)
+        text_tokens = self.encoder([""]).prompt.shape[1]  # finds text encoders that cannot be loaded
+        self.engine = Engine(config, self.models, self.pipeline, text_tokens, self.console.note)
         self.engine.adopt(processes.broadcast(self.engine.measured(), "the engine's choices"))
         self.sampler = self._make_sampler(self.engine.rollout_transformer)
         self.eval_sampler = self._make_sampler(self.models.behaviour)
@@ -245,7 +245,7 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One iteration: draws and scores the groups, takes the optimizer's steps, moves the averages; logs and returns
         what it logged."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         if self.writer is not None:
             self.writer.check()
         try:
@@ -260,6 +260,7 @@ class Trainer:
         self._compare_processes()
         seconds = time.perf_counter() - started
         metrics |= {"iteration_s": seconds, "images_per_s": metrics["images_count"] / seconds}
+        metrics["cpu_s"] = time.process_time() - cpu_started
         metrics |= self.work.rates(seconds)
         if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
             metrics |= self._heldout()

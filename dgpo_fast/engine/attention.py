@@ -113,9 +113,13 @@ def attend(backend: AttentionBackendName | None, query: Tensor, key: Tensor, val
     """softmax(q·kᵀ/√D)·v of (B, S, H, D) tensors; None writes the products out."""
     if backend is not None:
         return dispatch_attention_fn(query, key, value, backend=backend)
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
-    return (weights @ value).transpose(1, 2)
+    batch, _, heads, width = query.shape
+    # Rows in order for each head: torch.matmul would copy its arguments, some of them more than once.
+    query, key, value = (
+        tensor.transpose(1, 2).reshape(batch * heads, -1, width) for tensor in (query * width**-0.5, key, value)
+    )
+    weights = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
+    return torch.bmm(weights, value).unflatten(0, (batch, heads)).transpose(1, 2)
 
 
 def attention_shapes(

@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from dgpo_fast.config import Config
+from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.engine.choices import Situation, choose
@@ -34,17 +35,20 @@ class Engine:
         config: the run's settings.
         models: base, policy and behaviour, not yet used.
         pipeline: theirs; it stays as it is.
+        text_tokens: of an encoded prompt.
         note: told in one line what is found out later.
 
     Raises UserError where a setting cannot be had on this device.
     """
 
     def __init__(
-        self, config: Config, models: PolicyModels, pipeline: StableDiffusion3Pipeline, note: Callable[[str], None]
-    ):
+        self, config: Config, models: PolicyModels, pipeline: StableDiffusion3Pipeline, text_tokens: int,
+        note: Callable[[str], None],
+    ):  # fmt: skip
         self.config, self.models = config, models
+        if config.engine.keep_memory and models.device.type == "cpu":
+            keep_freed_memory()
         latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
-        text_tokens = pipeline.tokenizer_max_length + config.rollout.max_sequence_length
         self.choices, self.reasons = choose(config.engine, _situation(config, models, latent, text_tokens))
         self._apply()
         self.rollout_transformer = self._float8() if config.engine.rollout_precision == "fp8" else models.behaviour

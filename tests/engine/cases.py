@@ -65,8 +65,9 @@ class EngineCase:
             for weight in self.models.weights.values():
                 weight.grad_dtype = dtype
         self.notes: list[str] = []
-        self.engine = RunEngine(config, self.models, self.pipeline, self.notes.append)
         self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
+        text_tokens = self.encoder([""]).prompt.shape[1]
+        self.engine = RunEngine(config, self.models, self.pipeline, text_tokens, self.notes.append)
         self.schedule = make_schedule("dpmpp_2m", 4, 3.0).to(device)
         rollout = config.rollout
         self.sampler = Sampler(
