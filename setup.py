@@ -47,7 +47,13 @@ setup(
         "tyro>=1.0",
     ],
     extras_require={
-        "gpu": ["triton>=3.5", "xformers", "bitsandbytes>=0.50", "nvidia-ml-py>=12"],
+        "gpu": [
+            "triton>=3.5; platform_system == 'Linux'",
+            "xformers>=0.0.35; platform_system == 'Linux'",  # earlier ones are for one version of torch each
+            "bitsandbytes>=0.50",
+            "nvidia-ml-py>=12",
+        ],
+        "fp8": ["torchao>=0.15"],
         "ocr": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
         "log": ["tensorboard>=2.17", "wandb>=0.18"],
         "test": TEST,

@@ -56,7 +56,7 @@ def test_evaluation_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
 def test_settings_named_in_the_docs_exist() -> None:
     names = set(setting_names())
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for group, field in re.findall(r"`(rollout|dgpo|policy|optimizer|ema|evaluation|checkpoint)\.(\w+)`",
+        for group, field in re.findall(r"`(rollout|dgpo|policy|engine|optimizer|ema|evaluation|checkpoint)\.(\w+)`",
                                        path.read_text(encoding="utf-8")):  # fmt: skip
             assert field in ("py", "yaml") or f"{group}.{field}" in names, f"{path.name}: {group}.{field}"
 
@@ -116,6 +116,18 @@ def test_the_model_of_communication_is_the_script_s() -> None:
     """Made by `python benchmarks/scaling.py`."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/scaling.py")], capture_output=True, text=True)
     assert done.stdout and done.stdout in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_speed_are_those_of_the_results() -> None:
+    """Made by `python benchmarks/throughput.py tables`."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks.throughput_tables import with_tables
+    finally:
+        sys.path.remove(str(ROOT))
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert text.count("<!-- throughput") >= 6
+    assert with_tables(text, ROOT / "benchmarks/results") == text
 
 
 def test_the_comparison_shows_its_results() -> None:

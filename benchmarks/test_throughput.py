@@ -1,0 +1,49 @@
+"""Parts of an iteration of the shipped pipeline: ``pytest benchmarks/test_throughput.py --benchmark-only``.
+
+`throughput.py` measures the same in turns and against compiled baselines, and is what results come from.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.baselines import Brightness  # noqa: E402
+from benchmarks.throughput import FIRST, OURS, Bench, Comparison, Ours  # noqa: E402
+from dgpo_fast.cli import configure  # noqa: E402
+
+
+@cache
+def comparison() -> Comparison:
+    """B and ours on one group of sixteen images, without torch.compile."""
+    bench = Bench("cpu", groups=1, rounds=1, minutes=1, only=[], path=Path(), systems=["B"],
+                  settings=["--engine.compile", "off"])  # fmt: skip
+    return Comparison(Ours(configure(bench.arguments(FIRST)), bench.device), bench)
+
+
+def actions(name: str) -> dict[str, Callable[[], Any]]:
+    found = comparison()
+    with found._built(["B", OURS]):
+        system, inputs = found.systems[name], found.ours.inputs(0, groups=1)
+    return {
+        "decode": lambda: system.decode(inputs.noise),
+        "iteration": lambda: system.iteration(inputs, Brightness()),
+    }
+
+
+@pytest.mark.parametrize("part", ["decode", "iteration"])
+@pytest.mark.parametrize("name", ["B", OURS])
+def test_speed(name: str, part: str, benchmark: Any) -> None:
+    benchmark.pedantic(actions(name)[part], rounds=3, warmup_rounds=1)
+
+
+def test_gradients_are_the_same() -> None:
+    """Without this, no figure above says anything."""
+    verdict = comparison().check_gradients()
+    assert verdict["same"], verdict

@@ -1,0 +1,213 @@
+"""Tables of `throughput.json`, in Markdown: what nobody measured reads "not measured"."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NOT_MEASURED = "not measured"
+SYSTEMS = {"A": "A, reference-style", "B": "B, eager", "C": "C, compiled", "ours": "ours"}
+CASES = [f"{train}, {guided}, G {size}" for train in ("LoRA", "full") for size in (16, 24)
+         for guided in ("guided", "unguided")]  # fmt: skip
+HEADLINE = CASES[0]
+FP8 = "engine.rollout_precision fp8"
+Report = Mapping[str, Any]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The results at `path`; none where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_tables(path: Path) -> None:
+    """Writes `throughput.md` beside the results at `path`."""
+    report = read_report(path)
+    path.with_suffix(".md").write_text(document(report), encoding="utf-8")
+
+
+def document(report: Report) -> str:
+    """All tables."""
+    machine = report.get("machine")
+    about = "Nothing was measured yet." if machine is None else (
+        f"{machine['name']}, {machine['dtype']}; a matmul of {machine['matmul_size']}² reached "
+        f"{machine['matmul_tflops']:.3g} TFLOP/s, a copy {machine['copy_gb_per_s']:.3g} GB/s."
+    )  # fmt: skip
+    parts = [
+        "# Throughput",
+        "Made by `python benchmarks/throughput.py`; medians, with the 20 and 80 % quantiles in brackets. "
+        "Seconds on a CPU are those that the process had of it.",
+        about,
+        "## One iteration",
+        cases_table(report),
+        "### Gradients of the same batch",
+        gradients_table(report),
+        "## What each saving is worth",
+        savings_table(report),
+        "## The default run",
+        paired_table(report),
+        "## Targets (one H200)",
+        targets_table(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def cases_table(report: Report) -> str:
+    """A row for each case and system."""
+    columns = ["case", "system", "iteration, s", "rollout, s", "train, s", "decode, ms an image", "images/s", "TFLOP/s",
+               "of the matmul rate", "of the datasheet", "memory, GiB", "first iteration, s", "over ours"]  # fmt: skip
+    rows, machine = [], report.get("machine") or {}
+    for case, row in _rows(report, "cases", CASES):
+        systems = row.get("systems", {})
+        if not systems:
+            rows.append([case, row.get("error", NOT_MEASURED), *[""] * (len(columns) - 2)])
+            continue
+        ours = systems.get("ours", {}).get("seconds", {}).get("iteration")
+        for name, title in SYSTEMS.items():
+            system = systems.get(name, {})
+            if "seconds" not in system:
+                rows.append([case, title, system.get("error", NOT_MEASURED), *[""] * (len(columns) - 3)])
+                continue
+            seconds = system["seconds"]
+            beyond = system.get("beyond_mib")
+            rows.append([
+                case, title, _spread(seconds["iteration"]), _spread(seconds["rollout"]), _spread(seconds["train"]),
+                _spread(system.get("decode_ms")), f"{system['images_per_s']:.3g}", f"{system['tflops']:.3g}",
+                _share(system["tflops"], machine.get("matmul_tflops") if machine.get("kind") == "cuda" else None),
+                _share(system["tflops"], machine.get("datasheet_tflops")),
+                NOT_MEASURED if beyond is None else f"{(system['own_mib'] + beyond) / 1024:.1f}",
+                f"{system['warmup_s']:.3g}", f"{seconds['iteration'][1] / ours[1]:.2f}×" if ours else "",
+            ])  # fmt: skip
+    return _table(columns, rows)
+
+
+def gradients_table(report: Report) -> str:
+    """How far each system's gradient is from one of higher precision, and from ours."""
+    columns = ["case", "A", "B", "C", "ours", "allowed (twice B's)", "largest difference from ours", "verdict"]
+    rows = []
+    for case, row in _rows(report, "cases", [HEADLINE]):
+        found = row.get("same_gradient") or {}
+        errors, apart = found.get("relative_error", {}), found.get("largest_difference_from_ours", {})
+        verdict = "the same" if found.get("same") else found.get("error", "NOT THE SAME: void")
+        verdict = verdict if found else NOT_MEASURED
+        rows.append([
+            case, *(_scientific(errors.get(name)) for name in SYSTEMS), _scientific(found.get("budget")),
+            _scientific(max(apart.values()) if apart else None), verdict,
+        ])  # fmt: skip
+    return _table(columns, rows)
+
+
+def savings_table(report: Report) -> str:
+    """How much longer an iteration takes with each saving alone switched off, or with something else switched on."""
+    rows = []
+    for section, word in (("savings", "off"), ("changes", "")):
+        for name, row in _rows(report, section, [section]):
+            label = f"`{name}` {word}".strip() if "." in name else f"{name} {word}".strip()
+            if "ratio" not in row:
+                rows.append([name if not row else label, row.get("error", NOT_MEASURED), "", "", ""])
+                continue
+            with_it, without = (row["seconds"][of]["iteration"] for of in ("ours", "changed"))
+            rows.append([label, _spread(with_it), _spread(without), f"{_spread(row['ratio'])}×", str(row["rounds"])])
+    return _table(["setting", "as it is, s", "changed, s", "changed over as it is", "pairs"], rows)
+
+
+def paired_table(report: Report) -> str:
+    """The default run with the savings over without."""
+    row = report.get("paired", {}).get("default run", {})
+    if "ratio" not in row:
+        return row.get("error", NOT_MEASURED)
+    rows = []
+    for key, title in (("iteration_s", "seconds"), ("iteration_cpu_s", "CPU seconds of the process")):
+        off, on = (sorted(run[key] for run in row["runs"][name]) for name in ("off", "on"))
+        found = row["ratio"][key]
+        low, high = found["interval"]
+        times = f"{found['median']:.2f}× ({low:.2f} to {high:.2f})"
+        rows.append([title, f"{off[len(off) // 2]:.2f}", f"{on[len(on) // 2]:.2f}", times, str(row["pairs"])])
+    return _table(["of an iteration", "savings off", "savings on", "off over on, 95 % interval", "pairs of runs"], rows)
+
+
+def targets_table(report: Report) -> str:
+    """First and later targets beside what was measured on a GPU at SD3.5-Medium's size."""
+    on_gpu = (report.get("machine") or {}).get("kind") == "cuda"
+    systems = report.get("cases", {}).get(HEADLINE, {}).get("systems", {}) if on_gpu else {}
+    seconds = {name: system["seconds"]["iteration"][1] for name, system in systems.items() if "seconds" in system}
+    parts = {name: {part: system[part][1] for part in ("forward_ms", "decode_ms") if part in system}
+             for name, system in systems.items()}  # fmt: skip
+
+    def over(name: str, part: str | None = None) -> float | None:
+        of = seconds if part is None else {system: found.get(part) for system, found in parts.items()}
+        theirs, ours = of.get(name), of.get("ours")
+        return theirs / ours if theirs and ours else None
+
+    decode = parts.get("ours", {}).get("decode_ms")
+    matmul = (report.get("machine") or {}).get("matmul_tflops")
+    mfu = 100 * systems["ours"]["tflops"] / matmul if "ours" in seconds else None
+    fp8 = report.get("changes", {}).get(FP8, {}).get("ratio") if on_gpu else None
+    with_fp8 = over("A")
+    rows = [
+        _target("transformer forward vs B", over("B", "forward_ms"), 1.4, 1.6, "×"),
+        _target("decode of a 512² image, ms, at most", decode, 12, 7.5, "", smaller=True),
+        _target("iteration vs A, same gradient", over("A"), 2.0, 2.5, "×"),
+        _target("iteration vs B, same gradient", over("B"), 1.5, 1.8, "×"),
+        _target("iteration vs C, same gradient", over("C"), 1.0, 1.15, "×"),
+        _target("FLOP/s of the matmul rate in the run", mfu, 56, 69, " %"),
+        _target("with fp8 rollout, inexact, vs A", with_fp8 / fp8[1] if with_fp8 and fp8 else None, 2.7, 3.3, "×"),
+    ]
+    return _table(["", "first", "then", "measured", "reached"], rows)
+
+
+def _target(
+    title: str, measured: float | None, first: float, later: float, unit: str, smaller: bool = False
+) -> list[str]:
+    if measured is None:
+        return [title, f"{first:g}{unit}", f"{later:g}{unit}", NOT_MEASURED, NOT_MEASURED]
+    reached = [measured <= goal if smaller else measured >= goal for goal in (first, later)]
+    said = "both" if reached[1] else "the first" if reached[0] else "no"
+    return [title, f"{first:g}{unit}", f"{later:g}{unit}", f"{measured:.3g}{unit}", said]
+
+
+def _rows(report: Report, section: str, expected: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What was measured, in the order of `expected`, and what of that was not."""
+    found = report.get(section, {})
+    missing = [name for name in expected if name not in found] if section == "cases" or not found else []
+    return sorted(
+        [*found.items(), *((name, {}) for name in missing)],
+        key=lambda row: expected.index(row[0]) if row[0] in expected else len(expected),
+    )
+
+
+def _spread(quantiles: Sequence[float] | None) -> str:
+    if not quantiles:
+        return NOT_MEASURED
+    low, middle, high = quantiles
+    return f"{middle:.3g} ({low:.3g}, {high:.3g})"
+
+
+def _share(value: float, whole: float | None) -> str:
+    return f"{100 * value / whole:.0f} %" if whole else ""
+
+
+def _scientific(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.1e}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES = {
+    "cases": cases_table, "gradients": gradients_table, "savings": savings_table, "paired": paired_table,
+    "targets": targets_table,
+}  # fmt: skip
+
+
+def with_tables(text: str, results: Path) -> str:
+    """A document with its tables between `<!-- throughput DEVICE TABLE -->` and `<!-- end -->` made anew."""
+
+    def table(found: re.Match[str]) -> str:
+        device, name = found[1], found[2]
+        made = TABLES[name](read_report(results / device / "throughput.json"))
+        return f"<!-- throughput {device} {name} -->\n{made}\n<!-- end -->"
+
+    return re.sub(r"<!-- throughput (\w+) (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
