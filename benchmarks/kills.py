@@ -1,13 +1,14 @@
 """Kills a run of several processes again and again, resumes it each time, and compares its end with another run's.
 
-    python -m benchmarks.kills --kills 50 --processes 2
+    python -m benchmarks.kills --kills 50 --processes 2 [--folder WORKSPACE]
 
 Every second kill (SIGKILL) hits a random process at a random moment, from its start on; the others hit process 0 while
 it writes a checkpoint. After each, the folder is looked at: the newest valid checkpoint is what `--resume` takes, and
 none that has a checkpoint's name may be broken. Writes `benchmarks/results/cpu/kills.json` and a sentence in
 `docs/scaling.md`.
 
-The processes are forked from one that has imported everything, so that 50 of them take minutes.
+The processes are forked from one that has imported everything, so that 50 of them take minutes. What is done in a
+`--folder` can be stopped (Ctrl-C) and gone on with.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -140,33 +142,44 @@ def end(processes: Processes, seconds: float = END_S) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
+def kill_and_compare(folder: Path, count: int, processes: int, seed: int) -> dict[str, Any]:
+    """The report of `count` kills."""
+    if not folder.exists():
+        workspace(folder, SETTINGS)
+    log = folder / "kills.jsonl"
+    kills = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    victim = Victim(folder, processes, random.Random(f"{seed} {len(kills)}"))
+    for number in range(len(kills), count):
+        kills.append(victim.kill(100 * count, saving=number % 2 == 1))
+        with log.open("a") as file:
+            file.write(json.dumps(kills[-1]) + "\n")
+        print(f"kill {number + 1}/{count}: {json.dumps(kills[-1])}", flush=True)
+    # However far the kills let it come, both runs end at the same iteration.
+    last = kills[-1]["resumes_after"] + 2
+    statuses = end(victim.start_or_resume(last), 3600)
+    statuses += end(victim.start("small.yaml", "--name", "undisturbed", "--iterations", str(last)), 3600)
+    if any(statuses):
+        print((folder / "log.txt").read_text()[-2000:], file=sys.stderr)
+    return {
+        "processes": processes, "seed": seed, "iterations": last,
+        "kills_while_saving": sum(kill["saving"] and kill["half_written"] > 0 for kill in kills),
+        "kills_with_a_broken_checkpoint": sum(bool(kill["broken"]) for kill in kills),
+        "final_statuses": statuses,
+        "metrics_equal_undisturbed": comparable(victim.home) == comparable(folder / "runs/undisturbed"),
+        "kills": kills,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    began, kills = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = workspace(Path(scratch) / "runs", SETTINGS)
-        victim = Victim(folder, args.processes, random.Random(args.seed))
-        for number in range(args.kills):
-            kills.append(victim.kill(100 * args.kills, saving=number % 2 == 1))
-            print(f"kill {number + 1}/{args.kills}: {json.dumps(kills[-1])}", flush=True)
-        # However far the kills let it come, both runs end at the same iteration.
-        last = kills[-1]["resumes_after"] + 2
-        statuses = end(victim.start_or_resume(last), 3600)
-        statuses += end(victim.start("small.yaml", "--name", "undisturbed", "--iterations", str(last)), 3600)
-        same = comparable(victim.home) == comparable(folder / "runs/undisturbed")
-        if any(statuses):
-            print((folder / "log.txt").read_text()[-2000:], file=sys.stderr)
-    broken = sum(bool(kill["broken"]) for kill in kills)
-    report = {
-        "processes": args.processes, "seed": args.seed, "wall_s": time.monotonic() - began, "iterations": last,
-        "kills_while_saving": sum(kill["half_written"] > 0 for kill in kills), "kills_with_a_broken_checkpoint": broken,
-        "final_statuses": statuses, "metrics_equal_undisturbed": same, "kills": kills,
-    }  # fmt: skip
+    with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as scratch:
+        report = kill_and_compare(Path(scratch) / "workspace", args.kills, args.processes, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, report)
     if args.out == RESULTS:

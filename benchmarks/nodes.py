@@ -226,8 +226,8 @@ def run_all() -> list[Outcome]:
         undisturbed = folder / "runs/undisturbed"
         return [
             cut(folder, "short", 5, 60, undisturbed),
-            cut(folder, "long", 30, 10, undisturbed),
-            cut(folder, "very-long", 100, 10, undisturbed),
+            cut(folder, "long", 30, 20, undisturbed),
+            cut(folder, "very-long", 100, 20, undisturbed),
         ]
 
 

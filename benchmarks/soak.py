@@ -1,6 +1,6 @@
 """Trains for hours and looks whether anything grows: memory, open files, threads, or the seconds of an iteration.
 
-    python -m benchmarks.soak [RECIPE] [--minutes 120] [--name soak]
+    python -m benchmarks.soak [--recipe tiny-shapes] [--minutes 120] [--name soak] [--setting value …]
 
 The recipe's run goes on for so many minutes with a checkpoint about every minute, and is sampled from outside every few
 seconds, its child processes included. A straight line is fitted to each series after a warm-up; its slope's standard
@@ -181,7 +181,7 @@ def thinned(rows: list[dict[str, float]], most: int = 240) -> list[dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="tiny-shapes")
+    parser.add_argument("--recipe", default="tiny-shapes")
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--every-s", type=float, default=5, help="between two samples")
     parser.add_argument("--name", default="soak")
