@@ -328,6 +328,9 @@ class Config:
     """Seed of prompts, initial noise, training noise and timesteps."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    low_memory: bool = False
+    """Trade speed for memory, for small cards: no merged copy, checkpointed blocks, pictures decoded one by one,
+    averages in the CPU's memory, micro-batches of what fits."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it, fp32 elsewhere."""
     runs_dir: str = "runs"

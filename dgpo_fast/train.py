@@ -30,7 +30,7 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
 MAY_CHANGE = (
     "iterations", "device", "precision", "optimizer.", "engine.", "checkpoint.", "distributed.", "log.",
     "evaluation.every", "rollout.batch_size", "policy.micro_batch", "policy.behaviour", "ema.offload",
-    "max_lost_iterations", "reward_workers", "reward_deadline_s", "prompt_cache",
+    "max_lost_iterations", "reward_workers", "reward_deadline_s", "prompt_cache", "low_memory",
 )  # fmt: skip
 MUST_STAY = ("optimizer.name",)  # its state is another's
 

@@ -24,6 +24,7 @@ from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
 from dgpo_fast.distributed.shards import Shards, make_shards
 from dgpo_fast.ema import MovingAverage
 from dgpo_fast.engine import Engine
+from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.figures import before_after_grid, reward_curve
@@ -80,6 +81,8 @@ class Trainer:
         self.pipeline = make_pipeline(config, device=self.device, dtype=dtype, with_text=False)
         shards = self._shards(config)
         self.models = PolicyModels(self.pipeline.transformer, config.policy, stream_seed(config.seed, "lora"), shards)
+        if config.engine.checkpointing != "none":
+            checkpoint_blocks(self.models.policy, config.engine.checkpointing)
         self.config = config = self.memory.measure(config, self.models)
         self.encoder = make_prompt_encoder(self.pipeline, config, self.console.note)
         text_tokens = self.encoder([""]).prompt.shape[1]  # finds text encoders that cannot be loaded

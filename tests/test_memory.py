@@ -21,6 +21,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.memory import MemoryPlan, plan, simulate
 from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.live import LiveBytes, tensors_alive
+from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import Line, fit
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained
@@ -116,6 +117,17 @@ def real_peak(models: PolicyModels, batch: int) -> int:
     return live.peak - start
 
 
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+@pytest.mark.parametrize("name", ["lora fp32", "full bf16"])
+def test_checkpointing_saves_what_is_predicted(kind: str, name: str, random_pipeline: Path) -> None:
+    dtype, trained = TRAINED[name]
+    plain, checkpointed = (
+        simulated(random_pipeline, dtype, replace(trained, checkpointing=each), layers=9) for each in ("none", kind)
+    )
+    small, large = checkpointed.training(6), plain.training(6)
+    assert small.saved < (0.4 if kind == "blocks" else 0.7) * large.saved and small.peak < large.peak
+
+
 @pytest.mark.parametrize("name", ["lora fp32", "lora bf16", "full fp32", "full bf16"])
 def test_simulated_training_takes_what_the_real_one_does(name: str, random_pipeline: Path) -> None:
     """The meta device's activations are the CPU's to 3 %."""
@@ -141,6 +153,8 @@ RUNS = {
     "small micro-batches, the decoder needs most": [*LORA, "--policy.micro-batch", "4"],
     "bf16, 8 bits": [*BF16, "--optimizer.name", "adamw8bit", "--policy.weights", "bf16_stochastic"],
     "bf16 LoRA, second adapter": [*BF16, *LORA, "--policy.behaviour", "adapter"],
+    "checkpointed blocks": [*LORA, "--engine.checkpointing", "blocks"],
+    "low memory": [*LORA, "--low-memory"],
 }
 
 
@@ -318,7 +332,7 @@ def test_a_given_micro_batch_is_not_measured(gpu: Any) -> None:
 def test_more_than_is_free_is_said_before(gpu: Any) -> None:
     memory, _, notes = gpu(free=20 * GB)
     memory.predict(configure(["sd35m-geneval"]))
-    assert notes[0].startswith("predicted memory 40.")
+    assert notes[0].startswith("predicted memory 44.")
     assert "more than the 18.6 GiB that are free. Start with one of these" in notes[1]
     assert "--policy.micro-batch 8 (15." in notes[1]
 
@@ -388,3 +402,22 @@ def test_measured_on_a_gpu(random_pipeline: Path) -> None:
     chosen = memory.measure(memory.predict(config), models)
     assert chosen.policy.micro_batch == config.rollout.groups * config.rollout.group_size, "all of it fits"
     assert all(weight.grad is None for weight in models.weights.values())
+
+
+def test_low_memory_learns_the_same(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One setting, recorded as those that it stands for; losses are those of the plain run, within rounding."""
+    assert train(["small.yaml", "--policy.train", "lora", "--iterations", "3", "--name", "plain"]) == 0
+    assert train(["small.yaml", "--policy.train", "lora", "--iterations", "3", "--low-memory", "--name", "low"]) == 0
+    recorded = configure(["--config", "runs/low/config.yaml"])
+    assert recorded.low_memory and recorded.policy.behaviour == "adapter" and recorded.ema.offload
+    assert recorded.engine.checkpointing == "blocks" and recorded.engine.decode_batch == 1
+    losses = [[line["loss"] for line in read_metrics(Path(f"runs/{name}/metrics.jsonl"))] for name in ("plain", "low")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert train(["--resume", "runs/low", "--iterations", "4"]) == 0
+
+
+def test_low_memory_fits_a_small_card() -> None:
+    """LoRA on SD3.5-Medium: less than half of what the recipe takes as it is, below 16 GB with micro-batches of one."""
+    predictor = Predictor(sd35_medium(), torch.bfloat16)
+    plain, low = (with_low_memory(configure(["sd35m-geneval", *more])) for more in ([], ["--low-memory"]))
+    assert predictor.predict(low, 1).peak < min(0.5 * predictor.predict(plain, 16).peak, 16 * GB)

@@ -1,6 +1,7 @@
 """Activations of the policy's blocks made again in the backward pass: less memory, the same gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -8,15 +9,36 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-# What costs most to compute is kept by the selective kind: matrix products and attention.
-KEPT = ("mm", "addmm", "bmm", "baddbmm", "linear")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+LINEAR = ("linear", "_linear_pointwise")
 
 
-def checkpoint_blocks(transformer: SD3Transformer2DModel, kind: str) -> None:
-    """Checkpoints each block: "blocks" keeps its inputs alone, "selective" the outputs of its expensive operations."""
-    context = noop_context_fn if kind == "blocks" else partial(create_selective_checkpoint_contexts, _keep_expensive)
+def checkpoint_blocks(
+    transformer: SD3Transformer2DModel, kind: str, again: Callable[[], AbstractContextManager] | None = None
+) -> None:
+    """Checkpoints each block: "blocks" keeps its inputs alone, "selective" a few outputs that cost much.
+
+    Args:
+        transformer: its blocks compute as before.
+        kind: as `engine.checkpointing`, but not "none".
+        again: entered where a block computes again in a backward, in which no mode of the forward is on.
+    """
+    # The compiler knows these two, and no function around them.
+    contexts = noop_context_fn if kind == "blocks" else partial(create_selective_checkpoint_contexts, _keep_expensive)
     for block in transformer.transformer_blocks:
-        block.forward = partial(_checkpointed, block.forward, context)
+        block.forward = partial(_checkpointed, block.forward, partial(_within, again, contexts) if again else contexts)
+
+
+def _within(again: Callable, contexts: Callable) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of a block's forward, and of what is computed again."""
+    first, second = contexts()
+    return first, _both(again(), second)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _checkpointed(forward: Callable, context: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -27,6 +49,14 @@ def _checkpointed(forward: Callable, context: Callable, *args: Any, **kwargs: An
 
 
 def _keep_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keeps attention, and products with more columns summed over than left: they cost most for each number kept.
+
+    Keeping every product would take more than no checkpointing at all where frozen layers save no inputs (LoRA).
+    """
     name = operation._schema.name.split("::")[-1]
-    kept = name in KEPT or "attention" in name
+    kept = "attention" in name
+    if name in PRODUCTS:
+        kept = args[-2].shape[-1] > args[-1].shape[-1]
+    elif name in LINEAR:
+        kept = args[1].shape[1] > args[1].shape[0]
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

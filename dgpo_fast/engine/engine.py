@@ -9,7 +9,6 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from dgpo_fast.config import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
-from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.engine.choices import Situation, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.decoder import Decoder
@@ -33,7 +32,7 @@ class Engine:
 
     Args:
         config: the run's settings.
-        models: base, policy and behaviour, not yet used.
+        models: base, policy and behaviour; the policy's blocks are checkpointed where they are to be.
         pipeline: theirs; it stays as it is.
         text_tokens: of an encoded prompt.
         note: told in one line what is found out later.
@@ -52,8 +51,6 @@ class Engine:
         self.choices, self.reasons = choose(config.engine, _situation(config, models, latent, text_tokens))
         self._apply()
         self.rollout_transformer = self._float8() if config.engine.rollout_precision == "fp8" else models.behaviour
-        if config.engine.checkpointing != "none":
-            checkpoint_blocks(models.policy, config.engine.checkpointing)
         if self.choices.compile:
             for transformer in dict.fromkeys((*self._transformers(), self.rollout_transformer)):
                 compile_blocks(transformer, self._batches(transformer))

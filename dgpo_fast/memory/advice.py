@@ -70,6 +70,11 @@ def _alternatives(config: Config, micro_batch: int, processes: int) -> Iterator[
         changes.append((f"--rollout.batch-size {half}", {"rollout": replace(rollout, batch_size=half)}, False))
     if policy.train == "lora" and policy.behaviour == "merged":
         changes.append(("--policy.behaviour adapter", {"policy": replace(policy, behaviour="adapter")}, False))
+    if config.engine.checkpointing != "blocks":
+        engine = replace(config.engine, checkpointing="blocks")
+        changes.append(("--engine.checkpointing blocks", {"engine": engine}, False))
+    if (config.engine.decode_batch or rollout.batch_size) > 1:
+        changes.append(("--engine.decode-batch 1", {"engine": replace(config.engine, decode_batch=1)}, False))
     if not config.ema.offload:
         changes.append(("--ema.offload", {"ema": replace(config.ema, offload=True)}, False))
     whole = config.distributed.shard == "none"

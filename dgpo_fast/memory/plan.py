@@ -11,6 +11,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.distributed import Processes
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.advice import remedies, sentence
+from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, Line, TrainingMemory, fit, in_groups
 from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.policy import PolicyModels
@@ -48,7 +49,9 @@ class MemoryPlan:
         self.auto = False
 
     def predict(self, config: Config) -> Config:
-        """Says what the run will hold; `policy.micro_batch` "auto" becomes the largest that is predicted to fit."""
+        """Says what the run will hold; `low_memory` becomes the settings it stands for, and `policy.micro_batch` "auto"
+        the largest that is predicted to fit."""
+        config = with_low_memory(config)
         free, chosen = self.free_bytes(), ""
         self.auto = config.policy.micro_batch == "auto"
         if self.auto:

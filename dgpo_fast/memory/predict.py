@@ -15,6 +15,7 @@ from torch import nn
 
 from dgpo_fast.architecture import Architecture
 from dgpo_fast.config import Config
+from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
 from dgpo_fast.optimizers import CHUNK_NUMEL, state_bytes
 from dgpo_fast.policy import weight_storage
@@ -118,6 +119,13 @@ class Predictor:
             "averages": total * FP32 * (1 if config.ema.offload and self.on_gpu else 2),
             "decoder": _bytes(self.vae, self.dtype),
         }
+        if config.engine.decoder != "plain":
+            held["decoder"] += _bytes(self.vae.decoder, self.dtype)
+        if config.engine.rollout_precision == "fp8":
+            layers = ((name, layer) for name, layer in self.transformer.named_modules() if isinstance(layer, nn.Linear))
+            held["float8 copy"] = sum(layer.weight.numel() for name, layer in layers if quantised(name, layer))
+        if self._recorded(config):
+            held["recorded rollouts"] = self._rollout_forward(config)
         if storage == "bf16_master":
             held["optimizer states"] += 2 * total
         return held if self._shards(config) == 1 else self._shared_out(held, self._shards(config))
@@ -136,6 +144,16 @@ class Predictor:
     def _shards(self, config: Config) -> int:
         """Into how many parts the weights, and all that belongs to them, are cut."""
         return {"none": 1, "full": self.processes, "hybrid": self.local_processes}[config.distributed.shard]
+
+    def _recorded(self, config: Config) -> bool:
+        """Whether rollouts may be CUDA graphs, which keep what a forward takes."""
+        return self.on_gpu and config.engine.cuda_graphs != "off" and self._shards(config) == 1
+
+    def _rollout_forward(self, config: Config) -> int:
+        guided = 2 if config.rollout.guidance_scale > 1 else 1
+        adapter = config.policy.train == "lora" and config.policy.behaviour == "adapter"
+        batch = min(config.rollout.batch_size, self.local_samples(config))
+        return self._simulation(config).forward(batch * guided, policy=adapter)
 
     def _storage(self, config: Config) -> str:
         return weight_storage(config.policy, self.dtype, sharded=self._shards(config) > 1)
@@ -160,10 +178,9 @@ class Predictor:
         kl_guided = 2 if config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0 else 1
         # A batch's own text, beside it that of its guided pairs, and the solver's states.
         solving = batch * ((1 + guided * (guided > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
-        adapter = config.policy.train == "lora" and config.policy.behaviour == "adapter"
         return {
-            "rollout": drawn + solving + simulated.forward(batch * guided, policy=adapter),
-            "decoding": drawn + simulated.decoding(batch),
+            "rollout": drawn + solving + (0 if self._recorded(config) else self._rollout_forward(config)),
+            "decoding": drawn + simulated.decoding(min(config.engine.decode_batch or batch, batch)),
             "reference forwards": self.inputs(config) + simulated.forward(batch * kl_guided),
             "training": self.inputs(config)
             + simulated.training(micro_batch).peak
@@ -174,8 +191,10 @@ class Predictor:
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
         latent, compared = prod(self.shape(config).latent), 3
+        levels = config.dgpo.timesteps if config.engine.batch_timesteps and config.objective == "dgpo" else 1
+        noisy = 2 * levels * latent * FP32  # by noise level, and for a moment as one batch
         return self.local_samples(config) * (
-            self._text_row(config) + 2 * latent * FP32 + compared * latent * self.dtype.itemsize
+            self._text_row(config) + latent * FP32 + noisy + compared * levels * latent * self.dtype.itemsize
         )
 
     def _stepping(self, config: Config) -> int:
@@ -189,6 +208,7 @@ class Predictor:
         trained = Trained(
             storage=self._storage(config),
             lora=(policy.lora_rank, policy.lora_targets) if policy.train == "lora" else None,
+            checkpointing=config.engine.checkpointing,
         )
         return simulation(*self.texts, trained, self.dtype, self.shape(config))
 

@@ -4,8 +4,8 @@ Only one transformer block of each kind is run: blocks of a kind save the same, 
 """
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.policy import with_lora
 
@@ -139,6 +140,8 @@ class Simulation:
             nn.Module.to(module, dtype)
         if trained.lora is not None:
             with_lora(self.policy, PolicyConfig(lora_rank=trained.lora[0], lora_targets=trained.lora[1]), seed=0)
+        if trained.checkpointing != "none":
+            checkpoint_blocks(self.policy, trained.checkpointing, again=lambda: modes(self.mixed))
         self.mixed = dtype == torch.bfloat16 and trained.storage == "fp32"
         for parameter in self.policy.parameters():
             if parameter.requires_grad:
@@ -206,6 +209,13 @@ class Simulation:
         return _Counting([*module.parameters(), *module.buffers(), *gradients], self.mixed and module is self.policy)
 
 
+@contextmanager
+def modes(mixed: bool) -> Iterator[None]:
+    """Makes the meta device do what a real one does."""
+    with FusedAttention(), MixedPrecision() if mixed else nullcontext():
+        yield
+
+
 class _Counting:
     """`LiveBytes` beside the modes that make the meta device do what a real one does."""
 
@@ -215,9 +225,7 @@ class _Counting:
     def __enter__(self) -> LiveBytes:
         self.stack = ExitStack()
         live = self.stack.enter_context(LiveBytes(self.existing))
-        self.stack.enter_context(FusedAttention())
-        if self.mixed:
-            self.stack.enter_context(MixedPrecision())
+        self.stack.enter_context(modes(self.mixed))
         return live
 
     def __exit__(self, *error: object) -> None:

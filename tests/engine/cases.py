@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dgpo_fast.config import DGPO, Config, Engine, Policy, Rollout
 from dgpo_fast.engine import Engine as RunEngine
+from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.objectives import Batch, load_objective
 from dgpo_fast.pipeline import load_pipeline
@@ -64,6 +65,8 @@ class EngineCase:
             self.models.policy.double()
             for weight in self.models.weights.values():
                 weight.grad_dtype = dtype
+        if config.engine.checkpointing != "none":
+            checkpoint_blocks(self.models.policy, config.engine.checkpointing)
         self.notes: list[str] = []
         self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
         text_tokens = self.encoder([""]).prompt.shape[1]
