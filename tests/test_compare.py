@@ -17,7 +17,7 @@ from scipy import ndimage
 from dgpo_fast.compare.__main__ import compare
 from dgpo_fast.compare.curves import curve, mean_interval
 from dgpo_fast.compare.findings import Findings
-from dgpo_fast.compare.plan import Plan, choose, draw_run, fitted, from_json, next_run, to_json
+from dgpo_fast.compare.plan import LR_STEP, Plan, choose, draw_run, fitted, from_json, next_run, to_json
 from dgpo_fast.compare.quality import PatchBank, diversity, rendered
 from dgpo_fast.compare.report import update_document, write_report
 from dgpo_fast.compare.run import Run, finished_result, perform
@@ -107,6 +107,16 @@ def test_a_trial_that_failed_is_not_chosen() -> None:
     results[best.name]["failure"] = "the gradient is not finite"
     second = choose(plan, "dgpo", results)
     assert second is not None and second.lr < best.lr
+
+
+def test_the_fourth_trial_follows_the_best_learning_rate() -> None:
+    """Beyond the three where the best one is at their edge, and else half the groups."""
+    plan, centre = make_plan(("dgpo",), trials=4), SYSTEMS["dgpo"].lr
+    for sign, expected in ((1, centre * LR_STEP**2), (-1, centre / LR_STEP**2)):
+        order, _ = carry_out(plan, lambda run, sign=sign: sign * run.lr)
+        assert (order[3].lr, order[3].groups) == (pytest.approx(expected), plan.groups)
+    order, _ = carry_out(plan, lambda run: -abs(run.lr - centre))
+    assert (order[3].lr, order[3].groups) == (centre, plan.groups // 2)
 
 
 def test_offline_runs_wait_for_their_data() -> None:

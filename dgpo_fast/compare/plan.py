@@ -123,12 +123,17 @@ def wanted(plan: Plan, results: Results) -> Iterator[Run]:
 
 
 def trials(plan: Plan, system: str, results: Results) -> list[Run]:
-    """The settings of `system` that are tried: three learning rates, then half the groups at the best of them."""
+    """The settings of `system` that are tried: three learning rates, then one beyond them where the best one is the
+    largest or the smallest, and else half the groups at the best one."""
     centre = SYSTEMS[system].lr
     rates = [plan.trial(system, lr, plan.groups) for lr in (centre, centre * LR_STEP, centre / LR_STEP)]
     tried = rates[: plan.trials]
     if plan.trials > len(rates) and all(run.name in results for run in rates):
-        tried.append(replace(_best(rates, results), groups=max(1, plan.groups // 2)))
+        best = _best(rates, results)
+        if best.lr == centre:
+            tried.append(replace(best, groups=max(1, plan.groups // 2)))
+        else:
+            tried.append(replace(best, lr=best.lr * best.lr / centre))
     return tried
 
 

@@ -26,9 +26,6 @@ def _start(progress: Any, alone: Any, threads: int) -> None:
     """Makes a process ready: it keeps to its threads, and leaves Ctrl-C to the process that started it."""
     import torch
 
-    from dgpo_fast.cli import quieten_libraries
-
-    quieten_libraries()
     global _progress, _alone
     _progress, _alone = progress, alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
