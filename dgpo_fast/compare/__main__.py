@@ -1,6 +1,6 @@
 """`python -m dgpo_fast.compare`: tunes every system alike, trains it for the same time, and says what came of it."""
 
-from dgpo_fast.cli import print_settings, quieten_libraries, run_command
+from dgpo_fast.cli import print_settings, run_command
 from dgpo_fast.compare.settings import CompareSettings
 from dgpo_fast.config import parse_overrides, resolve
 from dgpo_fast.errors import UserError
@@ -13,9 +13,6 @@ USAGE = """Compare DGPO, Diffusion-DPO and Flow-GRPO on the shipped pipeline, on
   python -m dgpo_fast.compare --systems dgpo dpo  only these
 
 The same command goes on where it was stopped."""
-
-# Processes that do runs import this file first, and then what the libraries have to say.
-quieten_libraries()
 
 
 def compare(args: list[str]) -> int:

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import queue
-import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,34 +11,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dgpo_fast.compare import child
 from dgpo_fast.compare.run import Run, perform
 from dgpo_fast.compare.systems import Scale
 from dgpo_fast.errors import UserError
 
 POLL_S = 0.5
 
-_progress: Any = None
-_alone: Any = None
-
-
-def _start(progress: Any, alone: Any, threads: int) -> None:
-    """Makes a process ready: it keeps to its threads, and leaves Ctrl-C to the process that started it."""
-    import torch
-
-    global _progress, _alone
-    _progress, _alone = progress, alone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-
 
 def _perform(run: Run, home: Path, scale: Scale, device: str) -> dict[str, Any]:
-    return perform(run, home, scale, device, lambda share: _progress.put((run.name, share)), lambda: False)
+    return perform(run, home, scale, device, lambda share: child.progress.put((run.name, share)), lambda: False)
 
 
 def _accompany(run: Run, scale: Scale, device: str) -> dict[str, Any]:
     """Trains without a result, for as long as another run needs company."""
     with TemporaryDirectory() as scratch:
-        return perform(run, Path(scratch), scale, device, lambda share: None, _alone.is_set)
+        return perform(run, Path(scratch), scale, device, lambda share: None, child.alone.is_set)
 
 
 class Workers:
@@ -62,7 +49,7 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.progress, self.alone = context.Queue(), context.Event()
         self.pool = ProcessPoolExecutor(
-            count, mp_context=context, initializer=_start, initargs=(self.progress, self.alone, threads)
+            count, mp_context=context, initializer=child.start, initargs=(self.progress, self.alone, threads)
         )
         self.running: dict[Future, Run] = {}
         self.companions: set[Future] = set()
