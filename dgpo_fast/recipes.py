@@ -1,5 +1,8 @@
 """Named starting points. Each is a function that returns a `Config`; most derive from another one.
 
+Learning rates of the small recipes with other objectives or data are those that `dgpo_fast.compare` chose
+(docs/comparison.md).
+
 The `sd35m-*` recipes carry the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. Where the
 release's README and its configuration disagree, the configuration counts. Those for Flow-GRPO carry the values of that
 method's release; for Diffusion-DPO none were released, and they share DGPO's.
@@ -45,7 +48,13 @@ def tiny_ocr() -> Config:
 
 def tiny_shapes_offline() -> Config:
     """As tiny-shapes, on groups that the reference model drew once."""
-    return replace(tiny_shapes(), recipe="tiny-shapes-offline", data=Data(source="offline", offline_groups=512))
+    base = tiny_shapes()
+    return replace(
+        base,
+        recipe="tiny-shapes-offline",
+        data=Data(source="offline", offline_groups=512),
+        optimizer=replace(base.optimizer, lr=2e-4),
+    )
 
 
 def tiny_shapes_sde() -> Config:
@@ -68,13 +77,18 @@ def tiny_shapes_diffusion_dpo() -> Config:
         recipe="tiny-shapes-diffusion-dpo",
         objective="diffusion_dpo",
         diffusion_dpo=replace(base.diffusion_dpo, beta=base.dgpo.beta),
+        optimizer=replace(base.optimizer, lr=8e-5),
     )
 
 
 def tiny_shapes_diffusion_dpo_offline() -> Config:
     """As tiny-shapes-diffusion-dpo, on groups that the reference model drew once."""
+    base = tiny_shapes_diffusion_dpo()
     return replace(
-        tiny_shapes_diffusion_dpo(), recipe="tiny-shapes-diffusion-dpo-offline", data=tiny_shapes_offline().data
+        base,
+        recipe="tiny-shapes-diffusion-dpo-offline",
+        data=tiny_shapes_offline().data,
+        optimizer=replace(base.optimizer, lr=3e-5),
     )
 
 
@@ -84,6 +98,7 @@ def tiny_shapes_flow_grpo() -> Config:
         tiny_shapes_sde(),
         recipe="tiny-shapes-flow-grpo",
         objective="flow_grpo",
+        optimizer=replace(tiny_shapes().optimizer, lr=1e-4),
         ema=replace(tiny_shapes().ema, switch_ema_ref=None),
     )
 
