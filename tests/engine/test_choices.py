@@ -19,6 +19,12 @@ SHAPES = (attention.Shape(batch=2, tokens=7, heads=2, head_dim=8, calls=3),)
 HERE = Situation(CPU, torch.float32, SHAPES, SHAPES, width=32, iterations=70)
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was measured here before, and what is made up here nobody else finds."""
+    monkeypatch.setenv("DGPO_FAST_CACHE", str(tmp_path))
+
+
 def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = (Timing("native", 2.0, 5.0), Timing("matmul", 1.0, 4.9))
     monkeypatch.setattr(attention, "time_attention", lambda *_: timings)
