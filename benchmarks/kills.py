@@ -157,6 +157,7 @@ def kill_and_compare(folder: Path, count: int, processes: int, seed: int) -> dic
     # However far the kills let it come, both runs end at the same iteration.
     last = kills[-1]["resumes_after"] + 2
     statuses = end(victim.start_or_resume(last), 3600)
+    shutil.rmtree(folder / "runs/undisturbed", ignore_errors=True)  # of an earlier comparison
     statuses += end(victim.start("small.yaml", "--name", "undisturbed", "--iterations", str(last)), 3600)
     if any(statuses):
         print((folder / "log.txt").read_text()[-2000:], file=sys.stderr)

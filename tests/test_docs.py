@@ -140,9 +140,9 @@ def test_the_comparison_shows_its_results() -> None:
         assert not re.search(r"-->\s*\S.*?<!-- end", text), "no results without their files"
 
 
-@pytest.mark.parametrize("script", ["faults", "nodes"])
+@pytest.mark.parametrize("script", ["faults", "nodes", "kills"])
 def test_the_faults_are_those_of_the_files(script: str) -> None:
-    """The parts of docs/scaling.md that `python -m benchmarks.faults` and `nodes` wrote; all ended well."""
+    """The parts of docs/scaling.md that `python -m benchmarks.faults`, `nodes` and `kills` wrote; all ended well."""
     module = importlib.import_module(f"benchmarks.{script}")
     assert part(script) == module.text(module.written())
     assert module.as_documented(module.written())
