@@ -232,7 +232,7 @@ class Bench:
             ours = self.kept = self.kept or Ours(configure(args), self.device)
         pair = {OURS: ours, "changed": Ours(configure([*args, *change]), self.device)}
         times: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
-        warmup = {name: _timed(system.step, self.device)["iteration"] for name, system in pair.items()}
+        warmup = {name: _timed(system.step, self.device)["wall"] for name, system in pair.items()}
         for _ in range(max(self.rounds, 3)):
             for name, system in pair.items():
                 times[name].append(_timed(system.step, self.device))
@@ -417,9 +417,11 @@ class Comparison:
         found: dict[str, Tensor] = {}
 
         def add(name: str) -> None:
+            started = time.monotonic()
             ours = name == OURS
             gradient = self.ours.gradient(batch, self.old) if ours else _gradient(self.systems[name], plain)
             found[name] = _flat(gradient, self.weights)
+            self.about[name]["first_gradient_s"] = time.monotonic() - started
 
         for names in self.turns:
             with self._built(names):
@@ -464,12 +466,12 @@ class Comparison:
     def _row(self, times: list[dict[str, float]]) -> dict[str, Any]:
         measured, images = times[1:], self.bench.groups * self.config.rollout.group_size
         if not measured:
-            return {"error": "not measured: the time was up after warming up", "warmup_s": times[0]["iteration"]}
+            return {"error": "not measured: the time was up after warming up", "warmup_s": times[0]["wall"]}
         beyond = [time.pop("beyond_mib", 0.0) for time in times]
         seconds = _by_phase(measured)
         flops, middle = self.ours.flops(images), seconds["iteration"][1]
         return {
-            "rounds": len(measured), "warmup_s": times[0]["iteration"], "seconds": seconds,
+            "rounds": len(measured), "warmup_s": times[0]["wall"], "seconds": seconds,
             "images_per_s": images / middle, "tflop": flops / 1e12, "tflops": flops / middle / 1e12,
             "beyond_mib": max(beyond) if self.device.type == "cuda" else None,
         }  # fmt: skip
