@@ -1,12 +1,18 @@
 """Several real processes on this machine, joined by gloo: what the tests of distributed runs share."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def heed_ctrl_c() -> None:
+    """For a new process: tests that a shell runs in its background inherit a SIGINT that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:

@@ -31,6 +31,7 @@ from dgpo_fast.policy import PolicyModels
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.train import train
 from tests.pipelines import save_random_pipeline
+from tests.processes import heed_ctrl_c
 
 PROMPTS = ["a cat", "a dog on a hill", "two birds", "a red house", "a boat", "a river"]
 DRAWING = ["--prompts", "prompts.txt", "--num-inference-steps", "2", "--guidance-scale", "2",
@@ -180,7 +181,9 @@ def test_ctrl_c_and_sigkill_lose_nothing(workspace: Path) -> None:
     args = ["model", *SMALL, "--images-per-prompt", "50", "--batch-size", "1", "--output"]
     evaluate([*args, "undisturbed"])
     out, command = workspace / "out", [sys.executable, "-m", "dgpo_fast.evaluate", *args, "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     wait_for(lambda: (out / "images/000007.png").exists())
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)

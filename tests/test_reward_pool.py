@@ -20,6 +20,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import GroupScores, RewardPool, WeightedReward, count_workers, load_rewards
 from dgpo_fast.rewards.ocr import OcrReward
+from tests.processes import heed_ctrl_c
 
 CPU = torch.device("cpu")
 SIZE = 3
@@ -306,8 +307,9 @@ except KeyboardInterrupt:
 def test_no_worker_outlives_the_trainer(number: signal.Signals, own_rewards: str) -> None:
     """Not even one that is stuck in a call that holds Python's lock; and Ctrl-C, which reaches all, is quiet."""
     trainer = subprocess.Popen(
-        [sys.executable, "-c", START], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-c", START], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     assert trainer.stdout is not None and trainer.stderr is not None
     worker = int(trainer.stdout.readline())
     assert is_running(worker)
