@@ -52,7 +52,7 @@ def test_metrics_are_those_of_one_process(outcomes: dict) -> None:
     assert len(mine) == len(alone) == 10
     for name in ("reward_mean", "grad_norm", "dsm_policy", "heldout_reward_mean"):
         seen = [[line[name] for line in lines if name in line] for lines in (mine, alone)]
-        np.testing.assert_allclose(*seen, rtol=1e-4)
+        np.testing.assert_allclose(*seen, rtol=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -13,7 +13,8 @@ from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.errors import UserError
 
 GRAPH_MEMORY_GIB = 40.0
-CPU_COMPILE_ITERATIONS = 200
+CPU_COMPILE_IMAGES = 50_000
+"""Drawn in a whole run: with fewer, compiling takes longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Situation:
         dtype: of the forwards without a gradient.
         rollout_shapes, train_shapes: attention of one forward of the rollout and of one micro-batch.
         width: of the transformer.
-        iterations: how long the run is.
+        images: drawn in the whole run.
         sharded: whether weights are cut over processes.
     """
 
@@ -59,7 +60,7 @@ class Situation:
     rollout_shapes: tuple[Shape, ...]
     train_shapes: tuple[Shape, ...]
     width: int
-    iterations: int
+    images: int
     sharded: bool = False
 
     @property
@@ -102,8 +103,8 @@ def _compile(config: EngineConfig, situation: Situation, reasons: Reasons) -> bo
         if problem:
             raise UserError(f"engine.compile on: {problem}; use --engine.compile off")
         return True
-    if not problem and not situation.on_gpu and situation.iterations < CPU_COMPILE_ITERATIONS:
-        problem = f"on a CPU that pays in runs of {CPU_COMPILE_ITERATIONS} iterations and more"
+    if not problem and not situation.on_gpu and situation.images < CPU_COMPILE_IMAGES:
+        problem = f"on a CPU that pays in runs of {CPU_COMPILE_IMAGES:,} images and more"
     reasons.lines.append(f"blocks are not compiled: {problem}" if problem else "blocks are compiled")
     return not problem
 

@@ -139,6 +139,6 @@ def _situation(config: Config, models: PolicyModels, latent: tuple[int, ...], te
         rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),
         train_shapes=attention_shapes(transformer, config.policy.micro_batch_size, tokens, text_tokens),
         width=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
-        iterations=config.iterations,
+        images=config.iterations * config.rollout.groups * config.rollout.group_size,
         sharded=models.shards is not None,
     )

@@ -16,7 +16,7 @@ from tests.engine.cases import EngineCase, make_config
 
 CPU = torch.device("cpu")
 SHAPES = (attention.Shape(batch=2, tokens=7, heads=2, head_dim=8, calls=3),)
-HERE = Situation(CPU, torch.float32, SHAPES, SHAPES, width=32, iterations=70)
+HERE = Situation(CPU, torch.float32, SHAPES, SHAPES, width=32, images=17_920)
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,12 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
         compile=False, cuda_graphs=False, attention="matmul", train_attention="native", linear="onednn", decoder="fast"
     )
     assert reasons.lines == [
-        "blocks are not compiled: on a CPU that pays in runs of 200 iterations and more",
+        "blocks are not compiled: on a CPU that pays in runs of 50,000 images and more",
         "attention of rollouts by matmul (native 2 ms, matmul 1 ms)",
         "attention of training by native (native 5 ms, matmul 4.9 ms)",
         "linear layers by onednn (torch 3 ms, onednn 1 ms)",
     ]
-    long_run, _ = choose(Engine(), replace(HERE, iterations=200))
+    long_run, _ = choose(Engine(), replace(HERE, images=50_000))
     assert long_run.compile
 
 
