@@ -259,21 +259,26 @@ class Trainer:
                     self._average()
         except torch.OutOfMemoryError as error:
             raise self.memory.error(error, self.config, self.phases.current, self.iteration + 1) from None
-        self.iteration += 1
-        self._compare_processes()
+        self.iteration, self.halfway = self.iteration + 1, False
         seconds = time.perf_counter() - started
-        metrics |= {"iteration_s": seconds, "images_per_s": metrics["images_count"] / seconds}
-        metrics["cpu_s"] = time.process_time() - cpu_started
-        metrics |= self.work.rates(seconds)
-        if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
-            metrics |= self._heldout()
-        metrics = {"iteration": self.iteration, **metrics, **self._phases(seconds)}
+        metrics |= {"iteration": self.iteration, "iteration_s": seconds, "cpu_s": time.process_time() - cpu_started}
+        metrics |= {"images_per_s": metrics["images_count"] / seconds, **self.work.rates(seconds)}
+        try:
+            self._compare_processes()
+            if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
+                metrics |= self._heldout()
+            metrics |= self._phases(seconds)
+        finally:
+            if not self.halfway:  # whatever broke off, this iteration is done: a checkpoint may be written of it
+                self._log(metrics)
+        return metrics
+
+    def _log(self, metrics: dict[str, Any]) -> None:
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)
         if self.processes.first:
-            self.metrics.write(metrics)
+            self.metrics.write({"iteration": self.iteration, **metrics})
             self.loggers.write(metrics)
             self.console.iteration(metrics)
-        return metrics
 
     def _phases(self, iteration_s: float) -> dict[str, Any]:
         """Seconds per phase of this process; of all, how long they waited and how uneven their own work was."""
@@ -322,7 +327,6 @@ class Trainer:
             # Each process has its part of the means; the norm is that of the summed gradient, the same on all.
             parts = {**losses, "grad_norm": norm / self.processes.count}
             add_metrics(totals, parts, part.samples / batch.samples)
-        self.halfway = False
         return {
             "learning_rate": rate,
             "steps_skipped_count": self.skipped,
