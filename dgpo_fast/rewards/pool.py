@@ -65,6 +65,10 @@ def count_workers(setting: str | int, device: torch.device) -> int:
     return max(0, min(MOST_WORKERS, cores // trainers - 1)) if device.type == "cuda" else 0
 
 
+CLOSING_S = 1.0
+"""That a thread has to end in."""
+
+
 class RewardPool:
     """Scores groups as they are drawn; results do not depend on where or in which order they were computed.
 
@@ -127,8 +131,9 @@ class RewardPool:
         for process in self.processes:
             process.kill()
         for thread, tasks in self.threads.items():
-            if tasks is self.tasks_elsewhere:
-                thread.join()
+            # A reward of this process may hold its thread up for ever. One at work when the interpreter ends may abort
+            # it.
+            thread.join(None if tasks is self.tasks_elsewhere else CLOSING_S)
         self.threads = {}
 
     def portions(self, name: str, count: int) -> int:
