@@ -476,7 +476,10 @@ def parse_overrides(args: list[str], settings: Any = None) -> dict[str, Any]:
             target = target.setdefault(group, {})
         if key in lists:
             values = [*target.get(leaf, []), *values]
-        target[leaf] = True if key in flags and not values else _value(name, values, key in lists)
+        value = True if key in flags and not values else _value(name, values, key in lists)
+        # Only where "none" is no word of the setting's own does it stand for no value.
+        none = isinstance(value, str) and value.lower() in ("none", "null") and defaults.get(key) != "none"
+        target[leaf] = None if none else value
     return overrides
 
 
@@ -486,7 +489,7 @@ def _value(name: str, values: list[str], is_list: bool) -> Any:
     if len(values) != 1:
         problem = "has no value" if not values else f"takes one value, not {len(values)}"
         raise UserError(f"command line: --{name} {problem}")
-    return None if values[0].lower() in ("none", "null") else values[0]
+    return values[0]
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -145,3 +145,10 @@ def test_importing_is_light() -> None:
         "assert time.perf_counter() - t < 3; assert not {'triton', 'bitsandbytes', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_none_is_a_value_or_no_value() -> None:
+    """On the command line "none" is the word that a setting knows by it, and no value where it knows none."""
+    overrides = parse_overrides(["--optimizer.lr-decay", "none", "--rollout.resolution", "none"])
+    assert overrides == {"optimizer": {"lr_decay": "none"}, "rollout": {"resolution": None}}
+    assert resolve(Config(), overrides, "command line").rollout.resolution is None
