@@ -5,7 +5,8 @@ so a resumed run and a run on other processes draw what an undisturbed one draws
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -58,6 +59,21 @@ class GroupSampler(Generic[T]):
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+
+
+def spread(items: Sequence[T], kind: Callable[[T], Hashable]) -> list[T]:
+    """The same items in an order in which those of each kind lie as evenly as they can.
+
+    Processes hold consecutive groups. Where prompts have rewards of their own, some of which take longer than others,
+    every share then has its part of each kind, at any number of processes and whatever the rewards take.
+    """
+    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        kinds[kind(item)].append(index)
+    if len(kinds) == 1:
+        return list(items)
+    place = {index: (turn + 0.5) / len(of_kind) for of_kind in kinds.values() for turn, index in enumerate(of_kind)}
+    return [items[index] for index in sorted(place, key=place.__getitem__)]
 
 
 def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dgpo_fast.config import Advantage
-from dgpo_fast.groups import GroupSampler, advantages, draw_training_steps, stream_seed
+from dgpo_fast.distributed import place
+from dgpo_fast.groups import GroupSampler, advantages, draw_training_steps, spread, stream_seed
 from dgpo_fast.prompts import Prompt
 
 REWARDS = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 9)), elements=st.floats(-10, 10, width=32))
@@ -30,6 +31,20 @@ def test_all_drawn_are_the_prompts_of_all_iterations(prompts: int, groups: int, 
     expected = [prompt.text for iteration in range(first, first + count) for prompt in sampler.draw(iteration)]
     found = [prompt.text for prompt in sampler.all_drawn(range(first, first + count))]
     assert list(dict.fromkeys(found)) == list(dict.fromkeys(expected))
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=40), st.data())
+def test_every_process_gets_its_part_of_each_kind(kinds: str, data: st.DataObject) -> None:
+    """Shares of an iteration hold each kind in proportion, within a group or two; one kind alone stays as it is."""
+    found = spread(list(enumerate(kinds)), lambda item: item[1])
+    assert sorted(found) == list(enumerate(kinds))
+    assert len(set(kinds)) > 1 or found == list(enumerate(kinds))
+    processes = data.draw(st.integers(1, len(kinds)))
+    for share in place(len(kinds), 1, processes):
+        mine = [kind for _, kind in found[share.start : share.stop]]
+        for kind in kinds:
+            assert abs(mine.count(kind) - kinds.count(kind) * len(share) / len(kinds)) <= 2
 
 
 @settings(deadline=None)

@@ -6,17 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from dgpo_fast.cli import run_command
+from dgpo_fast.cli import configure, run_command
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_metrics
+from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import http_client
 from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
+from dgpo_fast.sources.online import OnlineSource
 from dgpo_fast.tiny import data
 from dgpo_fast.train import train
+from dgpo_fast.trainer import Trainer
 from tests.servers import Process, answering, free_port, reward_server, wait_for
 
 # A run of four pictures an iteration that takes about a second.
@@ -32,11 +35,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_mixed_run_of_shapes_and_signs(workspace: Path) -> None:
-    """Each prompt is scored by the reward that its metadata names, and each reward has a mean of its own."""
+def write_mixed_prompts(path: Path) -> None:
     shapes = [{**metadata, "reward": "shapes"} for _, metadata in data.shape_prompts("train")[:20]]
     signs = [{**metadata, "reward": "ocr"} for _, metadata in data.sign_prompts("train")[:20]]
-    (workspace / "mixed.jsonl").write_text("\n".join(map(json.dumps, shapes + signs)))
+    path.write_text("\n".join(map(json.dumps, shapes + signs)))
+
+
+def test_a_mixed_run_of_shapes_and_signs(workspace: Path) -> None:
+    """Each prompt is scored by the reward that its metadata names, and each reward has a mean of its own."""
+    write_mixed_prompts(workspace / "mixed.jsonl")
     assert train(["--prompts", "mixed.jsonl", "--rewards", "shapes", "ocr=0.5", *SMALL]) == 0
     lines = read_metrics(workspace / "runs/run/metrics.jsonl")
     assert all(line["groups_dropped_count"] == 0 for line in lines)
@@ -44,6 +51,23 @@ def test_a_mixed_run_of_shapes_and_signs(workspace: Path) -> None:
         assert any(line[f"reward/{name}_mean"] is not None for line in lines), name
     summary = json.loads((workspace / "runs/run/summary.json").read_text())
     assert summary["after"]["images"] == 8 and "ocr" in summary["after"]["tags"]
+
+
+def test_rewards_of_prompts_are_spread_over_processes(monkeypatch: pytest.MonkeyPatch, workspace: Path) -> None:
+    """Whatever order prompts were dealt in, each half of an iteration's groups has its half of each reward's."""
+    dealt = [Prompt(str(number), {"reward": "ocr" if number < 4 else "shapes"}) for number in range(8)]
+    write_mixed_prompts(workspace / "mixed.jsonl")
+    settings = ["tiny-shapes", "--prompts", "mixed.jsonl", "--rewards", "shapes", "ocr", "--evaluation.images", "8"]
+    drawn: list[list[Prompt]] = []
+    trainer = Trainer(configure(settings))
+    source = cast(OnlineSource, trainer.source)
+    monkeypatch.setattr(source.prompts, "draw", lambda iteration: dealt)
+    monkeypatch.setattr(source.worker, "draw", lambda prompts, *args, **options: drawn.append(prompts))
+    source.collect(0)
+    trainer.close()
+    assert sorted(drawn[0], key=dealt.index) == dealt
+    for half in (drawn[0][:4], drawn[0][4:]):
+        assert [prompt.metadata["reward"] for prompt in half].count("ocr") == 2
 
 
 def test_an_unknown_choice_is_refused_before_the_run(workspace: Path) -> None:

@@ -12,7 +12,7 @@ from dgpo_fast.config import Rollout
 from dgpo_fast.console import Console
 from dgpo_fast.distributed import ALONE, Processes, place
 from dgpo_fast.distributed.scores import gather_scores
-from dgpo_fast.groups import GroupSampler, stream_seed
+from dgpo_fast.groups import GroupSampler, spread, stream_seed
 from dgpo_fast.metrics import Phases
 from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.profiling.work import WorkMeter
@@ -132,7 +132,7 @@ class OnlineSource:
 
     def collect(self, iteration: int) -> Groups:
         """See `Source.collect`."""
-        prompts = self.prompts.draw(iteration)
+        prompts = spread(self.prompts.draw(iteration), lambda prompt: tuple(self.worker.rewards.reward.chosen(prompt)))
         return self.worker.draw(prompts, self.weights(), seed=self.seed, draw=iteration, processes=self.processes)
 
     def summary(self) -> dict[str, Any]:
