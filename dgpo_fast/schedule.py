@@ -13,6 +13,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
+START_ROUNDING = 1e-5
+"""How far a grid's first sigma may be from 1 by rounding."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -83,12 +86,13 @@ def _stochastic_steps(sigmas: list[float], noise_level: float) -> tuple[list[lis
     """Euler–Maruyama steps of the SDE with the ODE's marginals (Flow-GRPO, arXiv 2505.05470, Eq. 9).
 
     With dt = σ_next − σ and s = noise_level·√(σ/(1 − σ)), a step is
-    x·(1 + s²/(2σ)·dt) + v·(1 + s²·(1 − σ)/(2σ))·dt + s·√(−dt)·z. At σ = 1 the next sigma stands in s's denominator.
+    x·(1 + s²/(2σ)·dt) + v·(1 + s²·(1 − σ)/(2σ))·dt + s·√(−dt)·z. At σ = 1, where a grid begins but for the rounding of
+    its shift, the next sigma stands in s's denominator.
     """
     drift, noise = [], []
     for sigma, after in pairwise(sigmas):
         dt = after - sigma
-        variance = noise_level**2 * sigma / (1.0 - (after if sigma == 1.0 else sigma))
+        variance = noise_level**2 * sigma / (1.0 - (after if sigma > 1.0 - START_ROUNDING else sigma))
         drift.append([(1.0 + variance * (1.0 - sigma) / (2.0 * sigma)) * dt])
         noise.append([variance / (2.0 * sigma) * dt, sqrt(-variance * dt)])
     return drift, noise

@@ -68,9 +68,9 @@ class Trainer:
         if config.evaluation.images < processes.count:
             raise UserError(f"evaluation.images {config.evaluation.images}: {processes.count} processes need one each")
         self.prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=config.evaluation.images)
-        self.reward = load_rewards(config.rewards)
-        self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
         self.device = processes.own_device(pick_device(config.device))
+        self.reward = load_rewards(config.rewards, self.device)
+        self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
         self.reward_pool = RewardPool(
             self.reward, workers=count_workers(config.reward_workers, self.device),
             deadline_s=config.reward_deadline_s, device=self.device, note=self.console.note,

@@ -634,9 +634,9 @@ def test_self_test_passes_the_right_model_and_fails_what_is_swapped(folder, monk
     reward.self_test()
     original = models.to_tensor
     failed = f"reward {name!r} failed its self-test: "
-    monkeypatch.setattr(models, "to_tensor", lambda images: original(images).flip(1))
+    monkeypatch.setattr(models, "to_tensor", lambda *given: original(*given).flip(1))
     assert message(reward.self_test).startswith(failed)
-    monkeypatch.setattr(models, "to_tensor", lambda images: original(images) / 255)
+    monkeypatch.setattr(models, "to_tensor", lambda *given: original(*given) / 255)
     assert message(reward.self_test).startswith(failed)
 
 
@@ -848,3 +848,22 @@ def test_a_group_through_the_weighted_sum(folder, untrained):
     scores = both.score_groups(noise(4, 64, 64), [Prompt("a cat"), Prompt("a dog")], 2)
     assert scores.valid.all() and not scores.failures
     np.testing.assert_allclose(scores.rewards, scores.parts["clipscore"] + 2 * scores.parts["hpsv2"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_models_stay_on_the_device_that_they_were_loaded_for(folder, monkeypatch, name):
+    """Whatever this process's current device is later, as where the trainer moves on to a GPU of its own."""
+    with on_device(torch.device("cpu")):
+        reward = TAUGHT[name](folder)
+    monkeypatch.setattr(models, "default_device", lambda: torch.device("meta"))
+    images = golden.squares()
+    scores = reward(images, ["a photo of a person"] * len(images), [PERSON] * len(images))
+    scores = scores[0] if isinstance(scores, tuple) else scores
+    assert np.isfinite(scores).all()
+
+
+def test_rewards_are_loaded_on_the_device_that_is_named(folder):
+    """`load_rewards(…, device)` decides where a model goes, not the GPUs of the machine."""
+    with on_device(torch.device("meta")):
+        assert models.default_device().type == "meta"
+    assert models.default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")

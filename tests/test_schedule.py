@@ -63,3 +63,13 @@ def test_grid_falls_from_noise_to_data(shift: float) -> None:
         assert schedule.sigmas.diff().lt(0).all()
         assert schedule.sigmas[0] > 0.99 and schedule.sigmas[-1] == 0
         assert torch.allclose(schedule.timesteps / 1000, schedule.sigmas[:-1], atol=1e-3)
+
+
+def test_noise_of_the_first_step_is_bounded_at_any_shift() -> None:
+    """The first sigma is 1 but for rounding, on either side of it, where s = a·√(σ/(1 − σ)) would be anything."""
+    for shift in np.arange(0.5, 12, 0.01):
+        schedule = make_schedule("euler", 10, float(shift), noise_level=0.7)
+        assert schedule.noise is not None
+        sigma, after = schedule.sigmas[:2].double()
+        expected = 0.7 * ((sigma - after) * sigma / (1 - after)).sqrt()
+        assert schedule.noise[0, 1] == pytest.approx(float(expected), rel=1e-4), shift

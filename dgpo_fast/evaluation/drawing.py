@@ -49,9 +49,9 @@ class Drawing:
             "prompts_sha256": _digest_of_prompts(self.prompts),
         }
         self.folder.require_same(made_with)
-        reward = load_rewards(settings.rewards)
-        reward.check_prompts(list({id(prompt): prompt for prompt in self.prompts}.values()))
         self.device = pick_device(settings.device)
+        reward = load_rewards(settings.rewards, self.device)
+        reward.check_prompts(list({id(prompt): prompt for prompt in self.prompts}.values()))
         self.pool = RewardPool(
             reward, workers=count_workers(settings.reward_workers, self.device), deadline_s=settings.reward_deadline_s,
             device=self.device, note=console.note,

@@ -57,7 +57,8 @@ class Clip:
 
     def features(self, images: np.ndarray) -> torch.Tensor:
         """Unit vectors (B, D) of uint8 images (B, H, W, 3), B ≥ 1."""
-        prepared = [self.prepare(models.to_tensor(images[i : i + _CHUNK])) for i in range(0, len(images), _CHUNK)]
+        chunks = (images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK))
+        prepared = [self.prepare(models.to_tensor(chunk, self.model.device)) for chunk in chunks]
         return self.image_features(torch.cat(prepared))
 
     @torch.inference_mode()

@@ -170,7 +170,8 @@ class Detector:
         height, width = images.shape[1:3]
         scale = min(self._shortest / min(height, width), self._longest / max(height, width))
         resized = int(height * scale + 0.5), int(width * scale + 0.5)
-        pixels = models.normalise(models.resize(models.to_tensor(images), resized, "bilinear"), _MEAN, _STD)
+        pixels = models.resize(models.to_tensor(images, self._model.device), resized, "bilinear")
+        pixels = models.normalise(pixels, _MEAN, _STD)
         return F.pad(pixels, (0, -resized[1] % _STRIDE, 0, -resized[0] % _STRIDE)), resized
 
 
@@ -226,7 +227,8 @@ class ColorJudge:
         """The colour of each object, given with its picture, uint8 (H, W, 3)."""
         if not objects:
             return []
-        crops = [models.to_tensor(crop(image, detection)[None]) for image, detection in objects]
+        device = self._clip.model.device
+        crops = [models.to_tensor(crop(image, detection)[None], device) for image, detection in objects]
         features = self._clip.image_features(torch.cat([self._clip.prepare(pixels) for pixels in crops]))
         classifiers = torch.stack([self._classifier(detection.name) for _, detection in objects])
         best = torch.einsum("bd,bcd->bc", features, classifiers).argmax(1).tolist()

@@ -12,13 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.rewards.device import chosen_device
 
 # Mean and standard deviation of RGB in [0, 1] that OpenAI's CLIP and its descendants, BLIP among them, were trained on.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def default_device() -> torch.device:
-    """This process's GPU, else the CPU."""
+    """Where models are loaded: the trainer's own device (`on_device`), else this process's GPU, else the CPU."""
+    chosen = chosen_device()
+    if chosen is not None:
+        return torch.device(chosen)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -106,9 +110,9 @@ def unavailable(name: str, source: str | Path, error: Exception) -> UserError:
     return UserError(f"reward {name!r} needs {source}, which cannot be loaded ({lines[0][:120]}): {remedy}")
 
 
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in 0..255 on the device."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(default_device()).permute(0, 3, 1, 2).float()
+def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in 0..255 on `device`, that of the model that reads them."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
 
 
 def resize(pixels: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:

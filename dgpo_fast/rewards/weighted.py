@@ -11,6 +11,7 @@ import numpy as np
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, shorten
+from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward
 from dgpo_fast.rewards.registry import load_reward, parse_spec
 
@@ -151,8 +152,12 @@ class WeightedReward:
             return np.sum(terms, axis=0).astype(np.float32)
 
 
-def load_rewards(specs: Sequence[str]) -> WeightedReward:
+def load_rewards(specs: Sequence[str], device: Any = None) -> WeightedReward:
     """Loads and self-tests rewards given as `name`, `name=weight`, `module:attribute=weight`… (`registry.parse_spec`).
+
+    Args:
+        specs: one for each reward.
+        device: the `torch.device` of rewards with a model; by default this process's GPU, else the CPU.
 
     Raises:
         UserError: one line, for a reward that is unknown, named twice or does not work here, or a malformed weight.
@@ -165,7 +170,8 @@ def load_rewards(specs: Sequence[str]) -> WeightedReward:
         raise UserError(f"reward {twice!r} is named twice: name it once, with its weight")
     if not any(weights.values()):
         raise UserError("no reward has a weight: name at least one, for example shapes or ocr=0.5")
-    rewards = {spec.name: load_reward(spec.name, spec.source) for spec in parsed}
+    with on_device(device):
+        rewards = {spec.name: load_reward(spec.name, spec.source) for spec in parsed}
     return WeightedReward(rewards, weights, {spec.name: spec.source for spec in parsed})
 
 
