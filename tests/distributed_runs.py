@@ -48,7 +48,7 @@ SCENARIOS: dict[str, list[str]] = {
     "pairs": ["--objective", "diffusion_dpo"],
     "policy gradient": [
         "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
-        "--flow-grpo.clip-range", "0.1",
+        "--flow-grpo.clip-range", "0.1", "--ema.switch-ema-ref", "none",
     ],
     "sharded": [*SHARDED, "--iterations", "10", "--policy.micro-batch", "4", "--evaluation.every", "10"],
     "sharded, groups split": [
@@ -58,7 +58,7 @@ SCENARIOS: dict[str, list[str]] = {
     "sharded, pairs": [*SHARDED, "--objective", "diffusion_dpo"],
     "sharded, policy gradient": [
         *SHARDED, "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
-        "--flow-grpo.clip-range", "0.1",
+        "--flow-grpo.clip-range", "0.1", "--ema.switch-ema-ref", "none",
     ],
     "offline": ["--data.source", "offline", "--data.offline-groups", "7"],
 }  # fmt: skip

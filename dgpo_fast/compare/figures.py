@@ -29,7 +29,7 @@ FIGURES = {
     "timestep_clip": ("With and without the timestep clip", ("dgpo", "dgpo-no-clip")),
 }
 LABELS = {
-    "training_s": "training time [s]",
+    "training_s": "training time [{seconds}]",
     "trained_images": "images gone through in training",
     "reward_mean": "mean reward on held-out prompts",
     "patch_distance": "patch distance to rendered pictures\n[grey levels, lower is better]",
@@ -38,18 +38,18 @@ LABELS = {
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def draw_figures(runs: Runs, base: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes every figure that has at least two of its systems; returns the files' names."""
+def draw_figures(runs: Runs, base: Mapping[str, Any], folder: Path, seconds: str) -> list[str]:
+    """Writes every figure that has at least two of its systems; returns the files' names. `seconds` says which."""
     names = []
     for name, (title, systems) in FIGURES.items():
         shown = [system for system in systems if system in runs]
         if len(shown) > 1:
-            _draw(title, shown, runs, base, folder / f"{name}.png")
+            _draw(title, shown, runs, base, folder / f"{name}.png", seconds)
             names.append(f"{name}.png")
     return names
 
 
-def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], path: Path) -> None:
+def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], path: Path, seconds: str) -> None:
     figure = Figure(figsize=(13.5, 4.6), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=13)
     axes = figure.subplots(1, 3)
@@ -58,7 +58,7 @@ def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], p
         for system in systems:
             _line(axis, system, runs[system], base, measure, spent)
         axis.axhline(base[measure], color=BASE, linewidth=1, linestyle=":", label="the model as it came")
-        axis.set(xlabel=LABELS[spent], ylabel=LABELS[measure], xlim=(0, None))
+        axis.set(xlabel=LABELS[spent].format(seconds=seconds), ylabel=LABELS[measure], xlim=(0, None))
         axis.grid(alpha=0.25)
     count = len(next(iter(runs.values())))
     axes[0].legend(frameon=False, fontsize=9, title=f"mean of {count} seeds, 95 % interval", title_fontsize=9)

@@ -32,7 +32,8 @@ def write_report(
     }
     for name, text in parts.items():
         (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    figures = draw_figures(runs, scores, folder)
+    seconds = "s" if machine["device"] != "cpu" else "s of the run's thread at work"
+    figures = draw_figures(runs, scores, folder, seconds)
     search = {name: result for name, result in results.items() if result["run"]["kind"] == "search"}
     write_json(folder / "compare.json", {
         "machine": dict(machine),

@@ -146,6 +146,11 @@ def load_objective(config: Config) -> Objective:
             f"{what} learns from the noise of the rollout's steps and rollout.noise_level is 0: give it some, "
             "as in --rollout.solver euler --rollout.noise-level 0.7"
         )
+    if objective.needs_transitions and config.ema.switch_ema_ref is not None:
+        raise UserError(
+            f"{what} learns from the steps of its own policy and ema.switch_ema_ref {config.ema.switch_ema_ref} lets "
+            "its average draw them later: use --ema.switch-ema-ref none"
+        )
     return cast(Objective, objective)
 
 
