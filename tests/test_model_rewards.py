@@ -21,6 +21,7 @@ from dgpo_fast.rewards import clip as clip_module
 from dgpo_fast.rewards import geneval, golden, hpsv2, imagereward, jpeg, load_rewards, models, ocr
 from dgpo_fast.rewards.aesthetic import AestheticReward
 from dgpo_fast.rewards.clip import Clip, ClipScoreReward, PickScoreReward
+from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.geneval import ColorJudge, Detector, GenevalReward, box_of, crop, read_out
 from dgpo_fast.rewards.geneval_rules import Detection
 from dgpo_fast.rewards.hpsv2 import HpsReward
@@ -857,7 +858,11 @@ def test_models_stay_on_the_device_that_they_were_loaded_for(folder, monkeypatch
         reward = TAUGHT[name](folder)
     monkeypatch.setattr(models, "default_device", lambda: torch.device("meta"))
     images = golden.squares()
-    scores = reward(images, ["a photo of a person"] * len(images), [PERSON] * len(images))
+    scores = reward(
+        images,
+        ["a photo of a person"] * len(images),
+        [{"include": [{"class": "person", "count": 1, "color": "red"}]}] * len(images),
+    )
     scores = scores[0] if isinstance(scores, tuple) else scores
     assert np.isfinite(scores).all()
 

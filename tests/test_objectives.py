@@ -347,7 +347,7 @@ def test_the_loop_knows_no_objective() -> None:
         ({"objective": "flow_grpo"}, "objective 'flow_grpo' learns from the noise of the rollout's steps and rollout."),
         (
             {"objective": "flow_grpo", "rollout": Rollout(solver="euler", noise_level=0.7)},
-            "objective 'flow_grpo' learns from the steps of its own policy and ema.switch_ema_ref 500 lets its average ",
+            "objective 'flow_grpo' learns from the steps of its own policy and ema.switch_ema_ref 500 lets ",
         ),
         (
             {"objective": "flow_grpo", "data": Data(source="offline")},

@@ -1,5 +1,6 @@
 """The rollout's solvers are diffusers' solvers."""
 
+import numpy as np
 import pytest
 import torch
 from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step

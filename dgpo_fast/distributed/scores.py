@@ -1,8 +1,8 @@
 """Scores of shares: each process scores the images that it drew, and all of them learn all scores.
 
-Images stay where they were drawn. Shares are equal counts of images of one size, and where prompts have rewards of their
-own, each share has its part of each kind (`groups.spread`): they cost every process the same, so that there is nothing
-to gain from moving pixels. How long each process took is in the metrics.
+Images stay where they were drawn. Shares are equal counts of images of one size, and where prompts have rewards of
+their own, each share has its part of each kind (`groups.spread`): they cost every process the same, so that there is
+nothing to gain from moving pixels. How long each process took is in the metrics.
 """
 
 from typing import Any

@@ -79,7 +79,8 @@ class ImageRewardReward:
         with torch.inference_mode():
             for start in range(0, len(images), _CHUNK):
                 chunk = slice(start, start + _CHUNK)
-                scores.append(self._score(models.to_tensor(images[chunk], self._vision.device), prompts[chunk]).cpu().numpy())
+                pixels = models.to_tensor(images[chunk], self._vision.device)
+                scores.append(self._score(pixels, prompts[chunk]).cpu().numpy())
         return np.concatenate(scores)
 
     def self_test(self) -> None:
