@@ -127,17 +127,18 @@ class PolicyModels:
                 self.weights[name].grad, weight.grad = cast("DTensor", weight.grad).to_local(), None
 
     def whole(self, tensors: Weights) -> dict[str, Tensor]:
-        """What this process holds parts of, whole, on process 0's CPU. All processes must call it together.
+        """Copies of what this process holds parts of, whole, on process 0's CPU. All processes must call it together.
 
         Args:
             tensors: shaped as `weights`, by their names, or as the optimizer's state of them is named.
         """
-        assert self.shards is not None
         return {name: self._whole(name, tensor) for name, tensor in tensors.items()}
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        weight = self._sharded_by(name)
-        return tensor if tensor.dim() == 0 or self.shards is None else self.shards.whole(tensor, weight)
+        assert self.shards is not None
+        if tensor.dim() == 0:  # a counter, the same on every process; a copy, for the next step counts on in place
+            return tensor.to("cpu", copy=True)
+        return self.shards.whole(tensor, self._sharded_by(name))
 
     def parts(self, tensors: Weights) -> Weights:
         """This process's parts of what `whole` gave; the same tensors where nothing is sharded."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from torch.distributed.device_mesh import init_device_mesh
 
+from dgpo_fast import checkpoint
+from dgpo_fast.checkpoint import CheckpointWriter, load_newest
 from dgpo_fast.cli import configure
+from dgpo_fast.config import Policy
 from dgpo_fast.distributed import ALONE
+from dgpo_fast.distributed.shards import Shards
 from dgpo_fast.errors import UserError
+from dgpo_fast.optimizers import optimizer_tensors
+from dgpo_fast.policy import PolicyModels
 from dgpo_fast.trainer import Trainer
 from tests.distributed_runs import SCENARIOS, make_workspace, run
 from tests.processes import run_together
@@ -53,6 +62,40 @@ def test_metrics_are_those_of_one_process(outcomes: dict) -> None:
     for name in ("reward_mean", "grad_norm", "dsm_policy", "heldout_reward_mean"):
         seen = [[line[name] for line in lines if name in line] for lines in (mine, alone)]
         np.testing.assert_allclose(*seen, rtol=1e-3)
+
+
+@pytest.fixture
+def one_shard() -> Iterator[Shards]:
+    """Shards of a group of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield Shards(init_device_mesh("cpu", (1,)), ALONE)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(
+    one_shard: Shards, random_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer's counters too, which its next step counts on in place while they are being written."""
+    go, original = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: go.wait(60) and original(*args))
+    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer").requires_grad_(False)
+    models = PolicyModels(transformer, Policy(train="full"), 0, one_shard)
+    optimizer = torch.optim.AdamW(models.weights.values())
+
+    def step() -> dict[str, torch.Tensor]:
+        for weight in models.weights.values():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return optimizer_tensors(optimizer)
+
+    expected = {name: tensor.clone() for name, tensor in step().items()}
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep=1, info={})
+    writer.save(1, {"optimizer": models.whole(optimizer_tensors(optimizer))}, copied=True)
+    step()
+    go.set()
+    writer.wait()
+    saved = load_newest(tmp_path / "checkpoints")[0].part("optimizer")
+    assert saved.keys() == expected.keys() and all(saved[name].equal(expected[name]) for name in saved)
 
 
 @pytest.mark.parametrize("count", [1, 2])
