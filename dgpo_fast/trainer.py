@@ -71,6 +71,8 @@ class Trainer:
         self.device = processes.own_device(pick_device(config.device))
         self.reward = load_rewards(config.rewards, self.device)
         self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
+        if config.data.source == "online":  # of offline groups, each is drawn and scored by one process
+            self.reward.check_processes(processes.count, config.rollout.groups)
         self.reward_pool = RewardPool(
             self.reward, workers=count_workers(config.reward_workers, self.device),
             deadline_s=config.reward_deadline_s, device=self.device, note=self.console.note,

@@ -67,6 +67,8 @@ SCENARIOS: dict[str, list[str]] = {
 class Brightness:
     """How bright an image is: changes with every pixel, so that a difference between runs shows."""
 
+    independent_images = True
+
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         return images.mean((1, 2, 3), dtype=np.float64) / 255
 

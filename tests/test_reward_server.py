@@ -158,7 +158,7 @@ def test_the_server_refuses_prompts_before_the_run_by_their_line(folder: Path) -
 
 def test_health_says_what_runs_and_what_waits(server: Process) -> None:
     health = JsonClient(server.url).get("/health").content
-    assert health["rewards"] == {"slow": 1.0} and health["queue"] == 0
+    assert health["rewards"] == {"slow": 1.0} and health["queue"] == 0 and health["independent_images"] is False
     assert health["limits"] == {"images": 8, "pixels": 1_000_000}
     before = health["images"]
     post(server, request(images=[as_text(picture())] * 3))
@@ -257,6 +257,7 @@ def test_bad_settings_give_one_line(args, expected, tmp_path, monkeypatch, capsy
 def test_rewards_may_be_named_one_by_one(folder: Path) -> None:
     with reward_server("--reward", "jpeg", "--reward=shapes=0.5", folder=folder) as server:
         assert JsonClient(server.url).get("/health").content["rewards"] == {"jpeg": 1.0, "shapes": 0.5}
+        assert load_rewards([server.url]).dependent_images is None, "both score each picture on its own"
 
 
 # The client's health check

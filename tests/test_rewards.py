@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.imports import import_attribute
 from dgpo_fast.prompts import Prompt, load_prompts
 from dgpo_fast.rewards import WeightedReward, load_rewards
 from dgpo_fast.rewards.jpeg import JpegReward
+from dgpo_fast.rewards.judge import JudgeReward
 from dgpo_fast.rewards.ocr import OcrReward, edit_distance, normalise, similarity
 from dgpo_fast.rewards.registry import BUILT_IN, parse_spec
 
@@ -42,6 +44,26 @@ def mean(images, prompts, metadata):
 
 def weighted(**rewards) -> WeightedReward:
     return WeightedReward(rewards, dict.fromkeys(rewards, 1.0))
+
+
+def test_groups_are_cut_only_for_rewards_that_score_each_picture_on_its_own():
+    def alone(images, prompts, metadata):
+        return mean(images, prompts, metadata)
+
+    alone.independent_images = True
+    weighted(alone=alone).check_processes(processes=4, groups=3)
+    both = weighted(alone=alone, ranks=mean)
+    both.check_processes(processes=4, groups=4)
+    assert both.dependent_images == "ranks"
+    line = message(both.check_processes, 4, 3)
+    assert line.startswith("reward 'ranks' may compare the pictures of a group, and 4 processes would cut 3 groups")
+    assert "--rollout.groups 4 or more" in line and "independent_images = True" in line
+
+
+def test_shipped_rewards_and_judges_score_each_picture_on_its_own():
+    """They say so; tests of each of them score pictures alone and together."""
+    made = [import_attribute(name, source, example="") for name, source in BUILT_IN.items() if "compat" not in name]
+    assert all(one.independent_images is True for one in [*made, JudgeReward])
 
 
 def test_weighted_sum_and_parts_by_hand():

@@ -25,6 +25,8 @@ class AestheticReward:
     The predictor's five layers, 768-1024-128-64-16-1, have no activations in between, so they are multiplied out once.
     """
 
+    independent_images = True
+
     def __init__(self, clip: str | Path = "openai/clip-vit-large-patch14", weights: str | Path = WEIGHTS) -> None:
         """
         Args:

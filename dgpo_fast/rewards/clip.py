@@ -100,6 +100,8 @@ class Clip:
 class CosineReward:
     """factor · cos(image, text): `CLIPScore`, `PickScore` and `HPSv2.1` differ in the model and in the factor alone."""
 
+    independent_images = True
+
     def __init__(self, name: str, clip: Clip, factor: float, expected: tuple[float, float]) -> None:
         """
         Args:

@@ -39,6 +39,8 @@ class GenevalReward:
     published figure is the mean over its six tags of each tag's mean of `correct`.
     """
 
+    independent_images = True
+
     def __init__(
         self,
         detector: str | Path = "facebook/mask2former-swin-small-coco-instance",

@@ -41,6 +41,8 @@ class ImageRewardReward:
     token's state goes through five linear layers, and the result x becomes (x − 0.16717) / 1.03334.
     """
 
+    independent_images = True
+
     def __init__(
         self, weights: str | Path = f"{REPOSITORY}/{FILE}", tokenizer: str | Path = "google-bert/bert-base-uncased"
     ) -> None:

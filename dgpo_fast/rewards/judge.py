@@ -111,6 +111,8 @@ class JudgeReward:
     cannot be read fails its group; nothing stands in for it.
     """
 
+    independent_images = True
+
     def __init__(self, settings: JudgeSettings) -> None:
         """Raises UserError for settings that do not work together, or a key that is not there."""
         self._settings = settings

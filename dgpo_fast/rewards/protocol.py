@@ -26,8 +26,8 @@ class Reward(Protocol):
       time, each with the images of another prompt.
     - `runs_on_cpu = True` says that scoring takes no GPU and depends on the arguments alone. Such a reward may be
       loaded again in worker processes, which score several groups at a time beside the rollout.
-    - `independent_images = True` adds to it that a picture's score does not depend on the pictures beside it, so that
-      several processes may share a group.
+    - `independent_images = True` says that a picture's score does not depend on the pictures beside it, so that
+      several processes, workers or trainers, may share a group. A run with fewer groups than processes needs it.
     """
 
     def __call__(

@@ -2,13 +2,13 @@
 
 A request and its answer are JSON, with pictures as PNG files in base64: nothing that is sent can run code.
 
-    GET  /health  → {"rewards": {"ocr": 1.0}, "queue": 0, …}
+    GET  /health  → {"rewards": {"ocr": 1.0}, "independent_images": true, "queue": 0, …}
     POST /check   {"prompts": [{"text": …, "metadata": …, "origin": …}]} → {}, or status 422 and {"error": …}
     POST /check   {"images": […]} → {"means": [[red, green, blue], …]}, of the pictures as they arrived
     POST /score   {"prompt": …, "metadata": {…}, "images": […]}
                   → {"scores": […], "parts": {"ocr/exact": […]}, "queue": 2}
 
-`/check` is optional: a server of another make may answer it with 404.
+`/check` is optional: a server of another make may answer it with 404. So is `independent_images`, see `Reward`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ class RemoteReward:
 
     Parts of its own: `queue`, how many requests waited at the server when this one arrived, `latency_s` from the
     first attempt to the answer, and `attempts`.
+
+    Attributes:
+        independent_images: whether the server says so of what it runs, in `self_test`.
     """
 
     groups_at_once = 4
+    independent_images = False
 
     def __init__(self, url: str, *, token: str | None = None, deadline_s: float = 120.0, attempts: int = 6) -> None:
         """
@@ -102,6 +106,7 @@ class RemoteReward:
             raise UserError(f"no reward server answers: {error}: {remedy}") from None
         if not isinstance(health, dict) or not isinstance(health.get("rewards"), dict):
             raise UserError(f"{self._url} is no reward server: its /health names no rewards")
+        self.independent_images = health.get("independent_images") is True
         squares = golden.squares()
         answer = self._check({"images": [_as_text(image) for image in squares]})
         if answer is None:

@@ -79,6 +79,7 @@ class RewardService:
         counts = self.counts
         return {
             "rewards": self.reward.weights,
+            "independent_images": self.reward.dependent_images is None,
             "queue": self._waiting,
             "scored": counts.scored,
             "failed": counts.failed,

@@ -58,6 +58,21 @@ class WeightedReward:
             if check is not None:
                 check([prompt for prompt, names in zip(prompts, chosen, strict=True) if name in names])
 
+    @property
+    def dependent_images(self) -> str | None:
+        """The first reward whose score of a picture may depend on the pictures beside it; None where there is none."""
+        return next((n for n, one in self.rewards.items() if not getattr(one, "independent_images", False)), None)
+
+    def check_processes(self, processes: int, groups: int) -> None:
+        """Raises UserError where so many processes would cut groups that a reward must see whole."""
+        name = self.dependent_images
+        if groups < processes and name is not None:
+            raise UserError(
+                f"reward {name!r} may compare the pictures of a group, and {processes} processes would cut {groups} "
+                f"groups into parts: use --rollout.groups {processes} or more, or set independent_images = True in "
+                "the reward if it scores each picture on its own (docs/rewards.md)"
+            )
+
     def score_groups(self, images: np.ndarray, prompts: Sequence[Prompt], group_size: int) -> GroupScores:
         """Scores P groups of G images, calling each reward once per group that it is chosen for.
 

@@ -54,6 +54,7 @@ class ShapesReward:
     """
 
     runs_on_cpu = True
+    independent_images = True
 
     def __init__(self) -> None:
         self._templates, self._template_shapes = _templates()
