@@ -255,8 +255,10 @@ class Trainer:
             self.writer.check()
         try:
             with self.processes.waiting(f"the shards of iteration {self.iteration + 1}", counted=False):
+                self._meet("the groups")
                 batch, metrics = self._collect()
                 if batch is not None:
+                    self._meet("the learning")
                     metrics |= self._learn(batch)
                     self._average()
         except torch.OutOfMemoryError as error:
@@ -274,6 +276,12 @@ class Trainer:
             if not self.halfway:  # whatever broke off, this iteration is done: a checkpoint may be written of it
                 self._log(metrics)
         return metrics
+
+    def _meet(self, what: str) -> None:
+        """Where weights are sharded, waits for the others: forwards need them, and neither name nor time them."""
+        if self.models.shards is not None:
+            with self.phases("communicate"):
+                self.processes.meet(f"{what} of iteration {self.iteration + 1}", self.device)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)

@@ -42,7 +42,16 @@ def break_gradient(made, iterations):
 def weights(made):
     return torch.cat([w.detach().flatten() for w in made.models.weights.values()])
 
-seen = {}
+seen = {"refused": []}
+wrong = ["--rewards", "nowhere:Reward"], ["--rollout.max-sequence-length", "0"]  # before each of the set-up's questions
+for settings in wrong:
+    try:
+        with us.together("the set-up of all processes"):
+            trainer("refused", "--policy.micro-batch", "auto", *(settings if us.rank == 1 else ()))
+    except UserError as error:
+        seen["refused"].append(str(error))
+seen["refused everywhere"] = us.gather(seen["refused"], "refused")
+
 made, folder = trainer("skip")
 break_gradient(made, [1])
 moved = []
@@ -94,6 +103,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory, random_pipeline: Path) -> dic
         return json.loads(Path("seen.json").read_text())
     finally:
         os.chdir(before)
+
+
+def test_a_set_up_that_fails_on_one_process_is_told_by_all(seen: dict) -> None:
+    """The others wait for the micro-batch or for the engine's choices by then."""
+    reward, text = seen["refused"]
+    assert reward.startswith("reward 'nowhere:Reward'") and reward.endswith("(process 1)")
+    assert text.startswith("rollout.max_sequence_length 0") and text.endswith("(process 1)")
+    assert seen["refused everywhere"] == [seen["refused"]] * 2
 
 
 def test_a_nan_on_one_process_skips_the_step_on_all(seen: dict) -> None:

@@ -98,6 +98,12 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(
     assert saved.keys() == expected.keys() and all(saved[name].equal(expected[name]) for name in saved)
 
 
+def test_others_are_met_before_the_forwards_that_need_them(outcomes: dict) -> None:
+    """There a process that is lost is named and waiting is measured, whatever carries the shards."""
+    shares = [f"the {what} of iteration {number}" for number in (1, 2) for what in ("groups", "learning")]
+    assert outcomes[2]["sharded, pairs"]["met"] == ["the groups of the shards", *shares]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_checkpoint_of_shards_resumes_on(count: int, outcomes: dict) -> None:
     mine, alone = (np.array(outcome["weights"]) for outcome in (outcomes[count][RESUMED], outcomes[1]["sharded"]))

@@ -2,7 +2,8 @@
 
 `connect` joins the group that torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
 describes. Every wait for others has a name, a deadline and a clock: where the others do not come, the error says what
-was waited for, and the seconds waited go into the metrics.
+was waited for, and the seconds waited go into the metrics. Inside `together` nobody waits in vain: before the others
+communicate there, they hear the error of a process that has failed.
 
 Small values travel as JSON, not as pickles: what another machine sends is data.
 """
@@ -46,6 +47,7 @@ class Processes:
         local_count: how many those are.
         timeout_s: how long others are waited for.
         waited_s: seconds spent waiting, since `take_waited_s`.
+        united: inside a block of `together`, where one that fails tells the others.
     """
 
     rank: int = 0
@@ -54,6 +56,7 @@ class Processes:
     timeout_s: float = 600.0
     local_count: int = 1
     waited_s: float = 0.0
+    united: bool = False
 
     @property
     def first(self) -> bool:
@@ -88,16 +91,36 @@ class Processes:
         return bool(self.sum(torch.tensor(int(flag)), what))
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
-        """Adds up `tensor` over all processes, in place, and returns it. On a GPU nothing waits for it here."""
+        """Adds up `tensor` over all processes, in place, and returns it.
+
+        One on a GPU is sent when all processes are there: NCCL would neither say that one is lost nor how long it
+        waited. The sum itself is not waited for.
+        """
         if self.count > 1:
-            with self.waiting(what):
+            self._hear_failures(what)
+            if tensor.is_cuda:
+                self.meet(what, tensor.device)
+            with self.waiting(what, counted=not tensor.is_cuda):
                 dist.all_reduce(tensor)
         return tensor
+
+    def meet(self, what: str, device: torch.device) -> None:
+        """Waits until all processes are here. What this one's GPU has yet to do before is no waiting for others."""
+        if self.count > 1:
+            self._hear_failures(what)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            with self.waiting(what):
+                dist.all_reduce(torch.zeros(1))
 
     def gather(self, value: Any, what: str) -> list[Any]:
         """Everybody's `value`, in the order of ranks. A value is what JSON holds; NaN and infinity are kept."""
         if self.count == 1:
             return [value]
+        self._hear_failures(what)
+        return self._gather(value, what)
+
+    def _gather(self, value: Any, what: str) -> list[Any]:
         text = json.dumps(value).encode()
         with self.waiting(what):
             lengths = torch.zeros(self.count, dtype=torch.int64)
@@ -113,6 +136,7 @@ class Processes:
         """Process 0's `value` on every process; what the others give is ignored. JSON, as in `gather`."""
         if self.count == 1:
             return value
+        self._hear_failures(what)
         text = json.dumps(value).encode() if self.first else b""
         with self.waiting(what):
             length = torch.tensor([len(text)])
@@ -136,21 +160,43 @@ class Processes:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """All processes leave the block, or all of them raise the error of the first one that could not."""
+        """All processes leave the block, or all of them raise the error of the first one that could not.
+
+        They may communicate inside it, but begin no other such block there.
+        """
         failure: Exception | None = None
+        self.united = self.count > 1
         try:
             yield
-        except LostError:
+        except (LostError, SharedError):
             raise
         except Exception as error:
             failure = error
-        problems = self.gather(None if failure is None else _one_line(failure), what)
-        if failure is not None and (self.count == 1 or not isinstance(failure, UserError)):
+        finally:
+            self.united = False
+        if failure is not None and self.count == 1:
             raise failure
-        for rank, line in enumerate(problems):
-            if line is not None:
-                where = f" (process {rank})" if problems.count(line) < self.count else ""
-                raise SharedError(line + where) from None
+        problems = self._tell(failure, what)
+        if failure is not None and not isinstance(failure, UserError):
+            raise failure
+        _raise_first(problems)
+
+    def _tell(self, failure: Exception | None, what: str) -> list[str | None]:
+        """Everybody's failure, in a line. Raises this process's own where the others are lost."""
+        try:
+            return self.gather(None if failure is None else _one_line(failure), what)
+        except LostError:
+            if failure is not None:
+                raise failure from None
+            raise
+
+    def _hear_failures(self, what: str) -> None:
+        """Inside `together`, before anything is sent: raises the error of a process that has failed and told it.
+
+        That one is at the block's end, in the same exchange.
+        """
+        if self.united:
+            _raise_first(self._gather(None, what))
 
     def take_waited_s(self) -> float:
         """Seconds spent waiting for others since the last call."""
@@ -232,6 +278,14 @@ def _integer(name: str, default: int) -> int:
         return int(os.environ.get(name, default))
     except ValueError:
         raise UserError(f"{name}={os.environ[name]}: not a number; start the processes with torchrun") from None
+
+
+def _raise_first(problems: list[str | None]) -> None:
+    """Raises the first of the processes' problems, a line each, on every one of them."""
+    for rank, line in enumerate(problems):
+        if line is not None:
+            where = f" (process {rank})" if problems.count(line) < len(problems) else ""
+            raise SharedError(line + where) from None
 
 
 def _one_line(error: Exception) -> str:

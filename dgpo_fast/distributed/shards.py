@@ -100,6 +100,7 @@ def make_shards(kind: str, processes: Processes, device: torch.device) -> Shards
         )
     machines = processes.count // local
     shape, names = ((local,), ("shard",)) if machines == 1 else ((machines, local), ("machines", "shard"))
+    processes.meet("the groups of the shards", device)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for group in mesh.get_all_groups():
         processes.set_timeout(processes.timeout_s, group)
