@@ -46,6 +46,7 @@ SCENARIOS: dict[str, list[str]] = {
     "lora": ["--iterations", "20", "--evaluation.every", "20", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-5"],
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
     "small micro-batches, std of the iteration": ["--policy.micro-batch", "3", "--advantage.std", "global"],
+    "samples one by one": ["--rollout.batch-size", "1", "--policy.micro-batch", "1"],
     "groups dropped": ["--rewards", "tests.distributed_runs:Flaky", "--iterations", "4"],
     "pairs": ["--objective", "diffusion_dpo"],
     "policy gradient": [
@@ -62,6 +63,7 @@ SCENARIOS: dict[str, list[str]] = {
         *SHARDED, "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
         "--flow-grpo.clip-range", "0.1", "--ema.switch-ema-ref", "none",
     ],
+    "hybrid shards": [*SHARDED[:-1], "hybrid"],
     "offline": ["--data.source", "offline", "--data.offline-groups", "7"],
 }  # fmt: skip
 

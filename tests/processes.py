@@ -22,22 +22,24 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environments(count: int) -> list[dict[str, str]]:
-    """What torchrun would put into the environment of each of `count` processes."""
+def environments(count: int, machines: int = 1) -> list[dict[str, str]]:
+    """What torchrun would put into the environment of each of `count` processes, as if on so many machines."""
+    local = count // machines
     shared = {
-        **os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        **os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(local),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(count)]
 
 
-def start(arguments: list[str], count: int) -> list[subprocess.Popen]:
-    """`python ARGUMENTS` as `count` processes of one group."""
+def start(arguments: list[str], count: int, machines: int = 1) -> list[subprocess.Popen]:
+    """`python ARGUMENTS` as `count` processes of one group, as if on so many machines."""
     return [
         subprocess.Popen(
             [sys.executable, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for env in environments(count)
+        for env in environments(count, machines)
     ]
 
 
@@ -51,9 +53,9 @@ def finish(processes: list[subprocess.Popen], timeout_s: float = 400) -> list[tu
     return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
-def run_together(arguments: list[str], count: int) -> list[str]:
+def run_together(arguments: list[str], count: int, machines: int = 1) -> list[str]:
     """The output of each of `count` processes, all of which must succeed."""
-    results = finish(start(arguments, count))
+    results = finish(start(arguments, count, machines))
     for status, _, errors in results:
         assert status == 0, errors
     return [output for _, output, _ in results]

@@ -4,20 +4,25 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from dgpo_fast.distributed import ALONE
+from dgpo_fast import trainer
+from dgpo_fast.cli import configure
+from dgpo_fast.distributed import ALONE, Processes
+from dgpo_fast.errors import UserError
 from tests.distributed_runs import SCENARIOS, make_workspace, run
 from tests.processes import run_together
 
 RESUMED = "lora=runs/2-lora"
+SAME_SHAPES, HYBRID = "samples one by one", "hybrid shards"
 # Three processes hold a group each; two hold shares that differ in size; four must split groups.
 COUNTS = {
-    2: [name for name in SCENARIOS if "sharded" not in name],
+    2: [name for name in SCENARIOS if "shard" not in name],
     3: ["lora", RESUMED],
-    4: ["lora", "small micro-batches, std of the iteration", "groups dropped", "pairs"],
+    4: ["lora", SAME_SHAPES, "small micro-batches, std of the iteration", "groups dropped", "pairs", HYBRID],
 }
 
 
@@ -30,9 +35,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, random_pipeline: Path) ->
     try:
         found: dict[int, dict[str, Any]] = {}
         for count, scenarios in COUNTS.items():
-            run_together(["-m", "tests.distributed_runs", *scenarios], count)
+            # Hybrid shards lie on the two processes of each of two machines.
+            run_together(["-m", "tests.distributed_runs", *scenarios], count, machines=2 if HYBRID in scenarios else 1)
             found[count] = json.loads(Path(f"{count}.json").read_text())
-        found[1] = {name: run(name, Path("runs/1") / str(n), ALONE) for n, name in enumerate(COUNTS[2])}
+        found[1] = {name: run(name, Path("runs/1") / str(n), ALONE) for n, name in enumerate([*COUNTS[2], HYBRID])}
         found[1][RESUMED] = run("lora", Path("runs/1/resumed"), ALONE, Path("runs/2-lora"))
         return found
     finally:
@@ -47,7 +53,7 @@ def test_latents_are_the_same(count: int, name: str, outcomes: dict) -> None:
     """To the last bit where batch shapes are: the first iteration's noise is, and so is every forward of two."""
     mine, alone = (np.array(outcomes[n][name]["latents"], np.float32) for n in (count, 1))
     np.testing.assert_allclose(mine, alone, rtol=0, atol=1e-5)
-    if count in (2, 3):  # their shares begin at multiples of the rollout's batch
+    if count in (2, 3) or name == SAME_SHAPES:  # their shares begin at multiples of the rollout's batch
         assert (mine == alone).all()
 
 
@@ -55,9 +61,10 @@ def test_latents_are_the_same(count: int, name: str, outcomes: dict) -> None:
 def test_the_gradient_is_the_same(count: int, name: str, outcomes: dict) -> None:
     mine, alone = (np.array(outcomes[n][name]["gradient"]) for n in (count, 1))
     assert np.abs(alone).max() > 0
-    # On four processes the forwards have other batch shapes, and with them the images other last bits.
-    tolerance = 5e-6 if count == 4 else 1e-6
-    np.testing.assert_allclose(mine, alone, rtol=1e-5, atol=tolerance * np.abs(alone).max())
+    # On four processes most forwards have other batch shapes, and with them the images other last bits.
+    tolerance = 5e-6 if count == 4 and name != SAME_SHAPES else 1e-6
+    rtol = 0 if name == SAME_SHAPES else 1e-5
+    np.testing.assert_allclose(mine, alone, rtol=rtol, atol=tolerance * np.abs(alone).max())
 
 
 @pytest.mark.parametrize(("count", "name"), CASES)
@@ -81,6 +88,37 @@ def test_groups_were_dropped_and_shares_were_uneven(outcomes: dict) -> None:
     assert sum(dropped) > 0
     assert outcomes[1]["groups dropped"]["metrics"][0]["loss"] is not None
     assert len(outcomes[2]["lora"]["latents"]) == 12
+
+
+class Compared:
+    """Scores pictures by their place among those that it sees."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        return images.mean((1, 2, 3)).argsort().argsort()
+
+
+class Reached(Exception):
+    """What comes after the check."""
+
+
+@pytest.mark.parametrize(
+    ("reward", "settings", "outcome"),
+    [
+        (f"{__name__}:Compared", ["--rollout.groups", "3"], UserError),
+        (f"{__name__}:Compared", ["--rollout.groups", "4"], Reached),
+        (f"{__name__}:Compared", ["--rollout.groups", "3", "--data.source", "offline"], Reached),
+        ("tests.distributed_runs:Brightness", ["--rollout.groups", "3"], Reached),
+    ],
+    ids=["groups cut", "whole groups", "offline groups", "pictures scored alone"],
+)
+def test_no_process_scores_a_part_of_a_group_unless_the_reward_allows_it(
+    reward: str, settings: list[str], outcome: type[Exception], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a reward would give four processes other scores than one. Each offline group is one process's own."""
+    monkeypatch.setattr(trainer, "MemoryPlan", Mock(side_effect=Reached))
+    config = configure(["small.yaml", "--rewards", reward, *settings])
+    with pytest.raises(outcome, match=r"^reward .*Compared' may compare" if outcome is UserError else None):
+        trainer.Trainer(config, Processes(rank=1, count=4))
 
 
 def same_metrics(mine: list[dict], alone: list[dict]) -> None:
