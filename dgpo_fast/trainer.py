@@ -189,7 +189,8 @@ class Trainer:
     def prepare(self, folder: Path, should_stop: Callable[[], bool]) -> None:
         """Draws what is drawn before the first iteration, until it is done or `should_stop`."""
         self.source.prepare(folder, self.console, should_stop)
-        self.phases.take(), self.work.take()  # no part of an iteration: the source counts its own seconds
+        # What came before is no part of an iteration; the source counts its own seconds.
+        self.phases.take(), self.work.take(), self.processes.take_waited_s()
 
     def encode_prompts(self) -> None:
         """Encodes what no run has encoded before, so that the text encoders can leave before training begins."""

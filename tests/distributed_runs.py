@@ -121,6 +121,7 @@ def run(name: str, folder: Path, processes: Processes, resume: Path | None = Non
     if processes.first:
         folder.mkdir(parents=True)
     trainer.prepare(folder, lambda: False)
+    assert processes.waited_s == 0, "what the set-up waited is no part of an iteration"
     trainer.open_logs(folder, {})
     trainer.console.start_training(trainer.iteration, config.iterations)
     while trainer.iteration < config.iterations:
