@@ -6,16 +6,16 @@ came out of them as JSON.
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import yaml
 
 from dgpo_fast.cli import configure
+from dgpo_fast.config import Config
 from dgpo_fast.distributed import Processes, connect
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
@@ -111,10 +111,8 @@ class Watched(Trainer):
         return super()._batch(groups)
 
 
-def run(name: str, folder: Path, processes: Processes, resume: Path | None = None) -> dict[str, Any]:
-    """Trains scenario `name` in `folder`; what came out, on process 0 of all."""
-    config = configure(["small.yaml", *SCENARIOS[name]])
-    processes.meet = met = Mock(wraps=partial(Processes.meet, processes))  # type: ignore[method-assign]
+def trained(config: Config, folder: Path, processes: Processes, resume: Path | None) -> Watched:
+    """A trainer after its last iteration, with a checkpoint of a few before it in the longer scenarios."""
     trainer = Watched(config, processes)
     if resume is not None:
         trainer.resume(resume)
@@ -128,6 +126,14 @@ def run(name: str, folder: Path, processes: Processes, resume: Path | None = Non
         if trainer.iteration > 5 and trainer.iteration == config.iterations - 3:
             trainer.save(folder)
         trainer.step()
+    return trainer
+
+
+def run(name: str, folder: Path, processes: Processes, resume: Path | None = None) -> dict[str, Any]:
+    """Trains scenario `name` in `folder`; what came out, on process 0 of all."""
+    config = configure(["small.yaml", *SCENARIOS[name]])
+    with patch.object(processes, "meet", wraps=processes.meet) as met:
+        trainer = trained(config, folder, processes, resume)
     weights: Any = trainer.models.whole(trainer.models.weights) if trainer.models.shards else trainer.models.weights
     trainer.close()
     assert trainer.latents is not None and trainer.gradient is not None
