@@ -1,9 +1,11 @@
 """What processes tell one another in an iteration, on paper, from 1 to 1,024 GPUs.
 
-    python benchmarks/scaling.py            prints the table that docs/scaling.md shows
+    python benchmarks/scaling.py            prints the tables that docs/scaling.md shows
 
-Nothing here is measured. The gradient is summed once an iteration, after the last micro-batch, so that nothing hides
-it: the times are added to the iteration's.
+Nothing here is measured. With whole weights the gradient is summed once an iteration, after the last micro-batch, so
+that nothing hides it: the times are added to the iteration's. With sharded weights every forward and backward gathers
+the weights block by block, and every backward scatters the gradients, while the block before is computed: what is below
+the computing time of an iteration can be hidden.
 """
 
 from dataclasses import dataclass
@@ -14,9 +16,9 @@ FULL_PARAMETERS = 2.243e9
 BYTES = 4
 """Gradients are summed in fp32."""
 NVLINK_BYTES_PER_S = 450e9
-"""NVLink 4 in one direction: half of the 900 GB/s in NVIDIA's H100 and H200 datasheets."""
+"""NVLink 4 in one direction: half of the 900 GB/s at https://www.nvidia.com/en-us/data-center/h200/."""
 INFINIBAND_BYTES_PER_S = 50e9
-"""NDR InfiniBand, 400 Gb/s, one adapter a GPU, as in NVIDIA's DGX H100 datasheet."""
+"""NDR InfiniBand, 400 Gb/s, one adapter a GPU: https://docs.nvidia.com/dgx/dgxh100-user-guide/."""
 STEP_LATENCY_S = 5e-6
 """Of one message of the ring, assumed."""
 GPUS_PER_NODE = 8
@@ -24,6 +26,10 @@ SAMPLES_PER_GPU = 16
 SAMPLE_S = 0.1073
 """Floor of one sample's share of an iteration, by the count of its operations at 790 TFLOP/s."""
 COUNTS = (1, 2, 8, 16, 64, 256, 1024)
+BLOCKS = 24
+"""What is gathered at a time."""
+ROLLOUT_STEPS, TIMESTEPS, BATCH_SIZE = 10, 4, 32
+"""Of the recipes for SD3.5-Medium: steps of a rollout, training timesteps, samples of a forward without gradient."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,26 @@ class Link:
 
     def all_reduce_s(self, size: float, count: int) -> float:
         """Seconds of a ring all-reduce of `size` bytes over `count`: 2(n − 1)/n of them, in 2(n − 1) messages."""
-        return 0.0 if count == 1 else 2 * (count - 1) * (size / count / self.bytes_per_s + self.latency_s)
+        return 2 * self.gather_s(size, count)
+
+    def gather_s(self, size: float, count: int, messages: int = 1) -> float:
+        """Seconds in which `count` that hold a part each gather `size` bytes, or scatter their sums, in so many goes:
+        (n − 1)/n of them in n − 1 messages."""
+        return (count - 1) * (size / count / self.bytes_per_s + messages * self.latency_s)
+
+
+NVLINK = Link(NVLINK_BYTES_PER_S, STEP_LATENCY_S)
+INFINIBAND = Link(INFINIBAND_BYTES_PER_S, STEP_LATENCY_S)
 
 
 def all_reduce_s(size: float, gpus: int) -> float:
     """The same over the slowest link between so many GPUs."""
-    bandwidth = NVLINK_BYTES_PER_S if gpus <= GPUS_PER_NODE else INFINIBAND_BYTES_PER_S
-    return Link(bandwidth, STEP_LATENCY_S).all_reduce_s(size, gpus)
+    return slowest(gpus).all_reduce_s(size, gpus)
+
+
+def slowest(gpus: int) -> Link:
+    """NVLink inside a node, InfiniBand beyond it."""
+    return NVLINK if gpus <= GPUS_PER_NODE else INFINIBAND
 
 
 def iteration_cost(parameters: float, gpus: int, samples_per_gpu: int = SAMPLES_PER_GPU) -> Cost:
@@ -58,6 +77,46 @@ def iteration_cost(parameters: float, gpus: int, samples_per_gpu: int = SAMPLES_
     size = parameters * BYTES
     seconds = all_reduce_s(size, gpus)
     return Cost(2 * (gpus - 1) / gpus * size, seconds, seconds / (seconds + samples_per_gpu * SAMPLE_S))
+
+
+def passes(samples: int = SAMPLES_PER_GPU) -> tuple[int, int]:
+    """Gatherings of all weights in an iteration of one micro-batch, and scatterings of all gradients.
+
+    Forwards of the rollout, of reference and θ_old at all timesteps, and of the policy, whose backward gathers again.
+    """
+    rollout = ROLLOUT_STEPS * -(-samples // BATCH_SIZE)
+    frozen = 2 * -(-TIMESTEPS * samples // BATCH_SIZE)
+    return rollout + frozen + 2 * TIMESTEPS, TIMESTEPS
+
+
+def sharded_s(gpus: int, hybrid: bool) -> float:
+    """Seconds of an iteration's gatherings and scatterings of all of SD3.5-Medium's weights, in fp32.
+
+    Args:
+        gpus: of them all.
+        hybrid: shards inside a node, and the gradient's shards summed over the nodes in every backward.
+    """
+    size, (gathered, scattered) = FULL_PARAMETERS * BYTES, passes()
+    inside = min(gpus, GPUS_PER_NODE) if hybrid else gpus
+    link = slowest(inside)
+    seconds = (gathered + scattered) * link.gather_s(size, inside, BLOCKS)
+    if hybrid:
+        seconds += scattered * INFINIBAND.all_reduce_s(size / inside, gpus // inside)
+    return seconds
+
+
+def sharded_table() -> str:
+    """Markdown."""
+    computing_s = SAMPLES_PER_GPU * SAMPLE_S
+    rows = [
+        "| GPUs | full: time | of the computing | hybrid: time | of the computing |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for gpus in COUNTS[2:]:
+        times = [sharded_s(gpus, hybrid) for hybrid in (False, True)]
+        cells = [cell for seconds in times for cell in (f"{seconds:.2f} s", f"{seconds / computing_s:.0%}")]
+        rows.append(f"| {gpus} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def table() -> str:
@@ -74,4 +133,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), sharded_table(), sep="\n\n")
