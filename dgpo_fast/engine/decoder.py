@@ -1,7 +1,8 @@
 """The decoder of a run: in the memory layout that convolutions want, compiled, beside the rollout."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dgpo_fast.engine import compile
+from dgpo_fast.engine.timing import best_ms
 from dgpo_fast.rollout import batch_slices, decode_pixels, to_uint8
 
 CHECKED_IMAGES = 4
 LARGEST_MEAN_DIFFERENCE = 1.0
 """Of 255: where bf16 pictures differ by more on average, fp32 decodes."""
+TIMED_S = 1.0
 
 
 class Decoder:
@@ -70,10 +73,10 @@ class Decoder:
         if not self.checked:
             self._check(latents)
         if self.stream is None:
-            return lambda: self._decode(latents).cpu().numpy()
+            return lambda: self.decode(latents).cpu().numpy()
         self.stream.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(self.stream):
-            images = self._decode(latents)
+            images = self.decode(latents)
             latents.record_stream(self.stream)
             pictures = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
             pictures.copy_(images, non_blocking=True)
@@ -86,7 +89,8 @@ class Decoder:
         return wait
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) latents → (B, height, width, 3) uint8 on their device, unchecked."""
         parts = [self._pixels(latents[rows]) for rows in batch_slices(len(latents), self.batch_size)]
         return torch.cat([to_uint8(pixels) for pixels in parts])
 
@@ -113,6 +117,12 @@ class Decoder:
             self.vae, self.dtype, self.static = exact, torch.float32, False
             about += "; fp32 decodes instead"
         self.note(about)
+
+
+def decoder_ms(decoders: Sequence[Decoder], latents: Tensor) -> list[float]:
+    """Milliseconds that each of `decoders` takes for `latents`, in turns and beside nothing else."""
+    ways = [partial(decoder.decode, latents) for decoder in decoders]
+    return best_ms(ways, latents.device, TIMED_S)
 
 
 def _with_own_decoder(vae: AutoencoderKL, **to: Any) -> AutoencoderKL:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from dgpo_fast.config import Config
@@ -11,7 +12,7 @@ from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
 from dgpo_fast.engine.choices import Situation, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
-from dgpo_fast.engine.decoder import Decoder
+from dgpo_fast.engine.decoder import Decoder, decoder_ms
 from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.linear import use_onednn
@@ -100,12 +101,27 @@ class Engine:
             use_onednn(transformer, self.choices.linear == "onednn")
 
     def attention_rows(self) -> list[dict[str, Any]]:
-        """The attention kernels that were timed, for a report: a dictionary each."""
+        """The attention kernels that were timed, for a report: a dictionary each (`profiling.build.candidates`)."""
         return [
-            {"for": purpose, "kernel": t.name, "forward_ms": t.forward_ms, "backward_ms": t.backward_ms,
+            {"for": f"attention of {purpose}", "name": t.name, "forward_ms": t.forward_ms, "backward_ms": t.backward_ms,
              "obstacle": t.obstacle, "chosen": t.name == getattr(self.choices, attribute)}
             for purpose, attribute in (("rollouts", "attention"), ("training", "train_attention"))
             for t in self.reasons.timings.get(purpose, ())
+        ]  # fmt: skip
+
+    def decoder_rows(self, latent: tuple[int, ...]) -> list[dict[str, Any]]:
+        """The plain and the fast decoder, timed now with a whole batch of (C, H, W) latents: as `attention_rows`."""
+        used, count = self.decoder, self.decoder.batch_size
+        other = Decoder(
+            used.original, count, fast=self.choices.decoder == "plain", compiled=self.choices.compile, overlap=False,
+            note=used.note,
+        )  # fmt: skip
+        latents = torch.randn(count, *latent, device=self.models.device)
+        names = (self.choices.decoder, "plain" if self.choices.decoder == "fast" else "fast")
+        return [
+            {"for": f"decoding {count} images", "name": name, "forward_ms": milliseconds, "backward_ms": None,
+             "obstacle": "", "chosen": name == self.choices.decoder}
+            for name, milliseconds in zip(names, decoder_ms((used, other), latents), strict=True)
         ]  # fmt: skip
 
     def _transformers(self) -> tuple[SD3Transformer2DModel, ...]:

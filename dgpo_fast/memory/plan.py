@@ -67,6 +67,10 @@ class MemoryPlan:
             self.note(f"that is more than the {readable(free)} that are free. {self.advice(config, None)}")
         return config
 
+    def predicted_bytes(self, config: Config) -> int:
+        """Predicted for `config` at its peak, once the micro-batch is chosen."""
+        return self.predictor.predict(config, config.policy.micro_batch_size).peak
+
     def measure(self, config: Config, models: PolicyModels) -> Config:
         """`config` with the largest micro-batch that fits this GPU, by two measured steps; as it is on a CPU.
 

@@ -224,7 +224,7 @@ def memory_row(watch: MemoryWatch, recordings: Sequence[Recording], trainer: Any
         peak_mib=max([*peaks, *(mib for _, mib in inside)]),
         reserved_mib=torch.cuda.max_memory_reserved(watch.device) / 2**20 if on_gpu else None,
         held_mib=held_mib(trainer),
-        predicted_mib=None,
+        predicted_mib=trainer.memory.predicted_bytes(trainer.config) / 2**20,
     )
 
 
@@ -241,7 +241,7 @@ def held_mib(trainer: Any) -> dict[str, float]:
         "base transformer": _tensors(models.base),
         "behaviour copy": _tensors(models.behaviour),
         "policy's own weights": _tensors(models.policy),
-        "decoder": _tensors(trainer.pipeline.vae),
+        "decoder": [*_tensors(trainer.pipeline.vae), *_tensors(trainer.engine.decoder.vae)],
         "prompt encoders": [t for encoder in text_encoders(encoders) for t in _tensors(encoder)] if encoders else [],
         "averages": [*trainer.old.weights.values(), *trainer.slow.weights.values()],
         "optimizer states": list(optimizer_tensors(trainer.optimizer).values()),
@@ -300,13 +300,13 @@ def candidates(timings: Iterable[dict[str, Any]]) -> dict[str, list[Candidate]]:
     """Tables of the report from what the engine timed before it chose.
 
     Args:
-        timings: of each candidate what it is "for", its name as "kernel", "forward_ms" and "backward_ms" where they
-            were measured, whether it was "chosen", and as "obstacle" why it could not be had.
+        timings: of each candidate what it is "for", its "name", "forward_ms" and "backward_ms" where they were
+            measured, whether it was "chosen", and as "obstacle" why it could not be had.
     """
     tables: dict[str, list[Candidate]] = {}
     for timing in timings:
-        tables.setdefault(f"attention of {timing['for']}", []).append(Candidate(
-            name=timing["kernel"], forward_ms=timing["forward_ms"], backward_ms=timing["backward_ms"],
+        tables.setdefault(timing["for"], []).append(Candidate(
+            name=timing["name"], forward_ms=timing["forward_ms"], backward_ms=timing["backward_ms"],
             chosen=timing["chosen"], note=timing["obstacle"] or "",
         ))  # fmt: skip
     return tables

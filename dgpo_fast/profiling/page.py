@@ -209,8 +209,9 @@ def _memory(report: Report) -> str:
     if memory.reserved_mib is not None:
         facts.insert(1, row("reserved by the allocator", mebibytes(memory.reserved_mib)))
     if memory.predicted_mib is not None:
-        facts.append(row("predicted", mebibytes(memory.predicted_mib)))
-        facts.append(row("prediction of the peak", percent(100 * memory.predicted_mib / memory.peak_mib)))
+        facts.append(row("predicted, tensors alone", mebibytes(memory.predicted_mib)))
+        if report.device.kind == "cuda":  # a CPU's peak is the whole process's
+            facts.append(row("prediction of the peak", percent(100 * memory.predicted_mib / memory.peak_mib)))
     return (
         f'<p class="soft">{escape(memory.what[0].upper() + memory.what[1:])}; colours are the phases.</p>'
         f"{charts.memory(report)}<div class='columns'>{table(('memory', ''), facts, 'Memory')}"

@@ -144,7 +144,7 @@ class Memory:
         samples: (seconds since the first measured iteration, MiB).
         reserved_mib: most held by the allocator, on a GPU.
         held_mib: what weights, averages and optimizer states take, by name.
-        predicted_mib: foretold before anything was allocated, where the run does.
+        predicted_mib: for the run's tensors at their peak, from its settings alone.
     """
 
     what: str

@@ -110,9 +110,11 @@ class Session:
         guided = 2 if config.rollout.guidance_scale > 1 else 1
         batches = trainer.work.batches | {
             ROLLOUT: trainer.sampler.batch_size * guided,
-            DECODE: trainer.sampler.batch_size,
+            DECODE: trainer.engine.decoder.batch_size,
         }
-        work = build.work_rows(recordings, model_work, batches, rates.matmul_tflops)
+        work = build.work_rows(
+            recordings, model_work, batches, rates.matmul_tflops, decodes_beside=trainer.engine.decoder.overlaps
+        )
         (window,) = tracing.annotation(events, tracing.ITERATION)
         on_gpu = trainer.device.type == "cuda"
         operations = tracing.kernels(events, window) if on_gpu else tracing.cpu_operations(events, window)
@@ -136,6 +138,9 @@ class Session:
             gpu=build.gpu_trace(events) if on_gpu else None,
             power=build.power_row(meter, recordings, images),
             rewards=build.rewards_row(recordings),
+            candidates=build.candidates(
+                [*trainer.engine.attention_rows(), *trainer.engine.decoder_rows(trainer.sampler.shape)]
+            ),
             notes=[meter.note] if meter.note else [],
             settings=flat(config),
             versions=versions(trainer.device, meter.driver),

@@ -88,7 +88,7 @@ def _memory(report: Report) -> str:
     if phases:
         line += f", in {max(phases, key=lambda phase: phase.peak_memory_mib or 0).name}"
     if memory.predicted_mib is not None:
-        line += f"; {mebibytes(memory.predicted_mib)} were predicted"
+        line += f"; {mebibytes(memory.predicted_mib)} were predicted for its tensors"
     return f"{line}."
 
 

@@ -107,4 +107,4 @@ def test_a_resumed_run_adopts_what_was_measured(random_pipeline: Path) -> None:
     case.engine.adopt({**then, "device": "NVIDIA H200", "attention": "flash3"})
     assert case.engine.measured() == before
     rows = case.engine.attention_rows()
-    assert [row["kernel"] for row in rows if row["chosen"]] == ["matmul", "native"]
+    assert [row["name"] for row in rows if row["chosen"]] == ["matmul", "native"]

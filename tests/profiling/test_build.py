@@ -101,10 +101,10 @@ def test_decoding_beside_the_rollout_is_one_kind_of_work(random_pipeline: Path) 
 
 def test_candidates_become_tables() -> None:
     rows = build.candidates([
-        {"for": "rollouts", "kernel": "native", "forward_ms": 1.5, "backward_ms": None, "obstacle": None,
+        {"for": "attention of rollouts", "name": "native", "forward_ms": 1.5, "backward_ms": None, "obstacle": None,
          "chosen": True},
-        {"for": "rollouts", "kernel": "cudnn", "forward_ms": None, "backward_ms": None, "obstacle": "needs a GPU",
-         "chosen": False},
+        {"for": "attention of rollouts", "name": "cudnn", "forward_ms": None, "backward_ms": None,
+         "obstacle": "needs a GPU", "chosen": False},
     ])  # fmt: skip
     assert [(c.name, c.forward_ms, c.chosen, c.note) for c in rows["attention of rollouts"]] == [
         ("native", 1.5, True, ""), ("cudnn", None, False, "needs a GPU"),

@@ -42,6 +42,13 @@ def test_what_a_profile_writes(workspace: Path, capsys: pytest.CaptureFixture[st
     assert {row.kind for row in report.operations} == {"matmul", "attention", "convolution", "other"}
     assert len(report.hottest) == 20 and report.hottest[0].total_ms >= report.hottest[-1].total_ms > 0
     assert report.memory.peak_mib > sum(report.memory.held_mib.values()) > 0
+    assert report.memory.predicted_mib is not None and 0 < report.memory.predicted_mib < report.memory.peak_mib
+    timed = {"attention of rollouts", "attention of training", "decoding 6 images"}
+    assert set(report.candidates) == timed
+    assert all(sum(candidate.chosen for candidate in table) == 1 for table in report.candidates.values())
+    decoders = {candidate.name: candidate for candidate in report.candidates["decoding 6 images"]}
+    assert set(decoders) == {"plain", "fast"} and decoders["fast"].chosen
+    assert all(candidate.forward_ms > 0 for candidate in decoders.values())  # type: ignore[operator]
     assert report.gpu is None and report.power is None
     assert report.settings["prompts"] == str(prompts) and report.device.kind == "cpu"
     page = (folder / "report.html").read_text()

@@ -31,7 +31,14 @@ def test_a_whole_profile(workspace: Path) -> None:
     assert report.hottest[0].total_ms > 0 and {row.kind for row in report.operations} >= {"matmul", "other"}
     assert report.memory.reserved_mib is not None and report.memory.peak_mib <= report.memory.reserved_mib
     assert all(work.seconds > 0 for work in report.work)
-    assert {work.name for work in report.work} >= {"rollout", "policy forward", "backward"}
+    # Pictures are decoded beside the rollout, so that neither has seconds of its own.
+    names = {work.name for work in report.work}
+    assert names >= {"rollout with decode", "policy forward", "backward"} and not names & {"rollout", "decode"}
+    assert report.memory.predicted_mib is not None and report.memory.predicted_mib > 0
+    assert set(report.candidates) == {"attention of rollouts", "attention of training", "decoding 6 images"}
+    kernels = {candidate.name for candidate in report.candidates["attention of rollouts"]}
+    assert {"native", "native_flash", "native_cudnn"} <= kernels
+    assert all(sum(candidate.chosen for candidate in table) == 1 for table in report.candidates.values())
 
 
 def test_forwards_are_timed_on_the_gpu() -> None:
