@@ -88,10 +88,12 @@ class Trainer:
         self.config = config = self.memory.measure(config, self.models)
         self.encoder = make_prompt_encoder(self.pipeline, config, self.console.note)
         text_tokens = self.encoder([""]).prompt.shape[1]  # finds text encoders that cannot be loaded
-        self.engine = Engine(config, self.models, self.pipeline, text_tokens, self.console.note)
+        self.engine = Engine(
+            config, self.models, self.pipeline, text_tokens, self.console.note, processes=processes.count
+        )
         self.engine.adopt(processes.broadcast(self.engine.measured(), "the engine's choices"))
-        self.sampler = self._make_sampler(self.engine.rollout_transformer)
-        self.eval_sampler = self._make_sampler(self.models.behaviour)
+        self.sampler = self._make_sampler(self.engine.rollout_transformer, self.engine.sizes.rollout)
+        self.eval_sampler = self._make_sampler(self.models.behaviour, self.engine.sizes.evaluation)
         rollout, evaluation = config.rollout, config.evaluation
         self.schedule = make_schedule(
             rollout.solver, rollout.num_inference_steps, rollout.shift, rollout.noise_level
@@ -116,10 +118,9 @@ class Trainer:
         self.folder: Path | None = None
         self._describe()
 
-    def _make_sampler(self, transformer: SD3Transformer2DModel) -> Sampler:
-        rollout = self.config.rollout
+    def _make_sampler(self, transformer: SD3Transformer2DModel, batch_size: int) -> Sampler:
         return Sampler(
-            self.pipeline, transformer, self.encoder, resolution=rollout.resolution, batch_size=rollout.batch_size,
+            self.pipeline, transformer, self.encoder, resolution=self.config.rollout.resolution, batch_size=batch_size,
             solve=self.engine.solve, decode=self.engine.decoder.start, decodes_ahead=int(self.engine.decoder.overlaps),
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_fast.distributed.placement import even_ranges, place
+from dgpo_fast.distributed.placement import even_ranges, largest_share, place
 from dgpo_fast.errors import UserError
 
 counts = st.integers(1, 40)
@@ -19,6 +19,7 @@ def test_every_sample_belongs_to_one_process_and_every_process_has_work(groups: 
     shares = place(groups, group_size, processes)
     assert [sample for share in shares for sample in range(share.start, share.stop)] == list(range(groups * group_size))
     assert len(shares) == processes and all(len(share) > 0 for share in shares)
+    assert largest_share(groups, group_size, processes) == max(map(len, shares))
 
 
 @given(groups=counts, group_size=counts, processes=counts)

@@ -68,6 +68,13 @@ def place(groups: int, group_size: int, processes: int) -> list[Share]:
     return [Share(start, stop, group_size) for start, stop in even_ranges(samples, processes, unit)]
 
 
+def largest_share(groups: int, group_size: int, processes: int) -> int:
+    """Samples of the process that has most of them; see `place`."""
+    if groups >= processes:
+        return -(-groups // processes) * group_size
+    return -(-groups * group_size // processes)
+
+
 def even_ranges(total: int, processes: int, unit: int = 1) -> list[tuple[int, int]]:
     """[0, total) cut into one range for each process, at multiples of `unit`; lengths differ by a unit at most.
 

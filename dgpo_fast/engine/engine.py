@@ -10,6 +10,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from dgpo_fast.config import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
+from dgpo_fast.engine.batches import batch_sizes
 from dgpo_fast.engine.choices import Situation, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.decoder import Decoder, decoder_ms
@@ -27,6 +28,7 @@ class Engine:
 
     Attributes:
         choices, reasons: what "auto" became, and why.
+        sizes: of whole batches.
         rollout_transformer: draws the images that are learnt from.
         solve: how.
         decoder: decodes them.
@@ -36,6 +38,7 @@ class Engine:
         models: base, policy and behaviour; the policy's blocks are checkpointed where they are to be.
         pipeline: theirs; it stays as it is.
         text_tokens: of an encoded prompt.
+        processes: how many share the run.
         note: told in one line what is found out later.
 
     Raises UserError where a setting cannot be had on this device.
@@ -43,21 +46,22 @@ class Engine:
 
     def __init__(
         self, config: Config, models: PolicyModels, pipeline: StableDiffusion3Pipeline, text_tokens: int,
-        note: Callable[[str], None],
+        note: Callable[[str], None], processes: int = 1,
     ):  # fmt: skip
-        self.config, self.models = config, models
+        self.config, self.models, self.sizes = config, models, batch_sizes(config, processes)
         if config.engine.keep_memory and models.device.type == "cpu":
             keep_freed_memory()
         latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
-        self.choices, self.reasons = choose(config.engine, _situation(config, models, latent, text_tokens))
+        self.choices, self.reasons = choose(config.engine, self._situation(latent, text_tokens))
         self._apply()
         self.rollout_transformer = self._float8() if config.engine.rollout_precision == "fp8" else models.behaviour
         if self.choices.compile:
             for transformer in dict.fromkeys((*self._transformers(), self.rollout_transformer)):
                 compile_blocks(transformer, self._batches(transformer))
         self.solve: Solve = RecordedRollouts(CudaGraphs(models.device)) if self.choices.cuda_graphs else sample_latents
+        pictures = config.engine.decode_batch or config.rollout.batch_size
         self.decoder = Decoder(
-            pipeline.vae, config.engine.decode_batch or config.rollout.batch_size,
+            pipeline.vae, min(pictures, self.sizes.rollout) if self.choices.compile else pictures,
             fast=self.choices.decoder == "fast", compiled=self.choices.compile, overlap=config.engine.overlap,
             note=note,
         )  # fmt: skip
@@ -129,13 +133,35 @@ class Engine:
 
     def _batches(self, transformer: SD3Transformer2DModel) -> StaticBatches:
         """Sizes of the whole batches that a transformer gets; with guidance there are two rows a sample."""
-        config = self.config
-        forward, micro, group = config.rollout.batch_size, config.policy.micro_batch_size, config.rollout.group_size
+        config, sizes = self.config, self.sizes
         if transformer is self.models.policy:
-            return StaticBatches([forward, 2 * forward], training=[micro // group * group or micro, micro, 2 * micro])
-        if transformer is self.models.base and _guided_base(config):
-            return StaticBatches([2 * forward])
-        return StaticBatches([forward, 2 * forward])
+            micro, group = sizes.training, config.rollout.group_size
+            whole_groups = micro // group * group or micro
+            return StaticBatches([sizes.policy, 2 * sizes.policy], training=[whole_groups, micro, 2 * micro])
+        if transformer is self.models.base:
+            return StaticBatches([2 * sizes.frozen] if _guided_base(config) else [sizes.frozen, 2 * sizes.frozen])
+        drawn = _rows(sizes.rollout, config.rollout.guidance_scale)
+        shown = _rows(sizes.evaluation, config.evaluation.guidance_scale)
+        return StaticBatches([drawn, shown, sizes.frozen])
+
+    def _situation(self, latent: tuple[int, ...], text_tokens: int) -> Situation:
+        config, transformer, rollout = self.config, self.models.base, self.config.rollout
+        tokens = latent[1] * latent[2] // transformer.config.patch_size**2
+        rows = _rows(self.sizes.rollout, rollout.guidance_scale)
+        return Situation(
+            device=self.models.device,
+            dtype=self.models.dtype,
+            rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),
+            train_shapes=attention_shapes(transformer, self.sizes.training, tokens, text_tokens),
+            width=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
+            images=config.iterations * rollout.groups * rollout.group_size,
+            sharded=self.models.shards is not None,
+        )
+
+
+def _rows(samples: int, guidance_scale: float) -> int:
+    """Of a forward that draws `samples` images."""
+    return 2 * samples if guidance_scale > 1 else samples
 
 
 def _guided_base(config: Config) -> bool:
@@ -143,18 +169,3 @@ def _guided_base(config: Config) -> bool:
     if config.objective == "flow_grpo":
         return config.rollout.guidance_scale > 1
     return config.objective == "dgpo" and config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0
-
-
-def _situation(config: Config, models: PolicyModels, latent: tuple[int, ...], text_tokens: int) -> Situation:
-    transformer, forward = models.base, config.rollout.batch_size
-    tokens = latent[1] * latent[2] // transformer.config.patch_size**2
-    rows = 2 * forward if config.rollout.guidance_scale > 1 else forward
-    return Situation(
-        device=models.device,
-        dtype=models.dtype,
-        rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),
-        train_shapes=attention_shapes(transformer, config.policy.micro_batch_size, tokens, text_tokens),
-        width=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
-        images=config.iterations * config.rollout.groups * config.rollout.group_size,
-        sharded=models.shards is not None,
-    )

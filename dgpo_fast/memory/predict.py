@@ -15,6 +15,7 @@ from torch import nn
 
 from dgpo_fast.architecture import Architecture
 from dgpo_fast.config import Config
+from dgpo_fast.distributed.placement import largest_share
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
 from dgpo_fast.optimizers import CHUNK_NUMEL, state_bytes
@@ -214,10 +215,7 @@ class Predictor:
 
     def local_samples(self, config: Config) -> int:
         """Samples of an iteration on the process that has most."""
-        groups, size = config.rollout.groups, config.rollout.group_size
-        if groups >= self.processes:
-            return -(-groups // self.processes) * size
-        return -(-groups * size // self.processes)
+        return largest_share(config.rollout.groups, config.rollout.group_size, self.processes)
 
     def shape(self, config: Config) -> SampleShape:
         """What one sample is made of."""

@@ -1,0 +1,44 @@
+"""Samples in the whole batches of a run: its settings', or what a process has where that is less."""
+
+from dataclasses import dataclass
+
+from dgpo_fast.config import Config
+from dgpo_fast.distributed.placement import largest_share
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Samples in whole batches of the process that has most of them, the same on all processes.
+
+    What is recorded, compiled and padded has these sizes: with the settings' own, a process with fewer samples would
+    compute rows that nobody needs.
+
+    Attributes:
+        rollout: of a forward that draws images to learn from.
+        evaluation: of one that draws held-out images.
+        frozen: of one of reference or θ_old, for as many timesteps as are predicted at once.
+        policy: of one of the policy without a gradient.
+        training: of a micro-batch.
+    """
+
+    rollout: int
+    evaluation: int
+    frozen: int
+    policy: int
+    training: int
+
+
+def batch_sizes(config: Config, processes: int) -> BatchSizes:
+    """The sizes in a run of `config` that `processes` share."""
+    rollout, most = config.rollout, config.rollout.batch_size
+    trained = largest_share(rollout.groups, rollout.group_size, processes)
+    # Each process draws whole files of offline groups alone.
+    drawn = rollout.groups * rollout.group_size if config.data.source == "offline" else trained
+    levels = config.dgpo.timesteps if config.objective == "dgpo" and config.engine.batch_timesteps else 1
+    return BatchSizes(
+        rollout=min(most, drawn),
+        evaluation=min(most, -(-config.evaluation.images // processes)),
+        frozen=min(most, levels * trained),
+        policy=min(most, trained),
+        training=min(config.policy.micro_batch_size, trained),
+    )

@@ -1,0 +1,42 @@
+"""What is recorded, compiled and padded has as many rows as a process has samples, where it has fewer than a batch."""
+
+from pathlib import Path
+
+import torch
+
+from dgpo_fast.cli import configure
+from dgpo_fast.engine import Engine
+from dgpo_fast.engine.batches import BatchSizes, batch_sizes
+from dgpo_fast.trainer import Trainer
+from tests.engine.cases import EngineCase, make_config
+
+
+def test_the_recipe_on_one_and_on_eight_gpus() -> None:
+    """8 groups of 16 in batches of 32: a GPU of eight draws 16, and predicts 4 timesteps of them in batches of 32."""
+    config = configure(["sd35m-geneval", "--policy.micro-batch", "48", "--evaluation.images", "128"])
+    assert batch_sizes(config, 1) == BatchSizes(rollout=32, evaluation=32, frozen=32, policy=32, training=48)
+    assert batch_sizes(config, 8) == BatchSizes(rollout=16, evaluation=16, frozen=32, policy=16, training=16)
+    assert batch_sizes(config, 16) == BatchSizes(rollout=8, evaluation=8, frozen=32, policy=8, training=8)
+
+
+def test_offline_groups_are_drawn_by_one_process() -> None:
+    config = configure(["sd35m-geneval", "--data.source", "offline"])
+    assert batch_sizes(config, 8).rollout == 32 and batch_sizes(config, 8).training == 16
+
+
+def test_forwards_are_padded_to_a_process_s_share(random_pipeline: Path) -> None:
+    """Three groups of 4 in batches of 5 on three processes: rollouts have pairs of 4, micro-batches of 8 have 4."""
+    case = EngineCase(random_pipeline, make_config())
+    tokens = case.encoder([""]).prompt.shape[1]
+    engine = Engine(case.config, case.models, case.pipeline, tokens, print, processes=3)
+    drawn, trained = engine._batches(case.models.behaviour), engine._batches(case.models.policy)
+    with torch.no_grad():
+        assert drawn.padded(6) == 8
+    assert trained.padded(3) == 4
+
+
+def test_a_run_draws_no_more_than_it_has(workspace: Path) -> None:
+    """Rollouts are recorded at the sampler's size: 12 samples an iteration and 10 held-out images, in batches of 50."""
+    trainer = Trainer(configure(["small.yaml", "--rollout.batch-size", "50", "--evaluation.images", "10"]))
+    trainer.close()
+    assert (trainer.sampler.batch_size, trainer.eval_sampler.batch_size) == (12, 10)
