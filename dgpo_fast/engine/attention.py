@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from dgpo_fast.engine.compile import RECOMPILE_LIMIT
 from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.engine.timing import best_ms
 
@@ -29,8 +31,12 @@ DISPATCHED = {
 }
 # Written-out products keep S × S numbers a head, which only pays for a few tokens on a CPU.
 CANDIDATES = {"cpu": ("native", MATMUL), "cuda": tuple(DISPATCHED)}
+REFUSALS = (RuntimeError, ValueError, TypeError)
+"""Each kernel refuses shapes and dtypes in its own way, and so does the compiler."""
 FASTER_BY = 1.1
 TIMED_S = {"cpu": 0.2, "cuda": 1.0}
+# Makes whole graphs of forward and backward as the compiler does, and no code of them.
+TRACER = "aot_eager"
 
 
 @dataclass(frozen=True)
@@ -133,17 +139,22 @@ def attention_shapes(
     return (joint, Shape(batch, tokens, *heads, calls=dual)) if dual else (joint,)
 
 
-def timings(shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype) -> tuple[Timing, ...]:
+def timings(
+    shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> tuple[Timing, ...]:
     """`time_attention`, measured once on this machine."""
     what = {
         "attention": [asdict(shape) for shape in shapes],
         "device": device_name(device),
         "dtype": str(dtype),
+        "compiled": compiled,
         "kernels": {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]},
     }
     return tuple(
         Timing(**timing)
-        for timing in remembered(what, lambda: [asdict(timing) for timing in time_attention(shapes, device, dtype)])
+        for timing in remembered(
+            what, lambda: [asdict(timing) for timing in time_attention(shapes, device, dtype, compiled)]
+        )
     )
 
 
@@ -153,15 +164,22 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def time_attention(shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype) -> tuple[Timing, ...]:
-    """All kernels of this device at `shapes`, in about a second on a GPU; those that cannot run say why."""
+def time_attention(
+    shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> tuple[Timing, ...]:
+    """All kernels of this device at `shapes`, in about a second on a GPU; those that cannot run say why.
+
+    Where blocks will be `compiled`, kernels that no whole graph holds cannot run.
+    """
     obstacles = {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]}
     trials = {name: [] for name, reason in obstacles.items() if not reason}  # type: dict[str, list[_Trial]]
     for name in list(trials):
         try:
             trials[name] = [_trial(name, shape, device, dtype) for shape in shapes]
-        except (RuntimeError, ValueError, TypeError) as error:  # each refuses shapes and dtypes in its own way
+            obstacles[name] = graph_obstacle(name, shapes[0], device, dtype) if compiled else ""
+        except REFUSALS as error:
             obstacles[name] = str(error).splitlines()[0]
+        if obstacles[name]:
             del trials[name]
     forward = _total_ms({name: [trial.forward for trial in group] for name, group in trials.items()}, shapes, device)
     trained = {name: group for name, group in trials.items() if all(trial.differentiable for trial in group)}
@@ -192,6 +210,20 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
         _check_attention_backend_requirements(DISPATCHED[name])
     except RuntimeError as error:
         return str(error).split(". ")[0]
+    return ""
+
+
+def graph_obstacle(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernel `name` cannot be part of a compiled block, in a few words; empty where it can."""
+    backend, size = DISPATCHED.get(name), (1, shape.tokens, shape.heads, shape.head_dim)
+    inputs = [torch.zeros(size, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(partial(attend, backend), fullgraph=True, dynamic=False, backend=TRACER)
+    try:
+        # The kernels share one function, whose graphs are counted together.
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            compiled(*inputs)
+    except REFUSALS as error:
+        return f"cannot be compiled: {str(error).splitlines()[0]}"
     return ""
 
 

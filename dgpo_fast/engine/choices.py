@@ -84,11 +84,12 @@ class Reasons:
 def choose(config: EngineConfig, situation: Situation) -> tuple[Choices, Reasons]:
     """Turns every "auto" of `config` into a choice. Raises UserError where a setting cannot be had here."""
     reasons = Reasons()
+    compiled = _compile(config, situation, reasons)
     choices = Choices(
-        compile=_compile(config, situation, reasons),
+        compile=compiled,
         cuda_graphs=_cuda_graphs(config, situation, reasons),
-        attention=_attention(config, situation, reasons, training=False),
-        train_attention=_attention(config, situation, reasons, training=True),
+        attention=_attention(config, situation, reasons, compiled, training=False),
+        train_attention=_attention(config, situation, reasons, compiled, training=True),
         linear=_linear(config, situation, reasons),
         decoder="fast" if config.decoder == "auto" else config.decoder,
     )
@@ -138,14 +139,16 @@ def _cuda_graphs(config: EngineConfig, situation: Situation, reasons: Reasons) -
     return roomy
 
 
-def _attention(config: EngineConfig, situation: Situation, reasons: Reasons, *, training: bool) -> str:
+def _attention(config: EngineConfig, situation: Situation, reasons: Reasons, compiled: bool, *, training: bool) -> str:
+    purpose, shapes = ("training", situation.train_shapes) if training else ("rollouts", situation.rollout_shapes)
     if config.attention != "auto":
         problem = attention.obstacle(config.attention, situation.device, situation.dtype)
+        if compiled and not problem:
+            problem = attention.graph_obstacle(config.attention, shapes[0], situation.device, situation.dtype)
         if problem:
             raise UserError(f"engine.attention {config.attention}: {problem}; use --engine.attention auto")
         return config.attention
-    purpose, shapes = ("training", situation.train_shapes) if training else ("rollouts", situation.rollout_shapes)
-    timings = attention.timings(shapes, situation.device, situation.dtype)
+    timings = attention.timings(shapes, situation.device, situation.dtype, compiled)
     reasons.timings[purpose] = timings
     chosen = attention.fastest(timings, training=training)
     times = ", ".join(_in_words(timing, training) for timing in timings)

@@ -53,10 +53,12 @@ class Engine:
             keep_freed_memory()
         latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
         self.choices, self.reasons = choose(config.engine, self._situation(latent, text_tokens))
+        self.rollout_transformer = models.behaviour
         self._apply()
-        self.rollout_transformer = self._float8() if config.engine.rollout_precision == "fp8" else models.behaviour
+        if config.engine.rollout_precision == "fp8":
+            self.rollout_transformer = self._float8()
         if self.choices.compile:
-            for transformer in dict.fromkeys((*self._transformers(), self.rollout_transformer)):
+            for transformer in self._transformers():
                 compile_blocks(transformer, self._batches(transformer))
         self.solve: Solve = RecordedRollouts(CudaGraphs(models.device)) if self.choices.cuda_graphs else sample_latents
         pictures = config.engine.decode_batch or config.rollout.batch_size
@@ -129,7 +131,8 @@ class Engine:
         ]  # fmt: skip
 
     def _transformers(self) -> tuple[SD3Transformer2DModel, ...]:
-        return self.models.base, self.models.behaviour, self.models.policy
+        models = self.models
+        return tuple(dict.fromkeys((models.base, models.behaviour, models.policy, self.rollout_transformer)))
 
     def _batches(self, transformer: SD3Transformer2DModel) -> StaticBatches:
         """Sizes of the whole batches that a transformer gets; with guidance there are two rows a sample."""

@@ -1,5 +1,6 @@
 """What "auto" becomes, and what is refused in one line."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from dgpo_fast.config import Engine
-from dgpo_fast.engine import attention, linear
+from dgpo_fast.engine import attention, engine, linear
 from dgpo_fast.engine.attention import Timing, attention_shapes, fastest, time_attention
 from dgpo_fast.engine.choices import Choices, Situation, choose
 from dgpo_fast.errors import UserError
@@ -90,11 +91,55 @@ def test_kernels_that_compute_something_else_are_left_out(monkeypatch: pytest.Mo
     assert timings["native"].forward_ms > 0 and timings["native"].backward_ms > 0  # type: ignore[operator]
 
 
+def test_kernels_that_no_graph_holds_are_left_out_where_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that Dynamo cannot trace: fast enough, and an obstacle in the table, or refused where it is named."""
+    time_attention.cache_clear()
+    right = attention.attend
+    opaque = torch._dynamo.disable(right)
+
+    def attend(backend: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        return right(backend, *inputs) if backend is not None else opaque(backend, *inputs)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    eager, compiled = (
+        {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32, whether)}
+        for whether in (False, True)
+    )
+    time_attention.cache_clear()
+    assert eager["matmul"].forward_ms and not eager["matmul"].obstacle
+    assert compiled["matmul"].obstacle.startswith("cannot be compiled: ") and compiled["matmul"].forward_ms is None
+    assert compiled["native"].forward_ms and not compiled["native"].obstacle
+    with pytest.raises(UserError, match=r"^engine.attention matmul: cannot be compiled: .*; use --engine.attention a"):
+        choose(Engine(attention="matmul", compile="on"), HERE)
+    assert choose(Engine(attention="matmul", linear="torch", compile="off"), HERE)[0].attention == "matmul"
+
+
 def test_attention_shapes(random_pipeline: Path) -> None:
     transformer = EngineCase(random_pipeline, make_config()).models.base
     joint, dual = attention_shapes(transformer, batch=6, tokens=16, text_tokens=21)
     assert (joint.tokens, joint.calls, joint.heads, joint.head_dim) == (37, 2, 2, 16)
     assert (dual.tokens, dual.calls, dual.batch) == (16, 1, 6)
+
+
+def test_the_float8_copy_attends_as_the_others_do(random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is adopted from process 0 or from the run's beginning reaches it too. Here the copy is not in float8."""
+
+    class Copied:
+        layers = ()
+
+        def __init__(self, source: torch.nn.Module):
+            self.transformer = copy.deepcopy(source)
+
+        def refresh(self) -> None:
+            pass
+
+    monkeypatch.setattr(engine, "Float8Copy", Copied)
+    case = EngineCase(random_pipeline, make_config(attention="auto", rollout_precision="fp8"))
+    for name in ("matmul", "native"):
+        case.engine.adopt({"device": "cpu", "attention": name, "train_attention": "native", "linear": "torch"})
+        drawing = case.engine.rollout_transformer.transformer_blocks[0].attn.processor
+        assert case.engine.rollout_transformer is not case.models.behaviour
+        assert drawing._attention_backend is attention.DISPATCHED.get(name)
 
 
 def test_a_resumed_run_adopts_what_was_measured(random_pipeline: Path) -> None:
