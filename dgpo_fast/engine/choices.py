@@ -131,12 +131,21 @@ def _cuda_graphs(config: EngineConfig, situation: Situation, reasons: Reasons) -
         return config.cuda_graphs == "on"
     if not situation.on_gpu:
         return False
-    gib = torch.cuda.get_device_properties(situation.device).total_memory / 2**30
-    roomy = gib >= GRAPH_MEMORY_GIB
+    gib, roomy = memory_gib(situation.device), room_for_graphs(situation.device)
     reasons.lines.append(
         f"rollouts are {'' if roomy else 'not '}recorded as CUDA graphs: they keep their memory, of {gib:.0f} GiB"
     )
     return roomy
+
+
+def room_for_graphs(device: torch.device) -> bool:
+    """Whether rollouts are recorded on this device where the settings leave it open."""
+    return device.type == "cuda" and memory_gib(device) >= GRAPH_MEMORY_GIB
+
+
+def memory_gib(device: torch.device) -> float:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
 def _attention(config: EngineConfig, situation: Situation, reasons: Reasons, compiled: bool, *, training: bool) -> str:

@@ -9,6 +9,7 @@ import torch
 from dgpo_fast.architecture import Architecture
 from dgpo_fast.config import Config
 from dgpo_fast.distributed import Processes
+from dgpo_fast.engine.choices import room_for_graphs
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.advice import remedies, sentence
 from dgpo_fast.memory.low import with_low_memory
@@ -20,6 +21,9 @@ CPU_SHARE = 0.5
 """Of a CPU's free memory that a micro-batch may be chosen for: other programs want some too."""
 HEADROOM_SHARE, HEADROOM_BYTES = 0.05, 2**30
 """Of a GPU's memory, left for fragmentation and for what operations need inside themselves."""
+
+MADE_LATER = ("gradients", "optimizer states", "averages", "recorded rollouts", "float8 copy", "decoder's copy")
+"""Of what a prediction holds: made after the micro-batch is measured."""
 
 
 class MemoryPlan:
@@ -43,7 +47,7 @@ class MemoryPlan:
     ):
         self.predictor = Predictor(
             architecture, dtype, processes=processes.count, local_processes=processes.local_count,
-            on_gpu=device.type == "cuda",
+            on_gpu=device.type == "cuda", graphs=room_for_graphs(device),
         )  # fmt: skip
         self.device, self.processes, self.note = device, processes, note
         self.auto = False
@@ -135,7 +139,7 @@ class MemoryPlan:
     def _to_come(self, config: Config) -> int:
         """Predicted bytes that a training step finds allocated and that are not there yet beside the models."""
         held = self.predictor.predict(config, 1).held
-        return sum(held[name] for name in ("gradients", "optimizer states", "averages")) + self.predictor.inputs(config)
+        return sum(held.get(name, 0) for name in MADE_LATER) + self.predictor.inputs(config)
 
     def _with_micro_batch(self, config: Config, most: int) -> Config:
         size = fit(most, self.predictor.local_samples(config), config.rollout.group_size)

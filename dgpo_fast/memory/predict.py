@@ -27,6 +27,8 @@ SOLVER_STATES = 4
 """fp32 latents of a batch that a solver's step holds at once."""
 LOSS_TENSORS = 8
 """fp32 latents of a micro-batch that the eager loss holds at once."""
+WHOLE = ("decoder", "decoder's copy")
+"""Of what is held beside sharded weights."""
 WHOLE_BLOCKS = 2
 """Of sharded transformers: the block that computes, and the next one, which is on its way."""
 
@@ -82,6 +84,7 @@ class Predictor:
         processes: that share the run.
         local_processes: those of them on this machine.
         on_gpu: whether the run's device is a GPU: what is kept in the CPU's memory does not count then.
+        graphs: whether rollouts are recorded there where the settings leave it open.
     """
 
     def __init__(
@@ -92,9 +95,10 @@ class Predictor:
         processes: int = 1,
         local_processes: int = 1,
         on_gpu: bool = True,
+        graphs: bool = True,
     ):
         self.architecture, self.dtype, self.processes, self.on_gpu = architecture, dtype, processes, on_gpu
-        self.local_processes = local_processes
+        self.local_processes, self.graphs = local_processes, on_gpu and graphs
         with torch.device("meta"):
             self.transformer = architecture.build_transformer()
             self.vae = architecture.build_vae()
@@ -121,7 +125,7 @@ class Predictor:
             "decoder": _bytes(self.vae, self.dtype),
         }
         if config.engine.decoder != "plain":
-            held["decoder"] += _bytes(self.vae.decoder, self.dtype)
+            held["decoder's copy"] = _bytes(self.vae.decoder, self.dtype)
         if config.engine.rollout_precision == "fp8":
             layers = ((name, layer) for name, layer in self.transformer.named_modules() if isinstance(layer, nn.Linear))
             held["float8 copy"] = sum(layer.weight.numel() for name, layer in layers if quantised(name, layer))
@@ -134,11 +138,9 @@ class Predictor:
     def _shared_out(self, held: dict[str, int], shards: int) -> dict[str, int]:
         """What one of `shards` holds. Buffers and the decoder are not cut."""
         buffers = sum(buffer.numel() for buffer in self.transformer.buffers()) * self.dtype.itemsize
-        cut = {name: nbytes // shards for name, nbytes in held.items() if name not in ("decoder", "base weights")}
         return {
-            **cut,
+            **{name: nbytes if name in WHOLE else nbytes // shards for name, nbytes in held.items()},
             "base weights": self._copy_bytes // shards + buffers,
-            "decoder": held["decoder"],
             "blocks made whole": WHOLE_BLOCKS * max(map(_numel, self._blocks)) * self.dtype.itemsize,
         }
 
@@ -147,8 +149,9 @@ class Predictor:
         return {"none": 1, "full": self.processes, "hybrid": self.local_processes}[config.distributed.shard]
 
     def _recorded(self, config: Config) -> bool:
-        """Whether rollouts may be CUDA graphs, which keep what a forward takes."""
-        return self.on_gpu and config.engine.cuda_graphs != "off" and self._shards(config) == 1
+        """Whether rollouts are CUDA graphs, which keep what a forward takes."""
+        wanted = self.graphs if config.engine.cuda_graphs == "auto" else config.engine.cuda_graphs == "on"
+        return wanted and self._shards(config) == 1
 
     def _rollout_forward(self, config: Config) -> int:
         guided = 2 if config.rollout.guidance_scale > 1 else 1
