@@ -24,7 +24,7 @@ def comparison() -> Comparison:
     """B and ours on one group of sixteen images, without torch.compile."""
     bench = Bench("cpu", groups=1, rounds=1, minutes=1, only=[], path=Path(), systems=["B"],
                   settings=["--engine.compile", "off"])  # fmt: skip
-    return Comparison(Ours(configure(bench.arguments(FIRST)), bench.device), bench)
+    return Comparison(Ours(configure(bench.arguments(FIRST)), bench.device), bench, bench.systems)
 
 
 def actions(name: str) -> dict[str, Callable[[], Any]]:

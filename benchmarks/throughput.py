@@ -43,6 +43,7 @@ from benchmarks.paired import paired
 from benchmarks.throughput_tables import read_report, with_tables, write_tables
 from dgpo_fast.cli import configure, quieten_libraries
 from dgpo_fast.config import Config
+from dgpo_fast.engine.choices import memory_gib
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import draw_training_steps, stream_seed
 from dgpo_fast.metrics import Loggers, write_json
@@ -63,6 +64,8 @@ QUANTILES = (0.2, 0.5, 0.8)
 PART_ROUNDS = 5
 COMPARED_NUMEL = 50_000_000
 """Of a larger gradient, evenly chosen elements are compared."""
+SMALL_GIB = 100.0
+"""On a smaller card there is no room for random text encoders, nor for full fine-tuning beside a baseline."""
 ROW_S = {"cuda": 45.0, "cpu": 5.0}
 """A row that has less time left than this is not begun."""
 SAVINGS: dict[str, list[str]] = {
@@ -82,6 +85,7 @@ SAVINGS: dict[str, list[str]] = {
     "policy.behaviour": ["--policy.behaviour", "adapter"],
 }  # fmt: skip
 """Name of a saving → what switches it off."""
+EQUAL_GROUPS = "engine.skip_equal_groups"
 CHANGES: dict[str, list[str]] = {
     "policy.micro_batch auto": ["--policy.micro-batch", "auto"],
     "engine.rollout_precision fp8": ["--engine.rollout-precision", "fp8"],
@@ -140,10 +144,12 @@ class Bench:
         """Measures and writes all rows that were asked for."""
         for case in CASES:
             self.row("cases", case.name, lambda case=case: self.case(case))
-        for name, change in {**SAVINGS, **CHANGES}.items():
+        changes = {**SAVINGS, **CHANGES}
+        # Last, since its rewards are others: what the rows before it share can go.
+        for name in sorted(changes, key=lambda name: name == EQUAL_GROUPS):
             if FOR_DEVICE.get(name, self.device.type) == self.device.type:
                 kind = "savings" if name in SAVINGS else "changes"
-                self.row(kind, name, lambda change=change: self.compare(change))
+                self.row(kind, name, lambda name=name: self.compare(name, changes[name]))
 
     def row(self, section: str, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measures one row and writes it; an error is written in its place."""
@@ -162,6 +168,7 @@ class Bench:
             traceback.print_exc()
             row = {"error": _in_words(error)}
             self.failed = True
+        row["machine"] = self.machine
         row["took_s"] = round(time.monotonic() - started, 1)
         row["measured"] = {**self.versions, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         self.report.setdefault(section, {})[name] = row
@@ -195,37 +202,62 @@ class Bench:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return asdict(device_row(self.device, dtype, measure_rates(self.device, dtype)))
 
-    def arguments(self, case: Case) -> list[str]:
-        """The settings of a case, as on a command line. The recipe's resolution, steps and objective stay."""
+    @property
+    def small(self) -> bool:
+        """Whether this is a GPU that has not the memory for everything."""
+        return self.device.type == "cuda" and memory_gib(self.device) < SMALL_GIB
+
+    def alone(self, case: Case) -> bool:
+        """Whether no baseline fits beside ours."""
+        return self.small and case.train == "full"
+
+    def arguments(self, case: Case, text_encoders: bool = False) -> list[str]:
+        """The settings of a case, as on a command line. The recipe's resolution, steps and objective stay.
+
+        On a GPU it has `text_encoders` where encoding is timed.
+        """
         size = str(case.group_size)
         args = ["sd35m-geneval", "--rewards", "benchmarks.baselines:Brightness", "--rollout.group-size", size]
         args += ["--rollout.groups", str(self.groups), "--rollout.batch-size", size, "--policy.micro-batch", size]
         args += ["--policy.train", case.train, "--evaluation.images", "2", "--reward-workers", "0"]
         args += [] if case.guided else ["--rollout.guidance-scale", "1"]
         if self.device.type == "cuda":
-            return [*args, "--random-weights", "True", "--random-text-encoders", "True", *self.settings]
+            args += ["--random-weights", "True", "--random-text-encoders", str(text_encoders)]
+            args += ["--ema.offload", "True"] if case.train == "full" else []
+            args += ["--policy.micro-batch", "4", "--optimizer.name", "adamw8bit"] if self.alone(case) else []
+            return [*args, *self.settings]
         args += ["--model", "tiny", "--prompts", "tiny-shapes", "--rollout.resolution", "32", "--device", "cpu"]
         return [*args, "--rollout.max-sequence-length", "0", "--policy.lora-rank", "16", *self.settings]
 
     def case(self, case: Case) -> dict[str, Any]:
-        """A, B, C and ours on the same inputs."""
-        args = self.arguments(case)
-        ours = Ours(configure(args), self.device)
-        comparison = Comparison(ours, self)
-        row = {"settings": args, "images": self.groups * case.group_size}
+        """A, B, C and ours on the same inputs; ours alone where nothing fits beside it."""
+        args = self.arguments(case, text_encoders=case.train == "lora" and not self.small)
+        comparison = Comparison(Ours(configure(args), self.device), self, () if self.alone(case) else self.systems)
+        row: dict[str, Any] = {"settings": args, "images": self.groups * case.group_size, "note": self.note(case)}
         try:
-            row["same_gradient"] = comparison.check_gradients()
+            row["same_gradient"] = {} if self.alone(case) else comparison.check_gradients()
         except Exception as error:  # the times are still worth having, though they are no comparison
             traceback.print_exc()
             row["same_gradient"] = {"error": _in_words(error)}
         row["systems"] = comparison.measure()
-        row["failed"] = not row["same_gradient"].get("same") or any("error" in s for s in row["systems"].values())
+        void = bool(row["same_gradient"]) and not row["same_gradient"].get("same")
+        row["failed"] = void or any("error" in system for system in row["systems"].values())
         return row
 
-    def compare(self, change: list[str]) -> dict[str, Any]:
+    def note(self, case: Case) -> str:
+        """What a row has otherwise than its name says, or than the same row of another card."""
+        if self.alone(case):
+            return "ours alone: micro-batches of 4, 8-bit AdamW, an average in the CPU's memory"
+        full = self.device.type == "cuda" and case.train == "full"
+        notes = ["an average in the CPU's memory"] if full else []
+        return "; ".join([*notes, "encoding left out"] if full or self.small else notes)
+
+    def compare(self, name: str, change: list[str]) -> dict[str, Any]:
         """Ours with and without a change of its settings, in turns."""
         args = self.arguments(FIRST)
-        if change == SAVINGS["engine.skip_equal_groups"]:
+        if name == EQUAL_GROUPS:
+            self.kept = None
+            _empty_cache(self.device)
             args += ["--rewards", "benchmarks.baselines:HalfEqual"]
             ours = Ours(configure(args), self.device)
         else:
@@ -331,9 +363,10 @@ class Comparison:
     Fully fine-tuned, they do not fit on a GPU together: there one is measured after the other.
     """
 
-    def __init__(self, ours: Ours, bench: Bench):
+    def __init__(self, ours: Ours, bench: Bench, systems: Sequence[str]):
         self.ours, self.bench, self.trainer = ours, bench, ours.trainer
         self.device, self.config = bench.device, ours.trainer.config
+        self.encodes = self.device.type == "cpu" or self.config.random_text_encoders
         self.pipeline = self.trainer.encoder.whole_pipeline()
         self._move_weights()
         self.base = {name: tensor.detach() for name, tensor in self.trainer.models.base.state_dict().items()}
@@ -342,7 +375,7 @@ class Comparison:
         self.errors: dict[str, str] = {}
         self.about[OURS] = {"build_s": ours.build_s, "own_mib": ours.own_mib}
         apart = self.config.policy.train == "full" and self.device.type == "cuda"
-        everyone = [*bench.systems, OURS]
+        everyone = [*systems, OURS]
         self.turns = [[name] for name in everyone] if apart else [everyone]
 
     @contextmanager
@@ -427,7 +460,7 @@ class Comparison:
             with self._built(names):
                 for name in list(self.systems):
                     self._try(name, lambda name=name: add(name))
-        return _verdict(found, exact, self.trainer.models.dtype, {*self.bench.systems, OURS})
+        return _verdict(found, exact, self.trainer.models.dtype, [name for names in self.turns for name in names])
 
     def measure(self) -> dict[str, dict[str, Any]]:
         """Each system's row."""
@@ -459,6 +492,8 @@ class Comparison:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         seconds = _timed(lambda: system.iteration(inputs, Brightness()), self.device)
+        if not self.encodes:
+            seconds["iteration"] -= seconds.get("encode", 0.0)  # random numbers stand for the text encoders' work
         if self.device.type == "cuda":
             seconds["beyond_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20 - before
         return seconds
@@ -507,7 +542,7 @@ def _flat(gradient: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tens
     ])  # fmt: skip
 
 
-def _verdict(found: Mapping[str, Tensor], exact: Tensor, dtype: torch.dtype, wanted: set[str]) -> dict[str, Any]:
+def _verdict(found: Mapping[str, Tensor], exact: Tensor, dtype: torch.dtype, wanted: Sequence[str]) -> dict[str, Any]:
     norm, largest = float(torch.linalg.norm(exact)), float(exact.abs().max())
     errors = {name: float(torch.linalg.norm(one - exact)) / norm for name, one in found.items()}
     eps = torch.finfo(dtype).eps
@@ -515,7 +550,8 @@ def _verdict(found: Mapping[str, Tensor], exact: Tensor, dtype: torch.dtype, wan
     ours = found.get(OURS, torch.full_like(exact, float("nan")))
     apart = {name: float((one - ours).abs().max()) / largest for name, one in found.items() if name != OURS}
     return {
-        "same": set(found) == wanted and all(error <= budget for error in errors.values()),
+        "same": OURS in found and all(error <= budget for error in errors.values()),
+        "missing": [name for name in wanted if name not in found],
         "dtype": str(dtype).removeprefix("torch."), "budget": budget, "relative_error": errors,
         "largest_difference_from_ours": apart,
     }  # fmt: skip

@@ -20,9 +20,24 @@ def read_report(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def of_its_machine(report: Report) -> Report:
+    """`report` without the rows of other machines than the one whose rates it has: they do not compare.
+
+    Rows that name no machine are of that one.
+    """
+    machine = report.get("machine") or {}
+
+    def here(row: Mapping[str, Any]) -> bool:
+        return (row.get("machine") or machine).get("name") == machine.get("name")
+
+    sections = {name: rows for name, rows in report.items() if name != "machine"}
+    kept = {name: {key: row for key, row in rows.items() if here(row)} for name, rows in sections.items()}
+    return {**kept, "machine": report.get("machine")}
+
+
 def write_tables(path: Path) -> None:
     """Writes `throughput.md` beside the results at `path`."""
-    report = read_report(path)
+    report = of_its_machine(read_report(path))
     path.with_suffix(".md").write_text(document(report), encoding="utf-8")
 
 
@@ -58,7 +73,8 @@ def cases_table(report: Report) -> str:
                "of the matmul rate", "of the datasheet", "memory, GiB", "warm-up, s", "over ours"]  # fmt: skip
     rows, machine = [], report.get("machine") or {}
     for case, row in _rows(report, "cases", CASES):
-        systems = row.get("systems", {})
+        systems, note = row.get("systems", {}), row.get("note")
+        case = f"{case} ({note})" if note else case
         if not systems:
             rows.append([case, row.get("error", NOT_MEASURED), *[""] * (len(columns) - 2)])
             continue
@@ -91,6 +107,7 @@ def gradients_table(report: Report) -> str:
         errors, apart = found.get("relative_error", {}), found.get("largest_difference_from_ours", {})
         verdict = "the same" if found.get("same") else found.get("error", "NOT THE SAME: void")
         verdict = verdict if found else NOT_MEASURED
+        verdict += f", without {', '.join(found['missing'])}" if found.get("missing") else ""
         rows.append([
             case, *(_scientific(errors.get(name)) for name in SYSTEMS), _scientific(found.get("budget")),
             _scientific(max(apart.values()) if apart else None), verdict,
@@ -208,7 +225,7 @@ def with_tables(text: str, results: Path) -> str:
 
     def table(found: re.Match[str]) -> str:
         device, name = found[1], found[2]
-        made = TABLES[name](read_report(results / device / "throughput.json"))
+        made = TABLES[name](of_its_machine(read_report(results / device / "throughput.json")))
         return f"<!-- throughput {device} {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- throughput (\w+) (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

@@ -1,0 +1,71 @@
+"""What `benchmarks/throughput.py` measures on a small card, and which rows its tables compare."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import throughput
+from benchmarks.throughput import CASES, EQUAL_GROUPS, Bench
+from benchmarks.throughput_tables import cases_table, of_its_machine, savings_table, targets_table
+from dgpo_fast.architecture import sd35_medium
+from dgpo_fast.cli import configure
+from dgpo_fast.memory.predict import Predictor
+
+H100, H200 = ({"kind": "cuda", "name": name, "matmul_tflops": 700.0, "datasheet_tflops": 989.0} for name in "ab")
+
+
+def bench(gib: float, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Of a card with so much memory."""
+    monkeypatch.setattr(throughput, "memory_gib", lambda device: gib)
+    return Bench("cuda", groups=2, rounds=1, minutes=1, only=[], path=Path())
+
+
+def test_what_fits_an_80_gb_card_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours alone in full fine-tuning, and two trainers with LoRA; both below 78 GiB by prediction."""
+    small, predictor = bench(79.0, monkeypatch), Predictor(sd35_medium(), torch.bfloat16)
+    lora, full = (next(case for case in CASES if case.train == train) for train in ("lora", "full"))
+    assert small.alone(full) and not small.alone(lora)
+    for case, beside in ((full, 0), (lora, 1)):
+        config = configure(small.arguments(case))
+        predicted = predictor.predict(config, config.policy.micro_batch_size)
+        held = sum(predicted.held.values())
+        assert not config.random_text_encoders
+        assert predicted.peak + beside * held < 78 * 2**30
+
+
+def test_encoding_is_timed_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = bench(139.0, monkeypatch)
+    assert not large.alone(CASES[-1]) and not configure(large.arguments(CASES[0])).random_text_encoders
+    assert configure(large.arguments(CASES[0], text_encoders=True)).random_text_encoders
+    assert large.note(CASES[0]) == "" and large.note(CASES[-1]) == "an average in the CPU's memory; encoding left out"
+
+
+def test_rows_of_other_cards_are_not_compared() -> None:
+    """A row without a machine is of the one whose matmul rate is there."""
+
+    def saving(machine: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+        row = {
+            "ratio": [1.0] * 3,
+            "rounds": 3,
+            "seconds": {of: {"iteration": [seconds] * 3} for of in ("ours", "changed")},
+        }
+        return row if machine is None else {**row, "machine": machine}
+
+    case = {"machine": H100, "systems": {"ours": {"tflops": 350.0, "seconds": {"iteration": [1.0] * 3}}}}
+    report = of_its_machine(
+        {
+            "machine": H200,
+            "cases": {"LoRA, guided, G 16": case},
+            "savings": {
+                "engine.compile": saving(H100, 7.25),
+                "engine.attention": saving(H200, 3.5),
+                EQUAL_GROUPS: saving(None, 4.5),
+            },
+        }
+    )
+    table = savings_table(report)
+    assert "3.5" in table and "4.5" in table and "7.25" not in table and "engine.compile" not in table
+    assert "1 (1, 1)" not in cases_table(report)
+    assert "50 %" not in targets_table(report)
