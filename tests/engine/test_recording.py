@@ -1,5 +1,6 @@
 """Recorded rollouts, by a recorder that is stricter than CUDA graphs; the real one is in `test_cuda.py`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,3 +62,20 @@ def test_the_double_refuses_what_a_capture_refuses() -> None:
     x += 10
     tape.replay()
     assert y.tolist() == [23.0, 25.0]
+
+
+def test_the_double_refuses_memory_that_nobody_keeps() -> None:
+    """A graph reads what its function read from outside where that was, and does not keep it."""
+    kept = torch.ones(3)
+
+    def recorded(recorder: TapeRecorder) -> Callable[[], object]:
+        lost = torch.full((3,), 2.0)
+        return recorder.record(lambda: kept + lost.view(3, 1).sum(1))[1]
+
+    replay = recorded(TapeRecorder())
+    with pytest.raises(AssertionError, match="was freed after it"):
+        replay()
+    output, replay = TapeRecorder().record(lambda: kept * 2)
+    kept.fill_(5)
+    replay()
+    assert output.tolist() == [10, 10, 10]

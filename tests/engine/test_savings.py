@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.engine import compile
+from dgpo_fast.rollout import batch_slices
 from tests.engine.cases import EngineCase, make_config
 
 SAVINGS: dict[str, dict[str, Any]] = {
@@ -40,10 +41,17 @@ def folder(request: pytest.FixtureRequest, random_pipeline: Path) -> Path | str:
 
 
 @cache
-def plain(folder: Path | str, train: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Rollout, loss and gradient with all savings off."""
-    case = EngineCase(folder, make_config(train), dtype)
-    return case.rollout(), *case.gradient()
+def plain(folder: Path | str, train: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What is compared, with all savings off."""
+    return computed(EngineCase(folder, make_config(train), dtype))
+
+
+def computed(case: EngineCase) -> tuple[Tensor, ...]:
+    """Latents of a rollout, the pictures that the engine's decoder makes of them, loss and gradient."""
+    x0, decoder = case.rollout(), case.engine.decoder
+    with torch.no_grad():
+        pictures = [decoder._pixels(x0[rows]) for rows in batch_slices(len(x0), decoder.batch_size)]
+    return x0, torch.cat(pictures), *case.gradient()
 
 
 def assert_within_budget(folder: Path | str, train: str, dtype: torch.dtype, found: tuple[Tensor, ...]) -> None:
@@ -51,7 +59,7 @@ def assert_within_budget(folder: Path | str, train: str, dtype: torch.dtype, fou
     exact, same = plain(folder, train, torch.float64), plain(folder, train, dtype)
     eps = torch.finfo(dtype).eps
     # A single number may come out right by chance; of many, their norm does not.
-    floors = {"pictures": eps, "loss": 8 * eps, "gradient": eps}
+    floors = {"latents": eps, "pictures": eps, "loss": 8 * eps, "gradient": eps}
     for (name, floor), value, oracle, reference in zip(floors.items(), found, exact, same, strict=True):
         scale = torch.linalg.norm(oracle.double())
         error, allowed = (torch.linalg.norm(v.double() - oracle.double()) / scale for v in (value, reference))
@@ -61,20 +69,20 @@ def assert_within_budget(folder: Path | str, train: str, dtype: torch.dtype, fou
 @pytest.mark.parametrize("saving", [saving for saving in SAVINGS if saving != "compile"])
 def test_each_saving_alone(saving: str, folder: Path | str) -> None:
     case = EngineCase(folder, make_config(**SAVINGS[saving]))
-    assert_within_budget(folder, "lora", torch.float32, (case.rollout(), *case.gradient()))
+    assert_within_budget(folder, "lora", torch.float32, computed(case))
 
 
 def test_compiled_blocks_alone(random_pipeline: Path) -> None:
     case = EngineCase(random_pipeline, make_config(**SAVINGS["compile"]))
-    assert_within_budget(random_pipeline, "lora", torch.float32, (case.rollout(), *case.gradient()))
+    assert_within_budget(random_pipeline, "lora", torch.float32, computed(case))
 
 
 def test_all_savings_together() -> None:
     case = EngineCase("tiny", make_config("full", **everything()))
-    assert_within_budget("tiny", "full", torch.float32, (case.rollout(), *case.gradient()))
+    assert_within_budget("tiny", "full", torch.float32, computed(case))
 
 
 def test_all_savings_together_in_bf16(random_pipeline: Path) -> None:
     fp32_alone = {"linear": "torch", "attention": "native"}
     case = EngineCase(random_pipeline, make_config(**{**everything(), **fp32_alone}), torch.bfloat16)
-    assert_within_budget(random_pipeline, "lora", torch.bfloat16, (case.rollout(), *case.gradient()))
+    assert_within_budget(random_pipeline, "lora", torch.bfloat16, computed(case))
