@@ -9,6 +9,8 @@ random weights, on a CPU on the shipped pipeline. Baselines A, B and C are those
 `Trainer`. All of them draw the same prompts and noise, and take turns. Before that, their gradients of one batch are
 compared with one of higher precision: where they differ by more than rounding, the comparison is void.
 
+On a GPU, what rollouts in float8 change is measured too: pictures and rewards of the same prompts and noise.
+
 The second runs `python -m dgpo_fast.train` as a user does, with the engine's savings and without, in turns.
 Each row is written to `benchmarks/results/<cpu or gpu>/throughput.json` as soon as it is measured, and
 `throughput.md` is made of it by `throughput_tables.py`. A row that fails keeps the error's text, the next one goes on,
@@ -38,6 +40,7 @@ import torch
 from dgpo_kernels import philox_normal
 from torch import Tensor
 
+from benchmarks import float8
 from benchmarks.baselines import BASELINES, Baseline, Brightness, Inputs, Oracle, Text
 from benchmarks.paired import paired
 from benchmarks.throughput_tables import read_report, with_tables, write_tables
@@ -150,6 +153,9 @@ class Bench:
             if FOR_DEVICE.get(name, self.device.type) == self.device.type:
                 kind = "savings" if name in SAVINGS else "changes"
                 self.row(kind, name, lambda name=name: self.compare(name, changes[name]))
+
+        for name, settings in float8.RUNS.items() if self.device.type == "cuda" else ():
+            self.row("float8", name, lambda settings=settings: float8.difference(settings))
 
     def row(self, section: str, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measures one row and writes it; an error is written in its place."""

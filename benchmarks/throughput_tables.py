@@ -59,6 +59,8 @@ def document(report: Report) -> str:
         gradients_table(report),
         "## What each saving is worth",
         savings_table(report),
+        "## What rollouts in float8 change, with 95 % intervals",
+        float8_table(report),
         "## The default run",
         paired_table(report),
         "## Targets (one H200)",
@@ -127,6 +129,25 @@ def savings_table(report: Report) -> str:
             with_it, without = (row["seconds"][of]["iteration"] for of in ("ours", "changed"))
             rows.append([label, _spread(with_it), _spread(without), f"{_spread(row['ratio'])}×", str(row["rounds"])])
     return _table(["setting", "as it is, s", "changed, s", "changed over as it is", "pairs"], rows)
+
+
+def float8_table(report: Report) -> str:
+    """How far pictures and rewards of rollouts in float8 are from those without, by the same prompts and noise."""
+    rows = []
+    for name, row in _rows(report, "float8", ["tiny-shapes"]):
+        if "pictures" not in row:
+            rows.append([name, row.get("error", NOT_MEASURED), "", "", ""])
+            continue
+        rewards = [_interval(row[key]) if key in row else "mean nothing" for key in ("reward", "reward_difference")]
+        rows.append([name, _interval(row["pictures"]), *rewards, str(row["images"])])
+    columns = [
+        "run, before training",
+        "pictures apart, of 255",
+        "reward without",
+        "reward in float8 minus that",
+        "images",
+    ]
+    return _table(columns, rows)
 
 
 def paired_table(report: Report) -> str:
@@ -201,6 +222,11 @@ def _spread(quantiles: Sequence[float] | None) -> str:
     return f"{middle:.3g} ({low:.3g}, {high:.3g})"
 
 
+def _interval(found: Mapping[str, Any]) -> str:
+    low, high = found["ci95"]
+    return f"{found['mean']:.3g} ({low:.3g} to {high:.3g})"
+
+
 def _share(value: float, whole: float | None) -> str:
     return f"{100 * value / whole:.0f} %" if whole else ""
 
@@ -216,7 +242,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 TABLES = {
     "cases": cases_table, "gradients": gradients_table, "savings": savings_table, "paired": paired_table,
-    "targets": targets_table,
+    "targets": targets_table, "float8": float8_table,
 }  # fmt: skip
 
 

@@ -1,16 +1,18 @@
 """What `benchmarks/throughput.py` measures on a small card, and which rows its tables compare."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import throughput
+from benchmarks import float8, throughput
 from benchmarks.throughput import CASES, EQUAL_GROUPS, Bench
-from benchmarks.throughput_tables import cases_table, of_its_machine, savings_table, targets_table
+from benchmarks.throughput_tables import cases_table, float8_table, of_its_machine, savings_table, targets_table
 from dgpo_fast.architecture import sd35_medium
 from dgpo_fast.cli import configure
+from dgpo_fast.engine import engine
 from dgpo_fast.memory.predict import Predictor
 
 H100, H200 = ({"kind": "cuda", "name": name, "matmul_tflops": 700.0, "datasheet_tflops": 989.0} for name in "ab")
@@ -69,3 +71,27 @@ def test_rows_of_other_cards_are_not_compared() -> None:
     assert "3.5" in table and "4.5" in table and "7.25" not in table and "engine.compile" not in table
     assert "1 (1, 1)" not in cases_table(report)
     assert "50 %" not in targets_table(report)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 0.05])
+def test_what_float8_changes(rounding: float, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompts and noise: no difference where the copy computes the same, one where its weights are rounded."""
+
+    class Copied:
+        layers = ()
+
+        def __init__(self, source: torch.nn.Module):
+            self.source, self.transformer = source, copy.deepcopy(source)
+
+        @torch.no_grad()
+        def refresh(self) -> None:
+            for ours, theirs in zip(self.transformer.parameters(), self.source.parameters(), strict=True):
+                ours.copy_(theirs * (1 + rounding))
+
+    monkeypatch.setattr(engine, "Float8Copy", Copied)
+    row = float8.difference(["small.yaml", "--evaluation.images", "6"])
+    pictures, reward = row["pictures"]["mean"], row["reward_difference"]["mean"]
+    assert row["images"] == 6 and (pictures > 0) == (reward != 0) == (rounding > 0)
+    assert row["pictures"]["ci95"][0] <= pictures <= row["pictures"]["ci95"][1]
+    table = float8_table({"float8": {"tiny-shapes": row}})
+    assert f"{pictures:.3g} (" in table and f"{reward:.3g} (" in table
