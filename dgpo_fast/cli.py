@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -41,6 +41,21 @@ def run_command(command: Callable[[list[str]], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def launched_with_others() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process once all is written."""
+    if launched_with_others():
+        # The communication's threads and the interpreter's end race, and may end in an abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def quieten_libraries() -> None:

@@ -3,11 +3,13 @@
 import os
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dgpo_fast.cli import configure, print_help, run_command, take_option
-from dgpo_fast.config import Config, Log
+from dgpo_fast.cli import configure, launched_with_others, leave, print_help, run_command, take_option
+from dgpo_fast.config import Config, Log, resolve, to_dict
 from dgpo_fast.errors import UserError
 
 USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
@@ -15,6 +17,7 @@ USAGE = """Profile a few iterations of a training run and write report.html, rep
   python -m dgpo_fast.profile                                      coloured shapes on the shipped pipeline
   python -m dgpo_fast.profile sd35m-geneval --random-weights       SD3.5-Medium's size, without a download
   python -m dgpo_fast.profile my.yaml --measured 10 --warmup 3     more iterations
+  torchrun --standalone --nproc-per-node 8 -m dgpo_fast.profile sd35m-geneval     process 0, and how even all are
   python -m dgpo_fast.profile --compare A B                        two profiles side by side, with ratios"""
 
 
@@ -26,35 +29,79 @@ def profile(args: list[str]) -> int:
         return 0
     if "--compare" in args:
         return compare(args)
-    warmup, measured = _count(args, "warmup", 1), _count(args, "measured", 3)
-    config = configure(args)
-    config = replace(
-        config, iterations=warmup + measured + 1, evaluation=replace(config.evaluation, every=0), log=Log()
-    )
-    folder = new_folder(config)
+    # Alone, a wrong command line is refused before the imports below, which take seconds.
+    plan = None if launched_with_others() else read_plan(args)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the tracer talks to the terminal otherwise
-    from dgpo_fast.profiling.page import write_page
-    from dgpo_fast.profiling.report import write_report
+    from dgpo_fast.distributed import connect
     from dgpo_fast.profiling.session import Session
-    from dgpo_fast.profiling.summary import sentences
     from dgpo_fast.trainer import Trainer
 
-    trainer = Trainer(config)
-    folder.mkdir(parents=True)
+    processes = connect()
+    with processes.together("the settings"):
+        if processes.first and plan is None:
+            plan = read_plan(args)
+    plan = shared_plan(plan, processes)
+    processes.set_timeout(plan.config.distributed.timeout_s)
+    with processes.together("the set-up of all processes"):
+        trainer = Trainer(plan.config, processes)
+    folder = plan.folder
+    with processes.together("the profile's folder"):
+        if processes.first:
+            folder.mkdir(parents=True)
     try:
-        report = Session(trainer, folder).run(warmup, measured, given)
+        report = Session(trainer, folder).run(plan.warmup, plan.measured, given)
     except BaseException:
-        shutil.rmtree(folder)  # half a profile is none
+        if processes.first:
+            shutil.rmtree(folder)  # half a profile is none
         raise
     finally:
         trainer.close()
+    with processes.together("the report of process 0"):
+        if report is not None:
+            write(report, folder, trainer.console.note)
+    processes.close()
+    return 0
+
+
+def write(report: Any, folder: Path, note: Callable[[str], None]) -> None:
+    """Writes the report into `folder`, and says in a few sentences what is in it."""
+    from dgpo_fast.profiling.page import write_page
+    from dgpo_fast.profiling.report import write_report
+    from dgpo_fast.profiling.summary import sentences
+
     write_report(report, folder)
     write_page(report, folder)
     for sentence in sentences(report):
-        trainer.console.note(sentence)
-    trainer.console.note(f"open {folder / 'report.html'} in a browser; the trace opens in ui.perfetto.dev")
-    return 0
+        note(sentence)
+    note(f"open {folder / 'report.html'} in a browser; the trace opens in ui.perfetto.dev")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for."""
+
+    config: Config
+    folder: Path
+    warmup: int
+    measured: int
+
+
+def read_plan(args: list[str]) -> Plan:
+    """What `args` ask for."""
+    args = list(args)
+    warmup, measured = _count(args, "warmup", 1), _count(args, "measured", 3)
+    config = configure(args)
+    evaluation = replace(config.evaluation, every=0)
+    config = replace(config, iterations=warmup + measured + 1, evaluation=evaluation, log=Log())
+    return Plan(config, new_folder(config), warmup, measured)
+
+
+def shared_plan(plan: Plan | None, processes: Any) -> Plan:
+    """Process 0's plan, on every process."""
+    mine = None if plan is None else [to_dict(plan.config), str(plan.folder), plan.warmup, plan.measured]
+    settings, folder, warmup, measured = processes.broadcast(mine, "the settings")
+    return Plan(resolve(Config(), settings, "process 0"), Path(folder), warmup, measured)
 
 
 def new_folder(config: Config) -> Path:
@@ -95,4 +142,4 @@ def compare(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(profile))
+    leave(run_command(profile))

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgpo_fast.cli import INTERRUPTED, configure, print_help, run_command, take_option
+from dgpo_fast.cli import (
+    INTERRUPTED,
+    configure,
+    launched_with_others,
+    leave,
+    print_help,
+    run_command,
+    take_option,
+)
 from dgpo_fast.config import Config, flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.lock import LOCK, FolderLock, read_lock
@@ -162,11 +170,6 @@ def has_checkpoints(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("iteration-*"))
 
 
-def launched_with_others() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 def launcher_id() -> str | None:
     """Names the torchrun that started this process, the same after each of its restarts; None without one."""
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
@@ -269,10 +272,4 @@ def resume_command(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    status = run_command(train)
-    if launched_with_others():
-        # All is written. The communication's threads and the interpreter's end race, and may end in an abort.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    raise SystemExit(status)
+    leave(run_command(train))

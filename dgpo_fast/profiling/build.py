@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from dgpo_fast.optimizers import optimizer_tensors
 from dgpo_fast.pipeline import text_encoders
@@ -23,6 +24,8 @@ from dgpo_fast.profiling.report import (
     Phase,
     PhaseLaunches,
     Power,
+    Process,
+    Processes,
     Rewards,
     Span,
     Throughput,
@@ -257,10 +260,11 @@ def held_mib(trainer: Any) -> dict[str, float]:
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    """Parameters and buffers; of a sharded parameter the part that is here."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in [*module.parameters(), *module.buffers()]]
 
 
-def power_row(meter: PowerMeter, recordings: Sequence[Recording], images: int) -> Power | None:
+def power_row(meter: PowerMeter, recordings: Sequence[Recording], images: float) -> Power | None:
     """Power and energy from the start of the first to the end of the last measured iteration."""
     start, end = recordings[0].start_s, recordings[-1].end_s
     inside = [sample for sample in meter.samples if start <= sample.time_s <= end]
@@ -286,6 +290,20 @@ def power_row(meter: PowerMeter, recordings: Sequence[Recording], images: int) -
             for s in inside[:: -(-len(inside) // 600)]
         ],
     )
+
+
+def processes_row(recordings: Sequence[Recording]) -> Processes | None:
+    """How even the work of several processes was; None of one alone."""
+    if any("processes" not in recording.metrics for recording in recordings):
+        return None
+    everyone = zip(*(recording.metrics["processes"] for recording in recordings), strict=True)
+    rows = []
+    for number, lines in enumerate(everyone):
+        names = dict.fromkeys(name for line in lines for name in line)
+        seconds = {name.removesuffix("_s"): float(np.median([line.get(name, 0.0) for line in lines])) for name in names}
+        rows.append(Process(number=number, waited_s=seconds.pop("waited"), phases=seconds))
+    imbalance = float(np.median([recording.metrics["imbalance"] for recording in recordings]))
+    return Processes(imbalance=imbalance, rows=rows)
 
 
 def rewards_row(recordings: Sequence[Recording]) -> Rewards | None:

@@ -26,6 +26,7 @@ def page(report: Report) -> str:
     """The whole page."""
     sections = [
         ("time", "Where the time went", _time(report)),
+        ("processes", "Processes", _processes(report)),
         ("compute", "Compute", _compute(report)),
         ("memory", "Memory", _memory(report)),
         ("gpu", "Launches and idle gaps", _gpu(report)),
@@ -163,6 +164,21 @@ def _rewards(report: Report) -> str:
     return (
         f'<p class="soft" style="margin-top:14px">Rewards: {seconds(r.busy_s)} of work an iteration; the training '
         f"waited {seconds(r.wait_s)} for them, {seconds(r.hidden_s)} were hidden behind other work.</p>"
+    )
+
+
+def _processes(report: Report) -> str:
+    if report.processes is None:
+        return ""
+    names = list(dict.fromkeys(name for process in report.processes.rows for name in process.phases))
+    rows = [
+        row(str(process.number), *(seconds(process.phases.get(name, 0.0)) for name in names), seconds(process.waited_s))
+        for process in report.processes.rows
+    ]
+    return (
+        f'<p class="soft">Medians over the iterations. Imbalance {digits(report.processes.imbalance)}: how long the '
+        "slowest process worked, over the mean of all; waiting for the others is no work, and lies in the phases.</p>"
+        f"{table(('process', *names, 'waited'), rows, 'Seconds of each process')}"
     )
 
 

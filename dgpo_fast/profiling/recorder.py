@@ -161,9 +161,8 @@ class Recorder:
         """One iteration of the trainer, recorded."""
         recording = Recording(time.perf_counter())
         self.recordings.append(recording)
-        self.trainer.step()
+        recording.metrics = self.trainer.step()
         recording.end_s = time.perf_counter()
-        recording.metrics = self.trainer.metrics.lines[-1]
         recording.samples = dict(self.trainer.work.last)
         training = [span for span in recording.spans if span.name == TRAIN]
         for name, start, end in self._clock.take():

@@ -249,6 +249,32 @@ class Rewards:
 
 
 @dataclass(kw_only=True, config=STRICT)
+class Process:
+    """One of several processes, at the medians of its iterations' seconds.
+
+    Attributes:
+        phases: by name, the waiting in them included.
+        waited_s: of all phases together, how long the others were waited for.
+    """
+
+    number: int
+    waited_s: float
+    phases: dict[str, float]
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Processes:
+    """How even the work of several processes was.
+
+    Attributes:
+        imbalance: how long the slowest one worked, over the mean; 1 is even.
+    """
+
+    imbalance: float
+    rows: list[Process]
+
+
+@dataclass(kw_only=True, config=STRICT)
 class Report:
     """One profile."""
 
@@ -271,6 +297,7 @@ class Report:
     gpu: GpuTrace | None = None
     power: Power | None = None
     rewards: Rewards | None = None
+    processes: Processes | None = None
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any]

@@ -38,7 +38,8 @@ class Lines:
 class Session:
     """A profile of one trainer: iterations that warm up, iterations that are measured, and one that is traced.
 
-    The traced one is apart because tracing slows it down.
+    The traced one is apart because tracing slows it down. Of several processes each has a session, and the first one
+    traces and reports.
 
     Args:
         trainer: ready to step; nothing of its run is written.
@@ -49,16 +50,23 @@ class Session:
         self.trainer, self.folder = trainer, folder
         trainer.metrics, trainer.loggers = Lines(), Loggers(trainer.config.log, folder, {}, trainer.console.note)
 
-    def run(self, warmup: int, measured: int, args: list[str]) -> Report:
-        """The report of `measured` iterations after `warmup` others; `args` are those of the command line."""
+    def run(self, warmup: int, measured: int, args: list[str]) -> Report | None:
+        """The report of `measured` iterations after `warmup` others; `args` are those of the command line.
+
+        None on processes other than the first.
+        """
         trainer = self.trainer
-        trainer.encode_prompts()
+        with trainer.processes.together("the encoded prompts"):
+            trainer.encode_prompts()
         trainer.prepare(self.folder, lambda: False)
         trainer.console.start_training(0, warmup + measured + 1)
         try:
             for _ in range(warmup):
                 trainer.step()
             recorder, meter = self._measure(measured)
+            if not trainer.processes.first:
+                trainer.step()  # which the first one traces
+                return None
             events, traced_s = self._trace()
         finally:
             trainer.console.stop_training()
@@ -118,7 +126,9 @@ class Session:
         (window,) = tracing.annotation(events, tracing.ITERATION)
         on_gpu = trainer.device.type == "cuda"
         operations = tracing.kernels(events, window) if on_gpu else tracing.cpu_operations(events, window)
-        images = sum(recording.metrics["images_count"] for recording in recordings)
+        count = trainer.processes.count
+        images = sum(recording.metrics["images_count"] for recording in recordings) / count
+        notes = [f"images are those of all {count} processes, everything else is process 0's"] if count > 1 else []
         return Report(
             recipe=config.recipe,
             model=config.model,
@@ -141,7 +151,8 @@ class Session:
             candidates=build.candidates(
                 [*trainer.engine.attention_rows(), *trainer.engine.decoder_rows(trainer.sampler.shape)]
             ),
-            notes=[meter.note] if meter.note else [],
+            processes=build.processes_row(recordings),
+            notes=[*notes, meter.note] if meter.note else notes,
             settings=flat(config),
             versions=versions(trainer.device, meter.driver),
         )

@@ -9,8 +9,8 @@ NEGLIGIBLE_PERCENT = 1.0
 
 def sentences(report: Report) -> list[str]:
     """The report in a few sentences, the most important first. What was not measured has none."""
-    lines = [_speed(report), _phases(report), _compute(report), _loss(report), _gpu(report), _rewards(report),
-             _memory(report), _power(report)]  # fmt: skip
+    lines = [_speed(report), _phases(report), _processes(report), _compute(report), _loss(report), _gpu(report),
+             _rewards(report), _memory(report), _power(report)]  # fmt: skip
     return [line for line in lines if line]
 
 
@@ -30,6 +30,16 @@ def _phases(report: Report) -> str:
         for phase in named
     ]
     return f"Of that, {_listed(parts)}."
+
+
+def _processes(report: Report) -> str:
+    if report.processes is None:
+        return ""
+    rows = report.processes.rows
+    return (
+        f"Of {len(rows)} processes the slowest worked {digits(report.processes.imbalance)} times as long as the mean; "
+        f"they waited {seconds(sum(process.waited_s for process in rows) / len(rows))} for one another on average."
+    )
 
 
 def _compute(report: Report) -> str:

@@ -67,6 +67,21 @@ def test_hidden_rewards() -> None:
     assert build.rewards_row([*RECORDINGS, without]) is None
 
 
+def test_processes_by_hand() -> None:
+    """Medians of each process's seconds over three iterations; none of a process alone."""
+    lines = [[{"train_s": 1.0, "waited_s": 0.5}, {"train_s": 2.0 + n, "waited_s": 0.0}] for n in range(3)]
+    recordings = [
+        replace(one, metrics={**one.metrics, "processes": everyone, "imbalance": 1.1 + n})
+        for n, (one, everyone) in enumerate(zip(RECORDINGS, lines, strict=True))
+    ]
+    found = build.processes_row(recordings)
+    assert found is not None and found.imbalance == pytest.approx(2.1)
+    assert [(row.number, row.waited_s, row.phases) for row in found.rows] == [
+        (0, 0.5, {"train": 1.0}), (1, 0.0, {"train": 3.0}),
+    ]  # fmt: skip
+    assert build.processes_row(RECORDINGS) is None
+
+
 def test_thinning_keeps_the_peak() -> None:
     samples = [(float(t), float(t == 617)) for t in range(1000)]
     few = build.thinned(samples, 60)

@@ -14,6 +14,8 @@ from dgpo_fast.profile import profile
 from dgpo_fast.profiling.compare import compare, differences
 from dgpo_fast.profiling.report import read_report
 from dgpo_fast.trainer import Trainer
+from tests.distributed_runs import SHARDED
+from tests.processes import run_together
 from tests.profiling.reports import HOSTILE, gpu_report
 
 
@@ -59,6 +61,24 @@ def test_what_a_profile_writes(workspace: Path, capsys: pytest.CaptureFixture[st
     assert f"{report.throughput.images} images takes" in output and "runs/first/report.html" in output
     with pytest.raises(UserError, match="runs/first exists: choose another --name"):
         profile(["small.yaml", "--name", "first"])
+
+
+@pytest.mark.parametrize("weights", ["whole", "sharded"])
+def test_a_profile_of_two_processes(weights: str, workspace: Path) -> None:
+    """Process 0 writes it, with the seconds of both; three groups on two processes are uneven."""
+    command = ["-m", "dgpo_fast.profile", "small.yaml", "--measured", "2", "--name", "two", "--reward-workers", "0"]
+    run_together(command if weights == "whole" else [*command, *SHARDED], 2)
+    folder = workspace / "runs/two"
+    assert {path.name for path in folder.iterdir()} == {"report.html", "report.json", "trace.json.gz"}
+    report = read_report(folder)
+    assert report.processes is not None and report.processes.imbalance > 1
+    assert [process.number for process in report.processes.rows] == [0, 1]
+    assert all(process.phases["train"] > 0 for process in report.processes.rows)
+    assert sum(process.waited_s for process in report.processes.rows) > 0
+    assert report.throughput.images == 12, "of both"
+    assert next(work for work in report.work if work.name == "decode").samples == 8, "of process 0"
+    assert any("2 processes" in note for note in report.notes)
+    assert 'id="processes"' in (folder / "report.html").read_text()
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
