@@ -150,12 +150,14 @@ class Engine:
     def _situation(self, latent: tuple[int, ...], text_tokens: int) -> Situation:
         config, transformer, rollout = self.config, self.models.base, self.config.rollout
         tokens = latent[1] * latent[2] // transformer.config.patch_size**2
-        rows = _rows(self.sizes.rollout, rollout.guidance_scale)
+        # Kernels differ in rounding: any number of processes takes those that one alone would take.
+        sizes = batch_sizes(config, processes=1)
+        rows = _rows(sizes.rollout, rollout.guidance_scale)
         return Situation(
             device=self.models.device,
             dtype=self.models.dtype,
             rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),
-            train_shapes=attention_shapes(transformer, self.sizes.training, tokens, text_tokens),
+            train_shapes=attention_shapes(transformer, sizes.training, tokens, text_tokens),
             width=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
             images=config.iterations * rollout.groups * rollout.group_size,
             sharded=self.models.shards is not None,
