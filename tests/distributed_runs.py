@@ -46,7 +46,9 @@ SCENARIOS: dict[str, list[str]] = {
     "lora": ["--iterations", "20", "--evaluation.every", "20", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-5"],
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
     "small micro-batches, std of the iteration": ["--policy.micro-batch", "3", "--advantage.std", "global"],
-    "samples one by one": ["--rollout.batch-size", "1", "--policy.micro-batch", "1"],
+    "samples one by one, uneven shares": [
+        "--rollout.batch-size", "1", "--policy.micro-batch", "1", "--rollout.group-size", "3",
+    ],
     "groups dropped": ["--rewards", "tests.distributed_runs:Flaky", "--iterations", "4"],
     "pairs": ["--objective", "diffusion_dpo"],
     "policy gradient": [

@@ -17,7 +17,7 @@ from tests.distributed_runs import SCENARIOS, make_workspace, run
 from tests.processes import run_together
 
 RESUMED = "lora=runs/2-lora"
-SAME_SHAPES, HYBRID = "samples one by one", "hybrid shards"
+SAME_SHAPES, HYBRID = "samples one by one, uneven shares", "hybrid shards"
 # Three processes hold a group each; two hold shares that differ in size; four must split groups.
 COUNTS = {
     2: [name for name in SCENARIOS if "shard" not in name],
