@@ -321,7 +321,8 @@ class Config:
     """Seconds within which a reward must have scored a group. A worker process that takes longer is stopped and its
     group dropped; a reward of the trainer's own process ends the run."""
     max_lost_iterations: Count = 3
-    """Stop, with a checkpoint, after so many iterations in a row in which no group could be scored."""
+    """Stop, with a checkpoint, after so many iterations in a row in which a reward was asked and scored nothing, or in
+    which no group could be scored."""
     iterations: Count = 60
     """Rounds of drawing groups and learning from them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

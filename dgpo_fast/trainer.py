@@ -2,7 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -111,7 +113,7 @@ class Trainer:
         self.work = WorkMeter(self.models, self.pipeline.vae, config.policy, self.sampler.shape)
         self.source = self._make_source()
         self.iteration = 0
-        self.lost_in_a_row = 0
+        self.lost_in_a_row: Counter[str] = Counter()
         self.halfway = False
         self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, self.console.note)
         self.skipped = 0
@@ -362,7 +364,7 @@ class Trainer:
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
         """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
         groups = self.source.collect(self.iteration)
-        self._report_failures(groups.scores)
+        self._report_failures(groups)
         metrics = _reward_metrics(groups.scores, groups.scores.rewards.size) | groups.metrics
         return (self._batch(groups) if groups.scores.valid.any() else None), metrics
 
@@ -444,15 +446,29 @@ class Trainer:
         if step % ema.eval_every == 0:
             self.slow.update(self.models.weights, min(ema.eval_decay_max, (1 + step) / (10 + step)))
 
-    def _report_failures(self, scores: GroupScores) -> None:
+    def _report_failures(self, groups: Groups) -> None:
+        """Says which groups are dropped. Raises SharedError where a reward has scored nothing, on any process, for too
+        many iterations in a row among those that asked it, or where no group was left of so many."""
+        scores = groups.scores
         for line in scores.failures:
             self.console.note(f"iteration {self.iteration + 1}: group dropped: {line}")
-        self.lost_in_a_row = 0 if scores.valid.any() else self.lost_in_a_row + 1
-        if self.lost_in_a_row >= self.config.max_lost_iterations:
-            raise SharedError(
-                f"no group of {self.lost_in_a_row} iterations in a row could be scored; "
-                f"mend the reward and --resume. The last failure: {scores.failures[-1]}"
-            )
+        asked = dict.fromkeys(name for prompt in groups.prompts for name in self.reward.chosen(prompt))
+        for name in asked:
+            self._count_lost(f"reward {name!r}", bool(np.isfinite(scores.parts[name]).any()), scores.failures)
+        self._count_lost("", bool(scores.valid.any()), scores.failures)
+
+    def _count_lost(self, reward: str, has_scored: bool, failures: list[str]) -> None:
+        """Counts iterations in a row that were lost on a reward, named as in its `failures`, or on none in particular
+        where it is empty."""
+        lost = self.lost_in_a_row[reward] = 0 if has_scored else self.lost_in_a_row[reward] + 1
+        if lost < self.config.max_lost_iterations:
+            return
+        lines = [line for line in failures if line.startswith(reward)]
+        in_a_row = f"{lost} iterations in a row"
+        raise SharedError(
+            (f"{reward} scored nothing in {in_a_row}" if reward else f"no group of {in_a_row} could be scored")
+            + f"; mend the reward and --resume. The last failure: {lines[-1]}"
+        )
 
     def _heldout(self) -> dict[str, Any]:
         """Held-out scores between two iterations; where they fail, a note, since the step before them is done."""
@@ -515,28 +531,35 @@ class Trainer:
             return None
 
     def finish(self, folder: Path, before: Evaluation | None) -> None:
-        """Evaluates the slow average, saves it for plain diffusers, and writes summary and pictures.
+        """Saves the slow average for plain diffusers, evaluates it, and writes summary and pictures.
 
-        Raises UserError where the disk refuses.
+        In this order: a reward that is away by now costs the evaluation, not the weights. Raises UserError where the
+        disk refuses.
         """
+        self._save_weights(folder)
         with self.console.track(f"after: {self.config.evaluation.images} images of held-out prompts") as on_step:
             after = self._evaluate(self._evaluated_weights(), on_step)
+        if before is None:
+            return  # the first process has it, and writes
+        with _written_to(folder):
+            self._write_results(folder, before, after)
+
+    def _save_weights(self, folder: Path) -> None:
+        """Writes what was trained into the run's folder. All processes must call it together."""
         weights = self._evaluated_weights()
         if self.models.shards is not None:
             weights = self.models.whole(weights)
-        if before is None:
-            return  # the first process has it, and writes
-        try:
-            self._write_results(folder, before, after, weights)
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: results could not be saved ({reason}); free space and --resume it") from None
+        with self.processes.together("the trained weights on the disk"):
+            if self.processes.first:
+                # A LoRA file needs no text encoders, a whole pipeline does.
+                is_whole = self.config.policy.train == "full"
+                pipeline = self.encoder.whole_pipeline() if is_whole else self.pipeline
+                with _written_to(folder):
+                    self.models.save(weights, folder, pipeline)
+        self.console.note(f"the trained weights are in {folder}")
 
-    def _write_results(self, folder: Path, before: Evaluation, after: Evaluation, weights: Weights) -> None:
+    def _write_results(self, folder: Path, before: Evaluation, after: Evaluation) -> None:
         after.save(folder / AFTER_FILE)
-        # A LoRA file needs no text encoders, a whole pipeline does.
-        pipeline = self.encoder.whole_pipeline() if self.config.policy.train == "full" else self.pipeline
-        self.models.save(weights, folder, pipeline)
         lines = read_metrics(folder / "metrics.jsonl")
         summary = {
             "recipe": self.config.recipe,
@@ -577,6 +600,16 @@ class Trainer:
             self.console.note(random_weights_note(self.config))
         if self.prompts.note:
             self.console.note(self.prompts.note)
+
+
+@contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    """Raises UserError where the disk refuses what the block writes into the run's folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: results could not be saved ({reason}); free space and --resume it") from None
 
 
 def learning_rate(settings: OptimizerConfig, iteration: int, iterations: int) -> float:

@@ -146,7 +146,7 @@ def test_a_server_that_stays_away_stops_the_run_with_a_checkpoint(workspace: Pat
         server.kill()
 
     killer = in_background(kill)
-    with pytest.raises(UserError, match=r"no group of 2 iterations in a row could be scored; .*Connection refused"):
+    with pytest.raises(UserError, match=r"scored nothing in 2 iterations in a row; .*Connection refused"):
         train(["--rewards", server.url, *SMALL, "--iterations=400", "--max-lost-iterations=2"])
     killer.join()
     done = iterations_done(workspace)

@@ -24,6 +24,7 @@ from dgpo_fast.metrics import read_metrics
 from dgpo_fast.rollout import initial_noise
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
+from tests.processes import finish, start
 
 ROOT = Path(__file__).parents[1]
 
@@ -259,13 +260,91 @@ def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypa
     monkeypatch.setattr(jpeg.JpegReward, "__call__", Broken.__call__)
     monkeypatch.setattr(jpeg.JpegReward, "self_test", lambda self: None)
     with pytest.raises(
-        UserError, match="no group of 3 iterations in a row could be scored; mend the reward and --resume"
+        UserError, match="reward 'jpeg' scored nothing in 3 iterations in a row; mend the reward and --resume"
     ):
         train(["--resume", "runs/run", "--iterations", "9"])
     monkeypatch.undo()
     os.chdir(workspace)
     assert train(["--resume", "runs/run", "--iterations", "6"]) == 0
     assert [line["iteration"] for line in untimed(workspace / "runs/run")] == [1, 2, 3, 4, 5, 6]
+
+
+class DiesAtTheEnd:
+    """Scores until the run has its two iterations, and again once it is mended."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        metrics = Path("runs/run/metrics.jsonl")
+        if metrics.exists() and len(read_metrics(metrics)) == 2 and not Path("mended").exists():
+            raise RuntimeError("no answer")
+        return images.mean((1, 2, 3)) / 255
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "weights"),
+    [
+        (1, ["--policy.train", "lora"], "pytorch_lora_weights.safetensors"),
+        (1, ["--policy.train", "full"], "transformer/diffusion_pytorch_model.safetensors"),
+        (
+            2,
+            ["--policy.train", "full", "--distributed.shard", "full"],
+            "transformer/diffusion_pytorch_model.safetensors",
+        ),
+    ],
+    ids=["lora", "full", "sharded"],
+)
+def test_a_reward_that_dies_at_the_end_keeps_no_weights_back(
+    processes: int, settings: list[str], weights: str, workspace: Path
+) -> None:
+    """The run ends in one line, but what it trained is saved; `--resume` adds the evaluation."""
+    args = ["small.yaml", "--iterations", "2", "--rewards", f"{__name__}:DiesAtTheEnd", *settings]
+    ends = finish(start(["-m", "dgpo_fast.train", *args], processes)) if processes > 1 else [run_quietly(args)]
+    assert [status for status, _, _ in ends] == [2] * processes
+    assert "no image of the evaluation could be scored; the first failure: reward" in ends[0][2]
+    run = workspace / "runs/run"
+    trained = load_file(run / weights)
+    assert not (run / "summary.json").exists()
+    (workspace / "mended").touch()
+    assert train(["--resume", "runs/run"]) == 0
+    assert json.loads((run / "summary.json").read_text())["after"]["images"] == 12
+    again = load_file(run / weights)
+    assert trained.keys() == again.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+def run_quietly(args: list[str]) -> tuple[int, str, str]:
+    """Exit status, output (none) and error of a run in this process."""
+    try:
+        return train(args), "", ""
+    except UserError as error:
+        return 2, "", str(error)
+
+
+class Dead:
+    """As `Broken`, of the prompts that name it."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        raise RuntimeError("gone")
+
+
+def test_a_dead_reward_beside_a_live_one_stops_the_run(workspace: Path) -> None:
+    """Rewards are counted one by one: groups that another reward scored do not hide that this one never answers.
+
+    Iterations in which no prompt asks for it count for nothing.
+    """
+    alive = [{"prompt": text, "reward": "jpeg"} for text in ("a cat", "a house", "a tree", "a river", "a boat")]
+    prompts = [{"prompt": "a dog", "reward": "dead"}, *alive]
+    (workspace / "mixed.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (workspace / "eval.jsonl").write_text('{"prompt": "a lake", "reward": "jpeg"}\n')
+    args = ["small.yaml", "--prompts", "mixed.jsonl", "--eval-prompts", "eval.jsonl", "--iterations", "40"]
+    with pytest.raises(UserError) as caught:
+        train([*args, "--rewards", "jpeg", f"dead={__name__}:Dead", "--max-lost-iterations", "4"])
+    assert str(caught.value) == (
+        "reward 'dead' scored nothing in 4 iterations in a row; mend the reward and --resume. "
+        "The last failure: reward 'dead', prompt 'a dog' (mixed.jsonl:1): RuntimeError: gone"
+    )
+    lines = untimed(workspace / "runs/run")
+    assert [line["groups_dropped_count"] for line in lines].count(1) == 3, "the fourth ended the run"
+    assert all(line["reward_mean"] is not None for line in lines)
+    assert load_newest(workspace / "runs/run/checkpoints")[0].iteration == len(lines) > 3
 
 
 # Learning rate and clip enlarge rounding: the kernels that are chosen by their speed have another one.
