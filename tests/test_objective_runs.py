@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dgpo_fast.checkpoint import load_newest
 from dgpo_fast.errors import UserError
@@ -176,6 +178,54 @@ def test_a_drawing_that_is_killed_goes_on(workspace: Path) -> None:
     for path in Path("runs/undisturbed/groups").glob("g*.safetensors"):
         assert torch.equal(read_x0(path), read_x0(Path("runs/killed/groups") / path.name))
     assert untimed(workspace / "runs/killed") == untimed(workspace / "runs/undisturbed")
+
+
+class Away:
+    """Brightness; does not answer the calls whose numbers are in `away`."""
+
+    calls = 0
+    away = range(0)
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        call, Away.calls = Away.calls, Away.calls + 1
+        if call in Away.away:
+            raise RuntimeError("no answer")
+        return images.mean((1, 2, 3))
+
+
+def test_a_judge_that_comes_back_costs_a_drawing_no_group(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away for one file, it is asked for that one again; away for three in a row, the run stops and `--resume` draws
+    what is missing. Either way the groups are those of an undisturbed drawing."""
+    args = ["small.yaml", *OFFLINE, "--iterations", "1", "--rewards", f"{__name__}:Away"]
+    evaluation, file = 12, 3  # calls before the drawing, and for each of its files
+
+    def drawn(name: str, away: range) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(Away, "calls", 0)
+        monkeypatch.setattr(Away, "away", away)
+        train([*args, "--name", name])
+        return contents(name)
+
+    def contents(name: str) -> dict[str, torch.Tensor]:
+        files = sorted(Path(f"runs/{name}/groups").glob("*.safetensors"))
+        return {f"{path.name} {key}": value for path in files for key, value in load_file(path).items()}
+
+    def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+        return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    undisturbed = drawn("undisturbed", range(0))
+    assert len(undisturbed) == 3 * 3
+    second = evaluation + file
+    assert same(drawn("briefly", range(second, second + file)), undisturbed)
+    with pytest.raises(UserError) as caught:
+        drawn("stopped", range(second, 1000))
+    assert str(caught.value).startswith("runs/stopped/groups: no group of 3 files in a row could be scored; ")
+    assert "; mend the reward and --resume. The last failure: reward " in str(caught.value)
+    (kept,) = Path("runs/stopped/groups").glob("*.safetensors")
+    written = kept.stat().st_mtime_ns
+    monkeypatch.setattr(Away, "away", range(0))
+    assert train(["--resume", "runs/stopped"]) == 0
+    assert kept.stat().st_mtime_ns == written
+    assert same(contents("stopped"), undisturbed)
 
 
 def test_the_objective_of_the_guide(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

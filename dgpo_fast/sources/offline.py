@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,6 @@ from dgpo_fast.sources.online import RolloutWorker
 FORMAT = 1
 # Settings of a rollout that change no image of it.
 NO_CONDITION = ("groups", "batch_size")
-LOST_FILES_BEFORE_STOP = 3
 
 
 class OfflineSource:
@@ -119,31 +119,38 @@ class OfflineSource:
     ) -> bool:
         """Draws file after file. False where it was asked to stop before the last one."""
         mine = range(self.processes.rank, len(drawing.files), self.processes.count)
-        missing = [number for number in mine if not home.path(number).exists()]
+        missing = deque(number for number in mine if not home.path(number).exists())
         if not missing:
             return True
         lost = 0
         with console.track(f"offline: drawing {drawing.groups} groups from the reference model") as on_step:
-            for number in missing:
+            while missing:
                 if should_stop():
                     return False
-                scores = self._draw_file(home, drawing, number)
+                scores = self._draw_file(home, drawing, missing[0])
                 for line in scores.failures:
                     console.note(f"offline: group dropped: {line}")
-                lost = 0 if scores.valid.any() else lost + 1
-                if lost == LOST_FILES_BEFORE_STOP:
-                    raise UserError(f"{home.home}: no group could be scored; mend the reward and remove the folder. "
-                                    f"The last failure: {scores.failures[-1]}")  # fmt: skip
-                on_step((number + 1) / len(drawing.files))
+                if scores.valid.any():
+                    lost = 0
+                    missing.popleft()
+                    on_step(1 - len(missing) / len(mine))
+                    continue
+                lost += 1
+                if lost >= self.config.max_lost_iterations:
+                    raise UserError(f"{home.home}: no group of {lost} files in a row could be scored; mend the reward "
+                                    f"and --resume. The last failure: {scores.failures[-1]}")  # fmt: skip
+                missing.rotate(-1)  # a reward that is away for a while may be there again after the others
         return True
 
     def _draw_file(self, home: GroupFolder, drawing: Drawing, number: int) -> GroupScores:
+        """Draws and scores the groups of one file, which is written if any of them could be scored."""
         started = time.perf_counter()
         prompts = self._dealer(drawing).draw(number)
         prompts = prompts[: len(drawing.files[number])]
         weights = self.worker.models.initial_weights()
         groups = self.worker.draw(prompts, weights, seed=drawing.seed, draw=number)
-        home.write(number, groups, time.perf_counter() - started)
+        if groups.scores.valid.any():
+            home.write(number, groups, time.perf_counter() - started)
         return groups.scores
 
 
