@@ -307,6 +307,25 @@ def test_the_same_folder_takes_the_same_evaluation_only(workspace: Path, random_
         evaluate(args)
 
 
+def test_scores_of_another_reward_of_the_same_name_are_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its module has changed: the folder does not go on, and two folders are not set side by side."""
+    monkeypatch.syspath_prepend(str(workspace))
+    module = workspace / "own_scores.py"
+    module.write_text("def mean(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    args = ["model", *SMALL, "--rewards", "own_scores:mean", "--output"]
+    assert evaluate([*args, "old"]) == 0
+    assert evaluate([*args, "old"]) == 0
+    module.write_text(module.read_text().replace("mean((", "max(("))
+    with pytest.raises(UserError, match=r"^old was made with content of own_scores:mean \w{64}, not \w{64}: choose an"):
+        evaluate([*args, "old"])
+    assert evaluate([*args, "new"]) == 0
+    with pytest.raises(UserError, match="they were scored with another content of own_scores:mean; evaluate one of"):
+        evaluate(["--side-by-side", "old", "new"])
+    sys.modules.pop("own_scores")
+
+
 MISTAKES = {
     # arguments: the line that they give
     "": "error: command line: name a model or a run's folder, as in `python -m dgpo_fast.evaluate tiny`",

@@ -364,3 +364,16 @@ def test_a_judge_may_be_asked_for_any_answer_at_the_start(tmp_path: Path) -> Non
 def test_no_images(tmp_path: Path) -> None:
     scores, parts = judge("http://127.0.0.1")(np.zeros((0, 8, 8, 3), np.uint8), [], [])
     assert scores.shape == (0,) and parts == {}
+
+
+def test_another_judge_of_the_same_file_is_told_by_its_settings() -> None:
+    """Each setting that decides a score makes another fingerprint; those of how the judge is reached do not."""
+    first = judge("http://127.0.0.1:1").fingerprint
+    reached = {"deadline_s": 1.0, "attempts": 3, "requests_at_once": 2, "self_test": "answer"}
+    assert judge("http://127.0.0.1:2", **reached).fingerprint == first
+    other: list[dict[str, Any]] = [
+        {"model": "n"}, {"prompt": "Rate it: {prompt}"}, {"score": r"Rating: (\S+)"}, {"divisor": 10.0},
+        {"image_size": 512}, {"temperature": 1.0}, {"extra": '{"seed": 1}'}, {"image_first": False},
+    ]  # fmt: skip
+    found = {judge("http://127.0.0.1:1", **settings).fingerprint for settings in other}
+    assert len(found) == len(other) and first not in found

@@ -180,6 +180,26 @@ def test_a_drawing_that_is_killed_goes_on(workspace: Path) -> None:
     assert untimed(workspace / "runs/killed") == untimed(workspace / "runs/undisturbed")
 
 
+def test_groups_that_another_reward_of_the_same_name_scored_are_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module with other code gives another scores: they are not mixed, and one line says what to do."""
+    monkeypatch.syspath_prepend(str(workspace))
+    module = workspace / "own_scores.py"
+    module.write_text("def mean(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    args = ["small.yaml", *OFFLINE, "--data.folder=groups", "--iterations=1", "--rewards", "own_scores:mean"]
+    assert train([*args, "--name", "first"]) == 0
+    assert train([*args, "--name", "second"]) == 0
+    module.write_text(module.read_text().replace("mean((", "max(("))
+    with pytest.raises(UserError) as caught:
+        train([*args, "--name", "third"])
+    sys.modules.pop("own_scores")
+    assert str(caught.value) == (
+        "groups: its groups were drawn with another content of own_scores:mean; name another --data.folder, or remove "
+        "this one to have them drawn anew"
+    )
+
+
 class Away:
     """Brightness; does not answer the calls whose numbers are in `away`."""
 

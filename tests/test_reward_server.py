@@ -300,6 +300,19 @@ def test_a_server_of_another_make_needs_health_and_score_alone() -> None:
         assert reward.score_groups(np.stack([picture()] * 2), [Prompt("p")], 2).rewards.tolist() == [[0.5, 0.5]]
 
 
+def test_another_reward_behind_the_same_address_is_told_by_what_the_server_says() -> None:
+    health: dict[str, Any] = {"rewards": {"deqa": 1}}
+    with answering(lambda path, *_: health if path == "/health" else (404, {})) as url:
+        seen = [load_rewards([f"far={url}=0.5"]).contents for _ in range(2)]
+        health["queue"] = 3  # changes all the time
+        seen.append(load_rewards([url]).contents)
+        assert seen[0] == seen[1] == seen[2] and list(seen[0]) == [f"content of {url}"]
+        for change in ({"rewards": {"deqa": 2}}, {"rewards": {"ocr": 1}}, {"fingerprints": {"deqa": "another"}}):
+            health.update(change)
+            seen.append(load_rewards([url]).contents)
+    assert len({str(one) for one in seen[2:]}) == 4
+
+
 WRONG_ANSWERS = {
     "no scores": ({}, "an answer without scores: {}"),
     "a list": ([0.5, 0.5], "an answer without scores: [0.5, 0.5]"),

@@ -66,6 +66,21 @@ def test_shipped_rewards_and_judges_score_each_picture_on_its_own():
     assert all(one.independent_images is True for one in [*made, JudgeReward])
 
 
+def test_what_is_behind_a_name(tmp_path, monkeypatch):
+    """Shipped rewards are known by their names, own ones by their module's file, or by what they say themselves."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "behind_a_name.py"
+    module.write_text("def zero(images, prompts, metadata):\n    return [0] * len(images)\n")
+    specs = ["jpeg", "own=behind_a_name:zero=2"]
+    first = load_rewards(specs).contents
+    assert list(first) == ["content of behind_a_name:zero"]
+    module.write_text(module.read_text() + "\n")
+    assert load_rewards(specs).contents.keys() == first.keys() and load_rewards(specs).contents != first
+    sys.modules["behind_a_name"].zero.fingerprint = "all zeros"
+    assert load_rewards(specs).contents == {"content of behind_a_name:zero": "all zeros"}
+    sys.modules.pop("behind_a_name")
+
+
 def test_weighted_sum_and_parts_by_hand():
     def with_parts(images, prompts, metadata):
         scores = [10.0 * len(prompt) for prompt in prompts]

@@ -68,7 +68,7 @@ class Drawing:
             raise UserError(str(error).replace("rollout.", "")) from None
         schedule = make_schedule(settings.solver, settings.num_inference_steps, settings.shift)
         self.schedule = schedule.to(self.device)
-        self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests}
+        self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests, **reward.contents}
         self.folder.require_same(self.made_with)
         self.failures: list[str] = []
         self.drawn = 0

@@ -26,6 +26,7 @@ from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
 from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.metrics import finite
+from dgpo_fast.rewards.weighted import CONTENT
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("page.html"), Path(__file__).with_name("page.js")
 MARK = '<meta name="generator" content="dgpo_fast side by side">'
@@ -105,6 +106,10 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     if other is not None:
         raise UserError(f"{where}: picture {other[0].sample} was drawn for other prompts; evaluate both with the same "
                         "--prompts, --images and --images-per-prompt")  # fmt: skip
+    contents = [{key: value for key, value in made.items() if key.startswith(CONTENT)} for made in made_with]
+    changed = next((key for key, value in contents[0].items() if contents[1].get(key, value) != value), None)
+    if changed is not None:
+        raise UserError(f"{where}: they were scored with another {changed}; evaluate one of them anew")
     names = [score_names(found, made["rewards"]) for found, made in zip(rows, made_with, strict=True)]
     shared = [name for name in names[0] if name in names[1]]
     if made_with[0]["rewards"] != made_with[1]["rewards"] and SUM in shared:

@@ -10,12 +10,14 @@ A file of settings says where the judge is, what it is asked, and how its answer
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +33,8 @@ from dgpo_fast.rewards.http_client import JsonClient, Unanswered
 from dgpo_fast.rewards.protocol import require_images
 
 MAX_ALTERNATIVES = 20  # of a token, as many as OpenAI's interface gives
+# Settings of how a judge is reached, which may change between two halves of a folder of scores.
+_CHANGE_NO_SCORE = ("url", "api_key_variable", "requests_at_once", "deadline_s", "attempts", "self_test")
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -120,6 +124,8 @@ class JudgeReward:
         _check(settings)
         self._pattern = re.compile(settings.score) if settings.score else None
         self._extra = _extra(settings.extra)
+        deciding = {name: value for name, value in asdict(settings).items() if name not in _CHANGE_NO_SCORE}
+        self.fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
         self._client = JsonClient(
             settings.url, secret=_key(settings), deadline_s=settings.deadline_s, attempts=settings.attempts
         )

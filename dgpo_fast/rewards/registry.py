@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import math
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from dgpo_fast.errors import UserError
@@ -74,6 +77,19 @@ def load_reward(name: str, source: str | None = None) -> Reward:
     if self_test is not None:
         call(what, "failed its self-test", self_test)
     return reward
+
+
+def fingerprint(source: str, reward: Reward) -> str | None:
+    """What tells a reward from another one that is named alike: its own `fingerprint`, or a hash of its module's file.
+
+    None for shipped rewards, and where there is no such file.
+    """
+    own = getattr(reward, "fingerprint", None)
+    if isinstance(own, str):
+        return own
+    module = None if source in BUILT_IN else sys.modules.get(source.partition(":")[0])
+    file = getattr(module, "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
 def _load(what: str, source: str) -> Reward:

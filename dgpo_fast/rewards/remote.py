@@ -2,7 +2,7 @@
 
 A request and its answer are JSON, with pictures as PNG files in base64: nothing that is sent can run code.
 
-    GET  /health  → {"rewards": {"ocr": 1.0}, "independent_images": true, "queue": 0, …}
+    GET  /health  → {"rewards": {"ocr": 1.0}, "independent_images": true, "fingerprints": {}, "queue": 0, …}
     POST /check   {"prompts": [{"text": …, "metadata": …, "origin": …}]} → {}, or status 422 and {"error": …}
     POST /check   {"images": […]} → {"means": [[red, green, blue], …]}, of the pictures as they arrived
     POST /score   {"prompt": …, "metadata": {…}, "images": […]}
@@ -14,6 +14,7 @@ A request and its answer are JSON, with pictures as PNG files in base64: nothing
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,7 @@ class RemoteReward:
         Raises:
             UserError: an address or a token that is none.
         """
+        self.fingerprint: str | None = None  # as the server says when it is tested
         self._url = url
         self._token = token or os.environ.get(TOKEN_VARIABLE) or None
         self._client = JsonClient(url, secret=self._token, deadline_s=deadline_s, attempts=attempts)
@@ -107,6 +109,8 @@ class RemoteReward:
         if not isinstance(health, dict) or not isinstance(health.get("rewards"), dict):
             raise UserError(f"{self._url} is no reward server: its /health names no rewards")
         self.independent_images = health.get("independent_images") is True
+        serves = json.dumps([health["rewards"], health.get("fingerprints")], sort_keys=True)
+        self.fingerprint = hashlib.sha256(serves.encode()).hexdigest()
         squares = golden.squares()
         answer = self._check({"images": [_as_text(image) for image in squares]})
         if answer is None:

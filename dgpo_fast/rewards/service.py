@@ -80,6 +80,7 @@ class RewardService:
         return {
             "rewards": self.reward.weights,
             "independent_images": self.reward.dependent_images is None,
+            "fingerprints": self.reward.fingerprints,
             "queue": self._waiting,
             "scored": counts.scored,
             "failed": counts.failed,

@@ -13,8 +13,10 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward
-from dgpo_fast.rewards.registry import load_reward, parse_spec
+from dgpo_fast.rewards.registry import fingerprint, load_reward, parse_spec
 
+CONTENT = "content of "
+"""Begins the key under which a folder of scores keeps the fingerprint of a reward."""
 Answer = dict[str, np.ndarray] | str
 """One reward's scores of a group, under its name, and its parts, under `name/part`, each float32 (G,); or one line on
 what went wrong."""
@@ -43,12 +45,18 @@ class WeightedReward:
     """The weighted sum of rewards, `rewards` and `weights` by name; made by `load_rewards`.
 
     A prompt whose metadata names rewards under "reward", one or a list of them, is scored by these alone. `sources`
-    says where rewards were loaded from.
+    says where rewards were loaded from, and `fingerprints` what was there, where that can be told.
     """
 
     rewards: dict[str, Reward]
     weights: dict[str, float]
     sources: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What must be the same for scores to be those of the same rewards, beside their names, as messages call it."""
+        return {f"{CONTENT}{self.sources[name]}": found for name, found in self.fingerprints.items()}
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Lets every reward refuse prompts that it cannot score. Raises UserError, one line naming the prompt."""
@@ -187,7 +195,9 @@ def load_rewards(specs: Sequence[str], device: Any = None) -> WeightedReward:
         raise UserError("no reward has a weight: name at least one, for example shapes or ocr=0.5")
     with on_device(device):
         rewards = {spec.name: load_reward(spec.name, spec.source) for spec in parsed}
-    return WeightedReward(rewards, weights, {spec.name: spec.source for spec in parsed})
+    found = {spec.name: fingerprint(spec.source, rewards[spec.name]) for spec in parsed}
+    fingerprints = {name: one for name, one in found.items() if one is not None}
+    return WeightedReward(rewards, weights, {spec.name: spec.source for spec in parsed}, fingerprints)
 
 
 def require_pictures(images: np.ndarray) -> None:

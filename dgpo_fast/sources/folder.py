@@ -79,14 +79,15 @@ class GroupFolder:
             return None
         try:
             found = Drawing(**json.loads(path.read_text(encoding="utf-8")))
-            differs = [name for name, value in wanted.conditions.items() if found.conditions[name] != value]
+            differs = [name for name, value in wanted.conditions.items() if found.conditions.get(name) != value]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: damaged; name another --data.folder, or remove this one") from None
         if found.groups != wanted.groups:
             differs.append(f"data.offline_groups ({found.groups})")
         if differs:
             raise UserError(
-                f"{self.home}: its groups were drawn with another {', '.join(differs)}; name another --data.folder"
+                f"{self.home}: its groups were drawn with another {', '.join(differs)}; name another --data.folder, or "
+                "remove this one to have them drawn anew"
             )
         return found
 

@@ -24,7 +24,7 @@ from dgpo_fast.sources import Groups
 from dgpo_fast.sources.folder import Drawing, GroupFolder, Place, Stored, load
 from dgpo_fast.sources.online import RolloutWorker
 
-FORMAT = 1
+FORMAT = 2
 # Settings of a rollout that change no image of it.
 NO_CONDITION = ("groups", "batch_size")
 
@@ -65,8 +65,6 @@ class OfflineSource:
         if self.processes.any(not done, "the offline groups"):
             return
         places, self.drawing_s, dropped = home.index(drawing)
-        if not places:
-            raise UserError(f"{home.home}: none of its groups could be scored; mend the reward and remove the folder")
         note = f"; {dropped} could not be scored" if dropped else ""
         size = self.config.rollout.group_size
         console.note(
@@ -107,6 +105,7 @@ class OfflineSource:
             "model": fingerprint(self.worker.sampler.pipeline),
             "prompts": hashlib.sha256(content.encode()).hexdigest(),
             "rewards": list(self.config.rewards),
+            **self.worker.rewards.reward.contents,
             **{f"rollout.{name}": rollout[name] for name in rollout if name not in NO_CONDITION},
         }
         return Drawing(conditions, self.config.data.offline_groups, self.config.rollout.groups, self.config.seed)
