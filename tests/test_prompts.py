@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt, load_prompts, quoted_text, require_geneval_metadata, require_quoted_text
-from dgpo_fast.prompts.files import MAX_LINE_BYTES, split_held_out
+from dgpo_fast.prompts.files import MAX_LINE_BYTES, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import (
     CLASSES,
     COLORS,
@@ -303,12 +303,12 @@ def test_unreadable_file(tmp_path):
         (
             "j.jsonl",
             '{"prompt": "\\ud83d"}',
-            ':1: "prompt" holds a NUL or half a character (\\ud800 to \\udfff): write the letter itself',
+            ":1: holds half a character (\\ud83d): write the letter itself",
         ),
         (
             "j.jsonl",
             '{"prompt": "a\\u0000b"}',
-            ':1: "prompt" holds a NUL or half a character (\\ud800 to \\udfff): write the letter itself',
+            ':1: "prompt" holds a NUL character: leave it out',
         ),
         ("n.txt", b"a cat\na\0dog\n", ":2: holds a NUL character: save the file as UTF-8 text"),
         ("n.txt", "a cat".encode("utf-16-le"), ":1: holds a NUL character: save the file as UTF-8 text"),
@@ -326,6 +326,21 @@ def test_unreadable_file(tmp_path):
             "j.jsonl",
             '{"prompt": "a", "weight": NaN}',
             ":1: broken JSON (NaN is no JSON): write one JSON object a line",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "include": [{"class": "cat", "count": -1e999}]}',
+            ":2: broken JSON ('-1e999' is beyond all numbers): write one JSON object a line",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a", "tag": "\\ud83d"}',
+            ":1: holds half a character (\\ud83d): write the letter itself",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a", "more": [{"\\udc00": 1}]}',
+            ":1: holds half a character (\\udc00): write the letter itself",
         ),
         (
             "j.jsonl",
@@ -360,6 +375,28 @@ def test_any_bytes_give_prompts_or_one_line(tmp_path_factory, content):
             assert str(error).startswith(path) and "\n" not in str(error)
         else:
             assert sets.train and sets.held_out
+
+
+# Half characters and numbers beyond all others among them, wherever JSON may have them.
+TEXT = st.text(st.characters(exclude_categories=()), max_size=9)
+JSON = st.recursive(
+    TEXT | st.floats(allow_nan=False) | st.integers(-(10**30), 10**30) | st.booleans() | st.none(),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(TEXT, inside, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(TEXT, JSON, max_size=3), TEXT)
+def test_what_a_line_holds_can_be_written_again(tmp_path_factory, metadata, tag):
+    """As JSON without escapes, which a run's files and its console are; or it is refused in one line."""
+    line = json.dumps({**metadata, "prompt": "a", "tag": tag}).replace("Infinity", "1e999")
+    path = write(tmp_path_factory.getbasetemp() / "again.jsonl", line)
+    try:
+        (prompt,) = read_prompts(path)
+    except UserError as error:
+        assert str(error).startswith(f"{path}:1: ") and str(error).isprintable()
+    else:
+        json.dumps([prompt.text, prompt.tag, prompt.metadata], ensure_ascii=False, allow_nan=False).encode()
 
 
 def test_evaluation_that_leaves_nothing_to_train_on(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,7 +94,13 @@ def _parse_text(line: str, origin: str) -> Prompt:
 
 def _parse_json(line: str, origin: str) -> Prompt:
     try:
-        record = json.loads(line, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
+        record = json.loads(
+            line, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant, parse_float=_finite
+        )
+        json.dumps(record, ensure_ascii=False).encode()  # as the run will write it, keys and all
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(f"{origin}: holds half a character ({half}): write the letter itself") from error
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{origin}: broken JSON ({reason}): write one JSON object a line") from error
@@ -102,10 +109,8 @@ def _parse_json(line: str, origin: str) -> Prompt:
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{origin}: lacks "prompt", a non-empty string: write {{"prompt": "…", …}}')
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(
-            f'{origin}: "prompt" holds a NUL or half a character (\\ud800 to \\udfff): write the letter itself'
-        )
+    if "\0" in text:
+        raise UserError(f'{origin}: "prompt" holds a NUL character: leave it out')
     if not isinstance(record.get("tag", ""), str):
         raise UserError(f'{origin}: "tag" is no string: write a name, as in "tag": "counting"')
     return Prompt(text.strip(), record, origin)
@@ -118,6 +123,14 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {shorten(next(key for key in keys if keys.count(key) > 1))} occurs twice")
     return record
+
+
+def _finite(number: str) -> float:
+    """A JSON number with a point or an exponent; Python would take 1e999 for infinity, which JSON has not."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{shorten(number)} is beyond all numbers")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:
