@@ -318,8 +318,8 @@ class Config:
     """Processes that score groups beside the rollout, for rewards that run on the CPU. auto: as many as there are cores
     but one, eight at most, on a GPU; none on a CPU, where they would share the rollout's cores."""
     reward_deadline_s: Positive = 300.0
-    """Seconds within which a reward must have scored a group. A worker process that takes longer is stopped and its
-    group dropped; a reward of the trainer's own process ends the run."""
+    """Seconds within which a reward must have scored a group. One that takes longer in a worker process, which is then
+    stopped, or waits for another machine loses the group; any other, in the trainer's own process, ends the run."""
     max_lost_iterations: Count = 3
     """Stop, with a checkpoint, after so many iterations in a row in which a reward was asked and scored nothing, or in
     which no group could be scored."""

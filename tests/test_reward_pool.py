@@ -226,6 +226,42 @@ def test_rewards_on_other_machines_are_asked_for_several_groups_at_a_time() -> N
     pool.close()
 
 
+def test_a_reward_that_hangs_in_a_thread_costs_its_group_only() -> None:
+    """Three groups hang on two threads: they are dropped at the deadline, and those behind them are scored. Threads that
+    come back are not listened to, and leave the work to those that took their place."""
+    goes_on = threading.Event()
+
+    class Hangs:
+        groups_at_once = 2
+
+        def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+            if prompts[0] == "hang":
+                goes_on.wait(timeout=30)
+            return images.mean((1, 2, 3))
+
+    pool = RewardPool(
+        WeightedReward({"remote": Hangs()}, {"remote": 1.0}), workers=0, deadline_s=1.0, device=CPU, note=print
+    )
+    texts = ["hang", "hang", "hang", "a", "b", "c"]
+    images = pictures(len(texts))
+    means = images.reshape(len(texts), SIZE, -1).mean(2)
+    scores = pool.score_groups(images, [Prompt(text) for text in texts], SIZE)
+    assert scores.valid.tolist() == [False] * 3 + [True] * 3
+    line = "reward 'remote', prompt 'hang': no answer within 1 s, so it is waited for no longer"
+    assert scores.failures == [line] * 3
+    np.testing.assert_allclose(scores.rewards[3:], means[3:], rtol=1e-6)
+    goes_on.set()
+    threads = list(pool.threads)
+    ends = time.monotonic() + 30
+    while sum(thread.is_alive() for thread in threads) > 1 + 2:
+        assert time.monotonic() < ends, "a thread that was given up is still there"
+        time.sleep(0.01)
+    again = pool.score_groups(images, [Prompt(text) for text in texts], SIZE)
+    np.testing.assert_allclose(again.rewards, means, rtol=1e-6)
+    pool.close()
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_processes_share_a_group_of_independent_images(own_rewards: str, make_pool: Callable) -> None:
     """Portions of ten images by three processes; one that fails costs the group."""
     reward = load_rewards(["jpeg", f"{own_rewards}:Trouble"])

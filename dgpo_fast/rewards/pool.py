@@ -3,7 +3,7 @@
 Where a group is scored depends on its reward:
 
 * one that says `runs_on_cpu = True`: in worker processes, several groups at a time, under a deadline;
-* one that waits for another machine (`groups_at_once`): in threads, so many groups at a time;
+* one that waits for another machine (`groups_at_once`): in threads, so many groups at a time, under a deadline;
 * any other: in one thread of the trainer's process, group after group, on a GPU stream of its own.
 """
 
@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -34,18 +34,25 @@ LEAST_PORTION = 4
 """Images of a group that are worth a process of their own."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Task:
     """One reward's work on one group or a portion of it: images uint8 (B, H, W, 3) of a prompt.
 
     Attributes:
         result: the answer, and the seconds that it took.
+        started: when a thread of this process began with it, by `time.perf_counter`; None before that, and elsewhere.
     """
 
     name: str
     images: np.ndarray
     prompt: Prompt
     result: Future[tuple[Answer, float]] = field(default_factory=Future)
+    started: float | None = None
+
+    @property
+    def taken_s(self) -> float:
+        """Seconds since it was begun."""
+        return 0.0 if self.started is None else time.perf_counter() - self.started
 
 
 Tasks = queue.Queue[Task | None]
@@ -66,7 +73,7 @@ def count_workers(setting: str | int, device: torch.device) -> int:
 
 
 CLOSING_S = 1.0
-"""That a thread has to end in."""
+"""That the threads have to end in."""
 
 
 class RewardPool:
@@ -78,7 +85,8 @@ class RewardPool:
         reward: the rewards and their weights. Worker processes load those that run on the CPU again.
         workers: number of worker processes; with 0, everything is scored in this process.
         deadline_s: seconds within which a reward must have scored a group. A worker that exceeds it is killed and its
-            group dropped; in this process, the run ends with a UserError.
+            group dropped. In this process nothing can be killed: a reward that waits for another machine loses the
+            group, and its thread is replaced; any other ends the run with a UserError.
         device: the trainer's. On a GPU, rewards of this process are scored beside the trainer's own work.
         note: told in one line what a user should know.
     """
@@ -104,7 +112,7 @@ class RewardPool:
             remote = getattr(one, "groups_at_once", 1) > 1
             self.queues[name] = self.tasks_elsewhere if name in on_cpu else Tasks() if remote else self.tasks_here
         self.threads: dict[threading.Thread, Tasks] = {}
-        self.running_here: tuple[Task, float] | None = None
+        self.running_here: Task | None = None
         self.lock = threading.Lock()
 
     def start(self, prompts: Sequence[Prompt], group_size: int) -> Scoring:
@@ -130,10 +138,11 @@ class RewardPool:
             tasks.put(None)
         for process in self.processes:
             process.kill()
+        ends = time.monotonic() + CLOSING_S
         for thread, tasks in self.threads.items():
             # A reward of this process may hold its thread up for ever. One at work when the interpreter ends may abort
             # it.
-            thread.join(None if tasks is self.tasks_elsewhere else CLOSING_S)
+            thread.join(None if tasks is self.tasks_elsewhere else max(ends - time.monotonic(), 0.0))
         self.threads = {}
 
     def portions(self, name: str, count: int) -> int:
@@ -161,18 +170,28 @@ class RewardPool:
             try:
                 return task.result.result(timeout=min(1.0, self.deadline_s))
             except TimeoutError:
-                self._check_deadline()
+                self._check_deadlines(task)
 
-    def _check_deadline(self) -> None:
-        running = self.running_here
-        if running is None or time.perf_counter() - running[1] <= self.deadline_s:
-            return
-        task = running[0]
-        raise UserError(
-            f"reward {task.name!r} has not scored the pictures of {shorten(task.prompt.text)} within "
-            f"{self.deadline_s:g} s (reward_deadline_s) and cannot be stopped in the trainer's own process; mend it, "
-            "or let it run in worker processes (docs/rewards.md), and --resume"
-        )
+    def _check_deadlines(self, awaited: Task) -> None:
+        task = self.running_here
+        if task is not None and task.taken_s > self.deadline_s:
+            raise UserError(
+                f"reward {task.name!r} has not scored the pictures of {shorten(task.prompt.text)} within "
+                f"{self.deadline_s:g} s (reward_deadline_s) and cannot be stopped in the trainer's own process; mend "
+                "it, or let it run in worker processes (docs/rewards.md), and --resume"
+            )
+        if self.queues[awaited.name] is not self.tasks_here and awaited.taken_s > self.deadline_s:
+            self._give_up(awaited)
+
+    def _give_up(self, task: Task) -> None:
+        """Fails a task whose thread hangs, and puts a new thread in that one's place."""
+        reason = f"no answer within {self.deadline_s:g} s, so it is waited for no longer"
+        try:
+            task.result.set_result((reason, task.taken_s))
+        except InvalidStateError:
+            return  # it was answered just now
+        tasks = self.queues[task.name]
+        self._add_thread(tasks, self._score_remotely, tasks)
 
     def _start_threads(self) -> None:
         self._add_thread(self.tasks_here, self._score_here)
@@ -192,13 +211,16 @@ class RewardPool:
     def _score_here(self) -> None:
         with self._own_stream():
             while (task := self.tasks_here.get()) is not None:
-                self.running_here = task, time.perf_counter()
+                self.running_here = task
                 self._answer(task)
                 self.running_here = None
 
     def _score_remotely(self, tasks: Tasks) -> None:
         while (task := tasks.get()) is not None:
-            self._answer(task)
+            try:
+                self._answer(task)
+            except InvalidStateError:
+                return  # it was given up, and another thread has this one's place
 
     def _score_elsewhere(self, process: WorkerProcess) -> None:
         while (task := self.tasks_elsewhere.get()) is not None:
@@ -212,10 +234,10 @@ class RewardPool:
         process.close()
 
     def _answer(self, task: Task) -> None:
-        started = time.perf_counter()
+        task.started = time.perf_counter()
         try:
             answer = score_group(task.name, self.reward.rewards[task.name], task.images, task.prompt)
-            task.result.set_result((answer, time.perf_counter() - started))
+            task.result.set_result((answer, task.taken_s))
         except BaseException as error:  # the trainer's thread raises it
             task.result.set_exception(error)
 
