@@ -23,7 +23,7 @@ from dgpo_fast.rewards.aesthetic import AestheticReward
 from dgpo_fast.rewards.clip import Clip, ClipScoreReward, PickScoreReward
 from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.geneval import ColorJudge, Detector, GenevalReward, box_of, crop, read_out
-from dgpo_fast.rewards.geneval_rules import Detection
+from dgpo_fast.rewards.geneval_rules import THRESHOLD, Detection
 from dgpo_fast.rewards.hpsv2 import HpsReward
 from dgpo_fast.rewards.imagereward import ImageRewardReward
 from dgpo_fast.rewards.ocr import OcrReward
@@ -319,25 +319,45 @@ def test_detectors_input(folder, size, resized, shape):
 
 
 def test_detector_agrees_with_transformers_own_reading(folder):
-    """With input, picture and masks of one size, transformers' post-processing and ours must find the same."""
-    from transformers import Mask2FormerForUniversalSegmentation
+    """At the one size that transformers' post-processing has, 384 pixels: the same objects, confidences and masks.
 
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(folder / "mask2former").eval()
-    torch.manual_seed(1)
-    logits = 4 * torch.randn(10, 81)
-    masks = torch.nn.functional.interpolate(torch.randn(1, 10, 12, 12), (384, 384), mode="bicubic")[0] * 3
-    classes = logits.softmax(-1)[:, :-1]
-    found = read_out(classes, masks, ((384, 384),) * 3)
-    expected = []
-    for query in range(10):
-        for number in range(80):
-            inside = masks[query] > 0
-            confidence = classes[query, number] * masks[query][inside].sigmoid().mean()
-            expected += [(CLASSES[number], float(confidence), int(inside.sum()))] * bool(confidence > 0.3)
-    assert expected and model.config.num_labels == 80
-    got = sorted((one.name, one.confidence, int(one.mask.sum())) for one in found)
-    for one, other in zip(got, sorted(expected), strict=True):
-        assert one[0] == other[0] and one[1] == pytest.approx(other[1], rel=1e-4) and one[2] == other[2]
+    It has no boxes; ours are those of its masks.
+    """
+    from transformers import Mask2FormerImageProcessor
+
+    model = Detector(folder / "mask2former")._model
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        outputs = model(pixel_values=torch.randn(3, 3, 384, 384))
+        # Untrained, it is sure of nothing.
+        outputs.class_queries_logits, outputs.masks_queries_logits = (
+            50 * outputs.class_queries_logits, 10 * outputs.masks_queries_logits
+        )  # fmt: skip
+        theirs = Mask2FormerImageProcessor().post_process_instance_segmentation(
+            outputs, threshold=THRESHOLD, return_binary_maps=True
+        )
+        classes = outputs.class_queries_logits.softmax(-1)[..., :-1]
+        ours = [read_out(*one, ((384, 384),) * 3) for one in zip(classes, outputs.masks_queries_logits, strict=True)]
+    assert sum(map(len, ours)) > 5
+    for found, other in zip(ours, theirs, strict=True):
+        segments = zip(other["segments_info"], other["segmentation"].numpy() == 1, strict=True)
+        expected = [(CLASSES[one["label_id"]], one["score"], mask) for one, mask in segments]
+        assert len(found) == len(expected)
+        mine, known = sorted(found, key=lambda one: one.confidence), sorted(expected, key=lambda one: one[1])
+        for detection, (name, confidence, mask) in zip(mine, known, strict=True):
+            assert detection.name == name and detection.confidence == pytest.approx(confidence, abs=2e-6)
+            assert (detection.mask == mask).all() and detection.box == box_of(mask)
+
+
+def test_detectors_input_is_that_of_transformers(folder):
+    """Resized and normalised noise, to one of 256 levels. A square: others it stretches, where GenEval's are padded."""
+    from transformers import Mask2FormerImageProcessor
+
+    images = noise(1, 200, 200)
+    pixels, _ = Detector(folder / "mask2former").prepare(images)
+    theirs = Mask2FormerImageProcessor()(images=Image.fromarray(images[0]), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == theirs.shape
+    assert (pixels - theirs).abs().max() < 1.01 / 255 / 0.224
 
 
 def test_detector_finds_what_its_queries_say(folder, monkeypatch):
@@ -641,6 +661,30 @@ def test_self_test_passes_the_right_model_and_fails_what_is_swapped(folder, monk
     assert message(reward.self_test).startswith(failed)
 
 
+@pytest.mark.parametrize("change", [lambda images: images[..., ::-1], lambda images: images // 255])
+def test_self_test_sees_what_goes_astray_before_the_detector_alone(untrained, monkeypatch, change):
+    """And another model's mean of the channels, which a person on a portrait may survive."""
+    reward = untrained("geneval-hf")
+    detector, prepare = reward._detector, reward._detector.prepare
+    detector.self_test()
+    failed = "reward 'geneval-hf' failed its self-test: a red square reaches the detector as "
+    with monkeypatch.context() as patch:
+        patch.setattr(detector, "prepare", lambda images: prepare(change(images)))
+        assert message(reward.self_test).startswith(failed)
+    monkeypatch.setattr(geneval, "_MEAN", (0.48145466, 0.4578275, 0.40821073))
+    assert message(reward.self_test).startswith(failed)
+
+
+@pytest.mark.parametrize("change", [lambda pixels: pixels.flip(1), lambda pixels: pixels / 255])
+def test_self_test_sees_what_goes_astray_before_the_clip_of_colours_alone(folder, monkeypatch, change):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reward = TAUGHT["geneval-hf"](folder)
+    prepare = reward._colors._clip.prepare
+    monkeypatch.setattr(reward._colors._clip, "prepare", lambda pixels: prepare(change(pixels)))
+    assert "squares are called " in message(reward.self_test)
+
+
 def test_self_test_sees_a_wrong_scale(folder):
     reward = TAUGHT["clipscore"](folder)
     reward._factor /= 7
@@ -665,7 +709,7 @@ def test_self_test_sees_a_wrong_scale(folder):
 )
 def test_self_test_sees_a_wrong_detector(untrained, monkeypatch, found, seen):
     reward = untrained("geneval-hf")
-    scripted(reward, monkeypatch, found, {})
+    monkeypatch.setattr(reward._detector, "detect", lambda images: found)
     expected = f"reward 'geneval-hf' failed its self-test: {seen}: wrong detector?"
     assert message(reward.self_test) == expected
 

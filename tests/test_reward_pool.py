@@ -227,8 +227,10 @@ def test_rewards_on_other_machines_are_asked_for_several_groups_at_a_time() -> N
 
 
 def test_a_reward_that_hangs_in_a_thread_costs_its_group_only() -> None:
-    """Three groups hang on two threads: they are dropped at the deadline, and those behind them are scored. Threads that
-    come back are not listened to, and leave the work to those that took their place."""
+    """Three groups hang on two threads: they are dropped at the deadline, and those behind them are scored.
+
+    Threads that come back are not listened to, and leave the work to those that took their place.
+    """
     goes_on = threading.Event()
 
     class Hangs:

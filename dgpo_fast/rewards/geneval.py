@@ -26,6 +26,8 @@ from dgpo_fast.rewards.protocol import require_images
 
 # ImageNet's mean and standard deviation of RGB in [0, 1], which the detector was trained on.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The golden red, (220, 20, 20), by these: (220 / 255 − 0.485) / 0.229 and so on, worked out by hand.
+_RED = (1.6495, -1.6856, -1.4559)
 _CHUNK = 8  # images per forward of the detector
 _STRIDE = 32  # the detector's coarsest grid, in pixels
 _BACKGROUND = 0x99  # what a colour crop shows around the object
@@ -89,8 +91,9 @@ class GenevalReward:
         require_known("geneval-hf", prompts, {"class": CLASSES, "color": COLORS, "position": tuple(RELATIONS)})
 
     def self_test(self) -> None:
-        """Raises UserError unless the detector finds the one person on a portrait, and nothing on grey, and CLIP names
-        the colours of squares."""
+        """Raises UserError unless the detector gets colours as it was trained on them, finds the one person on a
+        portrait, and nothing on grey, and CLIP names the colours of squares."""
+        self._detector.self_test()
         photo = golden.photo()
         pictures = np.concatenate([photo, np.full_like(photo, 128)])
         seen = [keep(one, "counting") for one in self._detector.detect(pictures)]
@@ -151,6 +154,15 @@ class Detector:
         misplaced = [label for number, label in labels.items() if label in CLASSES and CLASSES[int(number)] != label]
         if len(labels) != len(CLASSES) or misplaced:
             raise UserError(f"reward 'geneval-hf': {model} has not COCO's 80 classes in their order: wrong detector?")
+
+    def self_test(self) -> None:
+        """Raises UserError unless a red square reaches the network as ImageNet's mean and deviation make it."""
+        pixels, (height, width) = self.prepare(golden.squares()[:1])
+        red = pixels[0, :, height // 2, width // 2].tolist()
+        if not np.allclose(red, _RED, atol=0.001):
+            got, wanted = (", ".join(f"{value:.2f}" for value in one) for one in (red, _RED))
+            message = f"a red square reaches the detector as {got}, not {wanted}: swapped channels or a wrong range?"
+            raise UserError(f"reward 'geneval-hf' failed its self-test: {message}")
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
         """The objects in each of uint8 images (B, H, W, 3), with confidence beyond 0.3 and masks (H, W)."""
