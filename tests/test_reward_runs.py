@@ -113,7 +113,8 @@ def test_a_run_on_a_reward_server(workspace: Path) -> None:
 
 
 def test_a_server_killed_and_restarted_in_mid_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run reaches its end; what could not be scored meanwhile was dropped and counted, and never scored 0."""
+    """The run reaches its end; it asked again for what could not be scored meanwhile, or dropped and counted it, and
+    never scored it 0."""
     servers = [Process("--reward", "jpeg", port=free_port())]
 
     def kill_and_restart() -> None:
@@ -132,6 +133,8 @@ def test_a_server_killed_and_restarted_in_mid_run(workspace: Path, capsys: pytes
             server.kill()
     found = lines(workspace)
     assert [line["iteration"] for line in found] == list(range(1, 21))
+    attempts = f"reward/{servers[0].url}/attempts_mean"
+    assert any(line["groups_dropped_count"] or line[attempts] > 1 for line in found), "the server was never away"
     assert sum(line["groups_dropped_count"] for line in found) == capsys.readouterr().out.count("group dropped: ")
     assert all(line["reward_mean"] is None or line["reward_mean"] < 0 for line in found), "0 is no JPEG's size"
     assert found[-1]["groups_dropped_count"] == 0, "the new server is used"
