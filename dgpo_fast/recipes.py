@@ -132,7 +132,10 @@ def sd35m_ocr() -> Config:
 
 
 def sd35m_pickscore() -> Config:
-    """SD3.5-Medium on human preference (PickScore)."""
+    """SD3.5-Medium on human preference (PickScore).
+
+    The papers train it on Pick-a-Pic's prompts, which are not shipped: GenEval's stand for them (`prompts_note`).
+    """
     base = sd35m_ocr()
     return replace(
         base,
@@ -255,10 +258,20 @@ def get_recipe(name: str) -> Config:
     return RECIPES[name]()
 
 
+def prompts_note(config: Config) -> str:
+    """What to know of the prompts that a run takes from its recipe, in one line; empty where there is nothing."""
+    if not config.recipe.startswith("sd35m-pickscore") or config.prompts != "geneval":
+        return ""
+    return (
+        f"prompts: the papers train {config.recipe} on Pick-a-Pic, which is not shipped; GenEval's generated prompts "
+        "stand for it, and figures are not theirs. With a file of Pick-a-Pic's prompts, use --prompts pickapic.txt"
+    )
+
+
 def markdown_table() -> str:
     """The recipes side by side, as the README shows them: `python -m dgpo_fast.recipes`."""
-    columns = ["recipe", "objective", "rewards", "P × G", "steps, guidance", "trained on", "β", "KL weight, guidance",
-               "clip", "std", "lr"]  # fmt: skip
+    columns = ["recipe", "objective", "prompts", "rewards", "P × G", "steps, guidance", "trained on", "β",
+               "KL weight, guidance", "clip", "std", "lr"]  # fmt: skip
     rows = [columns, ["---"] * len(columns)]
     for name, recipe in RECIPES.items():
         c = recipe()
@@ -266,6 +279,7 @@ def markdown_table() -> str:
         rows.append([
             f"`{name}`",
             f"`{c.objective}`" + (", offline" if c.data.source == "offline" else ""),
+            f"`{c.prompts}`" + (" in place of Pick-a-Pic" if prompts_note(c) else ""),
             ", ".join(f"`{reward}`" for reward in c.rewards),
             f"{c.rollout.groups} × {c.rollout.group_size}",
             f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}"

@@ -40,6 +40,7 @@ from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.profiling.work import WorkMeter
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.random_weights import random_weights_note
+from dgpo_fast.recipes import prompts_note
 from dgpo_fast.rewards import GroupScores, RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
@@ -598,8 +599,8 @@ class Trainer:
             self.console.note(line)
         if self.config.random_weights:
             self.console.note(random_weights_note(self.config))
-        if self.prompts.note:
-            self.console.note(self.prompts.note)
+        for note in filter(None, (self.prompts.note, prompts_note(self.config))):
+            self.console.note(note)
 
 
 @contextmanager

@@ -374,6 +374,18 @@ def test_a_resumed_run_stays_the_same_experiment(change: str, workspace: Path) -
     assert train(["--resume", "runs/run", "--iterations", "2", "--optimizer.lr", "1e-3"]) == 0
 
 
+def test_a_recipe_says_where_its_prompts_are_not_the_papers(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the start of a run on what stands for Pick-a-Pic, with the remedy, and not on the user's own prompts."""
+    (workspace / "pick.yaml").write_text("recipe: sd35m-pickscore\n" + (workspace / "small.yaml").read_text())
+    for prompts, says in (("geneval", True), ("prompts.txt", False)):
+        Trainer(configure(["pick.yaml", "--rollout.resolution", "none", "--prompts", prompts])).close()
+        output = " ".join(capsys.readouterr().out.split())
+        assert ("the papers train sd35m-pickscore on Pick-a-Pic, which is not shipped" in output) == says
+        assert ("use --prompts pickapic.txt" in output) == says
+
+
 def test_a_short_run_saves_what_it_trained(workspace: Path) -> None:
     """Fewer iterations than the average's interval: the policy itself is evaluated and saved."""
     train(["small.yaml", "--iterations", "2", "--ema.eval-every", "8"])
