@@ -78,7 +78,7 @@ def gradients(system: str, batches: int, device: str) -> dict[str, Tensor]:
         flow_grpo=replace(config.flow_grpo, kl_weight=0.0, optimizer_steps=1),
     )
     trainer = Trainer(config)
-    trainer.objective = recorded = Recorded(trainer.objective)
+    trainer.learner.objective = recorded = Recorded(trainer.learner.objective)
     with tempfile.TemporaryDirectory() as folder:
         trainer.prepare(Path(folder), lambda: False)
         trainer.open_logs(Path(folder), {})

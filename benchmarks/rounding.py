@@ -63,7 +63,7 @@ def run(arm: str, lr: float, options: argparse.Namespace) -> dict[str, Any]:
     settings += ["--iterations", str(options.iterations), "--evaluation.images", str(options.images)]
     settings += ["--ema.eval-decay-max", "0", "--seed", str(options.seed), *options.settings]
     trainer = Trainer(configure(settings))
-    optimizer, counted = trainer.optimizer, None
+    optimizer, counted = trainer.learner.optimizer, None
     if isinstance(optimizer, Bf16Optimizer):
         counted = Counted(NearestRounding() if arm == "bf16_nearest" else optimizer.rounding)
         optimizer.rounding = counted  # type: ignore[assignment]

@@ -346,7 +346,7 @@ class Ours:
     def gradient(self, batch: Batch, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of `batch`, by name."""
         weights = self.trainer.models.weights
-        self.trainer.objective.accumulate(batch, self.trainer.models, old)
+        self.trainer.learner.objective.accumulate(batch, self.trainer.models, old)
         gradient = {name: weight.grad.clone() for name, weight in weights.items()}
         for weight in weights.values():
             weight.grad = None
@@ -415,7 +415,7 @@ class Comparison:
         self.weights = {name: weight.detach().clone() for name, weight in models.weights.items()}
         # In bf16 a sample may fall on the other side of the clip by rounding, and then its gradient is another one.
         self.old = near(self.weights, 0.05) if models.dtype == torch.float32 else dict(self.weights)
-        self.trainer.old.load(self.old)
+        self.trainer.learner.old.load(self.old)
 
     def _build(self, name: str, kind: type[Baseline]) -> None:
         before, started = _memory_mib(self.device), time.monotonic()

@@ -1,6 +1,5 @@
 """The parts of a run and one iteration of it: rollout → reward → advantage → gradient → step."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,28 +12,24 @@ import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError
-from torch import Tensor
 
 from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest
 from dgpo_fast.config import Config, to_dict
-from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.console import Console, duration
 from dgpo_fast.distributed import ALONE, BatchPart, Processes, Share, SharedError, place
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
-from dgpo_fast.distributed.gradients import sum_gradients
-from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
 from dgpo_fast.distributed.shards import Shards, make_shards
-from dgpo_fast.ema import MovingAverage
 from dgpo_fast.engine import Engine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
+from dgpo_fast.learner import Learner
 from dgpo_fast.memory import MemoryPlan
 from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json
-from dgpo_fast.objectives import Batch, add_metrics, load_objective
-from dgpo_fast.optimizers import load_optimizer, make_optimizer, optimizer_tensors, state_bytes
+from dgpo_fast.objectives import Batch
+from dgpo_fast.optimizers import load_optimizer, optimizer_tensors, state_bytes
 from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.policy import PolicyModels, Weights
 from dgpo_fast.profiling.work import WorkMeter
@@ -104,21 +99,12 @@ class Trainer:
         self.eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.shift).to(
             self.device
         )
-        self.objective = load_objective(config)
-        self.optimizer = make_optimizer(
-            self.models.weights, config.optimizer, self.models.storage, stream_seed(config.seed, "rounding")
-        )
-        slow_device = torch.device("cpu") if config.ema.offload else None
-        self.old, self.slow = MovingAverage(self.models.weights), MovingAverage(self.models.weights, slow_device)
         self.phases = Phases(self.device)
         self.work = WorkMeter(self.models, self.pipeline.vae, config.policy, self.sampler.shape)
+        self.learner = Learner(config, self.models, processes, self.phases, self.work, self.console.note)
         self.source = self._make_source()
         self.iteration = 0
         self.lost_in_a_row: Counter[str] = Counter()
-        self.halfway = False
-        self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, self.console.note)
-        self.skipped = 0
-        self.folder: Path | None = None
         self._describe()
 
     def _make_sampler(self, transformer: SD3Transformer2DModel, batch_size: int) -> Sampler:
@@ -147,7 +133,7 @@ class Trainer:
         config = self.config
         worker = RolloutWorker(
             config.rollout, self.models, self.sampler, self.schedule, self.reward_pool,
-            keep_transitions=self.objective.needs_transitions, phases=self.phases, work=self.work,
+            keep_transitions=self.learner.objective.needs_transitions, phases=self.phases, work=self.work,
         )  # fmt: skip
         if config.data.source == "offline":
             return OfflineSource(config, worker, self.prompts.train, self.processes)
@@ -167,9 +153,9 @@ class Trainer:
                 if {name: tensor.shape for name, tensor in state.part(part).items()} != expected:
                     raise ValueError(f"its {part} weights have other names or shapes")
             self.models.load_weights(self.models.parts(state.part("policy")))
-            self.old.load(self.models.parts(state.part("old")))
-            self.slow.load(self.models.parts(state.part("slow")))
-            load_optimizer(self.optimizer, self.models.parts(state.part("optimizer")))
+            self.learner.old.load(self.models.parts(state.part("old")))
+            self.learner.slow.load(self.models.parts(state.part("slow")))
+            load_optimizer(self.learner.optimizer, self.models.parts(state.part("optimizer")))
         except (ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise SharedError(
@@ -213,7 +199,7 @@ class Trainer:
         sharded weights after an error that not all processes had: nobody has the whole, and the others do not come.
         """
         sharded = self.models.shards is not None
-        if self.halfway or not (self.processes.first or sharded):
+        if self.learner.halfway or not (self.processes.first or sharded):
             return
         if sharded and after is not None and not isinstance(after, SharedError):
             return
@@ -223,9 +209,9 @@ class Trainer:
             self.writer = CheckpointWriter(folder / "checkpoints", self.config.checkpoint.keep, info)
         parts: dict[str, Weights] = {
             "policy": self.models.weights,
-            "old": self.old.weights,
-            "slow": self.slow.weights,
-            "optimizer": optimizer_tensors(self.optimizer),
+            "old": self.learner.old.weights,
+            "slow": self.learner.slow.weights,
+            "optimizer": optimizer_tensors(self.learner.optimizer),
         }
         with self.phases("checkpoint"):
             if sharded:
@@ -242,7 +228,7 @@ class Trainer:
 
     def open_logs(self, folder: Path, settings: dict[str, Any]) -> None:
         """Opens metrics.jsonl, dropping what lies after the checkpoint resumed from, and the optional loggers."""
-        self.folder = folder
+        self.learner.folder = folder
         if not self.processes.first:
             return
         self.metrics = MetricsFile(folder / "metrics.jsonl", until=self.iteration)
@@ -264,11 +250,11 @@ class Trainer:
                 batch, metrics = self._collect()
                 if batch is not None:
                     self._meet("the learning")
-                    metrics |= self._learn(batch)
-                    self._average()
+                    metrics |= self.learner.learn(batch)
+                    self.learner.average(self.iteration + 1)
         except torch.OutOfMemoryError as error:
             raise self.memory.error(error, self.config, self.phases.current, self.iteration + 1) from None
-        self.iteration, self.halfway = self.iteration + 1, False
+        self.iteration, self.learner.halfway = self.iteration + 1, False
         seconds = time.perf_counter() - started
         metrics |= {"iteration": self.iteration, "iteration_s": seconds, "cpu_s": time.process_time() - cpu_started}
         metrics |= {"images_per_s": metrics["images_count"] / seconds, **self.work.rates(seconds)}
@@ -278,7 +264,8 @@ class Trainer:
                 metrics |= self._heldout()
             metrics |= self._phases(seconds)
         finally:
-            if not self.halfway:  # whatever broke off, this iteration is done: a checkpoint may be written of it
+            # Whatever broke off, this iteration is done: a checkpoint may be written of it.
+            if not self.learner.halfway:
                 self._log(metrics)
         return metrics
 
@@ -318,49 +305,13 @@ class Trainer:
             return
         state: dict[str, Any] = {"iteration": self.iteration}
         if self.models.shards is None:  # else each process has its own
-            averages = {**self.old.weights, **{f"slow.{n}": w for n, w in self.slow.weights.items()}}
+            averages = {**self.learner.old.weights, **{f"slow.{n}": w for n, w in self.learner.slow.weights.items()}}
             state |= {"weights": checksum(self.models.weights), "averages": checksum(averages)}
         try:
             compare(state, self.processes, f"after iteration {self.iteration}")
         except DriftError:
-            self.halfway = True  # what is here must not be saved
+            self.learner.halfway = True  # what is here must not be saved
             raise
-
-    def _learn(self, batch: Batch) -> dict[str, Any]:
-        """The iteration's optimizer steps; metrics are means over its samples."""
-        rate = learning_rate(self.config.optimizer, self.iteration, self.config.iterations)
-        totals: dict[str, Any] = {}
-        self.skipped = 0
-        for part in self.objective.optimizer_batches(batch):
-            with self.phases("train"), self.work.training():
-                losses = self.objective.accumulate(part, self.models, self.old.weights)
-            with self.phases("communicate"):
-                what = f"the gradients of iteration {self.iteration + 1}"
-                self._sum_gradients(what)
-            with self.phases("optimizer"):
-                norm = self._update(rate)
-            # Each process has its part of the means; the norm is that of the summed gradient, the same on all.
-            parts = {**losses, "grad_norm": norm / self.processes.count}
-            add_metrics(totals, parts, part.samples / batch.samples)
-        return {
-            "learning_rate": rate,
-            "steps_skipped_count": self.skipped,
-            **self._sum({name: float(value) for name, value in totals.items()}),
-        }
-
-    def _sum_gradients(self, what: str) -> None:
-        if self.models.shards is not None:
-            self.models.take_gradients()  # they were summed in the backward
-            self.own_norm = torch.zeros(())  # nobody can tell any more whose part of a sum was not finite
-            return
-        self.own_norm = gradient_norm(self.models.weights)
-        sum_gradients(self.models.weights, {}, self.processes, what)
-
-    def _sum(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Numbers added up over the processes; one that holds no sample has none to add."""
-        everyone = self.processes.gather(numbers, f"the metrics of iteration {self.iteration + 1}")
-        names = dict.fromkeys(name for theirs in everyone for name in theirs)
-        return {name: sum(theirs.get(name, 0.0) for theirs in everyone) for name in names}
 
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
         """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
@@ -404,48 +355,7 @@ class Trainer:
 
     def _rollout_weights(self) -> Weights:
         switch = self.config.ema.switch_ema_ref
-        return self.models.weights if switch is None or self.iteration < switch else self.old.weights
-
-    def _update(self, rate: float) -> Tensor:
-        """One optimizer step at learning rate `rate`; returns the gradient's norm before clipping."""
-        norm = self._clip()
-        try:
-            allowed = self.guard.allows(norm, self.own_norm, self.iteration + 1)
-        except SharedError:
-            self._dump()
-            raise
-        if not allowed:
-            self.skipped += 1
-            self.optimizer.zero_grad(set_to_none=True)
-            return norm
-        self.halfway = True
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _clip(self) -> Tensor:
-        """Clips the gradient; returns its norm before."""
-        weights, largest = self.models.weights, self.config.optimizer.max_grad_norm
-        if self.models.shards is None:
-            return torch.nn.utils.clip_grad_norm_(list(weights.values()), largest)
-        norm = self.models.shards.gradient_norm(weights)
-        torch.nn.utils.clip_grads_with_norm_(list(weights.values()), largest, norm)
-        return norm
-
-    def _dump(self) -> None:
-        """Writes what is known of a run that is about to stop for its gradients; the counters draw the rest again."""
-        if self.folder is not None and self.processes.first:
-            known = {"iteration": self.iteration + 1, "seed": self.config.seed, "weights": damage(self.models.weights)}
-            write_json(self.folder / f"dump-{self.iteration + 1:06d}.json", known)
-
-    def _average(self) -> None:
-        """Moves both averages of the weights, once an iteration."""
-        ema, step = self.config.ema, self.iteration + 1
-        self.old.update(self.models.weights, min(ema.old_decay_max, ema.old_decay_per_step * step))
-        if step % ema.eval_every == 0:
-            self.slow.update(self.models.weights, min(ema.eval_decay_max, (1 + step) / (10 + step)))
+        return self.models.weights if switch is None or self.iteration < switch else self.learner.old.weights
 
     def _report_failures(self, groups: Groups) -> None:
         """Says which groups are dropped. Raises SharedError where a reward has scored nothing, on any process, for too
@@ -487,7 +397,7 @@ class Trainer:
 
     def _evaluated_weights(self) -> Weights:
         """The slow average, or the policy itself in a run too short for an average."""
-        return self.slow.weights if self.iteration >= self.config.ema.eval_every else self.models.weights
+        return self.learner.slow.weights if self.iteration >= self.config.ema.eval_every else self.models.weights
 
     def _evaluate(self, weights: Weights, on_step: Callable[[float], None] | None) -> Evaluation:
         self.models.load_behaviour(weights)
@@ -611,13 +521,6 @@ def _written_to(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: results could not be saved ({reason}); free space and --resume it") from None
-
-
-def learning_rate(settings: OptimizerConfig, iteration: int, iterations: int) -> float:
-    """Learning rate of the step after `iteration` finished ones; a function of these alone, so a resumed run agrees."""
-    left = max(0.0, 1 - iteration / iterations)
-    factor = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[settings.lr_decay]
-    return settings.lr * factor
 
 
 def _reward_metrics(scores: GroupScores, images: int) -> dict[str, Any]:

@@ -100,12 +100,21 @@ class Watched(Trainer):
     gradient: torch.Tensor | None = None
     latents: torch.Tensor | None = None
 
-    def _update(self, rate: float) -> torch.Tensor:
+    def __init__(self, config: Config, processes: Processes):
+        super().__init__(config, processes)
+        clip = self.learner._clip
+
+        def kept_first() -> torch.Tensor:
+            self._keep_gradient()
+            return clip()
+
+        self.learner._clip = kept_first  # type: ignore[method-assign]
+
+    def _keep_gradient(self) -> None:
         if self.gradient is None:
             gradient = {name: weight.grad for name, weight in self.models.weights.items() if weight.grad is not None}
             gradient = self.models.whole(gradient) if self.models.shards else gradient
             self.gradient = torch.cat([tensor.flatten() for tensor in gradient.values()])
-        return super()._update(rate)
 
     def _batch(self, groups: Any) -> Any:
         if self.latents is None:

@@ -11,8 +11,9 @@ from dgpo_fast.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
 
-def break_off(workspace: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> tuple[list[int], int]:
-    """Iterations in the metrics, and that of the newest checkpoint, of a run whose second iteration ends in `where`."""
+def break_off(workspace: Path, monkeypatch: pytest.MonkeyPatch, where: str, part: str = "") -> tuple[list[int], int]:
+    """Iterations in the metrics, and that of the newest checkpoint, of a run whose second iteration ends in `where` of
+    the trainer's `part`."""
     trainer = Trainer(configure(["small.yaml"]))
     trainer.open_logs(workspace, {})
     trainer.console.start_training(0, 6)
@@ -22,7 +23,7 @@ def break_off(workspace: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> t
     def lost(*_: object) -> None:
         raise UserError("lost the others")
 
-    monkeypatch.setattr(trainer, where, lost)
+    monkeypatch.setattr(getattr(trainer, part) if part else trainer, where, lost)
     with pytest.raises(UserError, match="lost the others"):
         trainer.step()
     trainer.save(workspace)
@@ -31,12 +32,12 @@ def break_off(workspace: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> t
     return iterations, load_newest(workspace / "checkpoints")[0].iteration
 
 
-@pytest.mark.parametrize("where", ["_sum", "_average"])
+@pytest.mark.parametrize("where", ["_sum", "average"])
 def test_moved_weights_without_their_averages_are_not_saved(
     where: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the optimizer's step and the iteration's end."""
-    assert break_off(workspace, monkeypatch, where) == ([1], 1)
+    assert break_off(workspace, monkeypatch, where, "learner") == ([1], 1)
 
 
 @pytest.mark.parametrize("where", ["_compare_processes", "_phases"])

@@ -31,13 +31,13 @@ def trainer(name, *extra):
     return made, folder
 
 def break_gradient(made, iterations):
-    original = made.objective.accumulate
+    original = made.learner.objective.accumulate
     def accumulate(batch, models, old):
         losses = original(batch, models, old)
         if us.rank == 1 and batch.iteration in iterations:
             next(iter(models.weights.values())).grad[0, 0] = math.nan
         return losses
-    made.objective.accumulate = accumulate
+    made.learner.objective.accumulate = accumulate
 
 def weights(made):
     return torch.cat([w.detach().flatten() for w in made.models.weights.values()])

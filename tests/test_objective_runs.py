@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from safetensors.torch import load_file
 
 from dgpo_fast.checkpoint import load_newest
 from dgpo_fast.errors import UserError
+from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.train import train
-from dgpo_fast.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 NOISE = ["--rollout.solver=euler", "--rollout.noise-level=0.7"]
@@ -85,15 +86,15 @@ def test_an_iteration_broken_between_its_optimizer_steps_is_done_again(
     """The first step was taken, the second failed: no checkpoint holds half an iteration, and resuming repeats it."""
     args = ["small.yaml", *SYSTEMS["flow-grpo"], "--iterations", "3"]
     train([*args, "--name", "undisturbed"])
-    original, calls = Trainer._update, []
+    original, calls = Learner._update, []
 
-    def update(self: Trainer, rate: float) -> torch.Tensor:
+    def update(self: Learner, *args: Any) -> tuple[torch.Tensor, bool]:
         calls.append(1)
         if len(calls) == 4:
             raise UserError("the second step of the second iteration")
-        return original(self, rate)
+        return original(self, *args)
 
-    monkeypatch.setattr(Trainer, "_update", update)
+    monkeypatch.setattr(Learner, "_update", update)
     with pytest.raises(UserError, match="the second step"):
         train([*args, "--name", "broken"])
     monkeypatch.undo()

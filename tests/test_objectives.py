@@ -329,7 +329,14 @@ def test_micro_batches_do_not_change_the_gradient(objective: str, micro_batch: i
 def test_the_loop_knows_no_objective() -> None:
     """Neither the loop nor the command names an objective, or reads one's settings."""
     names = {*BUILT_IN, *(cls.__name__ for cls in (DGPOObjective, DiffusionDPOObjective)), "FlowGRPOObjective"}
-    for file in ("trainer.py", "train.py", "sources/__init__.py", "sources/online.py", "sources/offline.py"):
+    for file in (
+        "trainer.py",
+        "learner.py",
+        "train.py",
+        "sources/__init__.py",
+        "sources/online.py",
+        "sources/offline.py",
+    ):
         tree = ast.parse((ROOT / "dgpo_fast" / file).read_text(encoding="utf-8"))
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -246,8 +246,8 @@ def held_mib(trainer: Any) -> dict[str, float]:
         "policy's own weights": _tensors(models.policy),
         "decoder": [*_tensors(trainer.pipeline.vae), *_tensors(trainer.engine.decoder.vae)],
         "prompt encoders": [t for encoder in text_encoders(encoders) for t in _tensors(encoder)] if encoders else [],
-        "averages": [*trainer.old.weights.values(), *trainer.slow.weights.values()],
-        "optimizer states": list(optimizer_tensors(trainer.optimizer).values()),
+        "averages": [*trainer.learner.old.weights.values(), *trainer.learner.slow.weights.values()],
+        "optimizer states": list(optimizer_tensors(trainer.learner.optimizer).values()),
     }
     seen: set[int] = set()
     held = {}
