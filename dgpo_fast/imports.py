@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dgpo_fast.errors import UserError
+
+NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, os.__file__))
+PACKAGES = {"site-packages", "dist-packages"}
 
 
 def import_attribute(what: str, path: str, example: str) -> Any:
@@ -44,9 +49,30 @@ def call(what: str, failed: str, function: Callable[..., Any], *arguments: Any) 
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{what} {failed}: {message} ({place.filename}, line {place.lineno})") from error
+        raise UserError(f"{what} {failed}: {told(error)}") from error
+
+
+def told(error: BaseException, limit: int | None = None) -> str:
+    """An error of code that may be a user's, in one line: `KeyError: 'tag' (my_rewards.py, line 18)`.
+
+    The place is the last one in the user's own code; there is none where the error comes from elsewhere.
+
+    Args:
+        error: what was raised.
+        limit: most characters before the place.
+    """
+    message = " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+    frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)  # it says where itself
+    own = [frame for frame in frames if _is_the_users(frame.filename)]
+    if not own:
+        return message
+    file, here = Path(own[-1].filename), Path.cwd()
+    return f"{message} ({file.relative_to(here) if file.is_relative_to(here) else file}, line {own[-1].lineno})"
+
+
+def _is_the_users(file: str) -> bool:
+    """Whether code in `file` is neither this package's nor Python's nor an installed package's."""
+    return not (file.startswith(("<", *NOT_THE_USERS)) or PACKAGES & set(Path(file).parts))
 
 
 def _find_module(module_name: str) -> ModuleType | None:

@@ -102,13 +102,20 @@ def _load(what: str, source: str) -> Reward:
 
         return JudgeReward.from_file(source)
     if ":" not in source and source not in BUILT_IN:
-        close = difflib.get_close_matches(source, BUILT_IN, n=1)
+        close = _as_import(source) or difflib.get_close_matches(source, BUILT_IN, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"no reward {source!r}: {hint}Name one of {', '.join(BUILT_IN)}, or your own as module:attribute"
         )
     attribute = import_attribute(what, BUILT_IN.get(source, source), example="my_rewards:Brightness")
     return _make(what, attribute)
+
+
+def _as_import(source: str) -> list[str]:
+    """`my_rewards.Brightness` with the colon that it lacks."""
+    module, _, attribute = source.rpartition(".")
+    is_path = all(part.isidentifier() for part in source.split(".")) and attribute != "py"
+    return [f"{module}:{attribute}"] if module and is_path else []
 
 
 def _number(text: str) -> float | None:
@@ -119,11 +126,30 @@ def _number(text: str) -> float | None:
 
 
 def _make(what: str, attribute: Any) -> Reward:
+    needed = _needed(attribute) if inspect.isclass(attribute) else []
+    if needed:
+        raise UserError(
+            f"{what}: a class is made without arguments: give {' and '.join(map(repr, needed))} a default, or name a "
+            "function that returns the reward"
+        )
     is_factory = inspect.isclass(attribute) or (_accepts(attribute, 0) and not _accepts(attribute, 3))
     reward = call(what, "cannot be made", attribute) if is_factory else attribute
     if not _accepts(reward, 3):
         raise UserError(f"{what}: must be callable as reward(images, prompts, metadata)")
     return cast(Reward, reward)
+
+
+def _needed(function: Any) -> list[str]:
+    """The names of the arguments that `function` cannot be called without, where they can be known."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [
+        one.name
+        for one in parameters
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
 
 
 def _accepts(function: Any, arguments: int) -> bool:

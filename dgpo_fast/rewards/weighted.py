@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.imports import call, told
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward
 from dgpo_fast.rewards.registry import fingerprint, load_reward, parse_spec
+from dgpo_fast.wording import counted
 
 CONTENT = "content of "
 """Begins the key under which a folder of scores keeps the fingerprint of a reward."""
@@ -64,7 +66,8 @@ class WeightedReward:
         for name, reward in self.rewards.items():
             check = getattr(reward, "check_prompts", None)
             if check is not None:
-                check([prompt for prompt, names in zip(prompts, chosen, strict=True) if name in names])
+                mine = [prompt for prompt, names in zip(prompts, chosen, strict=True) if name in names]
+                call(f"reward {name!r}", "cannot check the prompts", check, mine)
 
     @property
     def dependent_images(self) -> str | None:
@@ -206,6 +209,10 @@ def require_pictures(images: np.ndarray) -> None:
         raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {images.shape}")
 
 
+class _NoScores(Exception):
+    """A reward returned what are no scores; the text says what."""
+
+
 def score_group(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> Answer:
     """What the reward `name` says of the images of one prompt, uint8 (G, H, W, 3).
 
@@ -215,21 +222,25 @@ def score_group(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -
         return _valid_scores(name, reward, images, prompt)
     except UserError:
         raise
+    except _NoScores as error:
+        return str(error)
     except (Exception, SystemExit) as error:  # a reward may not end the run, not even by sys.exit
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return told(error, limit=200)
 
 
 def _valid_scores(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> dict[str, np.ndarray]:
-    """As `score_group`. Raises ValueError for a wrong shape or a non-finite score, and whatever the reward raises."""
+    """As `score_group`. Raises _NoScores, ValueError for a non-finite score, and whatever the reward raises."""
     size = len(images)
     # Copies, so that a reward that works in place harms neither the next reward nor the pictures that are shown.
     answer = reward(images.copy(), [prompt.text] * size, [dict(prompt.metadata) for _ in range(size)])
+    if isinstance(answer, tuple) and not (len(answer) == 2 and isinstance(answer[1], Mapping)):
+        raise _NoScores("must return scores, or (scores, dictionary of parts)")
     scores, parts = answer if isinstance(answer, tuple) else (answer, {})
-    scored = {name: _vector(scores, size, "scores")}
+    scored = {name: _vector(scores, size, "returned")}
     if not np.isfinite(scored[name]).all():
         raise ValueError(f"non-finite score among {scored[name].tolist()}")
     for part, values in parts.items():
-        scored[f"{name}/{part}"] = _vector(values, size, f"part {part!r}")
+        scored[f"{name}/{part}"] = _vector(values, size, f"part {part!r} is")
     return scored
 
 
@@ -245,14 +256,31 @@ def _merge(answers: dict[str, Answer], prompt: Prompt) -> tuple[dict[str, np.nda
     return scored, failed
 
 
-def _vector(values: Any, size: int, what: str) -> np.ndarray:
+def _vector(values: Any, size: int, start: str) -> np.ndarray:
+    """float32 (size,). Raises _NoScores, in a phrase that begins with `start`."""
+    wanted = counted(size, "score")
+    if values is None:
+        raise _NoScores(f"{start} None instead of {wanted}")
+    if _is_text(values):
+        raise _NoScores(f"{start} text instead of {wanted}: make numbers of it")
     if hasattr(values, "detach"):  # what a reward model returns: a tensor on any device, of any float type
         values = values.detach().float().cpu()
     with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is then refused by name
         vector = np.asarray(values, dtype=np.float32)
-    if vector.shape != (size,):
-        raise ValueError(f"{what} of shape {vector.shape}, expected {(size,)}")
+    if vector.ndim == 1 and len(vector) != size:
+        raise _NoScores(f"{start} {counted(len(vector), 'score')} for {counted(size, 'picture')}")
+    if vector.ndim != 1:
+        kind = f"an array of shape {vector.shape}" if vector.ndim else "one number"
+        raise _NoScores(f"{start} {kind} instead of {wanted}")
     return vector
+
+
+def _is_text(values: Any) -> bool:
+    """Whether there is text among scores, which NumPy would read as numbers."""
+    many = list(values.flat) if isinstance(values, np.ndarray) else values
+    return isinstance(many, (str, bytes)) or (
+        isinstance(many, (list, tuple)) and any(isinstance(one, (str, bytes)) for one in many)
+    )
 
 
 def _named(prompt: Prompt) -> str:

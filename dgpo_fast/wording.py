@@ -1,0 +1,24 @@
+"""Phrases that several commands' messages share."""
+
+import difflib
+import shlex
+from pathlib import Path
+
+
+def counted(number: int, what: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def resume_command(folder: Path) -> str:
+    """What a user types to go on with the run in `folder`."""
+    return f"python -m dgpo_fast.train --resume {shlex.quote(str(folder))}"
+
+
+def near_run(folder: str) -> str:
+    """`: did you mean runs/colour?`, where a run has a name like that of `folder`, which is none; else nothing."""
+    path = Path(folder)
+    beside = path.parent if len(path.parts) > 1 else Path("runs")
+    runs = {found.parent.name: found.parent for found in sorted(beside.glob("*/config.yaml"))}
+    close = difflib.get_close_matches(path.name, runs, n=1)
+    return f": did you mean {runs[close[0]]}?" if close else ""
