@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from dgpo_fast.wording import number
+
 PLAIN_LINE_EVERY_S = 5.0
 
 
@@ -83,7 +85,7 @@ class Console:
         done, now = metrics["iteration"], time.monotonic()
         eta_s = (now - self.started_s) / max(done - self.first, 1) * (self.total - done)
         reward = metrics.get("reward_mean")
-        head = f"reward {reward:.3f}" if reward is not None else "no group scored"
+        head = f"reward {number(reward)}" if reward is not None else "no group scored"
         speed = f"{metrics['images_per_s']:.3g} img/s"
         if self.progress:
             phases = f"rollout {metrics.get('rollout_s', 0):.1f} train {metrics.get('train_s', 0):.1f} s"
@@ -125,10 +127,10 @@ def duration(seconds: float) -> str:
 
 def _cells(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, str, str, str]:
     gain = after["reward_mean"] - before["reward_mean"]
-    return _with_interval(before), _with_interval(after), f"{gain:+.3f}", str(after["images"])
+    return _with_interval(before), _with_interval(after), number(gain, sign="+"), str(after["images"])
 
 
 def _with_interval(scores: dict[str, Any]) -> str:
     low, high = scores["reward_ci95"]
-    interval = f" ± {(high - low) / 2:.3f}" if high >= low else ""  # one prompt has none
-    return f"{scores['reward_mean']:.3f}{interval}"
+    interval = f" ± {number((high - low) / 2)}" if high >= low else ""  # one prompt has none
+    return f"{number(scores['reward_mean'])}{interval}"

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.wording import counted
 
 PAIRS_PER_ROW = 3
 BEFORE, AFTER = "#8a8f98", "#1f6feb"
@@ -60,7 +61,9 @@ def reward_curve(metrics: list[dict[str, Any]], evaluations: list[tuple[int, dic
         axis.plot(iterations, rewards, color=BEFORE, linewidth=1, alpha=0.6, label="training images")
         width = max(1, len(rewards) // 10)
         smooth = np.convolve(rewards, np.ones(width) / width, mode="valid")
-        axis.plot(iterations[width - 1 :], smooth, color=BEFORE, linewidth=2, label=f"mean of {width} iterations")
+        axis.plot(
+            iterations[width - 1 :], smooth, color=BEFORE, linewidth=2, label=f"mean of {counted(width, 'iteration')}"
+        )
     steps = [step for step, _ in evaluations]
     means = [summary["reward_mean"] for _, summary in evaluations]
     errors = [mean - summary["reward_ci95"][0] for mean, (_, summary) in zip(means, evaluations, strict=True)]

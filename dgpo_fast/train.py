@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dgpo_fast.cli import (
 from dgpo_fast.config import Config, flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.lock import LOCK, FolderLock, read_lock
+from dgpo_fast.wording import near_run, resume_command
 
 USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization.
 
@@ -31,7 +32,11 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
   python -m dgpo_fast.train tiny-ocr --iterations 100     another recipe, another length
   python -m dgpo_fast.train sd35m-ocr --prompts my.txt    Stable Diffusion 3.5-Medium
   python -m dgpo_fast.train my.yaml --optimizer.lr 1e-4   your own settings
-  python -m dgpo_fast.train --resume runs/NAME            go on after Ctrl-C, a kill or a full disk"""
+  python -m dgpo_fast.train --resume runs/NAME            go on after Ctrl-C, a kill or a full disk
+  python -m dgpo_fast.train --resume runs/NAME --iterations 200       train a finished run further
+
+Options beside the settings below: --resume RUN takes the settings from the run, and some of them may change
+(docs/recipes.md); --config FILE.yaml is another way to name a file of settings."""
 
 
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.
@@ -70,7 +75,9 @@ class StopSignal:
 
 
 def new_folder(config: Config) -> Path:
-    """The folder of a new run, not yet made. Raises UserError where it is taken."""
+    """The folder of a new run, not yet made. Raises UserError where it is taken or would lie elsewhere."""
+    if config.name and (".." in config.name or {"/", "\\"} & set(config.name)):
+        raise UserError(f"--name {config.name}: is a path: leave out '/', '\\' and '..'; --runs-dir says where runs go")
     folder = Path(config.runs_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name, or go on with --resume {folder}")
@@ -84,7 +91,7 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
     """The configuration of the run in `folder`, with the command line's overrides."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise UserError(f"--resume {folder}: no run is there (it has no config.yaml)")
+        raise UserError(f"--resume {folder}: no run is there (it has no config.yaml){near_run(str(folder))}")
     settings = read_yaml(path)
     if not settings:
         raise UserError(f"--resume {folder}: its config.yaml is empty; put the settings of the run back")
@@ -94,7 +101,22 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
     for name, value in flat(before).items():
         if wanted[name] != value and (name in MUST_STAY or not name.startswith(MAY_CHANGE)):
             raise UserError(f"--resume {folder}: '{name}' cannot change within a run; start a new run for that")
+    _require_effect(folder, before, after)
     return after
+
+
+def _require_effect(folder: Path, before: Config, after: Config) -> None:
+    """Raises UserError where a resumed run would train nothing, and other settings than before would mean nothing.
+
+    The number of iterations that are done is allowed: it ends the run there. So are other settings, such as the device,
+    where a run has yet to make its results.
+    """
+    done = iterations_done(folder) or 0
+    if after.iterations < done:
+        raise UserError(f"{folder} has done {done} iterations already: give --iterations above {done}")
+    changed = flat(replace(after, iterations=before.iterations)) != flat(before)
+    if after.iterations == done and changed and (folder / "summary.json").exists():
+        raise UserError(f"{folder}: all {done} iterations are done: --iterations N goes on")
 
 
 def train(args: list[str]) -> int:
@@ -122,6 +144,9 @@ def train(args: list[str]) -> int:
             lock = open_folder(trainer.config, folder, resumed)
     if resumed:
         trainer.resume(folder)
+        with processes.together("the run's settings"):
+            if processes.first and trainer.iteration < trainer.config.iterations:
+                write_yaml(trainer.config, folder / "config.yaml")  # else no iteration will use them
     with processes.together("the encoded prompts"):
         trainer.encode_prompts()
     stop = StopSignal(quiet=not processes.first)
@@ -150,24 +175,27 @@ def read_start(args: list[str]) -> Start:
     args = list(args)
     resume = take_option(args, "resume")
     if resume:
+        if args and not args[0].startswith("-"):
+            raise UserError(f"--resume takes its settings from the run: leave '{args[0]}' out")
         config = resumed_config(Path(resume), args)
-        if not has_checkpoints(Path(resume)):
+        if iterations_done(Path(resume)) is None:
             raise UserError(f"{Path(resume) / 'checkpoints'}: no valid checkpoint to resume from")
         return Start(config, Path(resume), True)
     config = configure(args)
     begun = begun_before(config)
     if begun is None:
         return Start(config, new_folder(config), False)
-    if not has_checkpoints(begun):
+    if iterations_done(begun) is None:
         FolderLock(begun).release()  # raises where a process is at work in it
         shutil.rmtree(begun)  # it ended before its first checkpoint: there is nothing to go on from
         return Start(config, begun, False)
     return Start(resumed_config(begun, []), begun, True)
 
 
-def has_checkpoints(folder: Path) -> bool:
-    """Whether the run in `folder` got as far as its first checkpoint."""
-    return any((folder / "checkpoints").glob("iteration-*"))
+def iterations_done(folder: Path) -> int | None:
+    """The iteration of the newest checkpoint in `folder`, be it valid or not; None before the first one."""
+    numbers = (path.name.removeprefix("iteration-") for path in (folder / "checkpoints").glob("iteration-*"))
+    return max((int(number) for number in numbers if number.isdecimal()), default=None)
 
 
 def launcher_id() -> str | None:
@@ -211,7 +239,7 @@ def shared_start(start: Start | None, processes: Any) -> tuple[Config, Path, boo
 
 
 def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
-    """Makes the folder of a new run, takes it for this process, and writes the settings into it.
+    """Makes the folder of a new run, with its settings in it, and takes the run's folder for this process.
 
     Raises UserError where another run has it.
     """
@@ -221,7 +249,8 @@ def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
         except FileExistsError:
             raise UserError(f"{folder} exists: choose another --name") from None
     lock = FolderLock(folder, {"launcher": launcher_id()})
-    write_yaml(config, folder / "config.yaml")
+    if not resumed:
+        write_yaml(config, folder / "config.yaml")
     return lock
 
 
@@ -264,11 +293,6 @@ def loop(trainer: Any, folder: Path, stop: StopSignal) -> None:
         trainer.step()
         if trainer.iteration % config.checkpoint.every == 0:
             trainer.save(folder, wait=False)
-
-
-def resume_command(folder: Path) -> str:
-    """What a user types to go on."""
-    return f"python -m dgpo_fast.train --resume {folder}"
 
 
 if __name__ == "__main__":

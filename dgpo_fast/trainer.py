@@ -1,5 +1,6 @@
 """The parts of a run and one iteration of it: rollout → reward → advantage → gradient → step."""
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from dgpo_fast.sources.offline import OfflineSource
 from dgpo_fast.sources.online import OnlineSource, RolloutWorker
 from dgpo_fast.text import make_prompt_encoder
 from dgpo_fast.version import code_version
+from dgpo_fast.wording import counted, number, resume_command
 
 BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
 
@@ -105,6 +107,7 @@ class Trainer:
         self.source = self._make_source()
         self.iteration = 0
         self.lost_in_a_row: Counter[str] = Counter()
+        self.folder: Path | None = None
         self._describe()
 
     def _make_sampler(self, transformer: SD3Transformer2DModel, batch_size: int) -> Sampler:
@@ -228,7 +231,7 @@ class Trainer:
 
     def open_logs(self, folder: Path, settings: dict[str, Any]) -> None:
         """Opens metrics.jsonl, dropping what lies after the checkpoint resumed from, and the optional loggers."""
-        self.learner.folder = folder
+        self.folder = self.learner.folder = folder
         if not self.processes.first:
             return
         self.metrics = MetricsFile(folder / "metrics.jsonl", until=self.iteration)
@@ -374,12 +377,11 @@ class Trainer:
         lost = self.lost_in_a_row[reward] = 0 if has_scored else self.lost_in_a_row[reward] + 1
         if lost < self.config.max_lost_iterations:
             return
-        lines = [line for line in failures if line.startswith(reward)]
-        in_a_row = f"{lost} iterations in a row"
-        raise SharedError(
-            (f"{reward} scored nothing in {in_a_row}" if reward else f"no group of {in_a_row} could be scored")
-            + f"; mend the reward and --resume. The last failure: {lines[-1]}"
-        )
+        in_a_row = f"{counted(lost, 'iteration')} in a row"
+        what = f"{reward} scored nothing in {in_a_row}" if reward else f"no group of {in_a_row} could be scored"
+        last = [line for line in failures if line.startswith(reward)][-1]
+        go_on = f", then go on with: {resume_command(self.folder)}" if self.folder else ""
+        raise SharedError(f"{what}; the last failure: {last}; mend the reward{go_on}")
 
     def _heldout(self) -> dict[str, Any]:
         """Held-out scores between two iterations; where they fail, a note, since the step before them is done."""
@@ -414,7 +416,7 @@ class Trainer:
             )
         if result.failures:
             first, count = result.failures[0], len(result.failures)
-            self.console.note(f"evaluation: {count} images could not be scored; the first: {first}")
+            self.console.note(f"evaluation: {counted(count, 'image')} could not be scored; the first: {first}")
         return result
 
     def evaluate_before(self, folder: Path) -> Evaluation | None:
@@ -423,13 +425,14 @@ class Trainer:
         earlier = self._earlier_evaluation(path) if self.processes.first else None
         if self.processes.broadcast(earlier is not None, "the evaluation before training"):
             return earlier
-        with self.console.track(f"before: {self.config.evaluation.images} images of held-out prompts") as on_step:
+        images = counted(self.config.evaluation.images, "image")
+        with self.console.track(f"before: {images} of held-out prompts") as on_step:
             before = self._evaluate(self.models.initial_weights(), on_step)
         if not self.processes.first:
             return None
         before.save(path)
         mean = before.summary()["reward_mean"]
-        self.console.note(f"before: mean reward {mean:.3f}")
+        self.console.note(f"before: mean reward {number(mean)}")
         return before
 
     def _earlier_evaluation(self, path: Path) -> Evaluation | None:
@@ -448,7 +451,8 @@ class Trainer:
         disk refuses.
         """
         self._save_weights(folder)
-        with self.console.track(f"after: {self.config.evaluation.images} images of held-out prompts") as on_step:
+        images = counted(self.config.evaluation.images, "image")
+        with self.console.track(f"after: {images} of held-out prompts") as on_step:
             after = self._evaluate(self._evaluated_weights(), on_step)
         if before is None:
             return  # the first process has it, and writes
@@ -490,8 +494,8 @@ class Trainer:
                   for line in lines if "heldout_reward_mean" in line]  # fmt: skip
         evaluations = [(0, summary["before"]), *middle, (self.iteration, summary["after"])]
         reward_curve(lines, evaluations, folder / "reward_curve.png")
-        self.console.note(f"trained {self.iteration} iterations in {duration(summary['training_s'])}; "
-                          f"weights, pictures and metrics are in {folder}")  # fmt: skip
+        for line in _last_lines(summary, lines, self.config.rollout.group_size, folder):
+            self.console.note(line)
 
     def _describe(self) -> None:
         trained = self.models.trained_numel
@@ -520,7 +524,28 @@ def _written_to(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: results could not be saved ({reason}); free space and --resume it") from None
+        raise UserError(
+            f"{folder}: results could not be saved ({reason}); free space, then go on with: {resume_command(folder)}"
+        ) from None
+
+
+def _last_lines(summary: dict[str, Any], metrics: list[dict[str, Any]], group_size: int, folder: Path) -> list[str]:
+    """What a run's end says below its table: of what was learnt and lost, where it all is, and how to look at it.
+
+    Args:
+        summary: what `summary.json` holds.
+        metrics: the lines of `metrics.jsonl`.
+        group_size: G.
+        folder: the run's.
+    """
+    iterations = counted(summary["iterations"], "iteration")
+    groups, lost = summary["training_images"] // group_size, summary["groups_dropped_count"]
+    trained = f"trained {iterations} in {duration(summary['training_s'])}; "
+    trained += f"weights, pictures and metrics are in {folder}"
+    lines = [f"{trained}; {lost} of {counted(groups, 'group')} were lost" if lost else trained]
+    if 0 < groups - lost == sum(line["groups_equal_count"] for line in metrics):
+        lines.insert(0, f"every group of {iterations} had equal rewards: nothing was learnt from them")
+    return [*lines, f"look: python -m dgpo_fast.evaluate --side-by-side {shlex.quote(str(folder))}"]
 
 
 def _reward_metrics(scores: GroupScores, images: int) -> dict[str, Any]:

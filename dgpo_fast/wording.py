@@ -10,6 +10,17 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def number(value: float, places: int = 3, sign: str = "") -> str:
+    """A reward as tables show it, `0.564`; from 100,000 on, six digits: `123457`, `1.23457e+09`.
+
+    Args:
+        value: any.
+        places: after the point.
+        sign: "+" gives one to positive values too.
+    """
+    return f"{value:{sign}.{places}f}" if abs(value) < 1e5 else f"{value:{sign}.6g}"
+
+
 def resume_command(folder: Path) -> str:
     """What a user types to go on with the run in `folder`."""
     return f"python -m dgpo_fast.train --resume {shlex.quote(str(folder))}"

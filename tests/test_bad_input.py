@@ -39,6 +39,13 @@ MISTAKES = {
     "--rollout.resolution 36": "error: rollout.resolution 36: this model draws multiples of ",
     "--resume empty": "error: --resume empty: no run is there (it has no config.yaml)",
     "--resume nowhere": "error: --resume nowhere: no run is there (it has no config.yaml)",
+    "--resume colour": "error: --resume colour: no run is there (it has no config.yaml): did you mean runs/colour?",
+    "--resume runs/colours": "error: --resume runs/colours: no run is there (it has no config.yaml): did you mean",
+    "my.yaml --resume hollow_run": "error: --resume takes its settings from the run: leave 'my.yaml' out",
+    "--resume hollow_run my.yaml": "error: --resume takes its settings from the run: leave 'my.yaml' out",
+    "--name ../w": "error: --name ../w: is a path: leave out '/', '\\' and '..'; --runs-dir says where runs go",
+    "--name a/b": "error: --name a/b: is a path: ",
+    "--name a\\b": "error: --name a\\b: is a path: ",
     "--resume hollow_run": "error: hollow_run/checkpoints: no valid checkpoint to resume from",
     "--name taken": "error: runs/taken exists: choose another --name, or go on with --resume runs/taken",
 }
@@ -60,6 +67,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         json.dumps({"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]})
     )
     (tmp_path / "hollow_run" / "config.yaml").write_text("recipe: tiny-shapes\n")
+    (tmp_path / "runs" / "colour").mkdir(parents=True)
+    (tmp_path / "runs" / "colour" / "config.yaml").write_text("recipe: tiny-shapes\n")
     return tmp_path
 
 

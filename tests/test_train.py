@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dgpo_fast.checkpoint import load_newest
 from dgpo_fast.cli import configure
+from dgpo_fast.config import read_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.groups import stream_seed
@@ -231,6 +232,13 @@ class Flaky:
         return scores * np.nan if prompts[0] == "two birds" else scores
 
 
+class Constant:
+    """Likes every picture alike, and fails on some prompts."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        return np.full(len(images), np.nan if prompts[0] == "two birds" else 1e6)
+
+
 class Broken:
     """Never answers."""
 
@@ -252,6 +260,20 @@ def test_a_failing_reward_drops_its_groups_and_is_reported(workspace: Path, caps
     assert json.loads((workspace / "runs/run/summary.json").read_text())["groups_dropped_count"] == dropped
 
 
+def test_what_was_not_learnt_from_is_told(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal rewards and lost groups are in the last lines, and large rewards leave the table whole."""
+    (workspace / "eval.txt").write_text("a lake\na stone\n")
+    assert train(["small.yaml", "--rewards", f"{__name__}:Constant", "--eval-prompts", "eval.txt"]) == 0
+    lost = json.loads((workspace / "runs/run/summary.json").read_text())["groups_dropped_count"]
+    output = capsys.readouterr().out
+    assert "1e+06 ± 0.000" in output and "1000000" not in output
+    equal, trained, look = output.splitlines()[-3:]
+    assert equal == "every group of 6 iterations had equal rewards: nothing was learnt from them"
+    assert lost > 0 and trained.startswith("trained 6 iterations in ")
+    assert trained.endswith(f"are in runs/run; {lost} of 18 groups were lost")
+    assert look == "look: python -m dgpo_fast.evaluate --side-by-side runs/run"
+
+
 def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After three iterations without one scored group the run ends in one line; nothing trained is lost."""
     from dgpo_fast.rewards import jpeg
@@ -259,9 +281,11 @@ def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypa
     train(["small.yaml", "--iterations", "2"])
     monkeypatch.setattr(jpeg.JpegReward, "__call__", Broken.__call__)
     monkeypatch.setattr(jpeg.JpegReward, "self_test", lambda self: None)
-    with pytest.raises(
-        UserError, match="reward 'jpeg' scored nothing in 3 iterations in a row; mend the reward and --resume"
-    ):
+    line = (
+        "^reward 'jpeg' scored nothing in 3 iterations in a row; the last failure: .*RuntimeError: no answer.*; mend "
+    )
+    line += "the reward, then go on with: python -m dgpo_fast.train --resume runs/run$"
+    with pytest.raises(UserError, match=line):
         train(["--resume", "runs/run", "--iterations", "9"])
     monkeypatch.undo()
     os.chdir(workspace)
@@ -384,6 +408,34 @@ def test_a_recipe_says_where_its_prompts_are_not_the_papers(
         output = " ".join(capsys.readouterr().out.split())
         assert ("the papers train sd35m-pickscore on Pick-a-Pic, which is not shipped" in output) == says
         assert ("use --prompts pickapic.txt" in output) == says
+
+
+def test_a_resume_that_trains_nothing_leaves_the_record_alone(workspace: Path) -> None:
+    """Settings that no iteration would use are refused; results that are missing are still made, with any of them."""
+    train(["small.yaml", "--iterations", "3"])
+    run = workspace / "runs/run"
+    record, summary = (run / "config.yaml").read_bytes(), (run / "summary.json").read_bytes()
+    for change, line in {
+        "--optimizer.lr 1e-4": "runs/run: all 3 iterations are done: --iterations N goes on",
+        "--iterations 2": "runs/run has done 3 iterations already: give --iterations above 3",
+    }.items():
+        with pytest.raises(UserError, match=f"^{line}$"):
+            train(["--resume", "runs/run", *change.split()])
+    (run / "summary.json").unlink()
+    assert train(["--resume", "runs/run", "--reward-deadline-s", "99"]) == 0
+    assert ((run / "summary.json").read_bytes(), (run / "config.yaml").read_bytes()) == (summary, record)
+    assert train(["--resume", "runs/run", "--iterations", "4", "--optimizer.lr", "1e-4"]) == 0
+    assert read_yaml(run / "config.yaml")["optimizer"]["lr"] == 1e-4
+
+
+def test_a_run_can_be_ended_where_it_is(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many iterations as are done: the run gets its results, and stays the longer run that it was."""
+    monkeypatch.setattr(Trainer, "anyone", lambda self, flag: self.iteration >= 2)
+    assert train(["small.yaml"]) == 130
+    assert train(["--resume", "runs/run", "--iterations", "2"]) == 0
+    run = workspace / "runs/run"
+    assert json.loads((run / "summary.json").read_text())["iterations"] == 2
+    assert read_yaml(run / "config.yaml")["iterations"] == 6
 
 
 def test_a_short_run_saves_what_it_trained(workspace: Path) -> None:

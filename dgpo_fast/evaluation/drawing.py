@@ -24,6 +24,7 @@ from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
 from dgpo_fast.text import make_prompt_encoder
+from dgpo_fast.wording import counted
 
 PNG_THREADS = 8
 
@@ -146,8 +147,9 @@ class Drawing:
         settings, prompts = self.settings, len({prompt.text for prompt in self.prompts})
         self.console.note(
             f"{describe_model(self.made_with)} on {self.device} in {self.made_with['dtype']}: "
-            f"{len(self.prompts)} images of {prompts} prompts ({describe_prompts(settings)}), "
-            f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, into {self.folder.path}"
+            f"{counted(len(self.prompts), 'image')} of {counted(prompts, 'prompt')} ({describe_prompts(settings)}), "
+            f"{counted(settings.num_inference_steps, 'step')}, guidance {settings.guidance_scale:g}, "
+            f"into {self.folder.path}"
         )
         if done:
             self.console.note(f"{done} of them are there already")

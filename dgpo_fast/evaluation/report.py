@@ -20,6 +20,7 @@ from dgpo_fast.figures import contact_sheet
 from dgpo_fast.metrics import write_json
 from dgpo_fast.prompts import in_turn
 from dgpo_fast.rewards.registry import parse_spec
+from dgpo_fast.wording import number
 
 SUM = "reward"
 """The weighted sum, beside the rewards' own names."""
@@ -135,9 +136,9 @@ def with_interval(scores: dict[str, Any], sign: str = "") -> str:
     if not math.isfinite(mean):
         return "–"
     if not math.isfinite(half):
-        return f"{mean:{sign}.3f}"
+        return number(mean, sign=sign)
     places = decimals(half)
-    return f"{mean:{sign}.{places}f} ± {half:.{places}f}"
+    return f"{number(mean, places, sign)} ± {number(half, places)}"
 
 
 def decimals(half: float) -> int:

@@ -27,6 +27,7 @@ from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with
 from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.metrics import finite
 from dgpo_fast.rewards.weighted import CONTENT
+from dgpo_fast.wording import counted, number
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("page.html"), Path(__file__).with_name("page.js")
 MARK = '<meta name="generator" content="dgpo_fast side by side">'
@@ -136,7 +137,7 @@ def print_totals(comparison: Comparison, console: Console) -> None:
     all_pairs, *tags = comparison.totals(score)
     for total in [*tags, all_pairs]:
         shown = {"score_mean": total["difference"], "score_ci95": [total["low"], total["high"]]}
-        cells = [f"{total[side]:.3f}" if total[side] is not None else "–" for side in "ab"]
+        cells = [number(total[side]) if total[side] is not None else "–" for side in "ab"]
         style = "bold" if total is all_pairs else None
         table.add_row(escape(total["tag"]), *cells, with_interval(shown, "+"), str(total["count"]), style=style)
     console.note(f"A: {comparison.folders[0].path}\nB: {comparison.folders[1].path}")
@@ -205,8 +206,8 @@ def _describe(comparison: Comparison, shown: Sequence[int]) -> dict[str, Any]:
     height, width = comparison.folders[0].read_image(rows[0][0]).shape[:2]
     made_with = [folder.made_with() for folder in comparison.folders]
     prompts = len({row.prompt.text for row, _ in rows})
-    about = f"{len(rows)} pictures of {prompts} prompts from the same noise (seed {made_with[0]['seed']}), "
-    about += f"{width} × {height} pixels"
+    about = f"{counted(len(rows), 'picture')} of {counted(prompts, 'prompt')} from the same noise "
+    about += f"(seed {made_with[0]['seed']}), {width} × {height} pixels"
     for letter, made in zip("AB", made_with, strict=True):
         about += f" · {letter}: {describe_model(made)}, {made['num_inference_steps']} steps, "
         about += f"guidance {made['guidance_scale']:g}"
