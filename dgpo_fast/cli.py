@@ -96,8 +96,9 @@ def configure(args: list[str]) -> Config:
     overrides = parse_overrides(args)
     if start is not None and "recipe" in overrides:
         raise UserError(f"command line: two recipes, {start} and {overrides['recipe']}: give one")
-    name = start or overrides.get("recipe") or settings.get("recipe") or next(iter(RECIPES))
-    config = resolve(get_recipe(str(name)), {**settings, "recipe": name}, file or "recipe")
+    given = start or overrides.get("recipe")
+    name = given or settings.get("recipe") or next(iter(RECIPES))
+    config = resolve(get_recipe(str(name), None if given else file), {**settings, "recipe": name}, file or "recipe")
     return resolve(config, overrides, "command line")
 
 

@@ -422,7 +422,17 @@ def _merge(
                             f"'{prefix}{key}.{next(iter(settings[key]))}'")  # fmt: skip
 
 
+USUAL_NAMES = {
+    "learning_rate": "optimizer.lr", "num_generations": "rollout.group_size", "max_steps": "iterations",
+    "lora_r": "policy.lora_rank",
+}  # fmt: skip
+"""What other trainers call a setting, where its name here is not like that."""
+
+
 def _suggest(key: str, known: dict[str, Any]) -> str:
+    usual = USUAL_NAMES.get(key.rsplit(".", 1)[-1])
+    if usual in _flat(known):
+        return f": did you mean '{usual}'?"
     names = [*_flat(known), *(name for name, value in known.items() if isinstance(value, dict))]
     last_parts = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
@@ -501,6 +511,15 @@ class _PlainLoader(yaml.SafeLoader):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; write the value out", mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; the second of two equal keys would silently win otherwise."""
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

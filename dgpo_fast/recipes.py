@@ -249,12 +249,12 @@ RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTI
 """Recipes by name: `tiny-shapes-offline` is `tiny_shapes_offline`."""
 
 
-def get_recipe(name: str) -> Config:
-    """The recipe called `name`. Raises UserError with the nearest name."""
+def get_recipe(name: str, origin: str | None = None) -> Config:
+    """The recipe called `name`. Raises UserError with the nearest name, and with the file `origin` that asks for it."""
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}"
-        raise UserError(f"unknown recipe '{name}': {hint}")
+        raise UserError(f"{origin + ': ' if origin else ''}unknown recipe '{name}': {hint}")
     return RECIPES[name]()
 
 

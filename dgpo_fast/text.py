@@ -118,7 +118,7 @@ class PromptEncoder:
         loaded = self.encoders is not None
         if all(self._is_known(text) for text in missing):
             self._dismiss()
-        stays = "stay loaded" if self.encoders else "have left again" if loaded else "need not be loaded"
+        stays = "stay loaded" if self.encoders else "are unloaded again" if loaded else "need not be loaded"
         now = min(self.encoded_count, len(distinct))
         before = f"{len(distinct) - now} of {len(distinct)} were encoded before"
         return f"prompts: {before}, {now} now; the text encoders {stays}"

@@ -69,6 +69,8 @@ def test_command_line_overrides_yaml_overrides_recipe(tmp_path: Path) -> None:
 
 
 ON_THE_COMMAND_LINE = {
+    "--optimizer.learning-rate 1": "command line: unknown setting 'optimizer.learning_rate': "
+    "did you mean 'optimizer.lr'?",
     "tiny-shape": "unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
     "--iteration 3": "command line: unknown setting 'iteration': did you mean 'iterations'?",
     "--groups 3": "command line: unknown setting 'groups': did you mean 'rollout.groups'?",
@@ -94,6 +96,9 @@ ON_THE_COMMAND_LINE = {
 IN_A_FILE = {
     "iterations: 3\nbeta: 10\n": "unknown setting 'beta': did you mean 'dgpo.beta'?",
     "iterations: [3\n": " line 2: not valid YAML: expected ',' or ']', but got '<stream end>'",
+    "iterations: 3\noptimizer: {lr: 1}\niterations: 4\n": " line 3: not valid YAML: 'iterations' is given twice",
+    "optimizer:\n  lr: 1\n  lr: 2\n": " line 3: not valid YAML: 'lr' is given twice",
+    "recipe: tiny-shape\n": ": unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
     "- 1\n": "settings must be `key: value` lines, not a list",
     "iterations: many\n": "iterations: input should be a valid integer, "
     "unable to parse string as an integer, not 'many'",

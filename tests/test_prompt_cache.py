@@ -278,7 +278,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_text_encoders_come_for_what_is_missing_and_leave(tmp_path: Path, random_pipeline: Path, loads: list) -> None:
     prompts = ["", "a cat", "a dog", "a cat"]
     first = make_encoder(random_pipeline, make_cache(tmp_path))
-    assert first.prepare(prompts) == ("prompts: 0 of 3 were encoded before, 3 now; the text encoders have left again")
+    assert first.prepare(prompts) == (
+        "prompts: 0 of 3 were encoded before, 3 now; the text encoders are unloaded again"
+    )
     assert first.encoders is None and loads == [1]
     second = make_encoder(random_pipeline, make_cache(tmp_path))
     said = second.prepare(prompts)

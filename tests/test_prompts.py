@@ -250,13 +250,16 @@ def test_official_prompts_are_kept_out_of_generated_training(tmp_path):
     assert len(sets.held_out) == 1 and ours.text not in {p.text for p in sets.train}
 
 
-def test_unknown_source():
+def test_unknown_source(tmp_path, monkeypatch):
     text = message(load_prompts, "genevl")
     assert text == (
         "no prompt source 'genevl': did you mean 'geneval'? "
         "Name one of geneval, signs, tiny-shapes, tiny-signs, or a .txt or .jsonl file"
     )
     assert "did you mean" not in message(load_prompts, "zzzz")
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", "{}")
+    assert message(load_prompts, "train").startswith("no prompt source 'train': did you mean 'train.jsonl'? Name one ")
 
 
 def test_bad_paths(tmp_path):
@@ -296,7 +299,10 @@ def test_unreadable_file(tmp_path):
             '{"prompt": "a"}\n\n{"prompt": "b"\n',
             ":3: broken JSON (Expecting ',' delimiter at column 15): write one JSON object a line",
         ),
-        ("j.jsonl", '{"prompt": "a"}\n["b"]', ':2: not a JSON object: write {"prompt": "…", …}'),
+        ("j.jsonl", '{"prompt": "a"}\n"b"', ':2: not a JSON object: write {"prompt": "…", …}'),
+        ("j.jsonl", '[\n{"prompt": "a"}\n]', ":1: is a JSON list: write one object a line, without [ ]"),
+        ("j.jsonl", '[{"prompt": "a"}]', ":1: is a JSON list: write one object a line, without [ ]"),
+        ("j.jsonl", "\n", ": holds no prompts: write one JSON object a line"),
         ("j.jsonl", '{"text": "a"}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
         ("j.jsonl", '{"prompt": 3}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
         ("j.jsonl", '{"prompt": " "}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),

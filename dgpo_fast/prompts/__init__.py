@@ -118,7 +118,8 @@ def _read(source: str) -> list[Prompt]:
     """The prompts of a file; a word that is neither a generator nor looks like a path is taken for a misspelt one."""
     path = Path(source).expanduser()
     if not os.path.exists(path) and path.suffix not in SUFFIXES and len(path.parts) < 2:
-        close = difflib.get_close_matches(source, GENERATORS, n=1)
+        files = [source + suffix for suffix in SUFFIXES if os.path.exists(f"{path}{suffix}")]
+        close = files or difflib.get_close_matches(source, GENERATORS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join(GENERATORS)
         raise UserError(f"no prompt source {source!r}: {hint}Name one of {known}, or a .txt or .jsonl file")

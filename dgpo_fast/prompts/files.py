@@ -33,7 +33,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     parse = _parse_json if path.suffix == ".jsonl" else _parse_text
     prompts = [parse(line, f"{path}:{number}") for number, line in _numbered_lines(path)]
     if not prompts:
-        raise UserError(f"{path}: holds no prompts: write one prompt a line")
+        what = "JSON object" if path.suffix == ".jsonl" else "prompt"
+        raise UserError(f"{path}: holds no prompts: write one {what} a line")
     return prompts
 
 
@@ -93,6 +94,8 @@ def _parse_text(line: str, origin: str) -> Prompt:
 
 
 def _parse_json(line: str, origin: str) -> Prompt:
+    if line.startswith("["):
+        raise UserError(f"{origin}: is a JSON list: write one object a line, without [ ]")
     try:
         record = json.loads(
             line, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant, parse_float=_finite
