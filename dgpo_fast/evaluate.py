@@ -5,14 +5,22 @@ import time
 from pathlib import Path
 
 from dgpo_fast.cli import INTERRUPTED, print_settings, run_command, take_option
+from dgpo_fast.config import to_dict
 from dgpo_fast.console import Console
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation.settings import OUTPUTS, EvaluationSettings, is_evaluation, is_run, read_settings
+from dgpo_fast.evaluation.settings import (
+    OUTPUTS,
+    EvaluationSettings,
+    is_evaluation,
+    is_run,
+    read_settings,
+    require_weights,
+)
 
 PAIRS = 400
 """Pairs of pictures in a page, unless --pairs says otherwise; a page of that many 512 px pictures has some 50 MB."""
 
-USAGE = """Draw and score images of a Stable Diffusion 3 pipeline, or of what a run trained.
+USAGE = f"""Draw and score images of a Stable Diffusion 3 pipeline, or of what a run trained.
 
   python -m dgpo_fast.evaluate runs/NAME                          a run's held-out prompts and rewards
   python -m dgpo_fast.evaluate runs/NAME --weights before         the same before training
@@ -20,6 +28,9 @@ USAGE = """Draw and score images of a Stable Diffusion 3 pipeline, or of what a 
   python -m dgpo_fast.evaluate ./my_sd3 --lora my_lora.safetensors --prompts my.txt --rewards pickscore aesthetic
   python -m dgpo_fast.evaluate --side-by-side A B                 two evaluations or runs as one page to click through
   python -m dgpo_fast.evaluate --side-by-side runs/NAME           a run before and after training
+
+--side-by-side writes one page, evaluations/A-and-B.html or the file that --output names; it holds {PAIRS} pairs of
+pictures, or as many as --pairs says.
 
 --recipe NAME gives a plain model's defaults: tiny-shapes for tiny, sd35m-geneval for any other. The same command goes
 on after Ctrl-C or a kill."""
@@ -38,6 +49,7 @@ def evaluate(args: list[str]) -> int:
 
 def run_evaluation(settings: EvaluationSettings, args: list[str]) -> int:
     """Draws, scores and reports; `args` say how to go on where that is interrupted."""
+    require_weights(settings)
     from dgpo_fast.evaluation.drawing import Drawing  # after the command line is known to be good: these take seconds
     from dgpo_fast.evaluation.report import write_report
 
@@ -71,11 +83,24 @@ def side_by_side(args: list[str]) -> int:
         evaluations = [read_settings([sources[0], *args, "--weights", when]) for when in ("before", "after")]
     if args and all(isinstance(evaluation, str) for evaluation in evaluations):
         raise UserError(f"command line: {args[0]}: both evaluations are there already; it changes nothing")
+    for evaluation in evaluations:
+        if isinstance(evaluation, EvaluationSettings):
+            require_weights(evaluation)
 
-    from dgpo_fast.evaluation.side_by_side import print_totals, read_comparison, require_writable, write_page
+    from dgpo_fast.evaluation.folder import EvaluationFolder
+    from dgpo_fast.evaluation.side_by_side import (
+        print_totals,
+        read_comparison,
+        require_comparable,
+        require_writable,
+        write_page,
+    )
 
     if output:
         require_writable(Path(output))
+    made_with = [EvaluationFolder(Path(one)).made_with() if isinstance(one, str) else to_dict(one)
+                 for one in evaluations]  # fmt: skip
+    require_comparable([sources[0], sources[-1]], made_with)
     for evaluation in evaluations:
         if isinstance(evaluation, EvaluationSettings) and (status := run_evaluation(evaluation, command)):
             return status

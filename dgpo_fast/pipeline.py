@@ -21,6 +21,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.prompt_cache import content_digest, default_folder
 from dgpo_fast.random_weights import find_architecture, random_pipeline
+from dgpo_fast.wording import NO_HUB_NAME
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 FINGERPRINT_ELEMENTS = 256
@@ -242,7 +243,7 @@ def _local_index(folder: Path) -> dict:
 def _hub_index(name: str, revision: str | None) -> dict:
     missing = f"model '{name}': no such folder"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"{missing}, and no name on the hub (organisation/name)")
+        raise UserError(f"{missing}{NO_HUB_NAME}")
     try:
         return _read_index(Path(hf_hub_download(name, "model_index.json", revision=revision)))
     except LocalEntryNotFoundError:

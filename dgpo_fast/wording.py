@@ -4,6 +4,8 @@ import difflib
 import shlex
 from pathlib import Path
 
+NO_HUB_NAME = ", and no name on the hub (organisation/name)"
+
 
 def counted(number: int, what: str) -> str:
     """`1 image`, `2 images`."""

@@ -39,6 +39,7 @@ def test_readme_commands_are_understood() -> None:
 
 def test_evaluation_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_sd3").mkdir()
     for name in ("NAME", "A", "B"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").write_text("recipe: tiny-shapes\n")

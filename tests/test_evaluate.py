@@ -22,7 +22,7 @@ from dgpo_fast.config import Policy
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import evaluate
 from dgpo_fast.evaluation import drawing
-from dgpo_fast.evaluation.folder import EvaluationFolder, Row
+from dgpo_fast.evaluation.folder import NEEDED, EvaluationFolder, Row
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.report import score_names
 from dgpo_fast.evaluation.settings import read_settings
@@ -297,13 +297,13 @@ def test_the_same_folder_takes_the_same_evaluation_only(workspace: Path, random_
             evaluate([*args, *change.split()])
     assert evaluate([*args, "--batch-size", "3"]) == 0
     (workspace / "prompts.txt").write_text("\n".join([*PROMPTS[:-1], "a lake"]))
-    with pytest.raises(UserError, match="out was made with prompts_sha256 "):
+    with pytest.raises(UserError, match="out was made with other prompts: choose another --output"):
         evaluate(args)
     (workspace / "prompts.txt").write_text("\n".join(PROMPTS))
     (workspace / "model").unlink()
     (workspace / "model").mkdir()
     save_random_pipeline(workspace / "model", seed=1)
-    with pytest.raises(UserError, match="out was made with weights_sha256 "):
+    with pytest.raises(UserError, match="out was made with other weights: choose another --output"):
         evaluate(args)
 
 
@@ -318,7 +318,9 @@ def test_scores_of_another_reward_of_the_same_name_are_refused(
     assert evaluate([*args, "old"]) == 0
     assert evaluate([*args, "old"]) == 0
     module.write_text(module.read_text().replace("mean((", "max(("))
-    with pytest.raises(UserError, match=r"^old was made with content of own_scores:mean \w{64}, not \w{64}: choose an"):
+    with pytest.raises(
+        UserError, match="^old was made with another content of own_scores:mean: choose another --output"
+    ):
         evaluate([*args, "old"])
     assert evaluate([*args, "new"]) == 0
     with pytest.raises(UserError, match="they were scored with another content of own_scores:mean; evaluate one of"):
@@ -326,10 +328,30 @@ def test_scores_of_another_reward_of_the_same_name_are_refused(
     sys.modules.pop("own_scores")
 
 
+@pytest.mark.parametrize("trained", ["lora_sha256", "weights_sha256"])
+def test_a_run_that_was_trained_further_is_said_to_be(trained: str, tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path / "evaluations/colour")
+    made_with = {"model": "runs/colour", "lora": None, "weights": "after", "rewards": ["jpeg"], "seed": 0,
+                 "num_inference_steps": 2, "guidance_scale": 1.0, "images_count": 1, "weights_sha256": "a"}  # fmt: skip
+    made_with[trained] = "b"
+    folder.begin(made_with).release()
+    with pytest.raises(UserError) as caught:
+        folder.require_same({**made_with, trained: "c"})
+    assert str(caught.value) == (
+        f"runs/colour has been trained further since {folder.path} was made: remove that folder"
+    )
+
+
 MISTAKES = {
     # arguments: the line that they give
     "": "error: command line: name a model or a run's folder, as in `python -m dgpo_fast.evaluate tiny`",
     "nowhere --rewards jpeg": "error: model 'nowhere': no such folder, and no name on the hub (organisation/name)",
+    "runs/nosuch": "error: runs/nosuch: no such run or folder",
+    "runs/color --rewards shape": "error: runs/color: no such run or folder: did you mean runs/colour?",
+    "colour": "error: model 'colour': no such folder: did you mean runs/colour?",
+    "./my_sd3": "error: ./my_sd3: no such run or folder",
+    "a/b/c": "error: a/b/c: no such run or folder",
+    "empty/sd3": "error: empty/sd3: no such run or folder",
     "tiny --promts a.txt": "error: command line: unknown setting 'promts': did you mean 'prompts'?",
     "tiny --images 0": "error: command line: images: input should be greater than or equal to 1",
     "tiny --prompts missing.txt": "error: missing.txt: no such prompt file",
@@ -352,6 +374,10 @@ MISTAKES = {
     "run --recipe tiny-ocr": "error: --recipe tiny-ocr: run is a run, which has its own settings; leave it out",
     "done": "error: done is an evaluation, not a model: --side-by-side compares it with another one",
     "--side-by-side": "error: command line: --side-by-side takes two evaluations, runs or models, or one run",
+    "--side-by-side run": "error: run: the run has not finished, so its weights are not there (",
+    "--side-by-side tiny scored": "error: tiny and scored cannot be set side by side: no reward scores both "
+    "(shapes and jpeg): give both the same --rewards",
+    "--side-by-side tiny scored --seed 1": "error: tiny and scored cannot be set side by side: their noise has the ",
     "--side-by-side tiny": "error: --side-by-side tiny: is no run with a before and an after; give two",
     "--side-by-side done done --seed 1": "error: command line: --seed: both evaluations are there already",
     "--side-by-side done done --pairs many": "error: command line: --pairs many: give a whole number from 2 up",
@@ -364,13 +390,17 @@ def test_bad_input_gives_one_line_and_makes_nothing(
     arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "run", "done"):
+    for folder in ("empty", "run", "done", "scored"):
         (tmp_path / folder).mkdir()
     (tmp_path / "plain.txt").write_text("a cat\n")
     (tmp_path / "junk.safetensors").write_bytes(b"\x80\x04 no tensors")
     save_file({"transformer.transformer_blocks.99.attn.to_q.lora_A.weight": torch.zeros(2, 2)}, "other.safetensors")
     (tmp_path / "run/config.yaml").write_text("policy: {train: lora}\n")
     (tmp_path / "done/evaluation.yaml").write_text("model: tiny\n")
+    made_with = {**dict.fromkeys(NEEDED), "rewards": ["jpeg"], "seed": 0}
+    (tmp_path / "scored/evaluation.yaml").write_text(yaml.safe_dump(made_with))
+    (tmp_path / "runs/colour").mkdir(parents=True)
+    (tmp_path / "runs/colour/config.yaml").write_text("recipe: tiny-shapes\n")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["evaluate", *arguments.split()])
     assert run_command(evaluate) == 2

@@ -17,7 +17,7 @@ from dgpo_fast.console import Console
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.held_out import draw_images
-from dgpo_fast.evaluation.settings import EvaluationSettings, is_run, lasting, run_config
+from dgpo_fast.evaluation.settings import EvaluationSettings, is_run, lasting, run_config, trained_weights
 from dgpo_fast.pipeline import changes_text_encoders, find_lora, make_pipeline, merge_lora, pick_device, pick_dtype
 from dgpo_fast.prompts import Prompt, evaluation_prompts, in_turn, load_prompts
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
@@ -205,12 +205,7 @@ def _of_run(folder: Path, weights: str | None) -> tuple[Config, Path | None]:
     config = run_config(str(folder))
     if weights == "before":
         return config, None
-    trained = folder / ("pytorch_lora_weights.safetensors" if config.policy.train == "lora" else "model_index.json")
-    if not trained.is_file():
-        raise UserError(
-            f"{folder}: the run has not finished, so its weights are not there ({trained.name}): go on with "
-            f"`python -m dgpo_fast.train --resume {folder}`, or evaluate --weights before"
-        )
+    trained = trained_weights(folder, config)
     if config.policy.train == "lora":
         return config, trained
     return replace(config, model=str(folder), revision=None, random_weights=False), None

@@ -15,11 +15,15 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.lock import LOCK, FolderLock
 from dgpo_fast.metrics import json_line, read_metrics
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards.weighted import CONTENT
 
 MADE_WITH, INDEX, RESULTS, CONTACT_SHEET = "evaluation.yaml", "index.jsonl", "results.json", "contact_sheet.png"
 
 NEEDED = ("model", "lora", "weights", "rewards", "seed", "num_inference_steps", "guidance_scale", "images_count")
 """What the folder is read for."""
+
+DIGESTS = {"prompts_sha256": "other prompts", "weights_sha256": "other weights", "lora_sha256": "another LoRA"}
+"""What it was made with where these differ."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,17 @@ class EvaluationFolder:
             raise UserError(f"{self.path} exists and is no evaluation: choose another --output")
         found = self.made_with()
         different = next((name for name, value in wanted.items() if found.get(name) != value), None)
-        if different is not None:
+        if different is None:
+            return
+        trained = "lora_sha256" if "lora_sha256" in wanted else "weights_sha256"
+        if wanted.get("weights") == "after" and different == trained:
             raise UserError(
-                f"{self.path} was made with {different} {found.get(different)}, not {wanted[different]}: "
-                "choose another --output, or remove that folder"
+                f"{wanted['model']} has been trained further since {self.path} was made: remove that folder"
             )
+        other = DIGESTS.get(different, f"{different} {found.get(different)}, not {wanted[different]}")
+        if different.startswith(CONTENT):
+            other = f"another {different}"
+        raise UserError(f"{self.path} was made with {other}: choose another --output, or remove that folder")
 
     def begin(self, made_with: dict[str, Any]) -> FolderLock:
         """Makes the folder, or goes on in it, and takes it for this process.

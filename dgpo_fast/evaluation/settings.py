@@ -12,6 +12,7 @@ from dgpo_fast.config import STRICT, Config, Count, Guidance, Positive, parse_ov
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES
 from dgpo_fast.recipes import get_recipe
+from dgpo_fast.wording import NO_HUB_NAME, near_run, resume_command
 
 OUTPUTS = Path("evaluations")
 FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
@@ -79,6 +80,7 @@ def read_settings(args: list[str]) -> EvaluationSettings:
         raise UserError("command line: name a model or a run's folder, as in `python -m dgpo_fast.evaluate tiny`")
     if is_evaluation(source):
         raise UserError(f"{source} is an evaluation, not a model: --side-by-side compares it with another one")
+    _require_there(source)
     recipe = take_option(args, "recipe")
     if is_run(source):
         if recipe is not None:
@@ -108,6 +110,34 @@ def run_config(folder: str) -> Config:
     """The configuration of the run in `folder`."""
     path = Path(folder) / "config.yaml"
     return resolve(Config(), read_yaml(path), str(path))
+
+
+def trained_weights(folder: Path, config: Config) -> Path:
+    """The file that says that the run in `folder` has its weights. Raises UserError where it has none yet."""
+    trained = folder / ("pytorch_lora_weights.safetensors" if config.policy.train == "lora" else "model_index.json")
+    if not trained.is_file():
+        raise UserError(
+            f"{folder}: the run has not finished, so its weights are not there ({trained.name}): go on with "
+            f"`{resume_command(folder)}`, or evaluate --weights before"
+        )
+    return trained
+
+
+def require_weights(settings: EvaluationSettings) -> None:
+    """Raises UserError where the weights of a run are wanted that has none yet."""
+    if settings.weights == "after":
+        trained_weights(Path(settings.model), run_config(settings.model))
+
+
+def _require_there(source: str) -> None:
+    """Raises UserError for a path that does not exist, before it is taken for a name on the hub."""
+    path = Path(source).expanduser()
+    if source == "tiny" or path.exists():
+        return
+    if "/" not in source:
+        raise UserError(f"model '{source}': no such folder{near_run(source) or NO_HUB_NAME}")
+    if source.startswith(("runs/", "./", "../", "~", "/")) or len(path.parts) > 2 or path.parent.exists():
+        raise UserError(f"{source}: no such run or folder{near_run(source)}")
 
 
 def lasting(settings: EvaluationSettings) -> dict[str, Any]:

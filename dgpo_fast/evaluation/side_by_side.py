@@ -26,6 +26,7 @@ from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
 from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.metrics import finite
+from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.rewards.weighted import CONTENT
 from dgpo_fast.wording import counted, number
 
@@ -96,9 +97,8 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     for folder, found in zip(folders, rows, strict=True):
         if not found:
             raise UserError(f"{folder.path}: no picture is there yet")
-    where = f"{a} and {b} cannot be set side by side"
-    if made_with[0]["seed"] != made_with[1]["seed"]:
-        raise UserError(f"{where}: their noise has the seeds {made_with[0]['seed']} and {made_with[1]['seed']}")
+    where = _where(str(a), str(b))
+    require_comparable((str(a), str(b)), made_with)
     sizes = [folder.read_image(found[0]).shape for folder, found in zip(folders, rows, strict=True)]
     if sizes[0] != sizes[1]:
         raise UserError(f"{where}: their pictures are {sizes[0][1]} and {sizes[1][1]} pixels wide")
@@ -118,6 +118,26 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     if not shared:
         raise UserError(f"{where}: no reward scored both of them")
     return Comparison(folders, _names(a, b), pairs, shared)
+
+
+def require_comparable(names: Sequence[str], made_with: Sequence[dict[str, Any]]) -> None:
+    """Raises UserError where two evaluations, drawn or still to be drawn, have other noise or no reward in common.
+
+    Args:
+        names: of both, for the error.
+        made_with: the settings of both.
+    """
+    seeds = [made["seed"] for made in made_with]
+    if seeds[0] != seeds[1]:
+        raise UserError(f"{_where(*names)}: their noise has the seeds {seeds[0]} and {seeds[1]}")
+    rewards = [[parse_spec(reward).name for reward in made["rewards"]] for made in made_with]
+    if not set(rewards[0]) & set(rewards[1]):
+        named = " and ".join(", ".join(some) for some in rewards)
+        raise UserError(f"{_where(*names)}: no reward scores both ({named}): give both the same --rewards")
+
+
+def _where(a: str, b: str) -> str:
+    return f"{a} and {b} cannot be set side by side"
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
