@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.pages import part
@@ -16,8 +17,10 @@ from dgpo_fast.config import setting_names
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import take_sources
 from dgpo_fast.evaluation.settings import read_settings
+from dgpo_fast.prompts import Prompt
 from dgpo_fast.recipes import markdown_table
-from dgpo_fast.train import train
+from dgpo_fast.rewards import load_rewards
+from dgpo_fast.train import MAY_CHANGE, MUST_STAY, train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +95,33 @@ def test_what_the_documents_say_to_save_trains(tmp_path: Path, monkeypatch: pyte
     assert train(["my_recipe.yaml", "--iterations", "1", "--evaluation.images", "2", "--name", "mine"]) == 0
     summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
     assert {"jpeg", "bright", "bright/too_bright"} <= set(summary["after"]["parts"])
+
+
+def test_the_documented_use_of_metadata_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward in docs/rewards.md that reads a prompt's line, on the line that the page shows."""
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    found = re.search(r"as `(\{.*?\})`.*?```python\n(.*?)```", page, re.DOTALL)
+    assert found
+    (tmp_path / "channel_rewards.py").write_text(found[2])
+    monkeypatch.syspath_prepend(tmp_path)
+    prompt, bare = Prompt("a wall", json.loads(found[1])), Prompt("a wall", {}, "my.jsonl:2")
+    reward = load_rewards(["channel_rewards:Channel"])
+    reward.check_prompts([prompt])
+    with pytest.raises(
+        UserError, match=r'^my\.jsonl:2: give "channel", which is 0 \(red\), 1 \(green\) or 2 \(blue\)$'
+    ):
+        reward.check_prompts([prompt, bare])
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    images[1, ..., 0] = 255
+    assert reward.score_groups(images, [prompt], 2).rewards.tolist() == [[0.0, 1.0]]
+
+
+def test_what_may_change_in_a_resumed_run_is_documented() -> None:
+    (part,) = re.findall(
+        r"These may be changed .*?\. `config", (ROOT / "docs/recipes.md").read_text("utf-8"), re.DOTALL
+    )
+    named = {name.removesuffix("*") for name in re.findall(r"`([a-z_.*]+)`", part)}
+    assert named == {*MAY_CHANGE, *MUST_STAY}
 
 
 def test_links_lead_somewhere() -> None:
