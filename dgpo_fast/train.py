@@ -33,10 +33,9 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
   python -m dgpo_fast.train sd35m-ocr --prompts my.txt    Stable Diffusion 3.5-Medium
   python -m dgpo_fast.train my.yaml --optimizer.lr 1e-4   your own settings
   python -m dgpo_fast.train --resume runs/NAME            go on after Ctrl-C, a kill or a full disk
-  python -m dgpo_fast.train --resume runs/NAME --iterations 200       train a finished run further
 
-Options beside the settings below: --resume RUN takes the settings from the run, and some of them may change
-(docs/recipes.md); --config FILE.yaml is another way to name a file of settings."""
+Options beside the settings below: --resume RUN takes the settings from the run, of which some may change
+(docs/recipes.md): --iterations 200 trains a finished run further. --config FILE.yaml is another way to name a file."""
 
 
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.
