@@ -360,7 +360,7 @@ def test_bad_files(tmp_path, name, content, expected):
     assert message(load_prompts, path) == path + expected
 
 
-@pytest.mark.parametrize("line", ["[" * 50_000, '{"prompt": ' + "9" * 5_000 + "}"])
+@pytest.mark.parametrize("line", ['{"prompt": ' + "[" * 50_000, '{"prompt": ' + "9" * 5_000 + "}"])
 def test_json_that_python_refuses_is_broken_json(tmp_path, line):
     path = write(tmp_path / "j.jsonl", line)
     assert message(load_prompts, path).startswith(f"{path}:1: broken JSON (")
