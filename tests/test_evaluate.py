@@ -318,7 +318,7 @@ def test_scores_of_another_reward_of_the_same_name_are_refused(
     assert evaluate([*args, "old"]) == 0
     assert evaluate([*args, "old"]) == 0
     module.write_text(module.read_text().replace("mean((", "max(("))
-    with pytest.raises(UserError, match="^old was made with another content of own_scores:mean: choose an"):
+    with pytest.raises(UserError, match=r"^old was made with another content of own_scores:mean: choose an"):
         evaluate([*args, "old"])
     assert evaluate([*args, "new"]) == 0
     with pytest.raises(UserError, match="they were scored with another content of own_scores:mean; evaluate one of"):
