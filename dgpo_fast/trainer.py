@@ -1,22 +1,18 @@
 """The parts of a run and one iteration of it: rollout → reward → advantage → gradient → step."""
 
-import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors import SafetensorError
 
 from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest
 from dgpo_fast.config import Config, to_dict
-from dgpo_fast.console import Console, duration
+from dgpo_fast.console import Console
 from dgpo_fast.distributed import ALONE, BatchPart, Processes, Share, SharedError, place
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
 from dgpo_fast.distributed.shards import Shards, make_shards
@@ -24,11 +20,10 @@ from dgpo_fast.engine import Engine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
-from dgpo_fast.figures import before_after_grid, reward_curve
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
 from dgpo_fast.learner import Learner
 from dgpo_fast.memory import MemoryPlan
-from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib, read_metrics, write_json
+from dgpo_fast.metrics import Loggers, MetricsFile, Phases, peak_memory_mib
 from dgpo_fast.objectives import Batch
 from dgpo_fast.optimizers import load_optimizer, optimizer_tensors, state_bytes
 from dgpo_fast.pipeline import make_pipeline, pick_device, pick_dtype, read_model
@@ -37,6 +32,7 @@ from dgpo_fast.profiling.work import WorkMeter
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.random_weights import random_weights_note
 from dgpo_fast.recipes import prompts_note
+from dgpo_fast.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
 from dgpo_fast.rewards import GroupScores, RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
@@ -46,8 +42,6 @@ from dgpo_fast.sources.online import OnlineSource, RolloutWorker
 from dgpo_fast.text import make_prompt_encoder
 from dgpo_fast.version import code_version
 from dgpo_fast.wording import counted, number, resume_command
-
-BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
 
 
 class Trainer:
@@ -422,7 +416,7 @@ class Trainer:
     def evaluate_before(self, folder: Path) -> Evaluation | None:
         """Scores of the model as it came, from the run's folder where a resumed run already has them."""
         path = folder / BEFORE_FILE
-        earlier = self._earlier_evaluation(path) if self.processes.first else None
+        earlier = earlier_evaluation(path, self.console.note) if self.processes.first else None
         if self.processes.broadcast(earlier is not None, "the evaluation before training"):
             return earlier
         images = counted(self.config.evaluation.images, "image")
@@ -434,15 +428,6 @@ class Trainer:
         mean = before.summary()["reward_mean"]
         self.console.note(f"before: mean reward {number(mean)}")
         return before
-
-    def _earlier_evaluation(self, path: Path) -> Evaluation | None:
-        if not path.is_file():
-            return None
-        try:
-            return Evaluation.load(path)
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            self.console.note(f"{path} is damaged and is made again: {' '.join(str(error).split())}")
-            return None
 
     def finish(self, folder: Path, before: Evaluation | None) -> None:
         """Saves the slow average for plain diffusers, evaluates it, and writes summary and pictures.
@@ -456,8 +441,8 @@ class Trainer:
             after = self._evaluate(self._evaluated_weights(), on_step)
         if before is None:
             return  # the first process has it, and writes
-        with _written_to(folder):
-            self._write_results(folder, before, after)
+        with written_to(folder):
+            write_results(folder, before, after, self.config, self.source.summary(), self.iteration, self.console)
 
     def _save_weights(self, folder: Path) -> None:
         """Writes what was trained into the run's folder. All processes must call it together."""
@@ -469,33 +454,9 @@ class Trainer:
                 # A LoRA file needs no text encoders, a whole pipeline does.
                 is_whole = self.config.policy.train == "full"
                 pipeline = self.encoder.whole_pipeline() if is_whole else self.pipeline
-                with _written_to(folder):
+                with written_to(folder):
                     self.models.save(weights, folder, pipeline)
         self.console.note(f"the trained weights are in {folder}")
-
-    def _write_results(self, folder: Path, before: Evaluation, after: Evaluation) -> None:
-        after.save(folder / AFTER_FILE)
-        lines = read_metrics(folder / "metrics.jsonl")
-        summary = {
-            "recipe": self.config.recipe,
-            "seed": self.config.seed,
-            "iterations": self.iteration,
-            "training_images": sum(line["images_count"] for line in lines),
-            "training_s": sum(line["iteration_s"] for line in lines),
-            **self.source.summary(),
-            "groups_dropped_count": sum(line["groups_dropped_count"] for line in lines),
-            "before": before.summary(),
-            "after": after.summary(),
-        }
-        write_json(folder / "summary.json", summary)
-        self.console.before_after(summary["before"], summary["after"])
-        before_after_grid(before, after, folder / "before_after.png")
-        middle = [(line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
-                  for line in lines if "heldout_reward_mean" in line]  # fmt: skip
-        evaluations = [(0, summary["before"]), *middle, (self.iteration, summary["after"])]
-        reward_curve(lines, evaluations, folder / "reward_curve.png")
-        for line in _last_lines(summary, lines, self.config.rollout.group_size, folder):
-            self.console.note(line)
 
     def _describe(self) -> None:
         trained = self.models.trained_numel
@@ -515,37 +476,6 @@ class Trainer:
             self.console.note(random_weights_note(self.config))
         for note in filter(None, (self.prompts.note, prompts_note(self.config))):
             self.console.note(note)
-
-
-@contextmanager
-def _written_to(folder: Path) -> Iterator[None]:
-    """Raises UserError where the disk refuses what the block writes into the run's folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{folder}: results could not be saved ({reason}); free space, then go on with: {resume_command(folder)}"
-        ) from None
-
-
-def _last_lines(summary: dict[str, Any], metrics: list[dict[str, Any]], group_size: int, folder: Path) -> list[str]:
-    """What a run's end says below its table: of what was learnt and lost, where it all is, and how to look at it.
-
-    Args:
-        summary: what `summary.json` holds.
-        metrics: the lines of `metrics.jsonl`.
-        group_size: G.
-        folder: the run's.
-    """
-    iterations = counted(summary["iterations"], "iteration")
-    groups, lost = summary["training_images"] // group_size, summary["groups_dropped_count"]
-    trained = f"trained {iterations} in {duration(summary['training_s'])}; "
-    trained += f"weights, pictures and metrics are in {folder}"
-    lines = [f"{trained}; {lost} of {counted(groups, 'group')} were lost" if lost else trained]
-    if 0 < groups - lost == sum(line["groups_equal_count"] for line in metrics):
-        lines.insert(0, f"every group of {iterations} had equal rewards: nothing was learnt from them")
-    return [*lines, f"look: python -m dgpo_fast.evaluate --side-by-side {shlex.quote(str(folder))}"]
 
 
 def _reward_metrics(scores: GroupScores, images: int) -> dict[str, Any]:
