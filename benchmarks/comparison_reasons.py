@@ -1,0 +1,127 @@
+"""Why two of the paper's claims stay open in the comparison: runs beside it, each of which changes one thing.
+
+    python benchmarks/comparison_reasons.py [--seeds 0 1]
+    python benchmarks/comparison_reasons.py --table
+
+The timestep clip: in `dgpo_fast.compare` the rollouts' grid (DPM-Solver++, 8 steps, shift 3) ends at σ = 0.30, and
+leaving the clip out adds this one noise level. The Euler solver's grid of 8 steps ends at σ = 0.009: with and without
+the clip on that grid.
+
+ODE and SDE rollouts: the search chose half the groups for the SDE, and all of them for the ODE: the ODE with half.
+
+Everything else is as in the comparison. Processes have one thread, two run at a time. Writes
+`benchmarks/results/cpu/comparison_reasons.json`; `--table` prints it as Markdown.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from first_light import RESULTS, machine
+
+from dgpo_fast import recipes
+from dgpo_fast.compare.curves import mean_interval
+from dgpo_fast.compare.run import Run, perform
+from dgpo_fast.compare.systems import NORMAL, SYSTEMS, System
+from dgpo_fast.config import Config
+from dgpo_fast.schedule import make_schedule
+
+PATH = RESULTS / "cpu/comparison_reasons.json"
+LR, MARKS = 2e-4, (0.5, 1.0)
+
+
+def on_eulers_grid(config: Config) -> Config:
+    """With rollouts and training noise on the Euler solver's grid."""
+    return replace(config, rollout=replace(config.rollout, solver="euler"))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained: settings, groups an iteration, and seconds of training."""
+
+    recipe: Callable[[], Config]
+    groups: int
+    seconds: float
+
+
+ARMS = {
+    "Euler's grid, with the clip": Arm(lambda: on_eulers_grid(recipes.tiny_shapes()), NORMAL.groups, 150),
+    "Euler's grid, no clip": Arm(lambda: on_eulers_grid(recipes.tiny_shapes_no_timestep_clip()), NORMAL.groups, 150),
+    "ODE rollouts, half the groups": Arm(recipes.tiny_shapes, NORMAL.groups // 2, 224),
+}
+
+
+def run_of(arm: str, seed: int) -> Run:
+    """As the comparison names it."""
+    return Run("final", arm, seed, LR, ARMS[arm].groups, ARMS[arm].seconds, MARKS)
+
+
+def train(arm: str, seed: int, home: Path) -> None:
+    """One run in this process; its result lies in its folder under `home`."""
+    SYSTEMS[arm] = System(arm, arm, ARMS[arm].recipe, LR)
+    perform(run_of(arm, seed), home, NORMAL, "cpu", lambda share: None, lambda: False)
+
+
+def measure(seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """arm → what came out for each seed."""
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
+
+        def result(arm: str, seed: int) -> dict[str, Any]:
+            command = [sys.executable, __file__, "--arm", arm, "--seeds", str(seed)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run([*command, "--home", scratch], check=True, env=environment)
+            return json.loads((Path(scratch) / run_of(arm, seed).name / "result.json").read_text())
+
+        found = {arm: [pool.submit(result, arm, seed) for seed in seeds] for arm in ARMS}
+        return {arm: [future.result() for future in futures] for arm, futures in found.items()}
+
+
+def rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """A Markdown table."""
+    yield "| DGPO with | time | reward | patch distance | signs read |"
+    yield "|---|---|---|---|---|"
+    for arm, results in found.items():
+        last = [result["points"][-1] for result in results]
+        values = [
+            ([point["reward_mean"] for point in last], 3),
+            ([point["patch_distance"] for point in last], 2),
+            ([result["out_of_task"]["signs"] for result in results], 3),
+        ]
+        cells = []
+        for of, digits in values:
+            each = ", ".join(f"{value:.{digits}f}" for value in of)
+            cells.append(f"{mean_interval(of)[0]:.{digits}f} ({each})")
+        yield f"| {arm} | {results[0]['run']['seconds']:.0f} s | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--table", action="store_true", help="print the results that are there")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        train(options.arm, options.seeds[0], options.home)
+        return
+    if not options.table:
+        found = measure(options.seeds)
+        sigmas = {
+            solver: make_schedule(solver, NORMAL.steps, recipes.tiny_shapes().rollout.shift).sigmas[:-1].tolist()
+            for solver in ("dpmpp_2m", "euler")
+        }
+        content = {"machine": machine(), "sigmas": sigmas, "runs": found}
+        PATH.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(rows(json.loads(PATH.read_text(encoding="utf-8"))["runs"])))
+
+
+if __name__ == "__main__":
+    main()
