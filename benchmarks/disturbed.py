@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from dgpo_fast.metrics import read_metrics
 from tests.distributed_runs import make_workspace
 from tests.pipelines import save_random_pipeline
@@ -28,8 +30,11 @@ def workspace(folder: Path, extra: str) -> Path:
     (folder / "pipeline").mkdir(parents=True)
     save_random_pipeline(folder / "pipeline")
     make_workspace(folder, folder / "pipeline")
-    with (folder / "small.yaml").open("a") as file:
-        file.write(ENGINE + extra)
+    path = folder / "small.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for name, value in yaml.safe_load(ENGINE + extra).items():
+        settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(settings))
     return folder
 
 
