@@ -177,3 +177,14 @@ def test_the_faults_are_those_of_the_files(script: str) -> None:
     module = importlib.import_module(f"benchmarks.{script}")
     assert part(script) == module.text(module.written())
     assert module.as_documented(module.written())
+
+
+def test_the_readme_quotes_the_comparison() -> None:
+    """The sentence on Flow-GRPO has the numbers of `python -m dgpo_fast.compare`."""
+    report = json.loads((ROOT / "benchmarks/results/cpu/compare/compare.json").read_text(encoding="utf-8"))
+    findings = report["findings"]
+    numbers = findings[0]["numbers"]
+    low, high = numbers["ratio_interval"]
+    quoted = f"{numbers['ratio']:.1f} times sooner (95 % of resampled seeds: {low:.1f} to {high:.1f}), and online data"
+    assert quoted in " ".join(README.split())
+    assert [finding["verdict"] for finding in findings[:3]] == ["holds"] * 3
