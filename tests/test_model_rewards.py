@@ -373,6 +373,7 @@ def test_detector_finds_what_its_queries_say(folder, monkeypatch):
         masks[:, :, :8, :12] = 8.0
         return type("Outputs", (), {"class_queries_logits": logits, "masks_queries_logits": masks})
 
+    answer.device = "cpu"
     monkeypatch.setattr(detector, "_model", answer)
     first, second, third = detector.detect(noise(3, 128, 192))
     assert first == third == [] and [one.name for one in second] == ["bus"]

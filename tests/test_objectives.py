@@ -137,7 +137,8 @@ def test_log_prob_is_that_of_torch_distributions(z: np.ndarray, std: float) -> N
 def grpo_config(**flow_grpo: object) -> Config:
     config = make_config()
     rollout = replace(config.rollout, solver="euler", noise_level=0.7, guidance_scale=2.0)
-    return replace(config, objective="flow_grpo", rollout=rollout, flow_grpo=FlowGRPO(**flow_grpo))
+    ema = replace(config.ema, switch_ema_ref=None)
+    return replace(config, objective="flow_grpo", rollout=rollout, ema=ema, flow_grpo=FlowGRPO(**flow_grpo))
 
 
 def grpo_case(folder: Path, **flow_grpo: object) -> Case:
