@@ -59,6 +59,7 @@ def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], p
             _line(axis, system, runs[system], base, measure, spent)
         axis.axhline(base[measure], color=BASE, linewidth=1, linestyle=":", label="the model as it came")
         axis.set(xlabel=LABELS[spent].format(seconds=seconds), ylabel=LABELS[measure], xlim=(0, None))
+        axis.locator_params(axis="x", nbins=6)  # long numbers have room
         axis.grid(alpha=0.25)
     count = len(next(iter(runs.values())))
     axes[0].legend(frameon=False, fontsize=9, title=f"mean of {count} seeds, 95 % interval", title_fontsize=9)
