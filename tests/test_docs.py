@@ -188,3 +188,11 @@ def test_the_readme_quotes_the_comparison() -> None:
     quoted = f"{numbers['ratio']:.1f} times sooner (95 % of resampled seeds: {low:.1f} to {high:.1f}), and online data"
     assert quoted in " ".join(README.split())
     assert [finding["verdict"] for finding in findings[:3]] == ["holds"] * 3
+
+
+def test_the_readme_quotes_the_signs() -> None:
+    """As `python benchmarks/first_light.py tiny-ocr --seeds 0` wrote them."""
+    (run,) = json.loads((ROOT / "benchmarks/results/cpu/tiny-ocr.json").read_text(encoding="utf-8"))["runs"]
+    before, after = (run[when]["reward_mean"] for when in ("before", "after"))
+    assert run["intervals_apart"] and run["gain"] > 0.15 and run["wall_s"] < 1200
+    assert f"goes from {before:.3f} to {after:.3f} in {run['wall_s']:.0f} s" in README
