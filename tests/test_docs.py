@@ -196,3 +196,10 @@ def test_the_readme_quotes_the_signs() -> None:
     before, after = (run[when]["reward_mean"] for when in ("before", "after"))
     assert run["intervals_apart"] and run["gain"] > 0.15 and run["wall_s"] < 1200
     assert f"goes from {before:.3f} to {after:.3f} in {run['wall_s']:.0f} s" in README
+
+
+def test_the_reasons_in_the_comparison_are_the_script_s() -> None:
+    """The table that `python benchmarks/comparison_reasons.py --table` prints."""
+    command = [sys.executable, str(ROOT / "benchmarks/comparison_reasons.py"), "--table"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 5 and done.stdout in (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
