@@ -29,7 +29,8 @@ TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU if there is one. Raises UserError if it is not here."""
+    """The device called `name`; "auto" is the first GPU if there is one. One that is named by its number becomes the
+    current one. Raises UserError if it is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -40,6 +41,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device auto")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels and streams are the current device's
     return device
 
 

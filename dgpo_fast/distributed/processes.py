@@ -75,8 +75,6 @@ class Processes:
     def own_device(self, device: torch.device) -> torch.device:
         """`device`, or with several processes on GPUs this one's own. Raises UserError where there is none for it."""
         if self.count == 1 or device.type != "cuda":
-            if device.index is not None and device.type == "cuda":
-                torch.cuda.set_device(device)  # kernels and streams are the current device's
             return device
         if self.local_rank >= torch.cuda.device_count():
             raise UserError(
