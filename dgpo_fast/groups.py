@@ -5,7 +5,7 @@ so a resumed run and a run on other processes draw what an undisturbed one draws
 """
 
 import hashlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
@@ -62,18 +62,25 @@ class GroupSampler(Generic[T]):
 
 
 def spread(items: Sequence[T], kind: Callable[[T], Hashable]) -> list[T]:
-    """The same items in an order in which those of each kind lie as evenly as they can.
+    """The same items in an order in which the first n hold n/N of each kind, for every n, within less than one item.
 
     Processes hold consecutive groups. Where prompts have rewards of their own, some of which take longer than others,
-    every share then has its part of each kind, at any number of processes and whatever the rewards take.
+    every share then has its part of each kind, within less than two groups, at any number of processes and whatever the
+    rewards take. Tijdeman, "The chairman assignment problem" (1980): of the kinds that are due, the one whose next item
+    may wait the least.
     """
-    kinds: dict[Hashable, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        kinds[kind(item)].append(index)
+    kinds: dict[Hashable, deque[T]] = defaultdict(deque)
+    for item in items:
+        kinds[kind(item)].append(item)
     if len(kinds) == 1:
         return list(items)
-    place = {index: (turn + 0.5) / len(of_kind) for of_kind in kinds.values() for turn, index in enumerate(of_kind)}
-    return [items[index] for index in sorted(place, key=place.__getitem__)]
+    counts, total, slack = {key: len(of_kind) for key, of_kind in kinds.items()}, len(items), 2 * len(kinds) - 2
+    ordered: list[T] = []
+    for place in range(1, total + 1):
+        dealt = {key: counts[key] - len(of_kind) for key, of_kind in kinds.items()}
+        due = [key for key in kinds if slack * (place * counts[key] - total * dealt[key]) >= total]
+        ordered.append(kinds[min(due, key=lambda key: (slack * (dealt[key] + 1) - 1) / counts[key])].popleft())
+    return ordered
 
 
 def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:
