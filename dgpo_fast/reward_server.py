@@ -9,6 +9,7 @@ import hmac
 import io
 import ipaddress
 import json
+import os
 import select
 import signal
 import socket
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.cli import print_settings, run_command
+from dgpo_fast.cli import BAD_INPUT, print_settings, run_command
 from dgpo_fast.config import STRICT, Count, Positive, parse_overrides, resolve
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.service import Limits, Refused, RewardService
@@ -40,6 +41,8 @@ HEADERS_S, BODY_S, SEND_S, LINGER_S = 10.0, 60.0, 30.0, 1.0
 MAX_CONNECTIONS = 256
 MAX_BODIES = 8  # of the largest size, that are held at a time
 STATUS_EVERY_S = 60.0
+HANGS = 10.0
+"""Times --deadline-s, after which a request that is being scored is thought to hang."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -120,7 +123,12 @@ class RewardServer(ThreadingHTTPServer):
             print(f"a request could not be handled: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     def service_actions(self) -> None:
-        """Says now and then what was done, when something was."""
+        """Says now and then what was done, when something was. Raises UserError where the reward hangs."""
+        if self.service.busy_s > HANGS * self.service.limits.deadline_s:
+            raise UserError(
+                f"the reward has been at one request for {self.service.busy_s:.0f} s, {HANGS:g} times --deadline-s, "
+                "and nothing can stop it: mend it, or raise --deadline-s, and start the server again"
+            )
         said_s, last = self._said
         line = self.service.counts.line()
         if line != last and time.monotonic() - said_s >= STATUS_EVERY_S:
@@ -328,6 +336,9 @@ def serve(args: list[str]) -> int:
     print(f"serving {' '.join(settings.reward)} at http://{shown}:{port}{' with a token' if token else ''}", flush=True)
     try:
         server.serve_forever()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(BAD_INPUT)  # anything else would wait for the thread that hangs
     except KeyboardInterrupt:
         print("closing, once the request that is being scored is finished", flush=True)
     finally:

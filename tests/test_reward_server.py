@@ -619,6 +619,15 @@ def test_what_takes_too_long_is_said_so(folder: Path) -> None:
         assert serves(server)
 
 
+def test_a_reward_that_hangs_ends_the_server_in_one_line(folder: Path) -> None:
+    """Whatever started it can then start it again; its clients ask again meanwhile."""
+    with reward_server("--reward", "own:Slow", "--deadline-s", "0.1", folder=folder) as server:
+        assert post(server, request(metadata={"seconds": 600.0}))[0] == 504
+        wait_for(lambda: server.process.poll() is not None)
+        status, _, error = server.stop()
+    assert status == 2 and error.startswith("error: the reward has been at one request for") and error.count("\n") == 1
+
+
 def test_the_documented_server_of_ones_own_is_one(tmp_path: Path) -> None:
     """The server in docs/rewards.md, as a process that cannot import this package."""
     page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")

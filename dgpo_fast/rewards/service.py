@@ -19,6 +19,8 @@ from dgpo_fast.prompts.prompt import Prompt
 from dgpo_fast.rewards import png
 from dgpo_fast.rewards.weighted import WeightedReward
 
+Work = Callable[[bytes], dict[str, Any]]
+
 
 class Refused(Exception):
     """A request that is not answered, with the HTTP status and one line that say why."""
@@ -73,6 +75,13 @@ class RewardService:
         self._lock = threading.Lock()
         self._waiting = 0
         self._closing = False
+        self._began: float | None = None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the request which is being scored has taken so far; 0 where none is."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def health(self) -> dict[str, Any]:
         """What runs here and how much is waiting."""
@@ -109,7 +118,7 @@ class RewardService:
                 state = "closing" if self._closing else f"busy with {self._waiting} requests"
                 raise Refused(503, f"the reward server is {state}")
             queue, self._waiting = self._waiting, self._waiting + 1
-        future = self._worker.submit(_unless_gone, work, body, is_gone)
+        future = self._worker.submit(self._work, work, body, is_gone)
         try:
             return {**future.result(self.limits.deadline_s), "queue": queue}
         except TimeoutError:
@@ -126,6 +135,15 @@ class RewardService:
         with self._lock:
             self._closing = True
         self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _work(self, work: Work, body: bytes, is_gone: Callable[[], bool]) -> dict[str, Any]:
+        if is_gone():
+            raise Refused(499, "the client has gone")
+        self._began = time.monotonic()
+        try:
+            return work(body)
+        finally:
+            self._began = None
 
     def _score(self, body: bytes) -> dict[str, Any]:
         request = _parsed(body)
@@ -177,12 +195,6 @@ class RewardService:
         if len({image.shape for image in images}) > 1:
             raise Refused(400, "the images differ in size")
         return np.stack(images)
-
-
-def _unless_gone(work: Callable[[bytes], dict[str, Any]], body: bytes, is_gone: Callable[[], bool]) -> dict[str, Any]:
-    if is_gone():
-        raise Refused(499, "the client has gone")
-    return work(body)
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
