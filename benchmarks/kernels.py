@@ -2,17 +2,20 @@
 
 ``test`` runs the kernels' tests on the machine at hand, ``tune`` times block sizes (GPU alone), ``bench`` times the
 ops into ``kernels.json`` and ``report`` makes ``kernels.md`` and ``kernels.png`` of it; bench and report where
-nothing is named. All files go to ``benchmarks/results/<device>/``.
+nothing is named. All files go to ``benchmarks/results/<cpu or gpu>/``.
 """
 
 import datetime
 import itertools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # this file would stand before the library of its name
 
 import matplotlib
 import torch
@@ -21,24 +24,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-ROOT = Path(__file__).parents[1]
+from dgpo_fast.profiling.machine import commit
+
 COLORS = {"eager, stored noise": "#999999", "eager": "#d08c2e", "compile": "#3a7ca5", "triton": "#2a8c5a"}
 
 
 def results_folder() -> Path:
     """The results' folder of this machine's device."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    folder = ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder = ROOT / "benchmarks" / "results" / ("gpu" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def run_pytest(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, check=True)
+def run_pytest(*arguments: str) -> int:
+    """Its exit status: a case that fails leaves the others' results."""
+    return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
 
 
 def tune(folder: Path) -> None:
-    """Times every block size of the three kernels over tiles at B = 96 and stores all of them, fastest first."""
+    """Times block sizes of the three kernels over tiles at B = 96 and stores all that are measured, fastest first."""
     from dgpo_kernels.triton import loss, noise
     from dgpo_kernels.triton.launch import TileConfig
 
@@ -60,27 +64,27 @@ def tune(folder: Path) -> None:
     }
     tried = []
     for name, kernel in kernels.items():
-        for block, span, registers in itertools.product((512, 1024, 2048), (1, 2, 4, 8, 16), (128, 168, 255)):
+        for block, span, registers in itertools.product((512, 1024, 2048), (2, 4, 8), (168, 255)):
             config = TileConfig(block, span, registers)
             times = sorted(gpu_times_us(lambda kernel=kernel, config=config: kernel(config)))
             tried.append({"kernel": name, "block": block, "span": span, "max_registers": registers, "us": times[25]})
-    tried.sort(key=lambda row: (row["kernel"], row["us"]))
-    (folder / "tuning.json").write_text(json.dumps(tried, indent=1) + "\n")
+        tried.sort(key=lambda row: (row["kernel"], row["us"]))
+        (folder / "tuning.json").write_text(json.dumps(tried, indent=1) + "\n")
 
 
-def bench(folder: Path) -> None:
-    """Runs the benchmarks and keeps what the report needs of pytest-benchmark's file."""
+def bench(folder: Path) -> int:
+    """Runs the benchmarks and keeps what the report needs of pytest-benchmark's file; their exit status."""
     raw = folder / "raw.json"
-    run_pytest("benchmarks/test_kernel_speed.py", "--benchmark-only", f"--benchmark-json={raw}", "-q")
+    status = run_pytest("benchmarks/test_kernel_speed.py", "--benchmark-only", f"--benchmark-json={raw}", "-q")
     measured = json.loads(raw.read_text())
-    raw.unlink()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     rows = []
     for case in measured["benchmarks"]:
         quantiles = {"call_us_50": case["stats"]["median"] * 1e6, "call_us_25": case["stats"]["q1"] * 1e6}
         rows.append(case["extra_info"] | quantiles | {"call_us_75": case["stats"]["q3"] * 1e6})
-    about = {"date": datetime.date.today().isoformat(), "commit": commit.strip()}
+    about = {"date": datetime.date.today().isoformat(), "commit": commit()}
     (folder / "kernels.json").write_text(json.dumps(about | {"cases": rows}, indent=1) + "\n")
+    raw.unlink()
+    return status
 
 
 def time_us(row: dict[str, Any]) -> float:
@@ -171,17 +175,16 @@ def main() -> None:
     if unknown:
         sys.exit(f"unknown step {', '.join(sorted(unknown))}: expected test, tune, bench or report")
     folder = results_folder()
-    if "test" in steps:
-        run_pytest("tests/kernels", "-q")
+    status = run_pytest("tests/kernels", "-q") if "test" in steps else 0
     if "tune" in steps:
         if not torch.cuda.is_available():
             sys.exit("tune: block sizes are timed on a GPU, and there is none")
-        sys.path.insert(0, str(ROOT))
         tune(folder)
     if "bench" in steps:
-        bench(folder)
+        status = bench(folder) or status
     if "report" in steps:
         report(folder)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
