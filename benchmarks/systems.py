@@ -204,7 +204,8 @@ class Comparison:
         batch = Batch(0, x0, text, empty, advantage, index, size, self.trainer.schedule)
         plain = (x0, advantage, Text(text.prompt, text.pooled), Text(empty.prompt, empty.pooled), inputs)
         self._build("oracle", Oracle)
-        exact = _flat(_gradient(self.systems.pop("oracle"), plain), self.weights)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = _flat(_gradient(self.systems.pop("oracle"), plain), self.weights)
         self.about.pop("oracle")
         empty_cache(self.device)
         found: dict[str, Tensor] = {}

@@ -272,7 +272,7 @@ class Engine:
     decoder: Literal["auto", "plain", "fast"] = "auto"
     """fast: channels_last, and compiled where the blocks are; checked against fp32 on the first images. auto: fast."""
     decode_batch: Count | None = None
-    """Images decoded at a time; fewer take less memory. Default: rollout.batch_size."""
+    """Images decoded at a time; fewer take less memory. Default: rollout.batch_size, at most 16 of 512 × 512."""
     overlap: bool = True
     """On a GPU, decode and score one batch of a rollout while the next one is drawn."""
     batch_timesteps: bool = True

@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from dgpo_fast.engine.compile import RECOMPILE_LIMIT
+from dgpo_fast.engine.compile import BACKEND, RECOMPILE_LIMIT
 from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.engine.timing import best_ms
 
@@ -31,7 +31,7 @@ DISPATCHED = {
 }
 # Written-out products keep S × S numbers a head, which only pays for a few tokens on a CPU.
 CANDIDATES = {"cpu": ("native", MATMUL), "cuda": tuple(DISPATCHED)}
-REFUSALS = (RuntimeError, ValueError, TypeError)
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError)
 """Each kernel refuses shapes and dtypes in its own way, and so does the compiler."""
 FASTER_BY = 1.1
 TIMED_S = {"cpu": 0.2, "cuda": 1.0}
@@ -173,9 +173,10 @@ def time_attention(
     """
     obstacles = {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]}
     trials = {name: [] for name, reason in obstacles.items() if not reason}  # type: dict[str, list[_Trial]]
+    tensors = [_tensors(shape, device, dtype) for shape in shapes]
     for name in list(trials):
         try:
-            trials[name] = [_trial(name, shape, device, dtype) for shape in shapes]
+            trials[name] = [_trial(name, of_shape) for of_shape in tensors]
             obstacles[name] = graph_obstacle(name, shapes[0], device, dtype) if compiled else ""
         except REFUSALS as error:
             obstacles[name] = str(error).splitlines()[0]
@@ -194,8 +195,8 @@ def fastest(timings: Sequence[Timing], *, training: bool) -> str:
     """The kernel to take: torch's own unless another one is clearly faster."""
     times = {t.name: t.backward_ms if training else t.forward_ms for t in timings}
     known = {name: time for name, time in times.items() if time is not None}
-    best = min(known, key=known.__getitem__)
-    return best if known[best] * FASTER_BY < known["native"] else "native"
+    best = min(known, key=known.__getitem__, default="native")
+    return best if best in known and known[best] * FASTER_BY < known.get("native", float("inf")) else "native"
 
 
 def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -213,15 +214,22 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def graph_obstacle(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernel `name` cannot be part of a compiled block, in a few words; empty where it can."""
-    backend, size = DISPATCHED.get(name), (1, shape.tokens, shape.heads, shape.head_dim)
+def graph_obstacle(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, whole: bool = False) -> str:
+    """Why the kernel `name` cannot be part of a compiled block, in a few words; empty where it can.
+
+    With `whole` it is compiled as a block is and run forward and backward at `shape`, else only traced.
+    """
+    backend, size = DISPATCHED.get(name), (shape.batch if whole else 1, shape.tokens, shape.heads, shape.head_dim)
     inputs = [torch.zeros(size, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    compiled = torch.compile(partial(attend, backend), fullgraph=True, dynamic=False, backend=TRACER)
+    by = BACKEND if whole else TRACER
+    compiled = torch.compile(partial(attend, backend), fullgraph=True, dynamic=False, backend=by)
     try:
         # The kernels share one function, whose graphs are counted together.
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            compiled(*inputs)
+            attended = compiled(*inputs)
+            if whole and attended.requires_grad:
+                attended.sum().backward()
+            _finish(device)
     except REFUSALS as error:
         return f"cannot be compiled: {str(error).splitlines()[0]}"
     return ""
@@ -244,22 +252,48 @@ class _Trial:
     differentiable: bool
 
 
-def _trial(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> _Trial:
-    """The kernel's calls, checked against float64. Raises ValueError where it computes something else."""
-    backend, generator = DISPATCHED.get(name), torch.Generator(device).manual_seed(0)
+@dataclass(frozen=True)
+class _Tensors:
+    """Random numbers of one shape that all kernels are tried on: together they would take most of a small card."""
+
+    inputs: list[Tensor]
+    leaves: list[Tensor]
+    gradient: Tensor
+
+
+def _tensors(shape: Shape, device: torch.device, dtype: torch.dtype) -> _Tensors:
+    generator = torch.Generator(device).manual_seed(0)
     size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
     *inputs, gradient = (torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(4))
-    few = [tensor[:1] for tensor in inputs]
+    return _Tensors(inputs, [tensor.detach().requires_grad_() for tensor in inputs], gradient)
+
+
+def _trial(name: str, of: _Tensors) -> _Trial:
+    """The kernel's calls, each made once and checked against float64.
+
+    Raises one of `REFUSALS` where it cannot do them, ValueError where it computes something else.
+    """
+    backend, few, dtype = DISPATCHED.get(name), [tensor[:1] for tensor in of.inputs], of.gradient.dtype
     exact = attend(None, *(tensor.double() for tensor in few))
     errors = [(attend(chosen, *few).double() - exact).abs().max() for chosen in (DISPATCHED["native"], backend)]
     if not errors[1] <= 2 * (errors[0] + torch.finfo(dtype).eps * exact.abs().max()):
         raise ValueError(f"computes something else (by up to {float(errors[1]):.2g})")
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    return _Trial(
-        forward=torch.no_grad()(lambda: attend(backend, *inputs)),
-        backward=lambda: torch.autograd.grad(attend(backend, *leaves), leaves, gradient),
-        differentiable=attend(backend, *leaves).requires_grad,
+    trial = _Trial(
+        forward=torch.no_grad()(lambda: attend(backend, *of.inputs)),
+        backward=lambda: torch.autograd.grad(attend(backend, *of.leaves), of.leaves, of.gradient),
+        differentiable=attend(backend, *of.leaves).requires_grad,
     )
+    trial.forward()
+    if trial.differentiable:
+        trial.backward()
+    _finish(of.gradient.device)
+    return trial
+
+
+def _finish(device: torch.device) -> None:
+    """Waits for a GPU, which tells of some errors only then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _total_ms(

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from dgpo_fast.config import Config
 from dgpo_fast.distributed.placement import largest_share
 
+DECODED_LATENTS = 16 * 64 * 64
+"""Latent pixels that are decoded at a time, 16 pictures of 512 × 512: the decoder then holds no tensor of 2³¹ elements,
+beyond which kernels reckon in 64 bits."""
+
 
 @dataclass(frozen=True)
 class BatchSizes:
@@ -42,3 +46,9 @@ def batch_sizes(config: Config, processes: int) -> BatchSizes:
         policy=min(most, trained),
         training=min(config.policy.micro_batch_size, trained),
     )
+
+
+def decode_batch(config: Config, latent: tuple[int, int, int]) -> int:
+    """Pictures that are decoded at a time, of (C, H, W) `latent`s."""
+    _, height, width = latent
+    return config.engine.decode_batch or min(config.rollout.batch_size, max(1, DECODED_LATENTS // (height * width)))

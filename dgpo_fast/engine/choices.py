@@ -160,6 +160,11 @@ def _attention(config: EngineConfig, situation: Situation, reasons: Reasons, com
     timings = attention.timings(shapes, situation.device, situation.dtype, compiled)
     reasons.timings[purpose] = timings
     chosen = attention.fastest(timings, training=training)
+    if compiled and chosen != "native":
+        problem = attention.graph_obstacle(chosen, shapes[0], situation.device, situation.dtype, whole=True)
+        if problem:
+            reasons.lines.append(f"attention of {purpose} not by {chosen}, the fastest: {problem}")
+            chosen = "native"
     times = ", ".join(_in_words(timing, training) for timing in timings)
     reasons.lines.append(f"attention of {purpose} by {chosen} ({times})")
     return chosen

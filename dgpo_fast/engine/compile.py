@@ -7,8 +7,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-# Kinds of blocks (3) × batch sizes × with and without gradients × with and without adapters.
-RECOMPILE_LIMIT = 64
+# Kinds of blocks (3) × batch sizes × with and without gradients × with and without adapters; several runs in a process.
+RECOMPILE_LIMIT = 256
 BACKEND = "inductor"
 
 
@@ -17,7 +17,9 @@ def compile_blocks(transformer: SD3Transformer2DModel, batches: "StaticBatches")
 
     Its forwards are padded to `batches` from now on.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
     for block in transformer.transformer_blocks:
         block.compile(fullgraph=True, dynamic=False, backend=BACKEND)
     batches.attach(transformer)

@@ -91,8 +91,8 @@ class Decoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) latents → (B, height, width, 3) uint8 on their device, unchecked."""
-        parts = [self._pixels(latents[rows]) for rows in batch_slices(len(latents), self.batch_size)]
-        return torch.cat([to_uint8(pixels) for pixels in parts])
+        batches = (latents[rows] for rows in batch_slices(len(latents), self.batch_size))
+        return torch.cat([to_uint8(self._pixels(batch)) for batch in batches])
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """(B, 3, height, width) in [−1, 1] where the decoder is sure."""

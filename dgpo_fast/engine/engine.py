@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from dgpo_fast.config import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
-from dgpo_fast.engine.batches import batch_sizes
+from dgpo_fast.engine.batches import batch_sizes, decode_batch
 from dgpo_fast.engine.choices import Situation, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.decoder import Decoder, decoder_ms
@@ -61,7 +61,7 @@ class Engine:
             for transformer in self._transformers():
                 compile_blocks(transformer, self._batches(transformer))
         self.solve: Solve = RecordedRollouts(CudaGraphs(models.device)) if self.choices.cuda_graphs else sample_latents
-        pictures = config.engine.decode_batch or config.rollout.batch_size
+        pictures = decode_batch(config, latent)
         self.decoder = Decoder(
             pipeline.vae, min(pictures, self.sizes.rollout) if self.choices.compile else pictures,
             fast=self.choices.decoder == "fast", compiled=self.choices.compile, overlap=config.engine.overlap,

@@ -16,6 +16,7 @@ from torch import nn
 from dgpo_fast.architecture import Architecture
 from dgpo_fast.config import Config
 from dgpo_fast.distributed.placement import largest_share
+from dgpo_fast.engine.batches import decode_batch
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
 from dgpo_fast.optimizers import CHUNK_NUMEL, state_bytes
@@ -184,13 +185,18 @@ class Predictor:
         solving = batch * ((1 + guided * (guided > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
         return {
             "rollout": drawn + solving + (0 if self._recorded(config) else self._rollout_forward(config)),
-            "decoding": drawn + simulated.decoding(min(config.engine.decode_batch or batch, batch)),
+            "decoding": drawn + self.decoding(config),
             "reference forwards": self.inputs(config) + simulated.forward(batch * kl_guided),
             "training": self.inputs(config)
             + simulated.training(micro_batch).peak
             + micro_batch * latent * LOSS_TENSORS * FP32,
             "optimizer": self._stepping(config),
         }
+
+    def decoding(self, config: Config) -> int:
+        """What the decoder takes for a batch."""
+        pictures = min(decode_batch(config, self.shape(config).latent), config.rollout.batch_size)
+        return self._simulation(config).decoding(min(pictures, self.local_samples(config)))
 
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""

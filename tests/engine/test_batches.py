@@ -1,12 +1,13 @@
 """What is recorded, compiled and padded has as many rows as a process has samples, where it has fewer than a batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dgpo_fast.cli import configure
 from dgpo_fast.engine import Engine
-from dgpo_fast.engine.batches import BatchSizes, batch_sizes
+from dgpo_fast.engine.batches import BatchSizes, batch_sizes, decode_batch
 from dgpo_fast.trainer import Trainer
 from tests.engine.cases import EngineCase, make_config
 
@@ -43,3 +44,11 @@ def test_a_run_draws_no_more_than_it_has(workspace: Path) -> None:
     trainer = Trainer(configure(["small.yaml", "--rollout.batch-size", "50", "--evaluation.images", "10"]))
     trainer.close()
     assert (trainer.sampler.batch_size, trainer.eval_sampler.batch_size) == (12, 10)
+
+
+def test_the_decoder_holds_no_tensor_beyond_32_bits() -> None:
+    """SD3's decoder has 256 channels at full resolution: at most 2³⁰ elements unless the settings ask for more."""
+    config = make_config()
+    large = replace(config, rollout=replace(config.rollout, batch_size=32))
+    assert [decode_batch(large, (16, side, side)) for side in (8, 64, 128, 256)] == [32, 16, 4, 1]
+    assert decode_batch(replace(large, engine=replace(large.engine, decode_batch=32)), (16, 64, 64)) == 32

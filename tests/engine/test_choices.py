@@ -114,6 +114,50 @@ def test_kernels_that_no_graph_holds_are_left_out_where_blocks_are_compiled(monk
     assert choose(Engine(attention="matmul", linear="torch", compile="off"), HERE)[0].attention == "matmul"
 
 
+def test_kernels_that_fail_at_work_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backward pass, which the check against float64 has not; and torch's own too, by lack of memory."""
+
+    class Refuses(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("no plan for this shape")
+
+    right = attention.attend
+
+    def attend(backend: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        if backend is not None and len(inputs[0]) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return Refuses.apply(right(backend, *inputs))
+
+    monkeypatch.setattr(attention, "attend", attend)
+    time_attention.cache_clear()
+    timings = {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32)}
+    time_attention.cache_clear()
+    assert timings["matmul"].obstacle == "no plan for this shape" and timings["matmul"].backward_ms is None
+    assert timings["native"].obstacle == "out of memory"
+    assert fastest(tuple(timings.values()), training=True) == "native"
+
+
+def test_the_fastest_kernel_must_compile_as_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced it was before; what the compiler makes of it is tried for the one that is taken."""
+    timings = (Timing("native", 2.0, 5.0), Timing("matmul", 1.0, 3.0))
+    monkeypatch.setattr(attention, "time_attention", lambda *_: timings)
+    config = Engine(compile="on", linear="torch")
+    assert choose(config, HERE)[0].train_attention == "matmul"
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("strides differ")
+
+    monkeypatch.setattr(attention, "BACKEND", refuse)
+    choices, reasons = choose(config, HERE)
+    assert choices.attention == choices.train_attention == "native"
+    assert reasons.lines[0].startswith("attention of rollouts not by matmul, the fastest: cannot be compiled: ")
+
+
 def test_attention_shapes(random_pipeline: Path) -> None:
     transformer = EngineCase(random_pipeline, make_config()).models.base
     joint, dual = attention_shapes(transformer, batch=6, tokens=16, text_tokens=21)

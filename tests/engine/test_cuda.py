@@ -31,8 +31,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replayed_rollouts(compiled: str, dtype: torch.dtype, random_pipeline: Path) -> None:
+def test_replayed_rollouts(
+    compiled: str, dtype: torch.dtype, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under one recording: other noise, prompts and weights, and a partial last batch."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which rounds differently at another batch size
     plain = EngineCase(random_pipeline, make_config(), dtype, CUDA)
     fast = EngineCase(random_pipeline, make_config(cuda_graphs="on", compile=compiled), dtype, CUDA)
     for draw, prompts in enumerate((["a cat"], ["two birds", "a house"], ["a dog"])):
