@@ -139,9 +139,8 @@ class MemoryPlan:
     def _to_come(self, config: Config) -> int:
         """Predicted bytes that a training step finds allocated and that are not there yet beside the models."""
         held = self.predictor.predict(config, 1).held
-        # Of a stream of its own, on which the allocator keeps it.
-        decoding = self.predictor.decoding(config) if config.engine.overlap else 0
-        return sum(held.get(name, 0) for name in MADE_LATER) + self.predictor.inputs(config) + decoding
+        # Not what the decoder's stream keeps: the allocator takes it back, at less than what smaller batches cost.
+        return sum(held.get(name, 0) for name in MADE_LATER) + self.predictor.inputs(config)
 
     def _with_micro_batch(self, config: Config, most: int) -> Config:
         size = fit(most, self.predictor.local_samples(config), config.rollout.group_size)

@@ -185,18 +185,13 @@ class Predictor:
         solving = batch * ((1 + guided * (guided > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
         return {
             "rollout": drawn + solving + (0 if self._recorded(config) else self._rollout_forward(config)),
-            "decoding": drawn + self.decoding(config),
+            "decoding": drawn + simulated.decoding(min(decode_batch(config, shape.latent), batch)),
             "reference forwards": self.inputs(config) + simulated.forward(batch * kl_guided),
             "training": self.inputs(config)
             + simulated.training(micro_batch).peak
             + micro_batch * latent * LOSS_TENSORS * FP32,
             "optimizer": self._stepping(config),
         }
-
-    def decoding(self, config: Config) -> int:
-        """What the decoder takes for a batch."""
-        pictures = min(decode_batch(config, self.shape(config).latent), config.rollout.batch_size)
-        return self._simulation(config).decoding(min(pictures, self.local_samples(config)))
 
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
