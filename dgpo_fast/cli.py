@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 import tyro
 
-from dgpo_fast.config import Config, parse_overrides, read_yaml, resolve
+from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.recipes import RECIPES, get_recipe
+from dgpo_fast.settings import parse_overrides, read_yaml, resolve
 
 BAD_INPUT = 2
 INTERRUPTED = 130

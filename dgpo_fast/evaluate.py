@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from dgpo_fast.cli import INTERRUPTED, print_settings, run_command, take_option
-from dgpo_fast.config import to_dict
 from dgpo_fast.console import Console
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.settings import (
@@ -16,6 +15,7 @@ from dgpo_fast.evaluation.settings import (
     read_settings,
     require_weights,
 )
+from dgpo_fast.settings import to_dict
 
 PAIRS = 400
 """Pairs of pictures in a page, unless --pairs says otherwise; a page of that many 512 px pictures has some 50 MB."""

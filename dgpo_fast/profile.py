@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_fast.cli import configure, launched_with_others, leave, print_help, run_command, take_option
-from dgpo_fast.config import Config, Log, resolve, to_dict
+from dgpo_fast.config import Config, Log
 from dgpo_fast.errors import UserError
+from dgpo_fast.settings import resolve, to_dict
 
 USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
 

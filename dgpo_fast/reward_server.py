@@ -25,9 +25,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from dgpo_fast.cli import BAD_INPUT, print_settings, run_command
-from dgpo_fast.config import STRICT, Count, Positive, parse_overrides, resolve
+from dgpo_fast.config import STRICT, Count, Positive
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.service import Limits, Refused, RewardService
+from dgpo_fast.settings import parse_overrides, resolve
 
 USAGE = """Score pictures for runs on other machines or in other environments.
 

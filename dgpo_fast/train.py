@@ -21,9 +21,10 @@ from dgpo_fast.cli import (
     run_command,
     take_option,
 )
-from dgpo_fast.config import Config, flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
+from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.lock import LOCK, FolderLock, read_lock
+from dgpo_fast.settings import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.wording import near_run, resume_command
 
 USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization.

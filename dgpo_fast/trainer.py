@@ -11,7 +11,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from dgpo_fast.checkpoint import CheckpointWriter, State, load_newest
-from dgpo_fast.config import Config, to_dict
+from dgpo_fast.config import Config
 from dgpo_fast.console import Console
 from dgpo_fast.distributed import ALONE, BatchPart, Processes, Share, SharedError, place
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
@@ -36,6 +36,7 @@ from dgpo_fast.results import BEFORE_FILE, earlier_evaluation, write_results, wr
 from dgpo_fast.rewards import GroupScores, RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
+from dgpo_fast.settings import to_dict
 from dgpo_fast.sources import Groups, Source
 from dgpo_fast.sources.offline import OfflineSource
 from dgpo_fast.sources.online import OnlineSource, RolloutWorker

@@ -22,8 +22,8 @@ from dgpo_fast.compare.quality import PatchBank, diversity, rendered
 from dgpo_fast.compare.report import update_document, write_report
 from dgpo_fast.compare.run import Run, finished_result, perform
 from dgpo_fast.compare.systems import QUICK, SYSTEMS, configuration
-from dgpo_fast.config import flat
 from dgpo_fast.errors import UserError
+from dgpo_fast.settings import flat
 from dgpo_fast.tiny import data
 
 ALL = tuple(SYSTEMS)

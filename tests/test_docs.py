@@ -13,13 +13,13 @@ import pytest
 from benchmarks.pages import part
 from dgpo_fast.cli import configure, take_option
 from dgpo_fast.compare.report import with_parts
-from dgpo_fast.config import setting_names
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import take_sources
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.recipes import markdown_table
 from dgpo_fast.rewards import load_rewards
+from dgpo_fast.settings import setting_names
 from dgpo_fast.train import MAY_CHANGE, MUST_STAY, train
 
 ROOT = Path(__file__).parents[1]

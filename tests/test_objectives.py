@@ -351,7 +351,10 @@ def test_the_loop_knows_no_objective() -> None:
         ({"objective": "ppo"}, "no objective 'ppo': name one of dgpo, diffusion_dpo, flow_grpo, or your own as "),
         ({"objective": "nowhere:Mine"}, "objective 'nowhere:Mine': no module 'nowhere' in the working folder or among"),
         ({"objective": "dgpo_fast.config:DGPO"}, "objective 'dgpo_fast.config:DGPO' cannot be made: ValidationError: "),
-        ({"objective": "dgpo_fast.config:to_dict"}, "objective 'dgpo_fast.config:to_dict' has no `needs_transitions`"),
+        (
+            {"objective": "dgpo_fast.settings:flat"},
+            "objective 'dgpo_fast.settings:flat' has no `needs_transitions`",
+        ),
         ({"objective": "flow_grpo"}, "objective 'flow_grpo' learns from the noise of the rollout's steps and rollout."),
         (
             {"objective": "flow_grpo", "rollout": Rollout(solver="euler", noise_level=0.7)},

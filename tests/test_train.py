@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from dgpo_fast.checkpoint import load_newest
 from dgpo_fast.cli import configure
-from dgpo_fast.config import read_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.rollout import initial_noise
+from dgpo_fast.settings import read_yaml
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
 from tests.processes import finish, start

@@ -2,8 +2,8 @@
 
 from dgpo_fast.cli import print_settings, run_command
 from dgpo_fast.compare.settings import CompareSettings
-from dgpo_fast.config import parse_overrides, resolve
 from dgpo_fast.errors import UserError
+from dgpo_fast.settings import parse_overrides, resolve
 
 USAGE = """Compare DGPO, Diffusion-DPO and Flow-GRPO on the shipped pipeline, online and offline, and DGPO's ablations.
 

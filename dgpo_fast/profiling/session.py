@@ -10,7 +10,6 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
-from dgpo_fast.config import flat
 from dgpo_fast.metrics import Loggers
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling import trace as tracing
@@ -20,6 +19,7 @@ from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import Recorder
 from dgpo_fast.profiling.report import Report
 from dgpo_fast.profiling.work import DECODE, ROLLOUT
+from dgpo_fast.settings import flat
 
 TRACE_FILE = "trace.json.gz"
 

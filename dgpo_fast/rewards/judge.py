@@ -26,11 +26,12 @@ from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config import STRICT, Count, Positive, read_yaml, resolve
+from dgpo_fast.config import STRICT, Count, Positive
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden, png
 from dgpo_fast.rewards.http_client import JsonClient, Unanswered
 from dgpo_fast.rewards.protocol import require_images
+from dgpo_fast.settings import read_yaml, resolve
 
 MAX_ALTERNATIVES = 20  # of a token, as many as OpenAI's interface gives
 # Settings of how a judge is reached, which may change between two halves of a folder of scores.

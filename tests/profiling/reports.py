@@ -1,6 +1,5 @@
 """A report as a GPU would give it, with every section that a page can have. The numbers are made up."""
 
-from dgpo_fast.config import flat
 from dgpo_fast.profiling.report import (
     Candidate,
     Device,
@@ -21,6 +20,7 @@ from dgpo_fast.profiling.report import (
     Work,
 )
 from dgpo_fast.recipes import get_recipe
+from dgpo_fast.settings import flat
 
 PHASES = {"encode": 0.02, "rollout": 9.1, "decode": 1.4, "reward": 0.3, "train": 8.2, "optimizer": 0.05}
 HOSTILE = "</script><script>document.title='owned'</script><img src=https://example.com/x.png onerror=alert(1)>"
