@@ -51,9 +51,12 @@ class Counted:
         self.lost += int((wanted & (weight == before)).sum())
 
 
-def flat(weights: Any) -> Tensor:
-    """All weights in one fp64 vector."""
-    return torch.cat([weight.detach().double().flatten() for weight in weights.values()])
+def kept(trainer: Trainer) -> Tensor:
+    """All weights in one fp64 vector, with the lower halves of a master."""
+    weights, optimizer = [weight.detach() for weight in trainer.models.weights.values()], trainer.learner.optimizer
+    if isinstance(optimizer, Bf16Optimizer):
+        weights = [optimizer.rounding.widen(index, weight) for index, weight in enumerate(weights)]
+    return torch.cat([weight.double().flatten() for weight in weights])
 
 
 def run(arm: str, lr: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -67,14 +70,14 @@ def run(arm: str, lr: float, options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(optimizer, Bf16Optimizer):
         counted = Counted(NearestRounding() if arm == "bf16_nearest" else optimizer.rounding)
         optimizer.rounding = counted  # type: ignore[assignment]
-    start = flat(trainer.models.weights)
+    start = kept(trainer)
     positions = []
     with tempfile.TemporaryDirectory() as folder:
         trainer.open_logs(Path(folder), {})
         trainer.console.start_training(0, options.iterations)
         for _ in range(options.iterations):
             trainer.step()
-            positions.append((flat(trainer.models.weights) - start).float())
+            positions.append((kept(trainer) - start).float())
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     heldout = trainer._evaluate(trainer.models.weights, on_step=None).summary()
     trainer.close()
@@ -97,7 +100,7 @@ def against_fp32(arm: dict[str, Any], fp32: dict[str, Any]) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    head = ["weights", "lr", "unchanged by an update", "distance from fp32", "share of its way", "held-out reward"]
+    head = ["weights", "lr", "left as it was by an update", "distance from fp32", "share of its way", "held-out reward"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in report["runs"]:
         half = (r["heldout_reward_ci95"][1] - r["heldout_reward_ci95"][0]) / 2
