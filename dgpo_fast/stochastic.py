@@ -38,11 +38,11 @@ class StepNoise:
     Args:
         samples: (B,) int64 indices of the samples.
         seed: of the noise's stream.
-        draw: number of the rollout, such as the iteration.
+        draw: number of the rollout, such as the iteration; in a recorded rollout () int64 on the samples' device.
         keep: whether `transitions` is filled in.
     """
 
-    def __init__(self, samples: Tensor, *, seed: int, draw: int, keep: bool = False):
+    def __init__(self, samples: Tensor, *, seed: int, draw: int | Tensor, keep: bool = False):
         self.samples, self.seed, self.draw, self.keep = samples, seed, draw, keep
         self.transitions: Transitions | None = None
 
@@ -52,6 +52,12 @@ class StepNoise:
             states = noise.new_empty(steps + 1, *noise.shape)
             states[0] = noise
             self.transitions = Transitions(states, noise.new_empty(steps, len(noise)))
+
+    def take(self, rows: slice, states: Tensor, log_prob: Tensor) -> None:
+        """Keeps the steps of the samples `rows` from a recorded rollout: (B, S + 1, C, H, W) and (B, S)."""
+        assert self.transitions is not None, "no room was made for these steps"
+        self.transitions.states[:, rows] = states.transpose(0, 1)
+        self.transitions.log_prob[:, rows] = log_prob.T
 
     def add(self, x: Tensor, moved: Tensor, schedule: Schedule, step: int, rows: slice) -> Tensor:
         """The state after grid step `step`.

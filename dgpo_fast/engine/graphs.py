@@ -1,16 +1,18 @@
 """Functions of tensors whose shapes never change: recorded once, replayed with new contents."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Recorder(Protocol):
     """Records what a function does to the device, so that it can be done again without running the function."""
 
-    def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], object]]:
         """What `function` returns, and what computes it again, into the same memory, from the same inputs."""
         ...
 
@@ -26,7 +28,7 @@ class CudaGraphs:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
 
-    def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], object]]:
         """See `Recorder.record`. The function runs once before it is recorded, to compile what there is to compile."""
         current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         side.wait_stream(current)
@@ -41,7 +43,7 @@ class CudaGraphs:
 
 
 class Recording:
-    """A recorded function of named tensors with the batch in front.
+    """A recorded function of named tensors with the batch in front, to tensors with the batch in front.
 
     Args:
         function: gets static tensors of `inputs`' shapes and dtypes; reads nothing else that changes, but weights in
@@ -51,15 +53,18 @@ class Recording:
     """
 
     def __init__(
-        self, function: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], recorder: Recorder
+        self,
+        function: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
+        inputs: Mapping[str, Tensor],
+        recorder: Recorder,
     ):
         self.inputs = {name: tensor.detach().clone() for name, tensor in inputs.items()}
-        self.output, self.replay = recorder.record(lambda: function(self.inputs))
+        self.outputs, self.replay = recorder.record(lambda: function(self.inputs))
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The function of `inputs`, which may be fewer rows than a whole batch. Valid until the next call."""
         rows = max(len(tensor) for tensor in inputs.values())
         for name, tensor in inputs.items():
             self.inputs[name][: len(tensor)].copy_(tensor)
         self.replay()
-        return self.output[:rows]
+        return tuple(output[:rows] for output in self.outputs)

@@ -12,6 +12,9 @@ from dgpo_fast.schedule import Schedule
 from dgpo_fast.stochastic import StepNoise
 from dgpo_fast.text import TextEmbeds
 
+OF_ALL_SAMPLES = ("empty_prompt", "empty_pooled", "draw")
+"""Inputs with one row, whatever the batch."""
+
 
 class RecordedRollouts:
     """`sample_latents` without the host: each batch is one replay. A last partial batch is padded.
@@ -41,17 +44,20 @@ class RecordedRollouts:
         step_noise: StepNoise | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """See `sample_latents`, which draws the rollouts with noise; `on_step` is told after each batch."""
+        """See `sample_latents`; `on_step` is told after each batch."""
         if step_noise is not None:
-            return sample_latents(
-                transformer, noise, text, empty, schedule,
-                guidance_scale=guidance_scale, batch_size=batch_size, step_noise=step_noise, on_step=on_step,
-            )  # fmt: skip
+            step_noise.start(noise, schedule.steps)
         x0 = torch.empty_like(noise)
         for rows in batch_slices(len(noise), batch_size):
             inputs = {"noise": noise[rows], "prompt": text.prompt[rows], "pooled": text.pooled[rows]}
             inputs |= {"empty_prompt": empty.prompt, "empty_pooled": empty.pooled}
-            x0[rows] = self._recording(transformer, inputs, schedule, guidance_scale, batch_size)(inputs)
+            if step_noise is not None:
+                inputs["samples"] = step_noise.samples[rows]
+                inputs["draw"] = torch.full((1,), int(step_noise.draw), device=noise.device)
+            recording = self._recording(transformer, inputs, schedule, guidance_scale, batch_size, step_noise)
+            x0[rows], *kept = recording(inputs)
+            if step_noise is not None and kept:
+                step_noise.take(rows, *kept)
             if on_step:
                 on_step(rows.stop / len(noise))
         return x0
@@ -63,13 +69,15 @@ class RecordedRollouts:
         schedule: Schedule,
         guidance_scale: float,
         batch_size: int,
+        step_noise: StepNoise | None,
     ) -> Recording:
         shapes = tuple(tuple(tensor.shape[1:]) for tensor in inputs.values())
-        key = (id(transformer), id(schedule), guidance_scale, batch_size, shapes)
+        seed, keep = (step_noise.seed, step_noise.keep) if step_noise else (0, False)
+        key = (id(transformer), id(schedule), guidance_scale, batch_size, seed, keep, shapes)
         if key not in self.recordings:
-            whole = {name: _repeat_last(tensor, batch_size) for name, tensor in inputs.items() if "empty" not in name}
+            whole = {name: _repeat_last(x, batch_size) for name, x in inputs.items() if name not in OF_ALL_SAMPLES}
             recording = Recording(
-                lambda static: _solve(transformer, static, schedule, guidance_scale),
+                lambda static: _solve(transformer, static, schedule, guidance_scale, seed, keep),
                 {**inputs, **whole},
                 self.recorder,
             )
@@ -78,9 +86,14 @@ class RecordedRollouts:
 
 
 def _solve(
-    transformer: SD3Transformer2DModel, static: Mapping[str, Tensor], schedule: Schedule, guidance_scale: float
-) -> Tensor:
-    return sample_latents(
+    transformer: SD3Transformer2DModel, static: Mapping[str, Tensor], schedule: Schedule, guidance_scale: float,
+    seed: int, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """x0; and the steps, with the batch in front, where they are kept."""
+    step_noise = None
+    if "samples" in static:
+        step_noise = StepNoise(static["samples"], seed=seed, draw=static["draw"][0], keep=keep)
+    x0 = sample_latents(
         transformer,
         static["noise"],
         TextEmbeds(static["prompt"], static["pooled"]),
@@ -88,7 +101,10 @@ def _solve(
         schedule,
         guidance_scale=guidance_scale,
         batch_size=len(static["noise"]),
+        step_noise=step_noise,
     )
+    kept = step_noise.transitions if step_noise else None
+    return (x0,) if kept is None else (x0, kept.states.transpose(0, 1), kept.log_prob.T)
 
 
 def _repeat_last(tensor: Tensor, rows: int) -> Tensor:

@@ -16,6 +16,7 @@ from dgpo_fast.pipeline import load_pipeline
 from dgpo_fast.policy import PolicyModels
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
+from dgpo_fast.stochastic import StepNoise
 from dgpo_fast.text import PromptEncoder
 
 CPU = torch.device("cpu")
@@ -87,14 +88,14 @@ class EngineCase:
         self.new = {n: w + spread[n] * torch.randn(w.shape, generator=generator) for n, w in self.old.items()}
         self.models.load_weights(self.new)
 
-    def rollout(self, prompts: list[str] | None = None, draw: int = 0) -> Tensor:
+    def rollout(self, prompts: list[str] | None = None, draw: int = 0, step_noise: StepNoise | None = None) -> Tensor:
         """x0 of seven samples drawn by the policy's weights: a whole batch of five and a partial one."""
         self.models.load_behaviour(self.new)
         prompts = prompts or PROMPTS
         texts = [prompts[n % len(prompts)] for n in range(7)]
         x0, _ = self.sampler.latents(
             texts, torch.arange(7, device=self.device), self.schedule,
-            guidance_scale=self.config.rollout.guidance_scale, seed=3, draw=draw,
+            guidance_scale=self.config.rollout.guidance_scale, seed=3, draw=draw, step_noise=step_noise,
         )  # fmt: skip
         return x0
 

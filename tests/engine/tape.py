@@ -14,7 +14,7 @@ nothing at all; and of another device than the recording's it knows nothing.
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ FORBIDDEN = (
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "lift_fresh", "_pin_memory", "repeat_interleave.Tensor",
 )  # fmt: skip
+
+
+T = TypeVar("T")
 
 
 class Outside:
@@ -96,7 +99,7 @@ class TapeRecorder:
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
 
-    def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], object]]:
         """See `dgpo_fast.engine.graphs.Recorder`."""
         function()
         tape = Tape()

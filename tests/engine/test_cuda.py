@@ -15,6 +15,8 @@ from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.rollout import RecordedRollouts
 from dgpo_fast.rollout import decode_plainly, predict
+from dgpo_fast.schedule import make_schedule
+from dgpo_fast.stochastic import StepNoise
 from tests.engine.cases import EngineCase, make_config
 
 pytestmark = [
@@ -44,6 +46,23 @@ def test_replayed_rollouts(
         bound = 1e-4 if dtype == torch.float32 else 0.05
         assert relative(fast.rollout(prompts, draw), plain.rollout(prompts, draw)) < bound
     assert isinstance(fast.engine.solve, RecordedRollouts) and len(fast.engine.solve.recordings) == 1
+
+
+def test_replayed_rollouts_with_noise(random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under one recording: the noise of each draw, and the steps that an objective learns from."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    plain = EngineCase(random_pipeline, make_config(), torch.float32, CUDA)
+    fast = EngineCase(random_pipeline, make_config(cuda_graphs="on"), torch.float32, CUDA)
+    plain.schedule = fast.schedule = make_schedule("euler", 4, 3.0, noise_level=0.7).to(CUDA)
+    for draw in (4, 9):
+        drawn, noises = [], []
+        for case in (plain, fast):
+            noises.append(StepNoise(torch.arange(7, device=CUDA), seed=5, draw=draw, keep=True))
+            drawn.append(case.rollout(draw=draw, step_noise=noises[-1]))
+        assert relative(*drawn) < 1e-4
+        assert relative(noises[1].transitions.states, noises[0].transitions.states) < 1e-4
+        assert torch.allclose(noises[1].transitions.log_prob, noises[0].transitions.log_prob, atol=1e-5)
+    assert len(fast.engine.solve.recordings) == 1
 
 
 def test_another_thread_may_allocate_during_a_recording() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from dgpo_fast.engine.rollout import RecordedRollouts
 from dgpo_fast.schedule import make_schedule
+from dgpo_fast.stochastic import StepNoise
 from tests.engine.cases import EngineCase, make_config
 from tests.engine.tape import Tape, TapeRecorder
 
@@ -38,6 +39,30 @@ def test_replays_draw_what_the_plain_path_draws(case: EngineCase, solver: str, g
         assert torch.allclose(found, expected, atol=1e-5)
     assert recorder.tapes == [tape], "one recording serves all batches"
     assert {name: tensor.data_ptr() for name, tensor in recording.inputs.items()} == addresses
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_replays_draw_the_noise_of_each_step(case: EngineCase, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of their own draw and samples, under one recording, and keep the steps that an objective learns from."""
+    # Equal groups share their noise on a CPU alone; to find them is to wait for a GPU.
+    monkeypatch.setattr(torch, "unique", lambda groups, return_inverse: (groups, torch.arange(len(groups))))
+    case.schedule, plain = make_schedule("euler", 4, 3.0, noise_level=0.7), case.sampler.solve
+    recorder = TapeRecorder()
+    recorded = RecordedRollouts(recorder)
+    drawn = []
+    for draw in (4, 9):
+        both = [StepNoise(torch.arange(7) + 100 * draw, seed=5, draw=draw, keep=keep) for _ in range(2)]
+        case.sampler.solve = recorded
+        found = case.rollout(draw=draw, step_noise=both[0])
+        case.sampler.solve = plain
+        drawn.append(case.rollout(draw=draw, step_noise=both[1]))
+        assert torch.allclose(found, drawn[-1], atol=1e-5)
+        if keep:
+            mine, theirs = (noise.transitions for noise in both)
+            assert mine is not None and theirs is not None and torch.equal(mine.states[-1], found)
+            assert torch.allclose(mine.states, theirs.states, atol=1e-5)
+            assert torch.allclose(mine.log_prob, theirs.log_prob, atol=1e-6)
+    assert len(recorder.tapes) == 1 and not torch.allclose(*drawn, atol=0.1)
 
 
 def test_replays_run_no_python_of_the_model(case: EngineCase) -> None:
