@@ -37,6 +37,7 @@ import torch
 from benchmarks import float8
 from benchmarks.baselines import BASELINES
 from benchmarks.paired import paired
+from benchmarks.savings import CHANGES, EQUAL_GROUPS, SAVINGS, names
 from benchmarks.systems import OURS, Comparison, Ours, by_phase, empty_cache, in_words, quantiles, timed
 from benchmarks.throughput_tables import read_report, with_tables, write_tables
 from dgpo_fast.cli import configure, quieten_libraries
@@ -53,33 +54,6 @@ SMALL_GIB = 100.0
 """On a smaller card there is no room for random text encoders, nor for full fine-tuning beside a baseline."""
 ROW_S = {"cuda": 45.0, "cpu": 5.0}
 """A row that has less time left than this is not begun."""
-SAVINGS: dict[str, list[str]] = {
-    "all settings of the engine": [
-        "--engine.compile", "off", "--engine.cuda-graphs", "off", "--engine.attention", "native", "--engine.linear",
-        "torch", "--engine.decoder", "plain", "--engine.overlap", "False", "--engine.batch-timesteps", "False",
-        "--engine.skip-equal-groups", "False", "--engine.keep-memory", "False",
-    ],
-    "engine.compile": ["--engine.compile", "off"],
-    "engine.cuda_graphs": ["--engine.cuda-graphs", "off"],
-    "engine.attention": ["--engine.attention", "native"],
-    "engine.linear": ["--engine.linear", "torch"],
-    "engine.decoder": ["--engine.decoder", "plain"],
-    "engine.overlap": ["--engine.overlap", "False"],
-    "engine.batch_timesteps": ["--engine.batch-timesteps", "False"],
-    "engine.skip_equal_groups": ["--engine.skip-equal-groups", "False"],
-    "policy.behaviour": ["--policy.behaviour", "adapter"],
-}  # fmt: skip
-"""Name of a saving → what switches it off."""
-EQUAL_GROUPS = "engine.skip_equal_groups"
-CHANGES: dict[str, list[str]] = {
-    "policy.micro_batch auto": ["--policy.micro-batch", "auto"],
-    "engine.rollout_precision fp8": ["--engine.rollout-precision", "fp8"],
-}
-"""What is not on by default. fp8 is inexact: other images are drawn."""
-FOR_DEVICE = {
-    "engine.cuda_graphs": "cuda", "engine.overlap": "cuda", "engine.linear": "cpu", "policy.micro_batch auto": "cuda",
-    "engine.rollout_precision fp8": "cuda",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,10 +105,9 @@ class Bench:
             self.row("cases", case.name, lambda case=case: self.case(case))
         changes = {**SAVINGS, **CHANGES}
         # Last, since its rewards are others: what the rows before it share can go.
-        for name in sorted(changes, key=lambda name: name == EQUAL_GROUPS):
-            if FOR_DEVICE.get(name, self.device.type) == self.device.type:
-                kind = "savings" if name in SAVINGS else "changes"
-                self.row(kind, name, lambda name=name: self.compare(name, changes[name]))
+        for name in sorted(names(changes, self.device.type), key=lambda name: name == EQUAL_GROUPS):
+            kind = "savings" if name in SAVINGS else "changes"
+            self.row(kind, name, lambda name=name: self.compare(name, changes[name]))
 
         for name, settings in float8.RUNS.items() if self.device.type == "cuda" else ():
             self.row("float8", name, lambda settings=settings: float8.difference(settings))

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.savings import CHANGES, SAVINGS, names
+
 NOT_MEASURED = "not measured"
 SYSTEMS = {"A": "A, reference-style", "B": "B, eager", "C": "C, compiled", "ours": "ours"}
 CASES = [f"{train}, {guided}, G {size}" for train in ("LoRA", "full") for size in (16, 24)
@@ -119,12 +121,12 @@ def gradients_table(report: Report) -> str:
 
 def savings_table(report: Report) -> str:
     """How much longer an iteration takes with each saving alone switched off, or with something else switched on."""
-    rows = []
-    for section, word in (("savings", "off"), ("changes", "")):
-        for name, row in _rows(report, section, [section]):
+    rows, device = [], (report.get("machine") or {}).get("kind", "cuda")
+    for section, settings, word in (("savings", SAVINGS, "off"), ("changes", CHANGES, "")):
+        for name, row in _rows(report, section, names(settings, device)):
             label = f"`{name}` {word}".strip() if "." in name else f"{name} {word}".strip()
             if "ratio" not in row:
-                rows.append([name if not row else label, row.get("error", NOT_MEASURED), "", "", ""])
+                rows.append([label, row.get("error", NOT_MEASURED), "", "", ""])
                 continue
             with_it, without = (row["seconds"][of]["iteration"] for of in ("ours", "changed"))
             rows.append([label, _spread(with_it), _spread(without), f"{_spread(row['ratio'])}×", str(row["rounds"])])
@@ -208,7 +210,7 @@ def _target(
 def _rows(report: Report, section: str, expected: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
     """What was measured, in the order of `expected`, and what of that was not."""
     found = report.get(section, {})
-    missing = [name for name in expected if name not in found] if section == "cases" or not found else []
+    missing = [name for name in expected if name not in found]
     return sorted(
         [*found.items(), *((name, {}) for name in missing)],
         key=lambda row: expected.index(row[0]) if row[0] in expected else len(expected),

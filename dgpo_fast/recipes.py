@@ -1,7 +1,7 @@
 """Named starting points. Each is a function that returns a `Config`; most derive from another one.
 
-Learning rates of the small recipes with other objectives or data are those that `dgpo_fast.compare` chose
-(docs/comparison.md).
+Learning rates of the small recipes with other objectives or data are those of an earlier search; docs/comparison.md
+has the present one.
 
 The `sd35m-*` recipes carry the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. Where the
 release's README and its configuration disagree, the configuration counts. Those for Flow-GRPO carry the values of that

@@ -584,7 +584,7 @@ def test_ocr_needs_quoted_text(ocr, tmp_path):
 def test_ocr_without_its_engine_says_what_to_install(monkeypatch):
     for package in ("rapidocr", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
-        expected = "reward 'ocr' needs RapidOCR and onnxruntime: pip install \"dgpo_fast[ocr]\""
+        expected = "reward 'ocr' needs RapidOCR: pip install 'rapidocr<4' onnxruntime"
         assert message(load_rewards, ["ocr"]) == expected
         monkeypatch.undo()
 

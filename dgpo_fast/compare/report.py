@@ -123,8 +123,8 @@ def about(plan: Plan, runs: Mapping[str, Sequence[Mapping[str, Any]]], machine: 
     if machine["device"] != "cpu":
         return text
     return text + (
-        " Seconds are those of a run's one thread at work; on the wall, beside whatever else the machine did, training "
-        f"took {wall_s / cpu_s:.2f} times as long."
+        " Seconds are those of a run's one thread at work; on the wall, beside whatever else the machine did, the "
+        f"final runs took {wall_s / cpu_s:.2f} times as long."
     )
 
 
