@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 
 import diffusers
+import psutil
 import torch
 import transformers
+from accelerate import cpu_offload
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -25,6 +27,8 @@ from dgpo_fast.wording import NO_HUB_NAME
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 FINGERPRINT_ELEMENTS = 256
+ENCODING_BYTES = 2**30
+"""What text encoders take on a GPU beside their weights, at most."""
 TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -52,6 +56,14 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16; use --precision fp32")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float32
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take on `device`."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def make_pipeline(
@@ -105,6 +117,9 @@ def load_text_encoders(
 ) -> StableDiffusion3Pipeline:
     """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
 
+    Where they do not fit on a GPU beside what is there, they stay in the CPU's memory, and their layers pass through
+    the GPU one after another (`passes_by_layer`): slower, and the same numbers.
+
     Args:
         pipeline: stays as it is.
         device: where the text encoders go.
@@ -120,9 +135,17 @@ def load_text_encoders(
     except (OSError, ValueError) as error:
         raise UserError(f"the text encoders in {folder} cannot be loaded: {_first_line(error)}") from error
     whole.set_progress_bar_config(disable=True)
-    for module in text_encoders(whole):
-        module.to(device).requires_grad_(False).eval()
+    encoders = [module.requires_grad_(False).eval() for module in text_encoders(whole)]
+    needed = sum(parameter.nbytes for module in encoders for parameter in module.parameters())
+    fit = device.type == "cpu" or needed + ENCODING_BYTES < free_bytes(device)
+    for module in encoders:
+        module.to(device) if fit else cpu_offload(module, device)
     return whole
+
+
+def passes_by_layer(pipeline: StableDiffusion3Pipeline) -> bool:
+    """Whether its text encoders are in the CPU's memory, and only their layers come to the GPU."""
+    return any(hasattr(module, "_hf_hook") for module in text_encoders(pipeline))
 
 
 def lacks_text_encoders(pipeline: StableDiffusion3Pipeline) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.pipeline import has_t5, lacks_text_encoders, load_text_encoders
+from dgpo_fast.pipeline import has_t5, lacks_text_encoders, load_text_encoders, passes_by_layer
 from dgpo_fast.prompt_cache import PromptCache, Row, content_digest, default_folder
 
 FILE_OVERHEAD_BYTES = 1024
@@ -116,16 +116,20 @@ class PromptEncoder:
             if on_step:
                 on_step(count / len(missing))
         loaded = self.encoders is not None
+        by_layer = self.encoders is not None and passes_by_layer(self.encoders)
         if all(self._is_known(text) for text in missing):
             self._dismiss()
+        which = " (which did not fit, and passed layer by layer)" if by_layer else ""
         stays = "stay loaded" if self.encoders else "are unloaded again" if loaded else "need not be loaded"
         now = min(self.encoded_count, len(distinct))
         before = f"{len(distinct) - now} of {len(distinct)} were encoded before"
-        return f"prompts: {before}, {now} now; the text encoders {stays}"
+        return f"prompts: {before}, {now} now; the text encoders{which} {stays}"
 
     def whole_pipeline(self) -> StableDiffusion3Pipeline:
         """The pipeline with its text encoders, as for saving it."""
-        return self.encoders or load_text_encoders(self.pipeline, torch.device("cpu"), self.dtype)
+        if self.encoders is None or passes_by_layer(self.encoders):
+            return load_text_encoders(self.pipeline, torch.device("cpu"), self.dtype)
+        return self.encoders
 
     def _find(self, text: str) -> Row | None:
         return self.memory.get(text) or (self.cache.load(text) if self.cache else None)

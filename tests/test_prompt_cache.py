@@ -6,13 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 
+from dgpo_fast import pipeline as pipeline_module
+from dgpo_fast import text as text_module
 from dgpo_fast.errors import UserError
-from dgpo_fast.pipeline import lacks_text_encoders, load_pipeline
+from dgpo_fast.pipeline import lacks_text_encoders, load_pipeline, text_encoders
 from dgpo_fast.prompt_cache import PromptCache, content_digest, default_folder
 from dgpo_fast.text import PromptEncoder, cache_scope
 
@@ -262,16 +266,14 @@ def make_encoder(model: Path, cache: PromptCache | None = None, **options: int) 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each time that text encoders were loaded."""
-    from dgpo_fast import text
-
     counted: list[int] = []
-    original = text.load_text_encoders
+    original = text_module.load_text_encoders
 
     def load(*arguments: object) -> object:
         counted.append(1)
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(text, "load_text_encoders", load)
+    monkeypatch.setattr(text_module, "load_text_encoders", load)
     return counted
 
 
@@ -321,6 +323,47 @@ def test_saving_gets_the_text_encoders_back(tmp_path: Path, random_pipeline: Pat
         ours, theirs = (folder / part / "model.safetensors" for folder in (tmp_path, random_pipeline))
         assert ours.read_bytes() == theirs.read_bytes()
     assert (tmp_path / "tokenizer_3").exists() and encoder.encoders is None
+
+
+def test_text_encoders_that_do_not_fit_pass_layer_by_layer(
+    tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same embeddings, with weights that are nowhere between two layers; they are whole again where they are saved.
+
+    Here the CPU stands for the GPU."""
+    plain = make_encoder(random_pipeline)(["a cat", ""])
+    load = text_module.load_text_encoders
+
+    def load_as_on_a_small_gpu(pipeline: Any, device: torch.device, dtype: torch.dtype) -> Any:
+        whole = load(pipeline, device, dtype)
+        for module in text_encoders(whole):
+            cpu_offload(module, device)
+        return whole
+
+    monkeypatch.setattr(text_module, "load_text_encoders", load_as_on_a_small_gpu)
+    encoder = make_encoder(random_pipeline, make_cache(tmp_path))
+    found = encoder(["a cat", ""])
+    assert torch.equal(found.prompt, plain.prompt) and torch.equal(found.pooled, plain.pooled)
+    assert all(weight.is_meta for module in text_encoders(encoder.encoders) for weight in module.parameters())
+    monkeypatch.setattr(text_module, "load_text_encoders", load)
+    encoder.whole_pipeline().save_pretrained(tmp_path / "saved")
+    ours, theirs = (folder / "text_encoder_3/model.safetensors" for folder in (tmp_path / "saved", random_pipeline))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert "(which did not fit, and passed layer by layer) are unloaded again" in encoder.prepare(["a cat", "a dog"])
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_text_encoders_that_do_not_fit_are_known_before(
+    free: int, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed: list[str] = []
+    monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: free)
+    monkeypatch.setattr(pipeline_module, "cpu_offload", lambda module, device: placed.append("by layer"))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: placed.append("whole") or self)
+    pipeline = load_pipeline(str(random_pipeline), revision=None, device=CPU, dtype=torch.float32, with_text=False)
+    placed.clear()
+    pipeline_module.load_text_encoders(pipeline, torch.device("cuda"), torch.float32)
+    assert placed == ["whole" if free else "by layer"] * 3
 
 
 def test_text_encoders_that_cannot_be_loaded_are_one_line(tmp_path: Path, random_pipeline: Path) -> None:

@@ -12,8 +12,8 @@ def with_low_memory(config: Config) -> Config:
     """`config` as it takes least memory, where `low_memory` asks for that; what it learns stays the same.
 
     Adapters are switched, so that there is no merged copy; blocks are checkpointed; pictures are decoded one at a time;
-    averages are kept by the CPU; no rollout is recorded; the micro-batch is the largest that fits. The prompt cache
-    keeps text encoders away from the device in any case.
+    averages are kept by the CPU; no rollout is recorded; the micro-batch is the largest that fits. Text encoders
+    that do not fit beside the model pass layer by layer in any case.
     """
     if not config.low_memory:
         return config

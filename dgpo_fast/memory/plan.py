@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import psutil
 import torch
 
 from dgpo_fast.architecture import Architecture
@@ -15,6 +14,7 @@ from dgpo_fast.memory.advice import remedies, sentence
 from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, Line, TrainingMemory, fit, in_groups
 from dgpo_fast.memory.predict import Predictor, readable
+from dgpo_fast.pipeline import free_bytes
 from dgpo_fast.policy import PolicyModels
 
 CPU_SHARE = 0.5
@@ -125,11 +125,7 @@ class MemoryPlan:
 
     def free_bytes(self) -> int:
         """Memory that this process can still take on the run's device."""
-        if self.device.type != "cuda":
-            return psutil.virtual_memory().available
-        free, _ = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return free + cached
+        return free_bytes(self.device)
 
     def _headroom(self) -> float:
         if self.device.type != "cuda":

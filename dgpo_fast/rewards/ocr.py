@@ -69,9 +69,7 @@ class OcrReward:
             import onnxruntime  # noqa: F401  (RapidOCR would only miss it at the first picture)
             from rapidocr import RapidOCR
         except ImportError as error:
-            raise UserError(
-                "reward 'ocr' needs RapidOCR: pip install 'rapidocr<4' onnxruntime"
-            ) from error
+            raise UserError("reward 'ocr' needs RapidOCR: pip install 'rapidocr<4' onnxruntime") from error
         self._engine: Any = RapidOCR(params=dict(_ENGINE))
         self._pool = ThreadPoolExecutor(workers or _default_threads(), thread_name_prefix="ocr")
 
