@@ -98,6 +98,8 @@ class Bench:
         self.path, self.report = path, read_report(path)
         self.failed = False
         self.kept: Ours | None = None
+        # Before anything is written, which would make the commit a dirty one.
+        self.versions = versions(self.device, PowerMeter(self.device).driver)
 
     def run(self) -> None:
         """Measures and writes all rows that were asked for."""
@@ -153,10 +155,6 @@ class Bench:
     @property
     def left_s(self) -> float:
         return self.until - time.monotonic()
-
-    @cached_property
-    def versions(self) -> dict[str, str]:
-        return versions(self.device, PowerMeter(self.device).driver)
 
     @cached_property
     def machine(self) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory import MemoryPlan, plan, simulate
+from dgpo_fast.memory.__main__ import memory
 from dgpo_fast.memory.advice import remedies
+from dgpo_fast.memory.cards import CARDS_GB, fit_on
 from dgpo_fast.memory.live import LiveBytes, tensors_alive
 from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import Line, fit
@@ -430,3 +432,29 @@ def test_low_memory_fits_a_small_card() -> None:
     predictor = Predictor(sd35_medium(), torch.bfloat16)
     plain, low = (with_low_memory(configure(["sd35m-geneval", *more])) for more in ([], ["--low-memory"]))
     assert predictor.predict(low, 1).peak < min(0.5 * predictor.predict(plain, 16).peak, 16 * GB)
+
+
+def test_the_cards_that_a_run_fits_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a card: a larger one never fits less, and what is left open grows with it."""
+    assert memory(["sd35m-geneval", "--random-weights"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("predicted memory ") and lines[1].split() == [
+        "card",
+        "micro-batch",
+        *lines[1].split()[2:],
+    ]
+    fits = [line.endswith("yes") for line in lines[2:]]
+    assert len(fits) == len(CARDS_GB) and fits == sorted(fits) and not fits[0] and fits[-1]
+    assert "no; these save most: --" in lines[2]
+    config = configure(["sd35m-geneval", "--low-memory"])
+    small, large = (fit_on(config, sd35_medium(), torch.bfloat16, gb) for gb in (16, 80))
+    assert small.fits and small.prediction.peak < 16 * GB and small.micro_batch < large.micro_batch
+    sharded = configure(["sd35m-geneval", "--policy.train", "full", "--distributed.shard", "full"])
+    alone, one_of_eight = (fit_on(sharded, sd35_medium(), torch.bfloat16, 80, processes) for processes in (1, 8))
+    assert one_of_eight.prediction.held["gradients"] == alone.prediction.held["gradients"] // 8
+
+
+@pytest.mark.parametrize("value", ["0", "many"])
+def test_a_wrong_number_of_processes_is_named(value: str) -> None:
+    with pytest.raises(UserError, match=f"--processes: a whole number from 1 up, not '{value}'"):
+        memory(["--processes", value])

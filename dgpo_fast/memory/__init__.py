@@ -6,7 +6,8 @@
 * `micro_batch.py`: the largest micro-batch that fits;
 * `low.py`: the setting that saves all there is to save;
 * `advice.py`: the settings that save most;
-* `plan.py`: what a run uses of these.
+* `plan.py`: what a run uses of these;
+* `cards.py`: on which GPUs a run fits (`python -m dgpo_fast.memory`).
 """
 
 from dgpo_fast.memory.plan import MemoryPlan

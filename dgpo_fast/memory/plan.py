@@ -26,6 +26,11 @@ MADE_LATER = ("gradients", "optimizer states", "averages", "recorded rollouts", 
 """Of what a prediction holds: made after the micro-batch is measured."""
 
 
+def headroom(total: int) -> float:
+    """Bytes that stay free of a GPU's `total`."""
+    return HEADROOM_BYTES + HEADROOM_SHARE * total
+
+
 class MemoryPlan:
     """Chooses the micro-batch of a run and says what its memory goes to.
 
@@ -130,7 +135,7 @@ class MemoryPlan:
     def _headroom(self) -> float:
         if self.device.type != "cuda":
             return 0.0
-        return HEADROOM_BYTES + HEADROOM_SHARE * torch.cuda.get_device_properties(self.device).total_memory
+        return headroom(torch.cuda.get_device_properties(self.device).total_memory)
 
     def _to_come(self, config: Config) -> int:
         """Predicted bytes that a training step finds allocated and that are not there yet beside the models."""

@@ -1,0 +1,44 @@
+"""`python -m dgpo_fast.memory`: what a run will hold on a GPU, and on which cards it fits, before there is one."""
+
+import torch
+
+from dgpo_fast.cli import configure, print_help, run_command, take_option
+from dgpo_fast.errors import UserError
+
+USAGE = """Predict the memory of a run on a GPU, and on which cards it fits. Needs no GPU and allocates nothing.
+
+  python -m dgpo_fast.memory sd35m-geneval --random-weights                       LoRA, as the recipe has it
+  python -m dgpo_fast.memory sd35m-geneval --random-weights --low-memory          the least that LoRA takes
+  python -m dgpo_fast.memory sd35m-geneval --random-weights --policy.train full --optimizer.name adamw8bit
+  python -m dgpo_fast.memory my.yaml --processes 8                                on each of eight GPUs
+
+--random-weights spares the download of SD3.5-Medium's configuration: its sizes are known."""
+
+
+def memory(args: list[str]) -> int:
+    """Predicts as the command line says; returns the exit status."""
+    if {"-h", "--help"} & set(args):
+        print_help("dgpo_fast.memory", USAGE, [arg for arg in args if arg in ("-h", "--help")])
+        return 0
+    args = list(args)
+    processes = take_option(args, "processes") or "1"
+    if not processes.isdigit() or int(processes) == 0:
+        raise UserError(f"command line: --processes: a whole number from 1 up, not '{processes}'")
+    config = configure(args)
+
+    from dgpo_fast.memory.cards import CARDS_GB, fit_on  # after the command line is known to be good
+    from dgpo_fast.pipeline import read_model
+
+    architecture = read_model(config)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    fits = [fit_on(config, architecture, dtype, card_gb, int(processes)) for card_gb in CARDS_GB]
+    print(fits[-1].prediction.line())
+    rows = [["card", "micro-batch", "predicted peak", "fits"], *(fit.cells() for fit in fits)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(memory))

@@ -1,0 +1,61 @@
+"""Which GPUs a run fits on, by prediction."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dgpo_fast.architecture import Architecture
+from dgpo_fast.config import Config
+from dgpo_fast.engine.choices import GRAPH_MEMORY_GIB
+from dgpo_fast.memory.advice import remedies
+from dgpo_fast.memory.low import with_low_memory
+from dgpo_fast.memory.micro_batch import Line, fit
+from dgpo_fast.memory.plan import headroom
+from dgpo_fast.memory.predict import Prediction, Predictor, readable
+
+CARDS_GB = (16, 24, 32, 48, 80, 141)
+"""Memory of common cards, which have about so many GiB."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run on a card.
+
+    Attributes:
+        card_gb: the card's memory.
+        micro_batch: of the run; the largest that fits, where that is left open.
+        prediction: what it holds.
+        fits: whether that leaves the headroom which a run of `policy.micro_batch` "auto" leaves.
+        remedies: settings that would save most, where it does not.
+    """
+
+    card_gb: int
+    micro_batch: int
+    prediction: Prediction
+    fits: bool
+    remedies: tuple[str, ...]
+
+    def cells(self) -> list[str]:
+        """Card, micro-batch, peak, and whether it fits, in words."""
+        at_its_peak = f"{readable(self.prediction.peak)} in {self.prediction.peak_phase}"
+        # What a shorter list of settings cannot mend, a longer one might.
+        said = "yes" if self.fits else f"no; these save most: {', '.join(self.remedies)}"
+        return [f"{self.card_gb} GB", str(self.micro_batch), at_its_peak, said]
+
+
+def fit_on(config: Config, architecture: Architecture, dtype: torch.dtype, card_gb: int, processes: int = 1) -> Fit:
+    """`config` on a card of `card_gb`, one of `processes`."""
+    config = with_low_memory(config)
+    predictor = Predictor(
+        architecture, dtype, processes=processes, local_processes=min(processes, 8), graphs=card_gb >= GRAPH_MEMORY_GIB
+    )
+    available = card_gb * 2**30 - headroom(card_gb * 2**30)
+    micro_batch = config.policy.micro_batch
+    if micro_batch == "auto":
+        training = Line.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
+        most = max(training.largest(available), 1)
+        micro_batch = fit(most, predictor.local_samples(config), config.rollout.group_size)
+    prediction = predictor.predict(config, micro_batch)
+    fits = prediction.peak <= available
+    helpful = () if fits else tuple(remedy.setting for remedy in remedies(predictor, config, micro_batch, None))
+    return Fit(card_gb, micro_batch, prediction, fits, helpful)
