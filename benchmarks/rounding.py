@@ -5,7 +5,7 @@
 * bf16_stochastic: bf16 weights, rounded stochastically;
 * bf16_nearest: bf16 weights, rounded to the nearest number, as plain bf16 training does.
 
-    python benchmarks/rounding.py [--lrs 2e-4 2e-5] [--iterations 30] [--images 512] [--setting value …]
+    python benchmarks/rounding.py [--lrs 2e-4 2e-5] [--iterations 20] [--images 256] [--setting value …]
 
 Every arm computes in bf16 and differs in nothing but the weights' storage. Writes
 `benchmarks/results/<cpu or gpu>/rounding.json` and `rounding.png`; `--table` prints the file as Markdown.
@@ -136,8 +136,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lrs", type=float, nargs="+", default=[2e-4, 2e-5])
-    parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / ("gpu" if torch.cuda.is_available() else "cpu"))

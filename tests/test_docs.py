@@ -198,8 +198,13 @@ def test_the_readme_quotes_the_signs() -> None:
     assert f"goes from {before:.3f} to {after:.3f} in {run['wall_s']:.0f} s" in README
 
 
-def test_the_reasons_in_the_comparison_are_the_script_s() -> None:
-    """The table that `python benchmarks/comparison_reasons.py --table` prints."""
-    command = [sys.executable, str(ROOT / "benchmarks/comparison_reasons.py"), "--table"]
+@pytest.mark.parametrize(
+    ("script", "document", "lines"),
+    [("comparison_reasons.py", "comparison.md", 5), ("rounding.py", "performance.md", 10)],
+)
+def test_tables_are_those_of_their_scripts(script: str, document: str, lines: int) -> None:
+    """What `python benchmarks/SCRIPT --table` prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--table"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.count("\n") == 5 and done.stdout in (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    assert done.stdout.count("\n") == lines
+    assert done.stdout in (ROOT / "docs" / document).read_text(encoding="utf-8")
