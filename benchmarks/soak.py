@@ -194,7 +194,8 @@ def draw(seen: dict[str, Any], lines: dict[str, Line], path: Path) -> None:
         line, middle = lines[name], float(np.mean(hours))
         ends = np.array([hours[0], hours[-1]])
         axis.plot(60 * ends, line.mean + line.slope_per_hour * (ends - middle), color="#1f6feb", linewidth=2)
-        per_hour = f"{line.slope_per_hour:+.3g} ± {line.standard_error_per_hour:.2g} an hour"
+        error = line.standard_error_per_hour  # not a number where all values are equal
+        per_hour = f"{line.slope_per_hour:+.3g}{f' ± {error:.2g}' if error == error else ''} an hour"
         axis.set_title(f"{label}: {per_hour}{'' if line.flat else ', not flat'}", fontsize=10)
         axis.set_xlabel("minutes")
         low, high = min(row[name] for row in rows), max(row[name] for row in rows)
