@@ -40,12 +40,16 @@ def device_row(device: torch.device, dtype: torch.dtype, rates: Rates) -> Device
 
 
 def cpu_name() -> str:
-    """The processor's name, with the threads that torch uses."""
+    """The processor's name, with its family and model (a cloud's processors of several kinds share one name) and the
+    threads that torch uses."""
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        name = names[0] if names else name
+            pairs = (line.partition(":") for line in file.read().split("\n\n")[0].splitlines())
+        about = {key.strip(): value.strip() for key, _, value in pairs}
+        name = about.get("model name", name)
+        if "cpu family" in about and "model" in about:
+            name += f" (family {about['cpu family']}, model {about['model']})"
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''} of {os.cpu_count()} cores"
 
