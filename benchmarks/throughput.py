@@ -269,7 +269,8 @@ def main() -> int:
                   path=path, systems=options.systems, settings=settings)  # fmt: skip
     if options.what == "paired":
         bench.only = []
-        bench.row("paired", "default run", lambda: paired(options.pairs, options.iterations, SAVINGS, settings))
+        name = bench.machine["name"]
+        bench.row("paired", name, lambda: paired(options.pairs, options.iterations, SAVINGS, settings))
     else:
         bench.run()
     return int(bench.failed)

@@ -34,6 +34,7 @@ def of_its_machine(report: Report) -> Report:
 
     sections = {name: rows for name, rows in report.items() if name != "machine"}
     kept = {name: {key: row for key, row in rows.items() if here(row)} for name, rows in sections.items()}
+    kept |= {name: rows for name, rows in sections.items() if name == "paired"}  # ratios, each of a machine of its own
     return {**kept, "machine": report.get("machine")}
 
 
@@ -153,18 +154,23 @@ def float8_table(report: Report) -> str:
 
 
 def paired_table(report: Report) -> str:
-    """The default run with the savings over without."""
-    row = report.get("paired", {}).get("default run", {})
-    if "ratio" not in row:
-        return row.get("error", NOT_MEASURED)
+    """The default run with the savings over without, by machine."""
     rows = []
-    for key, title in (("iteration_s", "seconds"), ("iteration_cpu_s", "CPU seconds of the process")):
-        off, on = (sorted(run[key] for run in row["runs"][name]) for name in ("off", "on"))
-        found = row["ratio"][key]
-        low, high = found["interval"]
-        times = f"{found['median']:.2f}× ({low:.2f} to {high:.2f})"
-        rows.append([title, f"{off[len(off) // 2]:.2f}", f"{on[len(on) // 2]:.2f}", times, str(row["pairs"])])
-    return _table(["of an iteration", "savings off", "savings on", "off over on, 95 % interval", "pairs of runs"], rows)
+    for machine, row in report.get("paired", {}).items():
+        if "ratio" not in row:
+            rows.append([machine, row.get("error", NOT_MEASURED), *[""] * 5])
+            continue
+        rate = f"{row['machine']['matmul_tflops']:.3g}"
+        for key, title in (("iteration_s", "seconds"), ("iteration_cpu_s", "CPU seconds of the process")):
+            off, on = (sorted(run[key] for run in row["runs"][name]) for name in ("off", "on"))
+            found = row["ratio"][key]
+            low, high = found["interval"]
+            times = f"{found['median']:.2f}× ({low:.2f} to {high:.2f})"
+            middle = f"{off[len(off) // 2]:.2f}", f"{on[len(on) // 2]:.2f}"
+            rows.append([machine, rate, title, *middle, times, str(row["pairs"])])
+    columns = ["machine", "its matmul, TFLOP/s", "of an iteration", "savings off", "savings on",
+               "off over on, 95 % interval", "pairs of runs"]  # fmt: skip
+    return _table(columns, rows) if rows else NOT_MEASURED
 
 
 def targets_table(report: Report) -> str:

@@ -9,7 +9,14 @@ import torch
 
 from benchmarks import float8, throughput
 from benchmarks.throughput import CASES, EQUAL_GROUPS, Bench
-from benchmarks.throughput_tables import cases_table, float8_table, of_its_machine, savings_table, targets_table
+from benchmarks.throughput_tables import (
+    cases_table,
+    float8_table,
+    of_its_machine,
+    paired_table,
+    savings_table,
+    targets_table,
+)
 from dgpo_fast.architecture import sd35_medium
 from dgpo_fast.cli import configure
 from dgpo_fast.engine import engine
@@ -72,6 +79,20 @@ def test_rows_of_other_cards_are_not_compared() -> None:
     assert "| `engine.compile` off | not measured |" in table
     assert "1 (1, 1)" not in cases_table(report)
     assert "50 %" not in targets_table(report)
+
+
+def test_whole_runs_are_shown_of_every_machine() -> None:
+    """Their ratios stand for themselves."""
+
+    def runs(machine: dict[str, Any], times: float) -> dict[str, Any]:
+        runs = {name: [{"iteration_s": s, "iteration_cpu_s": s}] for name, s in (("off", 2 * times), ("on", 2.0))}
+        found = {key: {"median": times, "interval": [times, times]} for key in ("iteration_s", "iteration_cpu_s")}
+        return {"machine": machine, "pairs": 1, "runs": runs, "ratio": found}
+
+    report = of_its_machine({"machine": H200, "paired": {"one": runs(H100, 1.5), "other": runs(H200, 1.25)}})
+    rows = paired_table(report).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| one", "| one", "| other", "| other"]
+    assert "1.50× (1.50 to 1.50)" in rows[0] and "| 2.50 | 2.00 | 1.25×" in rows[2]
 
 
 @pytest.mark.parametrize("rounding", [0.0, 0.05])
