@@ -7,7 +7,7 @@
 # $OUT/results.tgz holds benchmarks/results/gpu as it then is: `tar xzf results.tgz -C benchmarks/results` on the
 # machine that keeps it. Exit status 1 where a step failed.
 #
-# Each step has a limit; together they are an hour. Where a command may take no more than ten minutes and half an hour is
+# Each step has a limit; together they are 71 minutes. Where a command may take no more than ten minutes and half an hour is
 # all there is, these are the commands, best on a card of 140 GB, which baseline A needs:
 #
 #     bash benchmarks/on_a_gpu.sh smoke profile

@@ -33,8 +33,11 @@ def of_its_machine(report: Report) -> Report:
         return (row.get("machine") or machine).get("name") == machine.get("name")
 
     sections = {name: rows for name, rows in report.items() if name != "machine"}
-    kept = {name: {key: row for key, row in rows.items() if here(row)} for name, rows in sections.items()}
-    kept |= {name: rows for name, rows in sections.items() if name == "paired"}  # ratios, each of a machine of its own
+    # Paired rows are ratios, each of a machine of its own.
+    kept = {
+        name: {key: row for key, row in rows.items() if name == "paired" or here(row)}
+        for name, rows in sections.items()
+    }
     return {**kept, "machine": report.get("machine")}
 
 

@@ -81,6 +81,16 @@ def take_option(args: list[str], name: str) -> str | None:
     return None
 
 
+def take_count(args: list[str], name: str, default: int) -> int:
+    """`take_option` of a whole number from 1 up; `default` where it is not given."""
+    given = take_option(args, name)
+    if given is None:
+        return default
+    if not given.isdigit() or int(given) == 0:
+        raise UserError(f"command line: --{name}: a whole number from 1 up, not '{given}'")
+    return int(given)
+
+
 def configure(args: list[str]) -> Config:
     """The configuration of `[RECIPE or FILE.yaml] [--config FILE.yaml] [--setting value …]`.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dgpo_fast.cli import configure, launched_with_others, leave, print_help, run_command, take_option
+from dgpo_fast.cli import configure, launched_with_others, leave, print_help, run_command, take_count, take_option
 from dgpo_fast.config import Config, Log
 from dgpo_fast.errors import UserError
 from dgpo_fast.settings import resolve, to_dict
@@ -91,7 +91,7 @@ class Plan:
 def read_plan(args: list[str]) -> Plan:
     """What `args` ask for."""
     args = list(args)
-    warmup, measured = _count(args, "warmup", 1), _count(args, "measured", 3)
+    warmup, measured = take_count(args, "warmup", 1), take_count(args, "measured", 3)
     config = configure(args)
     evaluation = replace(config.evaluation, every=0)
     config = replace(config, iterations=warmup + measured + 1, evaluation=evaluation, log=Log())
@@ -111,15 +111,6 @@ def new_folder(config: Config) -> Path:
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name")
     return folder
-
-
-def _count(args: list[str], name: str, default: int) -> int:
-    given = take_option(args, name)
-    if given is None:
-        return default
-    if not given.isdigit() or int(given) == 0:
-        raise UserError(f"command line: --{name}: a whole number from 1 up, not '{given}'")
-    return int(given)
 
 
 def compare(args: list[str]) -> int:

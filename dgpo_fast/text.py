@@ -116,10 +116,11 @@ class PromptEncoder:
             if on_step:
                 on_step(count / len(missing))
         loaded = self.encoders is not None
-        by_layer = self.encoders is not None and passes_by_layer(self.encoders)
+        which = ""
+        if self.encoders is not None and passes_by_layer(self.encoders):
+            which = " (which did not fit, and passed layer by layer)"
         if all(self._is_known(text) for text in missing):
             self._dismiss()
-        which = " (which did not fit, and passed layer by layer)" if by_layer else ""
         stays = "stay loaded" if self.encoders else "are unloaded again" if loaded else "need not be loaded"
         now = min(self.encoded_count, len(distinct))
         before = f"{len(distinct) - now} of {len(distinct)} were encoded before"

@@ -2,8 +2,7 @@
 
 import torch
 
-from dgpo_fast.cli import configure, print_help, run_command, take_option
-from dgpo_fast.errors import UserError
+from dgpo_fast.cli import configure, print_help, run_command, take_count
 
 USAGE = """Predict the memory of a run on a GPU, and on which cards it fits. Needs no GPU and allocates nothing.
 
@@ -21,9 +20,7 @@ def memory(args: list[str]) -> int:
         print_help("dgpo_fast.memory", USAGE, [arg for arg in args if arg in ("-h", "--help")])
         return 0
     args = list(args)
-    processes = take_option(args, "processes") or "1"
-    if not processes.isdigit() or int(processes) == 0:
-        raise UserError(f"command line: --processes: a whole number from 1 up, not '{processes}'")
+    processes = take_count(args, "processes", 1)
     config = configure(args)
 
     from dgpo_fast.memory.cards import CARDS_GB, fit_on  # after the command line is known to be good
@@ -31,7 +28,7 @@ def memory(args: list[str]) -> int:
 
     architecture = read_model(config)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    fits = [fit_on(config, architecture, dtype, card_gb, int(processes)) for card_gb in CARDS_GB]
+    fits = [fit_on(config, architecture, dtype, card_gb, processes) for card_gb in CARDS_GB]
     print(fits[-1].prediction.line())
     rows = [["card", "micro-batch", "predicted peak", "fits"], *(fit.cells() for fit in fits)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

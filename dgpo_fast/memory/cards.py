@@ -38,13 +38,13 @@ class Fit:
     def cells(self) -> list[str]:
         """Card, micro-batch, peak, and whether it fits, in words."""
         at_its_peak = f"{readable(self.prediction.peak)} in {self.prediction.peak_phase}"
-        # What a shorter list of settings cannot mend, a longer one might.
-        said = "yes" if self.fits else f"no; these save most: {', '.join(self.remedies)}"
+        helpful = f"; these save most: {', '.join(self.remedies)}" if self.remedies else ""
+        said = "yes" if self.fits else f"no{helpful}"
         return [f"{self.card_gb} GB", str(self.micro_batch), at_its_peak, said]
 
 
 def fit_on(config: Config, architecture: Architecture, dtype: torch.dtype, card_gb: int, processes: int = 1) -> Fit:
-    """`config` on a card of `card_gb`, one of `processes`."""
+    """`config` on a card of `card_gb`, one of `processes` on machines of eight."""
     config = with_low_memory(config)
     predictor = Predictor(
         architecture, dtype, processes=processes, local_processes=min(processes, 8), graphs=card_gb >= GRAPH_MEMORY_GIB
@@ -52,7 +52,7 @@ def fit_on(config: Config, architecture: Architecture, dtype: torch.dtype, card_
     available = card_gb * 2**30 - headroom(card_gb * 2**30)
     micro_batch = config.policy.micro_batch
     if micro_batch == "auto":
-        training = Line.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
+        training = Line.predicted(predictor, config)
         most = max(training.largest(available), 1)
         micro_batch = fit(most, predictor.local_samples(config), config.rollout.group_size)
     prediction = predictor.predict(config, micro_batch)

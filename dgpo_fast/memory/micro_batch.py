@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgpo_fast.memory.predict import readable
+from dgpo_fast.config import Config
+from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.memory.simulate import SampleShape
 from dgpo_fast.objectives import autocast
 from dgpo_fast.policy import PolicyModels
@@ -30,6 +31,11 @@ class Line:
         low, high = measure(first), measure(second)
         per_sample = max((high - low) / (second - first), 1.0)
         return cls(low - per_sample * first, per_sample)
+
+    @classmethod
+    def predicted(cls, predictor: Predictor, config: Config) -> "Line":
+        """Of all that the device holds in a training step of `config`, by prediction."""
+        return cls.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
 
     def largest(self, available: float) -> int:
         """Most samples that take no more than `available` bytes; 0 where not one does."""

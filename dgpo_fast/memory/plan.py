@@ -64,7 +64,7 @@ class MemoryPlan:
         free, chosen = self.free_bytes(), ""
         self.auto = config.policy.micro_batch == "auto"
         if self.auto:
-            training = Line.through(lambda size: self.predictor.predict(config, size).at("training"), 1, 2)
+            training = Line.predicted(self.predictor, config)
             most = training.largest(free - self._headroom())
             if self.device.type == "cpu":
                 most = min(training.largest(CPU_SHARE * free), MOST_ON_A_CPU)
