@@ -310,11 +310,12 @@ def test_a_run_goes_on_from_its_last_evaluation(tmp_path: Path) -> None:
 
 
 def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    """SIGKILL to it and its workers after the first run; the same command repeats nothing and ends with the figures."""
-    command = [
-        sys.executable, "-m", "dgpo_fast.compare", "--quick", "--systems", "dgpo", "flow-grpo", "--seeds", "1",
-        "--runs-dir", "runs",
+    """SIGKILL to it and its workers after the first run; the same command repeats nothing and ends with the figures.
+    With more seeds it does what is new, with fewer or other settings nothing."""
+    all_seeds = [
+        sys.executable, "-m", "dgpo_fast.compare", "--quick", "--systems", "dgpo", "flow-grpo", "--runs-dir", "runs",
     ]  # fmt: skip
+    command = [*all_seeds, "--seeds", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("runs/search/*/result.json")):
@@ -332,11 +333,18 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "runs/results/compare.json").read_text())
     assert {system: len(runs) for system, runs in report["final"].items()} == {"dgpo": 1, "flow-grpo": 1}
     assert "DGPO reaches Flow-GRPO's best reward" in done.stdout
-    other = subprocess.run([*command, "--trials", "3"], cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 2
-    assert other.stderr == (
-        "error: runs: a comparison with another trials was begun there; remove it, or choose another --runs-dir\n"
-    )
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/result.json")}
+    more = subprocess.run([*all_seeds, "--seeds", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    report = json.loads((tmp_path / "runs/results/compare.json").read_text())
+    assert {system: len(runs) for system, runs in report["final"].items()} == {"dgpo": 2, "flow-grpo": 2}
+    for changed, name in ((["--trials", "3", "--seeds", "2"], "trials"), (["--seeds", "1"], "seeds")):
+        other = subprocess.run([*all_seeds, *changed], cwd=tmp_path, capture_output=True, text=True)
+        assert other.returncode == 2
+        assert other.stderr == (
+            f"error: runs: a comparison with another {name} was begun there; remove it, or choose another --runs-dir\n"
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,10 @@ class Comparison:
         )
 
     def _plan(self) -> Plan:
-        """The plan of an earlier start, or a new one. Raises UserError where the earlier one had other settings."""
+        """The plan of an earlier start, with more seeds where there are to be more, or a new one.
+
+        Raises UserError where the earlier one had other settings.
+        """
         wanted = {
             "kind": self.kind, "systems": list(self.systems), "seeds": self.seeds, "trials": self.trials,
             "minutes": self.minutes, "processes": self.processes, "device": str(self.device),
@@ -115,6 +119,10 @@ class Comparison:
                 plan = planning.from_json(kept["plan"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: damaged; remove {self.home} or choose another --runs-dir") from None
+            if differs == ["seeds"] and self.seeds > plan.seeds:
+                plan = replace(plan, seeds=self.seeds)
+                write_json(path, {"settings": wanted, "plan": planning.to_json(plan)})
+                return plan
             if differs:
                 raise UserError(f"{self.home}: a comparison with another {differs[0]} was begun there; remove it, or "
                                 "choose another --runs-dir")  # fmt: skip

@@ -21,7 +21,7 @@ class CompareSettings:
     minutes: Positive | None = None
     """Time for all of it. Default: 110; long: 360; quick: what it takes."""
     seeds: Count | None = None
-    """Final runs of each system. Default: 3; quick: 2; long: 5."""
+    """Final runs of each system. Default: 3; quick: 2; long: 5. A finished comparison goes on with more of them."""
     trials: Annotated[int, Field(ge=1, le=4)] | None = None
     """Settings tried for each system. Default: 4; quick: 1."""
     processes: Count | None = None
