@@ -29,7 +29,7 @@ from dgpo_fast.tiny import data
 ALL = tuple(SYSTEMS)
 
 
-def make_plan(systems: tuple[str, ...] = ALL, seeds: int = 3, trials: int = 4) -> Plan:
+def make_plan(systems: tuple[str, ...] = ALL, seeds: int = 3, trials: int = 5) -> Plan:
     return Plan(systems, seeds, trials, final_s=100.0, marks=(0.5, 1.0), groups=16)
 
 
@@ -62,7 +62,7 @@ def carry_out(plan: Plan, reward: Any = lambda run: 0.6) -> tuple[list[Run], dic
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sets(st.sampled_from(ALL), min_size=1), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
+@given(st.sets(st.sampled_from(ALL), min_size=1), st.integers(1, 4), st.integers(1, 5), st.integers(0, 999))
 def test_every_system_gets_the_same(systems: set[str], seeds: int, trials: int, seed: int) -> None:
     """As many settings tried, as many final runs, the same seconds times patience, whatever the scores are."""
     plan, rng = make_plan(tuple(s for s in ALL if s in systems), seeds, trials), np.random.default_rng(seed)
@@ -109,14 +109,18 @@ def test_a_trial_that_failed_is_not_chosen() -> None:
     assert second is not None and second.lr < best.lr
 
 
-def test_the_fourth_trial_follows_the_best_learning_rate() -> None:
-    """Beyond the three where the best one is at their edge, and else half the groups."""
-    plan, centre = make_plan(("dgpo",), trials=4), SYSTEMS["dgpo"].lr
+def test_later_trials_go_on_from_the_best_one() -> None:
+    """A learning rate beyond the three where the best one is at their edge, and then half the groups. Else half the
+    groups, and then a quarter where half were better, or twice as many where not."""
+    plan, centre = make_plan(("dgpo",)), SYSTEMS["dgpo"].lr
     for sign, expected in ((1, centre * LR_STEP**2), (-1, centre / LR_STEP**2)):
         order, _ = carry_out(plan, lambda run, sign=sign: sign * run.lr)
         assert (order[3].lr, order[3].groups) == (pytest.approx(expected), plan.groups)
-    order, _ = carry_out(plan, lambda run: -abs(run.lr - centre))
-    assert (order[3].lr, order[3].groups) == (centre, plan.groups // 2)
+        assert (order[4].lr, order[4].groups) == (order[3].lr, plan.groups // 2)
+    for better, fifth in ((-1, plan.groups // 4), (1, 2 * plan.groups)):
+        order, _ = carry_out(plan, lambda run, better=better: -abs(run.lr - centre) + 1e-9 * better * run.groups)
+        assert (order[3].lr, order[3].groups) == (centre, plan.groups // 2)
+        assert (order[4].lr, order[4].groups) == (centre, fifth)
 
 
 def test_offline_runs_wait_for_their_data() -> None:
@@ -191,6 +195,9 @@ def test_findings_say_what_the_numbers_are() -> None:
     speed = next(finding for claim, finding in found.items() if "sooner" in claim)
     assert speed.numbers["ratio"] == pytest.approx(100 / 6.67, rel=0.05)
     assert speed.verdict == "holds" and "15.0 times sooner" in speed.sentence
+    # By then Flow-GRPO has seen 100 images. DGPO sees its first 2 by the end of its rise: a third of the way is 0.67.
+    assert speed.numbers["ratio_in_images"] == pytest.approx(100 / 0.67, rel=0.3)
+    assert speed.numbers["flow_grpo_after_dgpos_time"] == pytest.approx(0.6)
     pairs = found["groups beat pairs, online"]
     assert pairs.verdict == "holds" and pairs.numbers["difference"] == pytest.approx(0.1)
     assert "DGPO ends at 0.800, Diffusion-DPO at 0.700: a difference of +0.100 ± 0.025" in pairs.sentence
@@ -226,7 +233,7 @@ def test_the_report(tmp_path: Path) -> None:
         "points": [{**BASE, "iteration": 0}], "out_of_task": {"diversity": 51.0, "signs": 0.2},
         "rendered_pictures": {"patch_distance": 0.8},
     }  # fmt: skip
-    machine = {"device": "cpu", "cpu_count": 2, "processes": 2, "torch": "2", "date": "2026-01-01"}
+    machine = {"device": "cpu", "cpu_count": 2, "processes": 2, "torch": "2", "date": "2026-01-01", "wall_s": 5400.0}
     write_report(plan, results, base, machine, tmp_path)
     expected = {"compare.json", "table.md", "search.md", "findings.md", "about.md", "ode_sde.png"}
     assert {path.name for path in tmp_path.iterdir()} == expected
@@ -234,6 +241,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert (
         "| DGPO | 100 s | 0.660 ± 0.025 | 4.00 ± 0.00 | 50.0 ± 0.0 | 0.300 ± 0.000 | 10 | 100 | 0.0005, 16 |" in table
     )
+    assert "All of it took 90 minutes on the wall" in (tmp_path / "about.md").read_text()
     assert "| DGPO | 0.0005 | 16 | 10 | 0.710 | chosen |" in (tmp_path / "search.md").read_text()
     report = json.loads((tmp_path / "compare.json").read_text())
     assert [finding["claim"] for finding in report["findings"]] == ["ODE rollouts beat SDE rollouts"]
@@ -337,9 +345,10 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     more = subprocess.run([*all_seeds, "--seeds", "2"], cwd=tmp_path, capture_output=True, text=True)
     assert more.returncode == 0, more.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    report = json.loads((tmp_path / "runs/results/compare.json").read_text())
-    assert {system: len(runs) for system, runs in report["final"].items()} == {"dgpo": 2, "flow-grpo": 2}
-    for changed, name in ((["--trials", "3", "--seeds", "2"], "trials"), (["--seeds", "1"], "seeds")):
+    again = json.loads((tmp_path / "runs/results/compare.json").read_text())
+    assert {system: len(runs) for system, runs in again["final"].items()} == {"dgpo": 2, "flow-grpo": 2}
+    assert again["machine"]["wall_s"] > report["machine"]["wall_s"] > 0, "all starts count"
+    for changed, name in ((["--processes", "1", "--seeds", "2"], "processes"), (["--seeds", "1"], "seeds")):
         other = subprocess.run([*all_seeds, *changed], cwd=tmp_path, capture_output=True, text=True)
         assert other.returncode == 2
         assert other.stderr == (
@@ -353,7 +362,7 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         (["--systems", "ppo"], "--systems ppo: name some of dgpo, dgpo-offline, "),
         (["--quick", "--long"], "command line: --quick and --long exclude one another"),
         (["--minuts", "3"], "command line: unknown setting 'minuts': did you mean 'minutes'?"),
-        (["--trials", "9"], "command line: trials: input should be less than or equal to 4, not '9'"),
+        (["--trials", "9"], "command line: trials: input should be less than or equal to 5, not '9'"),
         (["--device", "gpu"], "--device gpu: no such device"),
     ],
 )

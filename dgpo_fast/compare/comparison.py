@@ -24,7 +24,7 @@ from dgpo_fast.lock import FolderLock
 from dgpo_fast.metrics import write_json
 from dgpo_fast.pipeline import pick_device
 
-PLAN = "plan.json"
+PLAN, SPENT = "plan.json", "spent.json"
 LINE_EVERY_S = 30.0
 QUICK_S, QUICK_MARKS = 2.0, (0.5, 1.0)
 
@@ -48,7 +48,7 @@ class Comparison:
         self.device = pick_device(settings.device)
         self.systems = tuple(name for name in SYSTEMS if not settings.systems or name in settings.systems)
         self.seeds = settings.seeds or {"quick": 2, "normal": 3, "long": 5}[kind]
-        self.trials = settings.trials or (1 if settings.quick else 4)
+        self.trials = settings.trials or (1 if settings.quick else 5)
         self.minutes = settings.minutes or {"quick": None, "normal": 110.0, "long": 360.0}[kind]
         self.processes = settings.processes or (2 if self.device.type == "cpu" else 1)
         self.home = Path(settings.runs_dir)
@@ -71,6 +71,7 @@ class Comparison:
         lock = FolderLock(self.home)
         workers = Workers(self.home, self.scale, str(self.device), self.processes)
         self.started_s = time.monotonic()
+        self.spent_before_s = self._spent_before()
         try:
             self._measure_base(workers)
             plan = self._plan()
@@ -83,6 +84,7 @@ class Comparison:
             self.console.note("stopped; the same command goes on from here")
             raise
         finally:
+            self._keep_spent()
             lock.release()
         self._report(plan)
 
@@ -102,8 +104,23 @@ class Comparison:
             lambda shares: None,
         )
 
+    def _spent_before(self) -> float | None:
+        """Seconds on the wall of earlier starts; None where there were some that did not write theirs down."""
+        try:
+            return float(json.loads((self.home / SPENT).read_text(encoding="utf-8"))["wall_s"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None if (self.home / PLAN).exists() else 0.0
+
+    def _keep_spent(self) -> None:
+        if (spent := self._spent()) is not None:
+            write_json(self.home / SPENT, {"wall_s": spent})
+
+    def _spent(self) -> float | None:
+        """Seconds on the wall of all starts, if they are known."""
+        return None if self.spent_before_s is None else self.spent_before_s + time.monotonic() - self.started_s
+
     def _plan(self) -> Plan:
-        """The plan of an earlier start, with more seeds where there are to be more, or a new one.
+        """The plan of an earlier start, with more seeds and trials where there are to be more, or a new one.
 
         Raises UserError where the earlier one had other settings.
         """
@@ -119,10 +136,10 @@ class Comparison:
                 plan = planning.from_json(kept["plan"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: damaged; remove {self.home} or choose another --runs-dir") from None
-            if differs == ["seeds"] and self.seeds > plan.seeds:
-                plan = replace(plan, seeds=self.seeds)
-                write_json(path, {"settings": wanted, "plan": planning.to_json(plan)})
-                return plan
+            more = replace(plan, seeds=max(plan.seeds, self.seeds), trials=max(plan.trials, self.trials))
+            if set(differs) <= {"seeds", "trials"} and (more.seeds, more.trials) == (self.seeds, self.trials):
+                write_json(path, {"settings": wanted, "plan": planning.to_json(more)})
+                return more
             if differs:
                 raise UserError(f"{self.home}: a comparison with another {differs[0]} was begun there; remove it, or "
                                 "choose another --runs-dir")  # fmt: skip
@@ -139,6 +156,7 @@ class Comparison:
     def _do(self, workers: Workers, plan: Plan) -> None:
         def done(run: Run, result: dict[str, Any]) -> None:
             self.results[run.name] = result
+            self._keep_spent()
             self._tell(plan, run, result)
 
         def pick(running: set[str]) -> Run | None:
@@ -186,6 +204,7 @@ class Comparison:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "wall_s": self._spent(),
         }
         base = self.results[base_run(self.scale.groups).name]
         findings = write_report(plan, self.results, base, machine, self.output)

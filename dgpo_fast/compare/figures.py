@@ -1,6 +1,7 @@
-"""The figures: reward against seconds and images, and image quality, with the seeds' 95 % intervals as bands."""
+"""The figures: reward and image quality, each against seconds and images, with the seeds' 95 % intervals as bands."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,20 @@ def draw_figures(runs: Runs, base: Mapping[str, Any], folder: Path, seconds: str
 
 
 def _draw(title: str, systems: list[str], runs: Runs, base: Mapping[str, Any], path: Path, seconds: str) -> None:
-    figure = Figure(figsize=(13.5, 4.6), layout="constrained", dpi=110)
+    figure = Figure(figsize=(11.5, 8), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(1, 3)
-    panels = (("reward_mean", "training_s"), ("reward_mean", "trained_images"), ("patch_distance", "training_s"))
-    for axis, (measure, spent) in zip(axes, panels, strict=True):
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    panels = product(("reward_mean", "patch_distance"), ("training_s", "trained_images"))
+    for axis, (measure, spent) in zip(axes.flat, panels, strict=True):
         for system in systems:
             _line(axis, system, runs[system], base, measure, spent)
         axis.axhline(base[measure], color=BASE, linewidth=1, linestyle=":", label="the model as it came")
         axis.set(xlabel=LABELS[spent].format(seconds=seconds), ylabel=LABELS[measure], xlim=(0, None))
         axis.locator_params(axis="x", nbins=6)  # long numbers have room
         axis.grid(alpha=0.25)
+        axis.label_outer()
     count = len(next(iter(runs.values())))
-    axes[0].legend(frameon=False, fontsize=9, title=f"mean of {count} seeds, 95 % interval", title_fontsize=9)
+    axes[0, 0].legend(frameon=False, fontsize=9, title=f"mean of {count} seeds, 95 % interval", title_fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
 
 

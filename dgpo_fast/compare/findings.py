@@ -71,12 +71,19 @@ class Findings:
             return Finding(claim, "does not hold", f"{start}. DGPO did not reach it in {dgpo.x[-1]:.0f} s.", numbers)
         ratio = theirs_s / max(ours_s, dgpo.x[1])
         low, high = self._ratio_interval(dgpo, flow)
-        numbers |= {"ratio": ratio, "ratio_interval": [low, high]}
+        on_the_wall, in_images = self._ratio("training_wall_s"), self._ratio("trained_images")
+        same_time = float(np.interp(dgpo.x[-1], flow.x, flow.mean))
+        numbers |= {
+            "ratio": ratio, "ratio_interval": [low, high], "ratio_on_the_wall": on_the_wall,
+            "ratio_in_images": in_images, "flow_grpo_after_dgpos_time": same_time,
+        }  # fmt: skip
         verdict = "holds" if low > 1 else "does not hold" if high < 1 else "open"
         return Finding(
             claim, verdict,
             f"{start}. DGPO is there after {ours_s:.0f} s: {ratio:.1f} times sooner "
-            f"(95 % of resampled seeds: {low:.1f} to {high:.1f}).", numbers,
+            f"(95 % of resampled seeds: {low:.1f} to {high:.1f}), {on_the_wall:.1f} times by seconds on the wall, and "
+            f"from {in_images:.1f} times fewer images. After DGPO's {dgpo.x[-1]:.0f} s, where DGPO has "
+            f"{dgpo.mean[-1]:.3f}, Flow-GRPO has {same_time:.3f}.", numbers,
         )  # fmt: skip
 
     def better(self, first: str, second: str, claim: str) -> Finding:
@@ -112,8 +119,17 @@ class Findings:
         }
         return Finding("the timestep clip protects image quality", _verdict(worse, half), sentence, numbers)
 
-    def _curve(self, system: str) -> Curve:
-        return curve(self.runs[system], self.base, "reward_mean", "training_s", self._seconds(system))
+    def _ratio(self, spent: str) -> float:
+        """How much more Flow-GRPO has spent where it is best than DGPO has where that is reached; NaN if never."""
+        theirs, level = self._curve("flow-grpo", spent).best()
+        dgpo = self._curve("dgpo", spent)
+        ours = dgpo.reaches(level)
+        return theirs / max(ours, dgpo.x[1]) if ours is not None else float("nan")
+
+    def _curve(self, system: str, spent: str = "training_s") -> Curve:
+        runs = self.runs[system]
+        until = self._seconds(system) if spent == "training_s" else min(run["points"][-1][spent] for run in runs)
+        return curve(runs, self.base, "reward_mean", spent, until)
 
     def _seconds(self, system: str) -> float:
         return self.runs[system][0]["run"]["seconds"]

@@ -12,6 +12,8 @@ from dgpo_fast.errors import UserError
 SEARCH_SEED, SEARCH_EVALUATION_SEED = 1000, 1
 SEARCH_SHARE = 0.4
 LR_STEP = 2.5
+RATES = (1.0, LR_STEP, 1 / LR_STEP)
+"""First learning rates that are tried, over the one in the middle."""
 SPARE = 0.96
 """Share of the time that is planned for: the rest is for starting processes and writing figures."""
 
@@ -25,7 +27,7 @@ class Plan:
     Attributes:
         systems: names of the systems.
         seeds: final runs of each system.
-        trials: settings tried for each system, 1 to 4.
+        trials: settings tried for each system, 1 to 5.
         final_s: training seconds of a final run, times its system's patience; a tried setting trains for
             `SEARCH_SHARE` of it.
         marks: shares of these seconds after which a final run is evaluated.
@@ -123,17 +125,22 @@ def wanted(plan: Plan, results: Results) -> Iterator[Run]:
 
 
 def trials(plan: Plan, system: str, results: Results) -> list[Run]:
-    """The settings of `system` that are tried: three learning rates, then one beyond them where the best one is the
-    largest or the smallest, and else half the groups at the best one."""
+    """The settings of `system` that are tried: three learning rates, then whatever lies beyond the best so far.
+
+    Where the best learning rate is the largest or the smallest, that is another one beyond it, and then half the
+    groups. Else it is half the groups, and then a quarter of them where half were better, or twice as many where not.
+    """
     centre = SYSTEMS[system].lr
-    rates = [plan.trial(system, lr, plan.groups) for lr in (centre, centre * LR_STEP, centre / LR_STEP)]
-    tried = rates[: plan.trials]
-    if plan.trials > len(rates) and all(run.name in results for run in rates):
-        best = _best(rates, results)
-        if best.lr == centre:
-            tried.append(replace(best, groups=max(1, plan.groups // 2)))
-        else:
+    tried = [plan.trial(system, rate * centre, plan.groups) for rate in RATES[: plan.trials]]
+    while len(tried) < plan.trials and all(run.name in results for run in tried):
+        best = _best(tried, results)
+        fewer = replace(best, groups=max(1, best.groups // 2))
+        if len(tried) == len(RATES) and best.lr != centre:
             tried.append(replace(best, lr=best.lr * best.lr / centre))
+        elif fewer not in tried:
+            tried.append(fewer)
+        else:
+            tried.append(replace(best, groups=2 * best.groups))
     return tried
 
 

@@ -28,7 +28,7 @@ def write_report(
         "table": table(runs, base),
         "search": search_table(plan, results),
         "findings": findings_text(findings),
-        "about": about(plan, runs, machine),
+        "about": about(plan, [*results.values()], machine),
     }
     for name, text in parts.items():
         (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
@@ -108,10 +108,10 @@ def findings_text(findings: Sequence[Finding]) -> str:
     )
 
 
-def about(plan: Plan, runs: Mapping[str, Sequence[Mapping[str, Any]]], machine: Mapping[str, Any]) -> str:
+def about(plan: Plan, results: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
     """How it was measured, as Markdown."""
-    everything = [run for seeds in runs.values() for run in seeds]
-    wall_s, cpu_s = (sum(run["points"][-1][name] for run in everything) for name in ("training_wall_s", "training_s"))
+    trained = [result["points"][-1] for result in results if result.get("points")]
+    wall_s, cpu_s = (sum(point[name] for point in trained) for name in ("training_wall_s", "training_s"))
     text = (
         f"{machine['device']}, {machine['cpu_count']} CPU cores, {machine['processes']} runs at a time, torch "
         f"{machine['torch']}, {machine['date']}. {plan.trials} settings of each system were tried for "
@@ -120,11 +120,13 @@ def about(plan: Plan, runs: Mapping[str, Sequence[Mapping[str, Any]]], machine: 
     )
     patient = [SYSTEMS[name] for name in plan.systems if SYSTEMS[name].patience != 1]
     text += "".join(f" {system.label} had {system.patience:g} times as long, in both." for system in patient)
+    if machine["wall_s"] is not None:
+        text += f" All of it took {machine['wall_s'] / 60:.0f} minutes on the wall, over all starts of the command."
     if machine["device"] != "cpu":
         return text
     return text + (
         " Seconds are those of a run's one thread at work; on the wall, beside whatever else the machine did, the "
-        f"final runs took {wall_s / cpu_s:.2f} times as long."
+        f"runs took {wall_s / cpu_s:.2f} times as long."
     )
 
 

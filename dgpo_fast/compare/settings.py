@@ -22,8 +22,9 @@ class CompareSettings:
     """Time for all of it. Default: 110; long: 360; quick: what it takes."""
     seeds: Count | None = None
     """Final runs of each system. Default: 3; quick: 2; long: 5. A finished comparison goes on with more of them."""
-    trials: Annotated[int, Field(ge=1, le=4)] | None = None
-    """Settings tried for each system. Default: 4; quick: 1."""
+    trials: Annotated[int, Field(ge=1, le=5)] | None = None
+    """Settings tried for each system. Default: 5; quick: 1. A finished comparison goes on with more of them too; final
+    runs are made again where another setting turns out best."""
     processes: Count | None = None
     """Runs at a time, each with its share of the cores. Default: 2 on a CPU, 1 on a GPU."""
     device: str = "auto"
