@@ -1,16 +1,20 @@
-"""Why two of the paper's claims stay open in the comparison: runs beside it, each of which changes one thing.
+"""Why some of the paper's claims stay open in the comparison: runs beside it, each of which changes one thing.
 
-    python benchmarks/comparison_reasons.py [--seeds 0 1]
+    python benchmarks/comparison_reasons.py [--seeds 0 1] [--only "three times" …]
     python benchmarks/comparison_reasons.py --table
 
 The timestep clip: in `dgpo_fast.compare` the rollouts' grid (DPM-Solver++, 8 steps, shift 3) ends at σ = 0.30, and
 leaving the clip out adds this one noise level. The Euler solver's grid of 8 steps ends at σ = 0.009: with and without
-the clip on that grid.
+the clip on that grid; and on the comparison's own grid, trained three times as long.
+
+Groups and pairs: with 8 and with 32 images a group, of which Diffusion-DPO learns from two, and as many images an
+iteration.
 
 ODE and SDE rollouts: the search chose half the groups for the SDE, and all of them for the ODE: the ODE with half.
 
 Everything else is as in the comparison. Processes have one thread, two run at a time. Writes
-`benchmarks/results/cpu/comparison_reasons.json`; `--table` prints it as Markdown.
+`benchmarks/results/cpu/comparison_reasons.json`, where rows that are not made again stay; `--table` prints it as
+Markdown.
 """
 
 import argparse
@@ -35,7 +39,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.schedule import make_schedule
 
 PATH = RESULTS / "cpu/comparison_reasons.json"
-LR, MARKS = 2e-4, (0.5, 1.0)
+LR, DPO_LR, MARKS = 2e-4, 8e-5, (0.5, 1.0)
 
 
 def on_eulers_grid(config: Config) -> Config:
@@ -45,32 +49,41 @@ def on_eulers_grid(config: Config) -> Config:
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: settings, groups an iteration, and seconds of training."""
+    """What is trained: settings, groups an iteration, seconds of training, images a group and learning rate."""
 
     recipe: Callable[[], Config]
     groups: int
     seconds: float
+    group_size: int = NORMAL.group_size
+    lr: float = LR
 
 
 ARMS = {
     "Euler's grid, with the clip": Arm(lambda: on_eulers_grid(recipes.tiny_shapes()), NORMAL.groups, 150),
     "Euler's grid, no clip": Arm(lambda: on_eulers_grid(recipes.tiny_shapes_no_timestep_clip()), NORMAL.groups, 150),
     "ODE rollouts, half the groups": Arm(recipes.tiny_shapes, NORMAL.groups // 2, 224),
+    "three times the time, with the clip": Arm(recipes.tiny_shapes, NORMAL.groups, 672),
+    "three times the time, no clip": Arm(recipes.tiny_shapes_no_timestep_clip, NORMAL.groups, 672),
+    "groups of 8": Arm(recipes.tiny_shapes, 32, 150, 8),
+    "groups of 8, Diffusion-DPO": Arm(recipes.tiny_shapes_diffusion_dpo, 32, 150, 8, DPO_LR),
+    "groups of 32": Arm(recipes.tiny_shapes, 8, 150, 32),
+    "groups of 32, Diffusion-DPO": Arm(recipes.tiny_shapes_diffusion_dpo, 8, 150, 32, DPO_LR),
 }
 
 
 def run_of(arm: str, seed: int) -> Run:
     """As the comparison names it."""
-    return Run("final", arm, seed, LR, ARMS[arm].groups, ARMS[arm].seconds, MARKS)
+    return Run("final", arm, seed, ARMS[arm].lr, ARMS[arm].groups, ARMS[arm].seconds, MARKS)
 
 
 def train(arm: str, seed: int, home: Path) -> None:
     """One run in this process; its result lies in its folder under `home`."""
-    SYSTEMS[arm] = System(arm, arm, ARMS[arm].recipe, LR)
-    perform(run_of(arm, seed), home, NORMAL, "cpu", lambda share: None, lambda: False)
+    SYSTEMS[arm] = System(arm, arm, ARMS[arm].recipe, ARMS[arm].lr)
+    scale = replace(NORMAL, group_size=ARMS[arm].group_size)
+    perform(run_of(arm, seed), home, scale, "cpu", lambda share: None, lambda: False)
 
 
-def measure(seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+def measure(arms: list[str], seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
     """arm → what came out for each seed."""
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
 
@@ -80,14 +93,14 @@ def measure(seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
             subprocess.run([*command, "--home", scratch], check=True, env=environment)
             return json.loads((Path(scratch) / run_of(arm, seed).name / "result.json").read_text())
 
-        found = {arm: [pool.submit(result, arm, seed) for seed in seeds] for arm in ARMS}
+        found = {arm: [pool.submit(result, arm, seed) for seed in seeds] for arm in arms}
         return {arm: [future.result() for future in futures] for arm, futures in found.items()}
 
 
 def rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """A Markdown table."""
-    yield "| DGPO with | time | reward | patch distance | signs read |"
-    yield "|---|---|---|---|---|"
+    yield "| DGPO with | time | images | reward | patch distance | signs read |"
+    yield "|---|---|---|---|---|---|"
     for arm, results in found.items():
         last = [result["points"][-1] for result in results]
         values = [
@@ -99,12 +112,14 @@ def rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         for of, digits in values:
             each = ", ".join(f"{value:.{digits}f}" for value in of)
             cells.append(f"{mean_interval(of)[0]:.{digits}f} ({each})")
-        yield f"| {arm} | {results[0]['run']['seconds']:.0f} s | {' | '.join(cells)} |"
+        images = mean_interval([point["trained_images"] for point in last])[0]
+        yield f"| {arm} | {results[0]['run']['seconds']:.0f} s | {images:,.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of what is trained")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -113,7 +128,9 @@ def main() -> None:
         train(options.arm, options.seeds[0], options.home)
         return
     if not options.table:
-        found = measure(options.seeds)
+        kept = json.loads(PATH.read_text(encoding="utf-8"))["runs"] if PATH.exists() else {}
+        made = measure([arm for arm in ARMS if any(part in arm for part in options.only)], options.seeds)
+        found = {arm: (kept | made)[arm] for arm in ARMS if arm in kept | made}
         sigmas = {
             solver: make_schedule(solver, NORMAL.steps, recipes.tiny_shapes().rollout.shift).sigmas[:-1].tolist()
             for solver in ("dpmpp_2m", "euler")
