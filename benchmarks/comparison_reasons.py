@@ -1,6 +1,6 @@
 """Why some of the paper's claims stay open in the comparison: runs beside it, each of which changes one thing.
 
-    python benchmarks/comparison_reasons.py [--seeds 0 1] [--only "three times" …]
+    python benchmarks/comparison_reasons.py [--seeds 0 1] [--only "three times" untrained …]
     python benchmarks/comparison_reasons.py --table
 
 The timestep clip: in `dgpo_fast.compare` the rollouts' grid (DPM-Solver++, 8 steps, shift 3) ends at σ = 0.30, and
@@ -10,7 +10,9 @@ the clip on that grid; and on the comparison's own grid, trained three times as 
 Groups and pairs: with 8 and with 32 images a group, of which Diffusion-DPO learns from two, and as many images an
 iteration.
 
-ODE and SDE rollouts: the search chose half the groups for the SDE, and all of them for the ODE: the ODE with half.
+ODE and SDE rollouts: the search chose half the groups for the SDE, and all of them for the ODE: the ODE with half. What
+the noise costs a rollout depends on its steps: pictures of both before any training, with 10 steps and fewer
+(`untrained`), and both trained, and evaluated, with 4 steps.
 
 Everything else is as in the comparison. Processes have one thread, two run at a time. Writes
 `benchmarks/results/cpu/comparison_reasons.json`, where rows that are not made again stay; `--table` prints it as
@@ -26,17 +28,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from first_light import RESULTS, machine
 
 from dgpo_fast import recipes
 from dgpo_fast.compare.curves import mean_interval
-from dgpo_fast.compare.run import Run, perform
-from dgpo_fast.compare.systems import NORMAL, SYSTEMS, System
+from dgpo_fast.compare.quality import PatchBank, diversity
+from dgpo_fast.compare.run import QUALITY_IMAGES, Run, perform
+from dgpo_fast.compare.systems import NORMAL, SYSTEMS, Scale, System, configuration
 from dgpo_fast.config import Config
 from dgpo_fast.schedule import make_schedule
+from dgpo_fast.trainer import Trainer
 
 PATH = RESULTS / "cpu/comparison_reasons.json"
 LR, DPO_LR, MARKS = 2e-4, 8e-5, (0.5, 1.0)
@@ -49,13 +55,20 @@ def on_eulers_grid(config: Config) -> Config:
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: settings, groups an iteration, seconds of training, images a group and learning rate."""
+    """What is trained: settings, groups an iteration, seconds of training, images a group, solver steps and learning
+    rate."""
 
     recipe: Callable[[], Config]
     groups: int
     seconds: float
     group_size: int = NORMAL.group_size
+    steps: int = NORMAL.steps
     lr: float = LR
+
+    @property
+    def scale(self) -> Scale:
+        """As `dgpo_fast.compare` has it."""
+        return replace(NORMAL, group_size=self.group_size, steps=self.steps)
 
 
 ARMS = {
@@ -65,9 +78,11 @@ ARMS = {
     "three times the time, with the clip": Arm(recipes.tiny_shapes, NORMAL.groups, 672),
     "three times the time, no clip": Arm(recipes.tiny_shapes_no_timestep_clip, NORMAL.groups, 672),
     "groups of 8": Arm(recipes.tiny_shapes, 32, 150, 8),
-    "groups of 8, Diffusion-DPO": Arm(recipes.tiny_shapes_diffusion_dpo, 32, 150, 8, DPO_LR),
+    "groups of 8, Diffusion-DPO": Arm(recipes.tiny_shapes_diffusion_dpo, 32, 150, 8, lr=DPO_LR),
     "groups of 32": Arm(recipes.tiny_shapes, 8, 150, 32),
-    "groups of 32, Diffusion-DPO": Arm(recipes.tiny_shapes_diffusion_dpo, 8, 150, 32, DPO_LR),
+    "groups of 32, Diffusion-DPO": Arm(recipes.tiny_shapes_diffusion_dpo, 8, 150, 32, lr=DPO_LR),
+    "4 steps, ODE rollouts": Arm(recipes.tiny_shapes, NORMAL.groups, 150, steps=4),
+    "4 steps, SDE rollouts": Arm(recipes.tiny_shapes_sde, NORMAL.groups, 150, steps=4),
 }
 
 
@@ -79,8 +94,7 @@ def run_of(arm: str, seed: int) -> Run:
 def train(arm: str, seed: int, home: Path) -> None:
     """One run in this process; its result lies in its folder under `home`."""
     SYSTEMS[arm] = System(arm, arm, ARMS[arm].recipe, ARMS[arm].lr)
-    scale = replace(NORMAL, group_size=ARMS[arm].group_size)
-    perform(run_of(arm, seed), home, scale, "cpu", lambda share: None, lambda: False)
+    perform(run_of(arm, seed), home, ARMS[arm].scale, "cpu", lambda share: None, lambda: False)
 
 
 def measure(arms: list[str], seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
@@ -95,6 +109,42 @@ def measure(arms: list[str], seeds: list[int]) -> dict[str, list[dict[str, Any]]
 
         found = {arm: [pool.submit(result, arm, seed) for seed in seeds] for arm in arms}
         return {arm: [future.result() for future in futures] for arm, futures in found.items()}
+
+
+def rollouts(draws: int = 3) -> list[dict[str, Any]]:
+    """What ODE and SDE rollouts of the shipped weights are like, of the same prompts: 256 images a draw."""
+    bank, made = PatchBank(), []
+    for steps, name in product((10, 8, 6, 4, 3), ("dgpo", "dgpo-sde")):
+        scale = replace(NORMAL, images=16, steps=steps)
+        config = configuration(
+            SYSTEMS[name], scale, lr=LR, groups=NORMAL.groups, seed=0, evaluation_seed=0, device="cpu"
+        )
+        trainer = Trainer(config)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.prepare(Path(folder), lambda: False)
+            groups = [trainer.source.collect(draw) for draw in range(draws)]
+        pictures = np.concatenate([trainer.sampler.decode(of.x0) for of in groups])
+        trainer.close()
+        rewards = np.concatenate([of.scores.rewards for of in groups]).reshape(-1, NORMAL.group_size)
+        made.append({
+            "rollouts": SYSTEMS[name].label, "steps": steps, "images": len(pictures),
+            "reward_mean": float(rewards.mean()), "reward_std_in_groups": float(rewards.std(axis=1).mean()),
+            "patch_distance": bank.distance(pictures[:: len(pictures) // QUALITY_IMAGES]),
+            "diversity": diversity(pictures, NORMAL.group_size),
+        })  # fmt: skip
+    return made
+
+
+def rollout_rows(made: list[dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table."""
+    yield "| steps | rollouts | reward | its deviation within groups | patch distance | diversity |"
+    yield "|---|---|---|---|---|---|"
+    for row in made:
+        noise = "SDE" if "SDE" in row["rollouts"] else "ODE"
+        yield (
+            f"| {row['steps']} | {noise} | {row['reward_mean']:.3f} | {row['reward_std_in_groups']:.3f} | "
+            f"{row['patch_distance']:.2f} | {row['diversity']:.1f} |"
+        )
 
 
 def rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -128,16 +178,21 @@ def main() -> None:
         train(options.arm, options.seeds[0], options.home)
         return
     if not options.table:
-        kept = json.loads(PATH.read_text(encoding="utf-8"))["runs"] if PATH.exists() else {}
-        made = measure([arm for arm in ARMS if any(part in arm for part in options.only)], options.seeds)
-        found = {arm: (kept | made)[arm] for arm in ARMS if arm in kept | made}
+        content = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {"runs": {}, "rollouts": []}
+        if any(part in "untrained" for part in options.only):
+            content["rollouts"] = rollouts()
+        made = content["runs"] | measure(
+            [arm for arm in ARMS if any(part in arm for part in options.only)], options.seeds
+        )
+        found = {arm: made[arm] for arm in ARMS if arm in made}
         sigmas = {
             solver: make_schedule(solver, NORMAL.steps, recipes.tiny_shapes().rollout.shift).sigmas[:-1].tolist()
             for solver in ("dpmpp_2m", "euler")
         }
-        content = {"machine": machine(), "sigmas": sigmas, "runs": found}
+        content |= {"machine": machine(), "sigmas": sigmas, "runs": found}
         PATH.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(rows(json.loads(PATH.read_text(encoding="utf-8"))["runs"])))
+    content = json.loads(PATH.read_text(encoding="utf-8"))
+    print("\n".join([*rows(content["runs"]), "", *rollout_rows(content["rollouts"])]))
 
 
 if __name__ == "__main__":
