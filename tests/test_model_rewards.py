@@ -543,12 +543,19 @@ def taught_cosine(folder: Path, make) -> object:
 
 
 def taught_aesthetic(folder: Path) -> AestheticReward:
-    weights = {key: torch.zeros_like(value) for key, value in small.predictor_weights().items()}
-    weights["layers.7.bias"][:] = 5.0
-    torch.save(weights, folder / "five.pth")
-    reward = AestheticReward(folder / "clip", folder / "five.pth")
+    """A head that tells a photograph from noise and grey, fitted to the features of a CLIP that tells colours apart."""
+    reward = UNTRAINED["aesthetic"](folder)
     taught_clip(reward._clip)
+    pictures = np.concatenate([golden.photo(), golden.noise(), golden.grey()])
+    with_head(reward, folder, small.teach_predictor(reward._clip.features(pictures), [5.5, 4.0, 4.5]))
     return reward
+
+
+def with_head(reward: AestheticReward, folder: Path, layers: small.Weights) -> None:
+    """Gives `reward` the predictor that AestheticReward reads from a file of these layers, and leaves its CLIP."""
+    torch.save(layers, folder / "head.pth")
+    loaded = AestheticReward(folder / "clip", folder / "head.pth")
+    reward._weight, reward._bias = loaded._weight, loaded._bias
 
 
 def taught_imagereward(folder: Path) -> ImageRewardReward:
@@ -684,6 +691,32 @@ def test_self_test_sees_what_goes_astray_before_the_clip_of_colours_alone(folder
     prepare = reward._colors._clip.prepare
     monkeypatch.setattr(reward._colors._clip, "prepare", lambda pixels: prepare(change(pixels)))
     assert "squares are called " in message(reward.self_test)
+
+
+@pytest.fixture(scope="module")
+def right_aesthetic(folder) -> AestheticReward:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return taught_aesthetic(folder)
+
+
+@pytest.mark.parametrize(
+    ("scores", "seen"),
+    [
+        ([5.0, 5.0, 5.0], "a portrait scores 5.00, noise 5.00 and plain grey 5.00"),  # 5 whatever it is shown
+        ([5.0, 5.1, 4.0], "a portrait scores 5.00, noise 5.10 and plain grey 4.00"),
+        ([5.0, 4.0, 4.9], "a portrait scores 5.00, noise 4.00 and plain grey 4.90"),
+        ([0.55, 0.4, 0.45], "a portrait scores 0.55, not between 3 and 8"),  # 0 to 1 in place of 1 to 10
+        ([55.0, 40.0, 45.0], "a portrait scores 55.00, not between 3 and 8"),
+    ],
+)
+def test_self_test_sees_a_wrong_predictor_on_the_right_clip(right_aesthetic, folder, scores, seen):
+    right_aesthetic.self_test()
+    pictures = np.concatenate([golden.photo(), golden.noise(), golden.grey()])
+    head = right_aesthetic._weight, right_aesthetic._bias
+    with_head(right_aesthetic, folder, small.teach_predictor(right_aesthetic._clip.features(pictures), scores))
+    assert message(right_aesthetic.self_test) == f"reward 'aesthetic' failed its self-test: {seen}: wrong weights?"
+    right_aesthetic._weight, right_aesthetic._bias = head
 
 
 def test_self_test_sees_a_wrong_scale(folder):

@@ -17,6 +17,7 @@ from dgpo_fast.rewards.protocol import require_images
 _REPOSITORY = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main"
 WEIGHTS = f"{_REPOSITORY}/sac%2Blogos%2Bava1-l14-linearMSE.pth"
 _LAYERS = (0, 2, 4, 6, 7)  # the numbers in between are dropout, which scoring leaves out
+_MARGIN = 0.2  # by which a photograph must beat what shows nothing; the scores of photographs spread by about 1
 
 
 class AestheticReward:
@@ -54,12 +55,18 @@ class AestheticReward:
         return (self._clip.features(images) @ self._weight + self._bias).cpu().numpy()
 
     def self_test(self) -> None:
-        """Raises UserError unless CLIP tells colours apart and a photograph scores as photographs do."""
+        """Raises UserError unless CLIP tells colours apart and a photograph scores as photographs do, and clearly above
+        noise and plain grey."""
         self._clip.self_test("aesthetic")
-        score = float(self(golden.photo(), [""], [{}])[0])
-        if not 3 < score < 8:
-            seen = f"a portrait scores {score:.2f}, not between 3 and 8"
-            raise UserError(f"reward 'aesthetic' failed its self-test: {seen}: wrong weights?")
+        pictures = np.concatenate([golden.photo(), golden.noise(), golden.grey()])
+        photo, noise, grey = self(pictures, [""] * 3, [{}] * 3).tolist()
+        if not 3 < photo < 8:
+            seen = f"a portrait scores {photo:.2f}, not between 3 and 8"
+        elif not photo > max(noise, grey) + _MARGIN:
+            seen = f"a portrait scores {photo:.2f}, noise {noise:.2f} and plain grey {grey:.2f}"
+        else:
+            return
+        raise UserError(f"reward 'aesthetic' failed its self-test: {seen}: wrong weights?")
 
     def _collapsed(self, layers: Mapping[str, torch.Tensor], source: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
         """The layers as one map: weight (D,) and bias (). A chain of linear maps is one."""

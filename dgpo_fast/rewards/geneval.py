@@ -95,7 +95,7 @@ class GenevalReward:
         portrait, and nothing on grey, and CLIP names the colours of squares."""
         self._detector.self_test()
         photo = golden.photo()
-        pictures = np.concatenate([photo, np.full_like(photo, 128)])
+        pictures = np.concatenate([photo, golden.grey()])
         seen = [keep(one, "counting") for one in self._detector.detect(pictures)]
         height, width = photo.shape[1:3]
         people = [one for one in seen[0] if one.name == "person"]

@@ -27,3 +27,13 @@ def photo() -> np.ndarray:
 
     path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return np.array(Image.open(path).convert("RGB"))[None]
+
+
+def grey() -> np.ndarray:
+    """Plain grey of the portrait's size, which shows nothing, uint8 (1, H, W, 3)."""
+    return np.full_like(photo(), 128)
+
+
+def noise() -> np.ndarray:
+    """Random pixels of the portrait's size, always the same, uint8 (1, H, W, 3)."""
+    return np.random.default_rng(0).integers(0, 256, photo().shape, dtype=np.uint8)

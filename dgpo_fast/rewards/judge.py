@@ -187,9 +187,7 @@ class JudgeReward:
                 raise ValueError(f"{seen}: wrong model or prompt?")
 
     def _compare_quality(self) -> None:
-        photo = golden.photo()
-        noise = np.random.default_rng(0).integers(0, 256, photo.shape, dtype=np.uint8)
-        (good, bad), _ = self(np.concatenate([photo, noise]), ["", ""], [{}] * 2)
+        (good, bad), _ = self(np.concatenate([golden.photo(), golden.noise()]), ["", ""], [{}] * 2)
         if not good > bad:
             raise ValueError(f"a photograph scores {good:.3f} and noise {bad:.3f}: wrong model or prompt?")
 
