@@ -29,7 +29,7 @@ from dgpo_fast.cli import run_command
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.reward_server import serve
-from dgpo_fast.rewards import WeightedReward, load_rewards, png
+from dgpo_fast.rewards import WeightedReward, golden, load_rewards, png
 from dgpo_fast.rewards.http_client import JsonClient, Reply, Unanswered
 from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
 from tests.servers import Process, answering, free_port, reward_server, wait_for
@@ -298,6 +298,47 @@ def test_a_server_of_another_make_needs_health_and_score_alone() -> None:
         reward = load_rewards([url])
         reward.check_prompts([Prompt("p")])
         assert reward.score_groups(np.stack([picture()] * 2), [Prompt("p")], 2).rewards.tolist() == [[0.5, 0.5]]
+
+
+def test_a_server_without_check_scores_golden_pictures_at_the_start() -> None:
+    """For the run's first prompt, since a server may need its metadata; what it says of them must be scores."""
+    asked, answers = [], {"scores": [0.1, 0.2, 0.3, 0.4]}
+
+    def answer(path: str, body: bytes, _: Any) -> Any:
+        if path == "/health":
+            return {"rewards": {"deqa": 1}}
+        if path != "/score":
+            return 404, {}
+        asked.append(json.loads(body))
+        return answers
+
+    def refused() -> str:
+        with pytest.raises(UserError) as caught:
+            reward.check_prompts(prompts)
+        assert "\n" not in str(caught.value)
+        return str(caught.value).replace(url, "URL")
+
+    prompts = [Prompt("two cats", {"include": [1], "reward": "far"}, "p.jsonl:1"), Prompt("a dog")]
+    with answering(answer) as url:
+        reward = load_rewards([f"far={url}"])
+        reward.check_prompts([])
+        assert asked == []
+        reward.check_prompts(prompts)
+        (request,) = asked
+        sent = np.stack([png.decode_png(base64.b64decode(one), 10**6) for one in request["images"]])
+        assert (sent == golden.squares()).all()
+        assert request["prompt"] == "two cats" and request["metadata"] == {"include": [1]}
+        start = "URL failed its self-test with 4 coloured squares and the prompt 'two cats': "
+        end = ": mend its /score (docs/rewards.md)"
+        for scores, seen in (
+            ([0.1], "scores: 1 numbers for 4 pictures"),
+            ([[0.1]] * 4, "scores: no numbers: [[0.1], [0.1], [0.1], [0.1]]"),
+            ([1, 2, 3, 1e999], "answers with what is no JSON: "),
+            ([1, 2, 3, 1e60], "non-finite score among [1.0, 2.0, 3.0, inf]"),
+            ([1, 2, 3, 10**400], "int too large to convert to float"),
+        ):
+            answers["scores"] = scores
+            assert refused().startswith(start) and seen in refused() and refused().endswith(end)
 
 
 def test_another_reward_behind_the_same_address_is_told_by_what_the_server_says() -> None:

@@ -8,7 +8,8 @@ A request and its answer are JSON, with pictures as PNG files in base64: nothing
     POST /score   {"prompt": …, "metadata": {…}, "images": […]}
                   → {"scores": […], "parts": {"ocr/exact": […]}, "queue": 2}
 
-`/check` is optional: a server of another make may answer it with 404. So is `independent_images`, see `Reward`.
+`/check` is optional: a server of another make may answer it with 404, and is then asked at the start to score golden
+pictures for the run's first prompt. `independent_images` is optional too, see `Reward`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.prompt import Prompt
+from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards import golden, png
 from dgpo_fast.rewards.http_client import JsonClient, Reply, Unanswered
 from dgpo_fast.rewards.protocol import REWARD_KEY, require_images
@@ -91,12 +92,15 @@ class RemoteReward:
         )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Lets the server refuse prompts that it cannot score. Raises UserError, with file and line."""
+        """Lets the server refuse prompts that it cannot score. Raises UserError, with file and line.
+
+        A server without /check must score golden pictures for the first prompt instead.
+        """
         for start in range(0, len(prompts), _PROMPTS_PER_CHECK):
             chunk = prompts[start : start + _PROMPTS_PER_CHECK]
             listed = [{"text": p.text, "metadata": _without_choice(p.metadata), "origin": p.origin} for p in chunk]
             if self._check({"prompts": listed}) is None:
-                return
+                return self._try_out(chunk[0])
 
     def self_test(self) -> None:
         """Raises UserError unless the server answers, accepts the token, and sees pictures as they were sent."""
@@ -123,6 +127,19 @@ class RemoteReward:
             arrived = False
         if not arrived:
             raise UserError(f"{self._url} failed its self-test: coloured squares did not arrive as they were sent")
+
+    def _try_out(self, prompt: Prompt) -> None:
+        """Raises UserError unless the server gives each golden picture a finite score for `prompt`."""
+        squares = golden.squares()
+        try:
+            scores, _ = self(squares, [prompt.text] * len(squares), [prompt.metadata] * len(squares))
+            if np.isfinite(scores).all():
+                return
+            seen = f"non-finite score among {scores.tolist()}"
+        except (Unanswered, ValueError, OverflowError) as error:
+            seen = str(error)
+        asked = f"{len(squares)} coloured squares and the prompt {shorten(prompt.text)}"
+        raise UserError(f"{self._url} failed its self-test with {asked}: {seen}: mend its /score (docs/rewards.md)")
 
     def _check(self, request: dict[str, Any]) -> Any:
         """What the server says at /check, None where it has none. Raises UserError where it refuses or is lost."""
