@@ -569,8 +569,19 @@ def taught_imagereward(folder: Path) -> ImageRewardReward:
     return reward
 
 
+def taught_detector(folder: Path) -> Detector:
+    """Taught once, at 64 pixels instead of 800: it sees a person on the portrait and nothing on grey or black."""
+    if not (folder / "taught_mask2former").exists():
+        detector = Detector(folder / "mask2former", shortest_side=64)
+        plain = np.concatenate([golden.grey(), np.zeros_like(golden.grey())])
+        small.teach_detector(detector, detector.prepare(np.concatenate([golden.photo(), plain]))[0])
+        detector._model.save_pretrained(folder / "taught_mask2former")
+    return Detector(folder / "taught_mask2former", shortest_side=64)
+
+
 def taught_geneval(folder: Path) -> GenevalReward:
     reward = UNTRAINED["geneval-hf"](folder)
+    reward._detector = taught_detector(folder)
     squares = golden.squares()
     mask = (squares != squares[:, :1, :1]).any(-1)[0]
     crops = np.stack([crop(one, Detection("square", 1, (0, 0, 256, 256), mask)) for one in squares])
@@ -578,8 +589,6 @@ def taught_geneval(folder: Path) -> GenevalReward:
     cosines = np.array([[0.3 * (c == color) for c in COLORS for _ in range(3)] for color in golden.COLORS])
     clip = reward._colors._clip
     small.teach_clip(clip, clip.prepare(models.to_tensor(crops)), texts, cosines, steps=150)
-    person = Detection("person", 0.99, (20, 20, 490, 600), np.ones((600, 512), bool))
-    reward._detector.detect = lambda images: [[person], []]
     return reward
 
 
@@ -681,6 +690,31 @@ def test_self_test_sees_what_goes_astray_before_the_detector_alone(untrained, mo
         assert message(reward.self_test).startswith(failed)
     monkeypatch.setattr(geneval, "_MEAN", (0.48145466, 0.4578275, 0.40821073))
     assert message(reward.self_test).startswith(failed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [("labels shifted", "cat"), ("unsure", "nothing"), ("untrained", "nothing"), ("dark", "nothing")]
+)
+def test_self_test_sees_a_wrong_network(folder, monkeypatch, kind, found):
+    """What the network itself answers, with its input's colours in order, or in a wrong range that nobody looked at."""
+    reward = UNTRAINED["geneval-hf"](folder)
+    untaught, reward._detector = reward._detector, taught_detector(folder)
+    assert "squares are called " in message(reward.self_test), "past the detector, the untrained CLIP fails"
+    detector, head = reward._detector, reward._detector._model.class_predictor
+    if kind == "labels shifted":
+        cat = CLASSES.index("cat")
+        order = [cat, *range(1, cat), 0, *range(cat + 1, len(CLASSES) + 1)]
+        head.weight.data, head.bias.data = head.weight[order], head.bias[order]
+    elif kind == "unsure":
+        head.weight.data *= 0.5
+    elif kind == "untrained":
+        reward._detector = untaught
+    else:
+        prepare = detector.prepare
+        monkeypatch.setattr(detector, "self_test", lambda: None)
+        monkeypatch.setattr(detector, "prepare", lambda images: prepare(images // 255))
+    seen = f"found {found} on a portrait and nothing on plain grey"
+    assert message(reward.self_test) == f"reward 'geneval-hf' failed its self-test: {seen}: wrong detector?"
 
 
 @pytest.mark.parametrize("change", [lambda pixels: pixels.flip(1), lambda pixels: pixels / 255])
