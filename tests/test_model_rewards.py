@@ -3,6 +3,7 @@
 No trained weights are at hand, so self-tests are passed by models that are taught the golden pictures for a second.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt, load_prompts
-from dgpo_fast.prompts.geneval import CLASSES, COLORS
+from dgpo_fast.prompts.geneval import CLASSES, COLORS, TAGS
 from dgpo_fast.rewards import clip as clip_module
 from dgpo_fast.rewards import geneval, golden, hpsv2, imagereward, jpeg, load_rewards, models, ocr
 from dgpo_fast.rewards.aesthetic import AestheticReward
@@ -521,6 +522,28 @@ def test_bad_metadata_is_refused_with_its_line(untrained, tmp_path, line, proble
     bad = prompts[1]
     with pytest.raises(UserError):
         reward(np.zeros((1, 8, 8, 3), np.uint8), [bad.text], [bad.metadata])
+
+
+@pytest.mark.parametrize(
+    ("tag", "meant"),
+    [
+        ("Counting", "counting"), ("COUNTING", "counting"), (" counting", "counting"), ("countings", "counting"),
+        ("single-object", "single_object"), ("Two objects", "two_object"), ("twoObject", "two_object"),
+        ("color", "colors"), ("Colours", "colors"), ("positions", "position"), ("color-attr", "color_attr"),
+        ("colors_attrs", "color_attr"),
+    ],
+)  # fmt: skip
+def test_a_tag_that_is_nearly_genevals_is_refused_with_its_line(untrained, tmp_path, tag, meant):
+    """Misspelt, `counting` would be scored by another threshold. The six themselves and tags of one's own are taken."""
+    fine = [{"tag": one} for one in (*TAGS, "mine", "counting_hard", "objects", "")] + [{}]
+    include = {"prompt": "a cat", "include": [{"class": "cat", "count": 1}]}
+    lines = [json.dumps({**include, **more}) for more in (*fine, {"tag": tag})]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    prompts = load_prompts(str(tmp_path / "p.jsonl")).train
+    reward = untrained("geneval-hf")
+    reward.check_prompts(prompts[:-1])
+    problem = f"reward 'geneval-hf' has no tag {tag!r}: write {meant!r}, or name a tag of your own differently"
+    assert message(reward.check_prompts, prompts) == f"{tmp_path / 'p.jsonl'}:{len(lines)}: {problem}"
 
 
 # Self-tests

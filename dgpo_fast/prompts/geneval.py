@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -137,6 +138,22 @@ def require_known(reward: str, prompts: Iterable[Prompt], known: Mapping[str, Co
                     raise UserError(f"{place}: reward {reward!r} has no {key} {asked[key]!r}: use one of {names}")
 
 
+def require_tags(reward: str, prompts: Iterable[Prompt]) -> None:
+    """Raises UserError, naming file and line, for the first tag that is one of the six but for its spelling.
+
+    `Counting` or `colour-attrs` would pass for a tag of the user's own, and be scored by another threshold.
+    """
+    known = {_letters(tag): tag for tag in TAGS}
+    for prompt in prompts:
+        tag = str(prompt.metadata.get("tag", ""))
+        meant = known.get(_letters(tag), tag)
+        if meant != tag:
+            place = prompt.origin or shorten(prompt.text)
+            raise UserError(
+                f"{place}: reward {reward!r} has no tag {tag!r}: write {meant!r}, or name a tag of your own differently"
+            )
+
+
 def with_article(name: str, color: str = "") -> str:
     """`"a cat"`, `"an orange cat"`, `"a black pair of skis"`."""
     noun = f"{_MEASURES[name]} of {name}" if name in _MEASURES else name
@@ -210,6 +227,12 @@ def _problem(metadata: dict[str, Any]) -> str | None:
 def _is_position(value: Any, index: int) -> bool:
     is_pair = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_int(value[1])
     return is_pair and 0 <= value[1] < index
+
+
+def _letters(tag: str) -> str:
+    """What is left of a tag without case, plurals and what its words are joined by, and in American spelling."""
+    words = re.split(r"[\W_]+", tag.lower().replace("colour", "color"))
+    return "".join(word.removesuffix("s") for word in words)
 
 
 def _is_int(value: Any) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.geneval import CLASSES, COLORS, require_geneval_metadata, require_known
+from dgpo_fast.prompts.geneval import CLASSES, COLORS, require_geneval_metadata, require_known, require_tags
 from dgpo_fast.prompts.prompt import Prompt
 from dgpo_fast.rewards import golden, models
 from dgpo_fast.rewards.clip import Clip
@@ -86,8 +86,10 @@ class GenevalReward:
         return graded, {"correct": correct, "strict": strict}
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raises UserError, with file and line, for metadata that is malformed or asks for what GenEval has not."""
+        """Raises UserError, with file and line, for metadata that is malformed or asks for what GenEval has not, and
+        for a tag that is misspelt."""
         require_geneval_metadata(prompts)
+        require_tags("geneval-hf", prompts)
         require_known("geneval-hf", prompts, {"class": CLASSES, "color": COLORS, "position": tuple(RELATIONS)})
 
     def self_test(self) -> None:
