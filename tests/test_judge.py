@@ -6,6 +6,7 @@ import json
 import math
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,22 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         judge("http://127.0.0.1", api_key_variable="MY_KEY")
 
 
+def test_a_judge_scores_each_picture_on_its_own() -> None:
+    """Nine pictures, four at a time and the first the slowest: each gets the score that it gets alone."""
+
+    def answer(path: str, body: bytes, _: Any) -> Any:
+        value = int(asked(body)[0].max())
+        time.sleep((9 - value) / 100)
+        return completion(f"Score: {1 + value / 4}")
+
+    images = np.repeat(np.arange(9, dtype=np.uint8), 8 * 8 * 3).reshape(9, 8, 8, 3)
+    with answering(answer) as url:
+        reward = judge(url, requests_at_once=4)
+        together, parts = reward(images, ["p"] * 9, [{}] * 9)
+        alone = [reward(images[i : i + 1], ["p"], [{}])[0][0] for i in range(9)]
+    assert together.tolist() == alone and parts["raw"].tolist() == [1 + i / 4 for i in range(9)]
+
+
 def test_pictures_are_judged_together_but_not_too_many() -> None:
     together, lock, running = threading.Barrier(4, timeout=20), threading.Lock(), [0, 0]
 
@@ -327,32 +344,60 @@ def answer_backwards(path: str, body: bytes, handler: Any) -> Any:
     return completion(text.replace("4.5", "?").replace("1.5", "4.5").replace("?", "1.5"))
 
 
-@pytest.mark.parametrize("kind", ["wrong model", "swapped channels", "wrong range", "no score"])
-def test_the_self_test_fails_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    answers = {"wrong model": answer_backwards, "no score": lambda *_: completion("Nice.")}
+def sees_noise(path: str, body: bytes, _: Any) -> Any:
+    """A judge of quality: good, and bad where neighbouring pixels have little to do with one another."""
+    picture, _ = asked(body)
+    return quality("bad" if np.abs(np.diff(picture.astype(int), axis=0)).mean() > 40 else "excellent")
+
+
+def quality(word: str) -> dict[str, Any]:
+    return completion(f"The quality is {word}.", logprobs={"content": [token(word, **{word: 1.0})]})
+
+
+def likes_noise(path: str, body: bytes, handler: Any) -> Any:
+    text = sees_noise(path, body, handler)["choices"][0]["message"]["content"]
+    return quality("bad" if "excellent" in text else "excellent")
+
+
+PNG = "a red square does not survive its PNG"
+CAPTIONS = "squares score 0.300 with their own captions and 0.900 with wrong ones: wrong model or prompt?"
+WRONG_JUDGES = {
+    ("unifiedreward", "wrong model"): (answer_backwards, CAPTIONS),
+    ("unifiedreward", "no score"): (lambda *_: completion("Nice."), "no score in the answer 'Nice.'"),
+    ("unifiedreward", "swapped channels"): (sees, PNG),
+    ("unifiedreward", "wrong range"): (sees, PNG),
+    ("deqa", "wrong model"): (likes_noise, "a photograph scores 0.200 and noise 1.000: wrong model or prompt?"),
+    ("deqa", "one answer"): (
+        lambda *_: quality("good"),
+        "a photograph scores 0.800 and noise 0.800: wrong model or prompt?",
+    ),
+    ("deqa", "no score"): (
+        lambda *_: completion("Nice."),
+        "an answer without probabilities: the server must support logprobs",
+    ),
+    ("deqa", "swapped channels"): (sees_noise, PNG),
+    ("deqa", "wrong range"): (sees_noise, PNG),
+}
+
+
+@pytest.mark.parametrize(("preset", "kind"), WRONG_JUDGES)
+def test_the_self_test_fails_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, kind: str) -> None:
+    """Of either preset; `test_a_judge_by_its_file` and the test below show that right judges pass."""
+    answer, seen = WRONG_JUDGES[preset, kind]
     original = png.encode_png
     changes = {"swapped channels": lambda image: image[..., ::-1], "wrong range": lambda image: image // 255}
     if kind in changes:
         change = changes[kind]
         monkeypatch.setattr(png, "encode_png", lambda image: original(np.ascontiguousarray(change(image))))
-    with answering(answers.get(kind, sees)) as url:
-        path = write(tmp_path / "judge.yaml", preset="unifiedreward", url=url, model="m")
-        assert "failed its self-test: " in message(path)
-
-
-@pytest.mark.parametrize(("good", "bad", "passes"), [("excellent", "bad", True), ("good", "good", False)])
-def test_a_judge_of_quality_prefers_a_photograph_to_noise(tmp_path: Path, good: str, bad: str, passes: bool) -> None:
-    def answer(path: str, body: bytes, handler: Any) -> Any:
-        picture, _ = asked(body)
-        word = bad if np.abs(np.diff(picture.astype(int), axis=0)).mean() > 40 else good
-        return completion(f"The quality is {word}.", logprobs={"content": [token(word, **{word: 1.0})]})
-
     with answering(answer) as url:
-        path = write(tmp_path / "judge.yaml", preset="deqa", url=url, model="deqa")
-        if passes:
-            load_rewards([path])
-        else:
-            assert "a photograph scores 0.800 and noise 0.800: wrong model or prompt?" in message(path)
+        path = write(tmp_path / "judge.yaml", preset=preset, url=url, model="m")
+        where = "" if seen is PNG else f" at {url}"
+        assert message(path) == f"judge 'm'{where} failed its self-test: {seen}"
+
+
+def test_a_judge_of_quality_prefers_a_photograph_to_noise(tmp_path: Path) -> None:
+    with answering(sees_noise) as url:
+        load_rewards([write(tmp_path / "judge.yaml", preset="deqa", url=url, model="deqa")])
 
 
 def test_a_judge_may_be_asked_for_any_answer_at_the_start(tmp_path: Path) -> None:

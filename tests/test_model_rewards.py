@@ -29,9 +29,10 @@ from dgpo_fast.rewards.hpsv2 import HpsReward
 from dgpo_fast.rewards.imagereward import ImageRewardReward
 from dgpo_fast.rewards.ocr import OcrReward
 from dgpo_fast.rewards.registry import BUILT_IN
-from dgpo_fast.tiny import shapes
+from dgpo_fast.tiny import data, shapes
 from dgpo_fast.tiny.shapes import ShapesReward
 from tests import reward_models as small
+from tests.reward_models import LETTERS
 
 GOLDEN = list(golden.TEXTS)
 EMPTY = np.zeros((0, 8, 8, 3), np.uint8)
@@ -150,19 +151,6 @@ def test_long_prompts_are_cut(untrained):
     long = "a very long prompt " * 20
     scores, _ = untrained("clipscore")(noise(2, 32, 32), [long, long + "that goes on"], [{}] * 2)
     assert np.isfinite(scores).all()
-
-
-def test_scores_do_not_depend_on_the_batch(untrained, monkeypatch):
-    images, texts = noise(5, 40, 48), ["a", "b", "a", "c", "d"]
-    for name in ("clipscore", "aesthetic", "imagereward", "hpsv2"):
-        reward = untrained(name)
-        together = reward(images, texts, [{}] * 5)
-        alone = [reward(images[i : i + 1], texts[i : i + 1], [{}]) for i in range(5)]
-        if isinstance(together, tuple):
-            together, alone = together[0], [one[0] for one in alone]
-        np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(clip_module, "_CHUNK", 2)
-    np.testing.assert_allclose(untrained("hpsv2")(images, texts, [{}] * 5)[0], reward(images, texts, [{}] * 5)[0])
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
@@ -581,14 +569,16 @@ def with_head(reward: AestheticReward, folder: Path, layers: small.Weights) -> N
     reward._weight, reward._bias = loaded._weight, loaded._bias
 
 
-def taught_imagereward(folder: Path) -> ImageRewardReward:
+def taught_imagereward(folder: Path, portrait: float = 1.5, colors: float = 1.0) -> ImageRewardReward:
+    """The scores of right descriptions of the portrait and of squares; wrong ones get their opposites."""
     reward = UNTRAINED["imagereward"](folder)
     photo = models.crop_square(models.to_tensor(golden.photo()), 64)
     red, blue = models.crop_square(models.to_tensor(golden.squares()[[0, 2]]), 64)
     pixels = torch.stack([photo[0], photo[0], red, blue, red, blue])
     texts = ["a portrait photo of a woman in a navy uniform", "a photo of a red bus"]
     texts += ["a red square", "a blue square", "a blue square", "a red square"]
-    small.teach_image_reward(reward, pixels, texts, [1.5, -1.0, 1.0, 1.0, -1.0, -1.0])
+    scores = [portrait, -portrait, colors, colors, -colors, -colors]
+    small.teach_image_reward(reward, pixels, texts, scores)
     return reward
 
 
@@ -664,6 +654,63 @@ WEIGHTLESS = {
 def test_every_shipped_reward_is_proved_to_test_itself():
     """Those below and `geneval-hf-compat`, which is `geneval-hf` with another rule."""
     assert {*TAUGHT, *WEIGHTLESS, "geneval-hf-compat"} == set(BUILT_IN)
+
+
+def people(count: int) -> np.ndarray:
+    """The portrait, a little darker each time, and grey in its place as every third, uint8 (count, H, W, 3)."""
+    photo, grey = golden.photo()[0], golden.grey()[0]
+    return np.stack([grey if i % 3 == 1 else (photo * (1 - i / (10 * count))).astype(np.uint8) for i in range(count)])
+
+
+@pytest.mark.parametrize("name", [*UNTRAINED, *WEIGHTLESS])
+def test_scores_do_not_depend_on_the_batch(folder, untrained, name):
+    """Alone, together and backwards, to rounding, with more pictures and texts than one forward takes."""
+    assert clip_module._CHUNK == imagereward._CHUNK == 64 and geneval._CHUNK == 8
+    count, picked, metadata = 66, [0, 1, 62, 63, 64, 65], {}
+    images = noise(count, 40, 48) // 2 + np.arange(count, dtype=np.uint8)[:, None, None, None]
+    texts = [f"{LETTERS[i % 26]}{LETTERS[i // 26]} dog" for i in range(count)]
+    if name == "geneval-hf":
+        count, picked, metadata = 10, [0, 1, 6, 7, 8, 9], {"include": [{"class": "person", "count": 1, "color": "red"}]}
+        images, texts = people(count), texts[:count]
+    elif name == "ocr":
+        count, picked = 5, [0, 1, 4]
+        images, texts = np.stack([ocr._printed(f"Bus {i}") for i in range(count)]), ['"Bus 1"'] * count
+    elif name == "shapes":
+        metadata = {"include": [{"class": "star", "count": 1}]}
+        rng = np.random.default_rng(0)
+        drawn = [{"include": [{"class": "star", "count": 1 + i % 3}]} for i in range(count)]
+        images = np.stack([data.render(one, rng) for one in drawn])
+    reward = untrained(name) if name in UNTRAINED else load_rewards([name]).rewards[name]
+    if name == "geneval-hf":
+        reward = UNTRAINED[name](folder)
+        reward._detector = taught_detector(folder)
+
+    def scored(rows: list[int]) -> dict[str, np.ndarray]:
+        answer = reward(images[rows], [texts[row] for row in rows], [metadata] * len(rows))
+        scores, parts = answer if isinstance(answer, tuple) else (answer, {})
+        return {"score": np.asarray(scores), **parts}
+
+    together, backwards = scored(list(range(count))), scored(list(range(count))[::-1])
+    alone = [scored([row]) for row in picked]
+    assert together["score"].std() > 0, "the pictures differ"
+    for part, values in together.items():
+        tolerance = {"rtol": 1e-4, "atol": 1e-5}
+        np.testing.assert_allclose(backwards[part][::-1], values, **tolerance)
+        np.testing.assert_allclose([one[part][0] for one in alone], values[picked], **tolerance)
+
+
+def test_detections_do_not_depend_on_the_batch(folder):
+    """Ten pictures, of which the detector takes eight at a time: class, confidence and place of what is in each."""
+    detector, pictures = taught_detector(folder), people(10)
+    together = detector.detect(pictures)
+    assert [len(found) for found in together[:2]] == [1, 0] and sum(map(len, together[8:])) > 0
+    for picture, found in zip(pictures, together, strict=True):
+        (alone,) = detector.detect(picture[None])
+        assert [one.name for one in alone] == [one.name for one in found]
+        for mine, other in zip(alone, found, strict=True):
+            assert mine.confidence == pytest.approx(other.confidence, abs=1e-4)
+            np.testing.assert_allclose(mine.box, other.box, atol=1)
+            assert (mine.mask != other.mask).mean() < 1e-3
 
 
 @pytest.mark.parametrize("name", [*WEIGHTLESS, "jpeg=-1"])
@@ -748,6 +795,16 @@ def test_self_test_sees_what_goes_astray_before_the_clip_of_colours_alone(folder
     prepare = reward._colors._clip.prepare
     monkeypatch.setattr(reward._colors._clip, "prepare", lambda pixels: prepare(change(pixels)))
     assert "squares are called " in message(reward.self_test)
+
+
+@pytest.mark.parametrize(("portrait", "colors"), [(1.5, 0.0), (0.2, 1.0)])
+def test_imagereward_must_pass_both_of_its_self_tests(folder, portrait, colors):
+    """One margin is missed at a time: a portrait must lead by 1, the two squares by 0.2 in all."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = message(taught_imagereward(folder, portrait, colors).self_test)
+    found = re.search(r"right descriptions lead by (\S+) \(a portrait\) and (\S+) \(colours\): wrong weights", text)
+    assert found and (float(found[1]) > 1, float(found[2]) > 0.2) == (portrait > 0.5, colors > 0.1)
 
 
 @pytest.fixture(scope="module")

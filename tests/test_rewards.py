@@ -1,5 +1,7 @@
 """Rewards: weighting, failures that cost their group alone, the registry's messages, JPEG, and the real OCR engine."""
 
+import functools
+import io
 import json
 import re
 import subprocess
@@ -61,7 +63,8 @@ def test_groups_are_cut_only_for_rewards_that_score_each_picture_on_its_own():
 
 
 def test_shipped_rewards_and_judges_score_each_picture_on_its_own():
-    """They say so; tests of each of them score pictures alone and together."""
+    """They say so. `test_scores_do_not_depend_on_the_batch` scores pictures alone and together with each of them, and
+    `test_a_judge_scores_each_picture_on_its_own` with a judge."""
     made = [import_attribute(name, source, example="") for name, source in BUILT_IN.items() if "compat" not in name]
     assert all(one.independent_images is True for one in [*made, JudgeReward])
 
@@ -486,7 +489,11 @@ def test_jpeg_counts_kilobytes():
     images = np.concatenate([noise, np.full_like(noise, 7)])
     scores, parts = JpegReward()(images, [""] * 4, [{}] * 4)
     assert (scores[:2] < scores[2:]).all() and (scores < 0).all()
-    np.testing.assert_allclose(scores, -parts["kilobytes"] / 500)
+    for image, score, kilobytes in zip(images, scores, parts["kilobytes"], strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=95)
+        assert kilobytes == pytest.approx(len(file.getvalue()) / 1000)
+        assert score == pytest.approx(-len(file.getvalue()) / 1000 / 500)
     detailed = load_rewards(["jpeg=-2"]).score_groups(images, [Prompt("a")], 4)
     np.testing.assert_allclose(detailed.rewards[0], -2 * scores)
     assert set(detailed.parts) == {"jpeg", "jpeg/kilobytes"}
@@ -614,11 +621,24 @@ def test_edit_distance_is_a_metric(a, b, c):
     assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c)
 
 
+@functools.cache
+def edits(a: str, b: str) -> int:
+    """The fewest letters to add, drop or change to get from one to the other, by the definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+@given(st.text("ab c", max_size=8), st.text("ab c", max_size=8))
+def test_edit_distance_is_the_definitions(a, b):
+    assert edit_distance(a, b) == edits(a, b)
+
+
 @given(st.text("abAB ", min_size=1).filter(str.strip), st.text("abAB "))
 def test_similarity_is_the_published_rule(target, text):
-    t, u = normalise(target), normalise(text)
-    distance = 0 if t in u else edit_distance(t, u)
-    assert similarity(t, u) == pytest.approx(1 - min(distance, len(t)) / len(t))
+    t, u = target.replace(" ", "").lower(), text.replace(" ", "").lower()
+    distance = 0 if t in u else edits(t, u)
+    assert similarity(normalise(target), normalise(text)) == pytest.approx(1 - min(distance, len(t)) / len(t))
 
 
 def test_the_documented_table_of_ocr_is_the_measured_one():
