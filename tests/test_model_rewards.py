@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.save_mask2former(folder / "mask2former")
     small.save_bert_tokenizer(folder / "bert")
     torch.save(small.predictor_weights(), folder / "predictor.pth")
-    torch.save(small.image_reward_weights(), folder / "ImageReward.pt")
+    torch.save(small.image_reward_weights(), folder / "BLIP.pt")
     half = {key: value.half() for key, value in small.open_clip_weights().items()}
     torch.save({"state_dict": half}, folder / "HPS.pt")
     return folder
@@ -75,7 +75,7 @@ UNTRAINED = {
     "clipscore": lambda folder: ClipScoreReward(folder / "clip"),
     "pickscore": lambda folder: PickScoreReward(folder / "clip", folder / "clip"),
     "aesthetic": lambda folder: AestheticReward(folder / "clip", folder / "predictor.pth"),
-    "imagereward": lambda folder: ImageRewardReward(folder / "ImageReward.pt", folder / "bert"),
+    "imagereward": lambda folder: ImageRewardReward(folder / "BLIP.pt", folder / "bert"),
     "hpsv2": lambda folder: HpsReward(folder / "HPS.pt", folder / "clip"),
     "geneval-hf": lambda folder: GenevalReward(folder / "mask2former", folder / "clip"),
 }
@@ -905,7 +905,8 @@ def test_the_published_files_have_the_published_sizes():
         assert (vision.num_attention_heads, vision.image_size, vision.patch_size) == (16, 224, 14)
         assert (text.num_attention_heads, text.eos_token_id) == (16, 49407)
 
-        vision, text = imagereward._configs(small.image_reward_weights((1024, 24, 197), (768, 12, 512, 30524)))
+        blip = imagereward._config(small.image_reward_weights((1024, 24, 197), (768, 12, 512, 30524)))
+        vision, text = blip.vision_config, blip.text_config
         assert (vision.num_attention_heads, vision.image_size, text.num_attention_heads) == (16, 224, 12)
         assert millions(BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)) == 445
         openai = CLIPConfig(
@@ -923,6 +924,52 @@ def test_the_published_files_have_the_published_sizes():
         )  # fmt: skip
         detector = Mask2FormerConfig(backbone_config=swin, num_labels=80)
         assert millions(Mask2FormerForUniversalSegmentation(detector)) == 69
+    for published, found in (
+        (hpsv2.PUBLISHED, config), (clip_module.PICKSCORE, config), (clip_module.OPENAI, openai),
+        (imagereward.PUBLISHED, blip), (geneval.DETECTOR, detector),
+    ):  # fmt: skip
+        published.require("a", published.source, found)
+    # Siblings: CLIP ViT-L/14 for ViT-H/14 and the reverse, L/14 for 336 pixels, and Mask2Former on Swin-T, -B and -L.
+    large, clips = clip_module.OPENAI, "vision_config.hidden_size is"
+    assert f"{clips} 1024 and not 1280" in message(hpsv2.PUBLISHED.require, "a", hpsv2.PUBLISHED.source, openai)
+    assert f"{clips} 1280 and not 1024" in message(large.require, "a", large.source, config)
+    openai.vision_config.image_size = 336
+    assert "image_size is 336 and not 224" in message(large.require, "a", large.source, openai)
+    for swin.embed_dim, swin.depths, seen in (
+        (96, [2, 2, 6, 2], "depths is [2, 2, 6, 2] and not [2, 2, 18, 2]"),
+        (128, [2, 2, 18, 2], "embed_dim is 128 and not 96"),
+        (192, [2, 2, 18, 2], "embed_dim is 192 and not 96"),
+    ):
+        detector = Mask2FormerConfig(backbone_config=swin)
+        assert seen in message(geneval.DETECTOR.require, "a", geneval.DETECTOR.source, detector)
+
+
+PUBLISHED = {
+    "clipscore": (ClipScoreReward, clip_module.OPENAI, "clip", "vision_config.patch_size is 8 and not 14"),
+    "aesthetic": (AestheticReward, clip_module.OPENAI, "clip", "vision_config.patch_size is 8 and not 14"),
+    "pickscore": (PickScoreReward, clip_module.PICKSCORE, "clip", "vision_config.patch_size is 8 and not 14"),
+    "geneval-hf": (GenevalReward, geneval.DETECTOR, "mask2former", "backbone_config.embed_dim is 8 and not 96"),
+    "hpsv2": (HpsReward, hpsv2.PUBLISHED, "HPS.pt", "vision_config.image_size is 56 and not 224"),
+    "imagereward": (
+        ImageRewardReward, imagereward.PUBLISHED, "BLIP.pt", "vision_config.hidden_size is 128 and not 1024"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_another_model_under_the_published_name_is_refused(folder, tmp_path, monkeypatch, name):
+    """By the name that is the default, here a folder in the working one, and by a copy that is named like it. Models
+    of other names, as in all the tests here, are the user's own."""
+    make, (published, _), file, seen = PUBLISHED[name]
+    for place in (tmp_path / published, tmp_path / Path(published).name):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(folder / file)
+    monkeypatch.chdir(tmp_path)
+    remedy = "get that one, or give a model of your own another name (docs/rewards.md, models)"
+    for given in ((), (tmp_path / Path(published).name,)):
+        source = given[0] if given else published
+        expected = f"reward {name!r}: {source} is not the published {published}, as its {seen}: {remedy}"
+        assert message(make, *given) == expected
 
 
 def test_models_that_cannot_be_had(folder, tmp_path, monkeypatch):
@@ -949,7 +996,7 @@ def test_models_of_another_kind(folder, tmp_path):
     text = message(ClipScoreReward, folder / "mask2former")
     assert text.startswith("reward 'clipscore'")
     assert message(ImageRewardReward, folder / "HPS.pt", folder / "bert").endswith("wrong file?")
-    assert message(HpsReward, folder / "ImageReward.pt", folder / "clip").endswith("wrong file?")
+    assert message(HpsReward, folder / "BLIP.pt", folder / "clip").endswith("wrong file?")
     assert message(HpsReward, folder / "predictor.pth", folder / "clip").endswith("wrong file?")
     text = message(AestheticReward, folder / "clip", folder / "HPS.pt")
     assert text == f"reward 'aesthetic': layers.0 of {folder / 'HPS.pt'} does not fit: wrong file?"

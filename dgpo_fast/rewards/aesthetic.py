@@ -11,7 +11,7 @@ import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden, models
-from dgpo_fast.rewards.clip import Clip
+from dgpo_fast.rewards.clip import OPENAI, Clip
 from dgpo_fast.rewards.protocol import require_images
 
 _REPOSITORY = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main"
@@ -28,16 +28,16 @@ class AestheticReward:
 
     independent_images = True
 
-    def __init__(self, clip: str | Path = "openai/clip-vit-large-patch14", weights: str | Path = WEIGHTS) -> None:
+    def __init__(self, clip: str | Path = OPENAI.source, weights: str | Path = WEIGHTS) -> None:
         """
         Args:
             clip: hub name or folder of OpenAI's CLIP ViT-L/14.
             weights: `sac+logos+ava1-l14-linearMSE.pth` (3.7 MB), a file or the address it is downloaded from.
 
         Raises:
-            UserError: one of the two cannot be had, or does not fit the other.
+            UserError: one of the two cannot be had, is another one under the published name, or does not fit the other.
         """
-        self._clip = Clip.load("aesthetic", clip)
+        self._clip = Clip.load("aesthetic", OPENAI, clip)
         loaded = models.load_weights("aesthetic", weights, lambda: _download(str(weights)))
         weight, bias = self._collapsed(loaded, weights)
         device = models.default_device()

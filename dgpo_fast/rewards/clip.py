@@ -14,6 +14,23 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden, models
 from dgpo_fast.rewards.protocol import require_images
 
+_AT_224 = {"vision_config.patch_size": 14, "vision_config.image_size": 224}
+VIT_L_14 = _AT_224 | {
+    "vision_config.hidden_size": 1024,
+    "vision_config.num_hidden_layers": 24,
+    "text_config.hidden_size": 768,
+    "text_config.num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+VIT_H_14 = _AT_224 | {
+    "vision_config.hidden_size": 1280,
+    "vision_config.num_hidden_layers": 32,
+    "text_config.hidden_size": 1024,
+    "text_config.num_hidden_layers": 24,
+    "projection_dim": 1024,
+}
+OPENAI = models.Published("openai/clip-vit-large-patch14", VIT_L_14)
+PICKSCORE = models.Published("yuvalkirstain/PickScore_v1", VIT_H_14)
 _CHUNK = 64  # images or texts per forward
 
 
@@ -38,11 +55,17 @@ class Clip:
         self._size = model.config.vision_config.image_size
 
     @classmethod
-    def load(cls, name: str, model: str | Path, tokenizer: str | Path | None = None) -> Clip:
-        """Loads a model and its tokenizer (by default the model's own) by hub name or folder, for the reward `name`."""
+    def load(
+        cls, name: str, published: models.Published, model: str | Path, tokenizer: str | Path | None = None
+    ) -> Clip:
+        """Loads a model and its tokenizer (by default the model's own) by hub name or folder, for the reward `name`.
+
+        Raises UserError where one of the two cannot be had, or a model under the name of `published` is another one.
+        """
         from transformers import AutoTokenizer, CLIPModel
 
         loaded = models.load_pretrained(name, CLIPModel.from_pretrained, model)
+        published.require(name, model, loaded.config)
         return cls(loaded, models.load_pretrained(name, AutoTokenizer.from_pretrained, tokenizer or model))
 
     def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -138,16 +161,16 @@ class CosineReward:
 class ClipScoreReward(CosineReward):
     """CLIPScore: 100 · cosine / `divisor`, by OpenAI's CLIP ViT-L/14. About 0.5 to 1.2 with DGPO's divisor of 30."""
 
-    def __init__(self, model: str | Path = "openai/clip-vit-large-patch14", *, divisor: float = 30.0) -> None:
+    def __init__(self, model: str | Path = OPENAI.source, *, divisor: float = 30.0) -> None:
         """
         Args:
             model: hub name or folder.
             divisor: 30 as DGPO trains, 100 as DiffusionNFT does.
 
         Raises:
-            UserError: the model cannot be had.
+            UserError: the model cannot be had, or is another one under the published name.
         """
-        clip = Clip.load("clipscore", model)
+        clip = Clip.load("clipscore", OPENAI, model)
         super().__init__("clipscore", clip, clip.scale / divisor, (10 / divisor, 45 / divisor))
 
 
@@ -159,7 +182,7 @@ class PickScoreReward(CosineReward):
 
     def __init__(
         self,
-        model: str | Path = "yuvalkirstain/PickScore_v1",
+        model: str | Path = PICKSCORE.source,
         tokenizer: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         *,
         divisor: float = 26.0,
@@ -171,7 +194,7 @@ class PickScoreReward(CosineReward):
             divisor: 26 as Flow-GRPO and DGPO train.
 
         Raises:
-            UserError: one of the two cannot be had.
+            UserError: one of the two cannot be had, or is another one under the published name.
         """
-        clip = Clip.load("pickscore", model, tokenizer)
+        clip = Clip.load("pickscore", PICKSCORE, model, tokenizer)
         super().__init__("pickscore", clip, clip.scale / divisor, (5 / divisor, 45 / divisor))

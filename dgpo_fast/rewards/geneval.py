@@ -20,10 +20,14 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.geneval import CLASSES, COLORS, require_geneval_metadata, require_known, require_tags
 from dgpo_fast.prompts.prompt import Prompt
 from dgpo_fast.rewards import golden, models
-from dgpo_fast.rewards.clip import Clip
+from dgpo_fast.rewards.clip import OPENAI, Clip
 from dgpo_fast.rewards.geneval_rules import RELATIONS, THRESHOLD, Detection, Rule, Scores, keep, score
 from dgpo_fast.rewards.protocol import require_images
 
+DETECTOR = models.Published(
+    "facebook/mask2former-swin-small-coco-instance",
+    {"backbone_config.embed_dim": 96, "backbone_config.depths": [2, 2, 18, 2]},
+)
 # ImageNet's mean and standard deviation of RGB in [0, 1], which the detector was trained on.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The golden red, (220, 20, 20), by these: (220 / 255 − 0.485) / 0.229 and so on, worked out by hand.
@@ -45,8 +49,8 @@ class GenevalReward:
 
     def __init__(
         self,
-        detector: str | Path = "facebook/mask2former-swin-small-coco-instance",
-        clip: str | Path = "openai/clip-vit-large-patch14",
+        detector: str | Path = DETECTOR.source,
+        clip: str | Path = OPENAI.source,
         *,
         rule: Rule = "fixed",
     ) -> None:
@@ -58,7 +62,8 @@ class GenevalReward:
                 (see `geneval_rules`). `correct` and `strict` do not depend on it.
 
         Raises:
-            UserError: a model cannot be had or is not of this kind; or an unknown rule.
+            UserError: a model cannot be had, is not of this kind or is another one under the published name; or an
+                unknown rule.
         """
         if rule not in ("fixed", "compat"):
             raise UserError(f"reward 'geneval-hf': no rule {rule!r}: use 'fixed' or 'compat'")
@@ -144,12 +149,14 @@ class Detector:
             longest_side: the bound on their other side.
 
         Raises:
-            UserError: the model cannot be had, or is not for COCO's 80 classes in their usual order.
+            UserError: the model cannot be had, is another one under the published name, or is not for COCO's 80
+                classes in their usual order.
         """
         from transformers import Mask2FormerForUniversalSegmentation
 
         loader = Mask2FormerForUniversalSegmentation.from_pretrained
         self._model = models.load_pretrained("geneval-hf", loader, model)
+        DETECTOR.require("geneval-hf", model, self._model.config)
         self._shortest, self._longest = shortest_side, longest_side
         labels = self._model.config.id2label
         # Some of COCO's classes go by several names; those that have GenEval's must have its number.
@@ -236,7 +243,7 @@ class ColorJudge:
 
     def __init__(self, clip: str | Path) -> None:
         """Loads the model, by hub name or folder. Raises UserError where it cannot be had."""
-        self._clip = Clip.load("geneval-hf", clip)
+        self._clip = Clip.load("geneval-hf", OPENAI, clip)
         self._classifiers: dict[str, torch.Tensor] = {}
 
     def name(self, objects: Sequence[tuple[np.ndarray, Detection]]) -> list[str]:

@@ -14,9 +14,9 @@ import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import models
-from dgpo_fast.rewards.clip import Clip, CosineReward
+from dgpo_fast.rewards.clip import VIT_H_14, Clip, CosineReward
 
-REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+PUBLISHED = models.Published("xswu/HPSv2/HPS_v2.1_compressed.pt", VIT_H_14)
 _VISION_HEAD_WIDTH, _TEXT_HEAD_WIDTH = 80, 64  # of ViT-H-14; the weights show all other sizes
 
 _RENAMED = {
@@ -54,7 +54,7 @@ class HpsReward(CosineReward):
 
     def __init__(
         self,
-        weights: str | Path = f"{REPOSITORY}/{FILE}",
+        weights: str | Path = PUBLISHED.source,
         tokenizer: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     ) -> None:
         """
@@ -69,7 +69,9 @@ class HpsReward(CosineReward):
 
         loaded = models.load_weights("hpsv2", weights, lambda: models.hub_file(weights))
         try:
-            network = CLIPModel(_config(loaded))
+            config = _config(loaded)
+            PUBLISHED.require("hpsv2", weights, config)
+            network = CLIPModel(config)
             renamed = rename(loaded)
         except (KeyError, ValueError, IndexError) as error:
             raise UserError(f"reward 'hpsv2': {weights} is no ViT-H-14 of open_clip: {error}: wrong file?") from error

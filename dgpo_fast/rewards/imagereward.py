@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,17 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden, models
 from dgpo_fast.rewards.protocol import require_images
 
-REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
+PUBLISHED = models.Published(
+    "THUDM/ImageReward/ImageReward.pt",
+    {
+        "vision_config.hidden_size": 1024,
+        "vision_config.num_hidden_layers": 24,
+        "vision_config.image_size": 224,
+        "vision_config.patch_size": 16,
+        "text_config.hidden_size": 768,
+        "text_config.num_hidden_layers": 12,
+    },
+)
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 _CHUNK = 64  # images per forward
@@ -44,7 +55,7 @@ class ImageRewardReward:
     independent_images = True
 
     def __init__(
-        self, weights: str | Path = f"{REPOSITORY}/{FILE}", tokenizer: str | Path = "google-bert/bert-base-uncased"
+        self, weights: str | Path = PUBLISHED.source, tokenizer: str | Path = "google-bert/bert-base-uncased"
     ) -> None:
         """
         Args:
@@ -58,16 +69,17 @@ class ImageRewardReward:
 
         loaded = models.load_weights("imagereward", weights, lambda: models.hub_file(weights))
         try:
-            vision_config, text_config = _configs(loaded)
+            config = _config(loaded)
         except (KeyError, ValueError) as error:
             raise UserError(f"reward 'imagereward': {weights} lacks {error}: wrong file?") from error
-        self._vision = BlipVisionModel(vision_config)
-        self._text = BlipTextModel(text_config, add_pooling_layer=False)
-        self._head = _head(loaded, text_config.hidden_size)
+        PUBLISHED.require("imagereward", weights, config)
+        self._vision = BlipVisionModel(config.vision_config)
+        self._text = BlipTextModel(config.text_config, add_pooling_layer=False)
+        self._head = _head(loaded, config.text_config.hidden_size)
         models.fill("imagereward", weights, self._vision, _renamed_vision(loaded))
         models.fill("imagereward", weights, self._text, _below("blip.text_encoder.", loaded))
         models.fill("imagereward", weights, self._head, _below("mlp.layers.", loaded))
-        self._size = vision_config.image_size
+        self._size = config.vision_config.image_size
         self._tokenizer = models.load_pretrained("imagereward", AutoTokenizer.from_pretrained, tokenizer)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -114,8 +126,8 @@ class ImageRewardReward:
         return (self._head(state)[:, 0] - MEAN) / STD
 
 
-def _configs(weights: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
-    """transformers' configurations of the two networks that `weights` are of."""
+def _config(weights: Mapping[str, torch.Tensor]) -> SimpleNamespace:
+    """`vision_config` and `text_config`, transformers' configurations of the two networks that `weights` are of."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
     width, _, patch_size, _ = weights["blip.visual_encoder.patch_embed.proj.weight"].shape
@@ -142,7 +154,7 @@ def _configs(weights: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return vision, text
+    return SimpleNamespace(vision_config=vision, text_config=text)
 
 
 def _renamed_vision(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,31 @@ from dgpo_fast.rewards.device import chosen_device
 
 # Mean and standard deviation of RGB in [0, 1] that OpenAI's CLIP and its descendants, BLIP among them, were trained on.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Published(NamedTuple):
+    """A published model that a reward stands for."""
+
+    source: str
+    """Where it is: `owner/name` on the Hugging Face hub, or `owner/name/file`."""
+    sizes: Mapping[str, Any]
+    """What tells it from its siblings: values of its configuration by their dotted names."""
+
+    def require(self, reward: str, source: str | Path, config: Any) -> None:
+        """Raises UserError where `source` has the published model's name and `config`, its configuration, other sizes.
+
+        A model that goes by another name was chosen by the user, who may know better.
+        """
+        if Path(source).name != Path(self.source).name:
+            return
+        for name, wanted in self.sizes.items():
+            found = functools.reduce(lambda one, part: getattr(one, part, None), name.split("."), config)
+            found = list(found) if isinstance(found, tuple) else found
+            if found != wanted:
+                raise UserError(
+                    f"reward {reward!r}: {source} is not the published {self.source}, as its {name} is {found} and not "
+                    f"{wanted}: get that one, or give a model of your own another name (docs/rewards.md, models)"
+                )
 
 
 def default_device() -> torch.device:
