@@ -62,55 +62,6 @@ def predict_pair(
     return conditional, unconditional
 
 
-@torch.no_grad()
-def predict_batched(
-    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, batch_size: int, most: int = 0
-) -> Tensor:
-    """`predict` without a gradient, at most `batch_size` samples a forward; as many forwards as `most` samples need.
-
-    `timestep` is () or (B,). Of fewer than B prompts, those of the first samples, the next ones have the same again.
-    """
-    if max(len(x_t), most) == 0:
-        return x_t  # of a process that holds no sample of a batch
-    timestep = timestep.expand(len(x_t))
-    return torch.cat([
-        predict(transformer, x_t[rows], timestep[rows], _repeated(text, rows))
-        for rows in batch_slices(len(x_t), batch_size, most)
-    ])  # fmt: skip
-
-
-@torch.no_grad()
-def predict_pair_batched(
-    transformer: SD3Transformer2DModel,
-    x_t: Tensor,
-    timestep: Tensor,
-    text: TextEmbeds,
-    empty: TextEmbeds,
-    batch_size: int,
-    most: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """`predict_pair` without a gradient, at most `batch_size` samples (twice as many rows) a forward.
-
-    `timestep`, `text` and `most` are as for `predict_batched`.
-    """
-    if max(len(x_t), most) == 0:
-        return x_t, x_t
-    timestep = timestep.expand(len(x_t))
-    pairs = [
-        predict_pair(transformer, x_t[rows], timestep[rows], _repeated(text, rows), empty)
-        for rows in batch_slices(len(x_t), batch_size, most)
-    ]
-    conditional, unconditional = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return conditional, unconditional
-
-
-def _repeated(text: TextEmbeds, rows: slice) -> TextEmbeds:
-    """Rows of `text` repeated endlessly."""
-    if rows.stop <= len(text):
-        return text[rows]
-    return text[torch.arange(rows.start, rows.stop, device=text.pooled.device) % len(text)]
-
-
 def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
     """Slices of at most `size` that cover `total` rows in order; as many as `most` rows need, the last ones empty."""
     starts = range(0, max(total, most), size)

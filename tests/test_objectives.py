@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.distributions import Normal
 
-from dgpo_fast.config import Config, Data, DiffusionDPO, FlowGRPO, Rollout
+from dgpo_fast.config import Config, Data, DiffusionDPO, Engine, FlowGRPO, Rollout
+from dgpo_fast.distributed import BatchPart
 from dgpo_fast.errors import UserError
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.objectives import BUILT_IN, Batch, load_objective
 from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective, best_and_worst
 from dgpo_fast.objectives.flow_grpo import diffusion
+from dgpo_fast.objectives.levels import predict_levels
 from dgpo_fast.rollout import predict, sample_latents
 from dgpo_fast.schedule import Schedule, _stochastic_steps, make_schedule
 from dgpo_fast.stochastic import StepNoise, Transitions, gaussian_log_prob
@@ -325,6 +327,143 @@ def test_micro_batches_do_not_change_the_gradient(objective: str, micro_batch: i
     assert (parts - whole).abs().max() < 1e-5 * whole.abs().max()
     for name, value in whole_metrics.items():
         assert float(parts_metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+SAVING = ["dgpo", "diffusion_dpo", "flow_grpo", "flow_grpo with a KL term"]
+
+
+def saving_case(objective: str, folder: Path, **engine: bool) -> Case:
+    """Three groups in forwards of 5 samples, with these savings and no others."""
+    savings = Engine(**{"batch_timesteps": False, "skip_equal_groups": False, **engine})
+    if objective.startswith("flow_grpo"):
+        case = grpo_case(folder, clip_range=0.02, kl_weight=0.04 if "KL" in objective else 0.0)
+    else:
+        case = Case(folder, replace(make_config(kl_weight=0.0, clip_range=None), objective=objective))
+    case.config = replace(case.config, engine=savings)
+    return case
+
+
+def watched(case: Case, micro_batch: int = 12) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Gradient, metrics, and the rows of each forward of base and policy."""
+    rows: dict[str, list[int]] = {"base": [], "policy": []}
+    hooks = [
+        getattr(case.models, name).register_forward_pre_hook(
+            lambda _, __, kwargs, seen=seen: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        for name, seen in rows.items()
+    ]
+    gradient, metrics = case.gradient(micro_batch)
+    for hook in hooks:
+        hook.remove()
+    return gradient, metrics, rows
+
+
+def assert_same(found: tuple, expected: tuple) -> None:
+    """Gradient and metrics, within rounding."""
+    assert expected[0].abs().max() > 0
+    assert (found[0] - expected[0]).abs().max() < 1e-5 * expected[0].abs().max()
+    assert found[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("objective", ["dgpo", "diffusion_dpo", "flow_grpo with a KL term"])
+def test_levels_are_predicted_in_full_batches(objective: str, random_pipeline: Path) -> None:
+    """With `engine.batch_timesteps` the reference gets the rows that it gets level by level, in batches of which only
+    the last one is not full; what is learnt is the same."""
+    one_by_one = watched(saving_case(objective, random_pipeline))
+    together = watched(saving_case(objective, random_pipeline, batch_timesteps=True))
+    assert_same(together, one_by_one)
+    rows, batch = together[2]["base"], 10 if "KL" in objective else 5  # with guidance a sample has two rows
+    assert sum(rows) == sum(one_by_one[2]["base"]) and len(rows) < len(one_by_one[2]["base"])
+    assert all(count == batch for count in rows[:-1]) and rows[-1] <= batch
+    assert together[2]["policy"] == one_by_one[2]["policy"]
+
+
+@pytest.mark.parametrize("objective", SAVING)
+def test_groups_that_prefer_nothing_are_left_out(objective: str, random_pipeline: Path) -> None:
+    """With `engine.skip_equal_groups` the forwards of an equal group, a third of all, are not made unless a KL term
+    needs them; gradient and metrics are those of making them."""
+    found = {}
+    for skip in (False, True):
+        case = saving_case(objective, random_pipeline, skip_equal_groups=skip)
+        case.batch.advantage[SIZE : 2 * SIZE] = 0
+        found[skip] = watched(case)
+    assert_same(found[True], found[False])
+    for name in ("base", "policy"):
+        everything, needed = sum(found[False][2][name]), sum(found[True][2][name])
+        assert 3 * needed == (3 if "KL" in objective else 2) * everything, name
+
+
+@pytest.mark.parametrize("objective", SAVING[:-1])
+def test_nothing_to_learn_is_a_step_all_the_same(objective: str, random_pipeline: Path) -> None:
+    """Where no group prefers anything, no forward is made and the optimizer takes the step of a gradient of 0, from
+    its momentum: the one that it takes where every forward is made."""
+    after = {}
+    for skip in (False, True):
+        case = saving_case(objective, random_pipeline, skip_equal_groups=skip)
+        weights = list(case.models.weights.values())
+        optimizer = torch.optim.AdamW(weights, lr=1e-2)
+        case.gradient(micro_batch=12)
+        optimizer.step()
+        before = torch.cat([weight.detach().flatten() for weight in weights])
+        case.batch = replace(case.batch, advantage=torch.zeros(GROUPS * SIZE))
+        gradient, metrics, rows = watched(case)
+        assert gradient.abs().max() == 0 and any(rows["policy"]) is not skip
+        expected = {"dgpo": math.log(2) / 100, "diffusion_dpo": math.log(2), "flow_grpo": 0.0}[objective]
+        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+        optimizer.step()
+        after[skip] = torch.cat([weight.detach().flatten() for weight in weights])
+        assert not torch.equal(after[skip], before)
+    assert torch.equal(after[True], after[False])
+
+
+@pytest.mark.parametrize("objective", SAVING)
+@pytest.mark.parametrize("equal", [None, 0, 2])
+def test_savings_do_not_change_what_processes_learn_together(
+    equal: int | None, objective: str, random_pipeline: Path
+) -> None:
+    """Gradients and metrics of a process with two groups and of one with a group add up to those of one that has all,
+    wherever the group is that prefers nothing; a third process has no sample."""
+    case = saving_case(objective, random_pipeline, batch_timesteps=True, skip_equal_groups=True)
+    if equal is not None:
+        case.batch.advantage[equal * SIZE : (equal + 1) * SIZE] = 0
+    whole, gradient, metrics = case.batch, 0, {}
+    expected = case.gradient(micro_batch=12)
+    for first, stop in ((0, 2), (2, 3), (3, 3)):
+        rows = slice(first * SIZE, stop * SIZE)
+        case.batch = replace(whole[rows], part=BatchPart(rows.start, GROUPS, SIZE, whole.advantage))
+        for weight in case.models.weights.values():
+            weight.grad = torch.zeros_like(weight)
+        part = load_objective(case.config).accumulate(case.batch, case.models, case.old)
+        gradient = gradient + torch.cat([weight.grad.flatten() for weight in case.models.weights.values()])
+        for name, value in part.items():
+            metrics[name] = metrics.get(name, 0.0) + float(value)
+    assert_same((gradient, metrics), expected)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 7), st.integers(0, 9), st.integers(1, 6), st.integers(1, 5))
+def test_any_levels_in_any_batches(samples: int, most: int, batch_size: int, levels: int) -> None:
+    """Every level gets its own predictions, with its own timesteps and prompts; a process has made as many forwards
+    before it gets a level as one with `most` samples, and never predicts a level before its rows are needed."""
+    forwards = []
+
+    def forward(x: torch.Tensor, timestep: torch.Tensor, text: TextEmbeds) -> dict[str, torch.Tensor]:
+        forwards.append(len(x))
+        return {"v": torch.stack([x.flatten(), timestep, text.pooled.flatten()], 1)}
+
+    numbers = torch.arange(samples, dtype=torch.float32)
+    text = TextEmbeds(numbers.reshape(-1, 1, 1), numbers.reshape(-1, 1) / 10)
+    x_t = [(100 * level + numbers).reshape(-1, 1, 1, 1) for level in range(levels)]
+    timesteps = [torch.tensor(float(level)) if level % 2 else level + numbers / 100 for level in range(levels)]
+    ahead = max(samples, most)
+    for level, found in enumerate(predict_levels(forward, x_t, timesteps, text, batch_size, most)):
+        assert len(forwards) == -(-(level + 1) * ahead // batch_size)
+        if ahead:
+            expected = [x_t[level].flatten(), timesteps[level].expand(samples), text.pooled.flatten()]
+            assert torch.equal(found["v"], torch.stack(expected, 1))
+    assert max(forwards, default=0) <= batch_size and sum(forwards) == levels * samples
 
 
 def test_the_loop_knows_no_objective() -> None:

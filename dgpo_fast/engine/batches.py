@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dgpo_fast.config import Config
 from dgpo_fast.distributed.placement import largest_share
+from dgpo_fast.objectives import declared
 
 DECODED_LATENTS = 16 * 64 * 64
 """Latent pixels that are decoded at a time, 16 pictures of 512 × 512: the decoder then holds no tensor of 2³¹ elements,
@@ -38,11 +39,10 @@ def batch_sizes(config: Config, processes: int) -> BatchSizes:
     trained = largest_share(rollout.groups, rollout.group_size, processes)
     # Each process draws whole files of offline groups alone.
     drawn = rollout.groups * rollout.group_size if config.data.source == "offline" else trained
-    levels = config.dgpo.timesteps if config.objective == "dgpo" and config.engine.batch_timesteps else 1
     return BatchSizes(
         rollout=min(most, drawn),
         evaluation=min(most, -(-config.evaluation.images // processes)),
-        frozen=min(most, levels * trained),
+        frozen=min(most, declared(config).levels_at_once * trained),
         policy=min(most, trained),
         training=min(config.policy.micro_batch_size, trained),
     )

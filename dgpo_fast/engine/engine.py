@@ -19,6 +19,7 @@ from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.linear import use_onednn
 from dgpo_fast.engine.rollout import RecordedRollouts
 from dgpo_fast.errors import UserError
+from dgpo_fast.objectives import declared
 from dgpo_fast.policy import PolicyModels
 from dgpo_fast.rollout import Solve, latent_shape, sample_latents
 
@@ -136,13 +137,14 @@ class Engine:
 
     def _batches(self, transformer: SD3Transformer2DModel) -> StaticBatches:
         """Sizes of the whole batches that a transformer gets; with guidance there are two rows a sample."""
-        config, sizes = self.config, self.sizes
+        config, sizes, objective = self.config, self.sizes, declared(self.config)
         if transformer is self.models.policy:
             micro, group = sizes.training, config.rollout.group_size
             whole_groups = micro // group * group or micro
-            return StaticBatches([sizes.policy, 2 * sizes.policy], training=[whole_groups, micro, 2 * micro])
+            training = [2 * micro] if objective.guided_policy else [whole_groups, micro, 2 * micro]
+            return StaticBatches([sizes.policy, 2 * sizes.policy], training=training)
         if transformer is self.models.base:
-            return StaticBatches([2 * sizes.frozen] if _guided_base(config) else [sizes.frozen, 2 * sizes.frozen])
+            return StaticBatches([2 * sizes.frozen] if objective.guided_base else [sizes.frozen, 2 * sizes.frozen])
         drawn = _rows(sizes.rollout, config.rollout.guidance_scale)
         shown = _rows(sizes.evaluation, config.evaluation.guidance_scale)
         return StaticBatches([drawn, shown, sizes.frozen])
@@ -167,10 +169,3 @@ class Engine:
 def _rows(samples: int, guidance_scale: float) -> int:
     """Of a forward that draws `samples` images."""
     return 2 * samples if guidance_scale > 1 else samples
-
-
-def _guided_base(config: Config) -> bool:
-    """Whether the base predicts with guidance, and no otherwise."""
-    if config.objective == "flow_grpo":
-        return config.rollout.guidance_scale > 1
-    return config.objective == "dgpo" and config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0

@@ -19,6 +19,7 @@ from dgpo_fast.distributed.placement import largest_share
 from dgpo_fast.engine.batches import decode_batch
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
+from dgpo_fast.objectives import declared
 from dgpo_fast.optimizers import CHUNK_NUMEL, state_bytes
 from dgpo_fast.policy import weight_storage
 from dgpo_fast.rollout import latent_shape
@@ -26,6 +27,8 @@ from dgpo_fast.rollout import latent_shape
 FP32 = 4
 SOLVER_STATES = 4
 """fp32 latents of a batch that a solver's step holds at once."""
+COMPARED = 3
+"""Velocities that a sample's is compared with at one noise level, at most."""
 LOSS_TENSORS = 8
 """fp32 latents of a micro-batch that the eager loss holds at once."""
 WHOLE = ("decoder", "decoder's copy")
@@ -180,13 +183,13 @@ class Predictor:
         latent = prod(shape.latent)
         drawn = samples * (self._text_row(config) + latent * FP32)
         guided = 2 if rollout.guidance_scale > 1 else 1
-        kl_guided = 2 if config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0 else 1
+        base_guided = 2 if declared(config).guided_base else 1
         # A batch's own text, beside it that of its guided pairs, and the solver's states.
         solving = batch * ((1 + guided * (guided > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
         return {
             "rollout": drawn + solving + (0 if self._recorded(config) else self._rollout_forward(config)),
             "decoding": drawn + simulated.decoding(min(decode_batch(config, shape.latent), batch)),
-            "reference forwards": self.inputs(config) + simulated.forward(batch * kl_guided),
+            "reference forwards": self.inputs(config) + simulated.forward(batch * base_guided),
             "training": self.inputs(config)
             + simulated.training(micro_batch).peak
             + micro_batch * latent * LOSS_TENSORS * FP32,
@@ -195,12 +198,12 @@ class Predictor:
 
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
-        latent, compared = prod(self.shape(config).latent), 3
-        levels = config.dgpo.timesteps if config.engine.batch_timesteps and config.objective == "dgpo" else 1
-        noisy = 2 * levels * latent * FP32  # by noise level, and for a moment as one batch
-        return self.local_samples(config) * (
-            self._text_row(config) + latent * FP32 + noisy + compared * levels * latent * self.dtype.itemsize
-        )
+        objective, latent, samples = declared(config), prod(self.shape(config).latent), self.local_samples(config)
+        batch = min(config.rollout.batch_size, objective.levels_at_once * samples)
+        states = config.rollout.num_inference_steps + 1 if objective.needs_transitions else 1 + objective.levels_at_once
+        # Predictions are there for one level, and for the batch that goes on from it into the next one.
+        compared = COMPARED * (samples + batch) * latent * self.dtype.itemsize
+        return samples * (self._text_row(config) + states * latent * FP32) + compared
 
     def _stepping(self, config: Config) -> int:
         sizes = trained_sizes(self.transformer, config)

@@ -5,7 +5,7 @@ the objective adds the gradient of its loss to the policy's parameters, and the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
@@ -94,10 +94,21 @@ class Batch:
 
 
 class Objective(Protocol):
-    """A way to turn scored groups into gradients. Made from the run's `Config` alone."""
+    """A way to turn scored groups into gradients. Made from the run's `Config` alone, and more than once.
+
+    Attributes with a value may be left out by a class that is not derived from this one: that value is then meant.
+    """
 
     needs_transitions: bool
     """Whether it needs every step of a rollout with noise (`Batch.transitions`), and not only the final latents."""
+    levels_at_once: int = 1
+    """Noise levels of an iteration's samples that frozen weights predict together (`levels.predict_levels`)."""
+    guided_base: bool = False
+    """Whether the base predicts pairs for guidance, and nothing else."""
+    guided_policy: bool = False
+    """Whether the policy does."""
+    shardable: bool = False
+    """Whether it runs on sharded weights, where all processes must make equally many forwards (`Batch.most`)."""
 
     def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:
         """How an iteration's batch splits into optimizer steps: one step for each of these, in this order."""
@@ -117,25 +128,27 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What an objective says of itself; what it leaves out has the default that `Objective` gives it."""
+
+    needs_transitions: bool
+    levels_at_once: int
+    guided_base: bool
+    guided_policy: bool
+    shardable: bool
+
+
 def load_objective(config: Config) -> Objective:
     """The objective that `config` names, a shipped one or `my_module:MyObjective`, called with `config`.
 
     Raises UserError in one line where there is none, or where it cannot work with these settings.
     """
-    name = config.objective
-    if ":" not in name and name not in BUILT_IN:
-        known = ", ".join(BUILT_IN)
-        raise UserError(f"no objective {name!r}: name one of {known}, or your own as my_module:MyObjective")
-    what = f"objective {name!r}"
-    make = import_attribute(what, BUILT_IN.get(name, name), example="my_objectives:MyObjective")
-    objective = call(what, "cannot be made", make, config)
-    parts = ("needs_transitions", "optimizer_batches", "accumulate")
-    missing = [part for part in parts if not hasattr(objective, part)]
-    if missing:
-        raise UserError(f"{what} has no `{missing[0]}`: docs/objectives.md shows what an objective has")
-    if config.distributed.shard != "none" and name not in BUILT_IN:
+    objective, what = _make(config), f"objective {config.objective!r}"
+    if config.distributed.shard != "none" and not _declared(objective).shardable:
         raise UserError(
-            f"distributed.shard {config.distributed.shard}: only {', '.join(BUILT_IN)} run on sharded weights"
+            f"distributed.shard {config.distributed.shard}: {what} does not say that it runs on sharded weights; "
+            "docs/objectives.md has what it takes (`shardable`)"
         )
     if objective.needs_transitions and config.data.source == "offline":
         raise UserError(
@@ -151,6 +164,37 @@ def load_objective(config: Config) -> Objective:
             f"{what} learns from the steps of its own policy and ema.switch_ema_ref {config.ema.switch_ema_ref} lets "
             "its average draw them later: use --ema.switch-ema-ref none"
         )
+    return objective
+
+
+def declared(config: Config) -> Declared:
+    """What the objective that `config` names says of itself; the micro-batch may still be "auto".
+
+    Raises UserError in one line where there is no such objective.
+    """
+    policy = replace(config.policy, micro_batch=1) if config.policy.micro_batch == "auto" else config.policy
+    return _declared(_make(replace(config, policy=policy)))
+
+
+def _declared(objective: Objective) -> Declared:
+    says: dict[str, Any] = {}
+    for name in (field.name for field in fields(Declared)):
+        says[name] = getattr(objective if hasattr(objective, name) else Objective, name)
+    return Declared(**says)
+
+
+def _make(config: Config) -> Objective:
+    name = config.objective
+    if ":" not in name and name not in BUILT_IN:
+        known = ", ".join(BUILT_IN)
+        raise UserError(f"no objective {name!r}: name one of {known}, or your own as my_module:MyObjective")
+    what = f"objective {name!r}"
+    make = import_attribute(what, BUILT_IN.get(name, name), example="my_objectives:MyObjective")
+    objective = call(what, "cannot be made", make, config)
+    parts = ("needs_transitions", "optimizer_batches", "accumulate")
+    missing = [part for part in parts if not hasattr(objective, part)]
+    if missing:
+        raise UserError(f"{what} has no `{missing[0]}`: docs/objectives.md shows what an objective has")
     return cast(Objective, objective)
 
 

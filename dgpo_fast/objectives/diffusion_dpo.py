@@ -11,17 +11,21 @@ the group loss.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from math import log
 
 import torch
-from dgpo_kernels import group_noise, philox_normal
+from dgpo_kernels import philox_normal
 from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.objectives import Batch, add_metrics
-from dgpo_fast.objectives.group_loss import Comparison, GroupLoss
+from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
+from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
 from dgpo_fast.policy import PolicyModels, Weights
-from dgpo_fast.rollout import predict_batched
+from dgpo_fast.rollout import predict
+from dgpo_fast.text import TextEmbeds
 
 PAIR = 2
 
@@ -30,9 +34,14 @@ class DiffusionDPOObjective:
     """The objective of one run; see the module's text for the loss."""
 
     needs_transitions = False
+    guided_policy = False
+    shardable = True
+    guided_base = False
 
     def __init__(self, config: Config):
         self.config = config.diffusion_dpo
+        self.skip_equal_groups = config.engine.skip_equal_groups
+        self.levels_at_once = self.config.timesteps if config.engine.batch_timesteps else 1
         self.forward_batch = config.rollout.batch_size
         self.noise_seed = stream_seed(config.seed, "training noise")
         self.level_seed = stream_seed(config.seed, "noise levels")
@@ -45,38 +54,51 @@ class DiffusionDPOObjective:
         return [batch]
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
-        """See `Objective.accumulate`. The metrics are means over the pairs' samples and noise levels."""
-        pairs, count = best_and_worst(batch), self.config.timesteps
+        """See `Objective.accumulate`.
+
+        Metrics are means over the pairs' samples and noise levels: `loss` of all pairs, the others of those whose
+        rewards differ.
+        """
+        pairs = sort_groups(best_and_worst(batch))
+        return pairs.learn(partial(self._learn, models=models), partial(self._learn_of_equal, models=models))
+
+    def _learn_of_equal(self, pairs: Batch, models: PolicyModels) -> dict[str, Tensor]:
+        """What pairs of equal rewards add: −log sigmoid(0) each, whatever is predicted, and no gradient."""
+        if not self.skip_equal_groups:
+            return self._learn(pairs, models)
+        zero_gradients(models)
+        return {"loss": torch.full((), log(2) * len(pairs.x0) / pairs.samples, device=pairs.x0.device)}
+
+    def _learn(self, pairs: Batch, models: PolicyModels) -> dict[str, Tensor]:
+        """Adds the gradient of `pairs`, and returns their part of the metrics."""
+        count = self.config.timesteps
         totals: dict[str, Tensor] = {}
-        for slot in range(count):
-            comparison = self._compare(pairs, models, draw=batch.iteration * count + slot)
+        for comparison in compare(
+            pairs,
+            [self._level(pairs, draw=pairs.iteration * count + slot) for slot in range(count)],
+            partial(_predict, models),
+            seed=self.noise_seed,
+            batch_size=self.forward_batch,
+            at_once=self.levels_at_once,
+        ):
             metrics = self.loss.backward(comparison, models, weight=self.config.beta / count)
-            metrics["loss"] = self.config.beta * metrics["loss"]
+            if "loss" in metrics:  # not of a process that holds neither image of any pair
+                metrics["loss"] = self.config.beta * metrics["loss"]
             add_metrics(totals, metrics, 1 / count)
         return totals
 
-    def _compare(self, pairs: Batch, models: PolicyModels, draw: int) -> Comparison:
+    def _level(self, pairs: Batch, draw: int) -> Level:
         sigma = self._noise_levels(pairs, draw)
-        x_t = group_noise(pairs.x0, sigma, pairs.group_index, seed=self.noise_seed, draw=draw)
-        timestep = 1000 * sigma
-        return Comparison(
-            x0=pairs.x0,
-            x_t=x_t,
-            timestep=timestep,
-            text=pairs.text,
-            advantage=pairs.advantage,
-            group_index=pairs.group_index,
-            group_size=PAIR,
-            ref_v=predict_batched(models.base, x_t, timestep, pairs.text, self.forward_batch, pairs.most),
-            seed=self.noise_seed,
-            draw=draw,
-            part=pairs.part,
-        )
+        return Level(sigma, 1000 * sigma, draw)
 
     def _noise_levels(self, pairs: Batch, draw: int) -> Tensor:
         """σ of each sample, (2P,) fp32, equal within a pair."""
         normal = philox_normal((1,), pairs.group_index, seed=self.level_seed, draw=draw)[:, 0]
         return torch.sigmoid(self.config.logit_mean + self.config.logit_std * normal)
+
+
+def _predict(models: PolicyModels, x_t: Tensor, timestep: Tensor, text: TextEmbeds) -> dict[str, Tensor]:
+    return {"ref_v": predict(models.base, x_t, timestep, text)}
 
 
 def best_and_worst(batch: Batch) -> Batch:

@@ -1,11 +1,18 @@
 """Groups of equal rewards: they prefer no image to another, and only a KL term reaches the weights through them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
-from dgpo_fast.objectives import Batch
+from dgpo_fast.objectives import Batch, add_metrics
+from dgpo_fast.policy import PolicyModels
+
+OF_ALL_GROUPS = ("loss", "kl")
+Learn = Callable[[Batch], dict[str, Tensor]]
+"""Adds the gradient of some of the groups, and returns their part of the metrics' means over all groups."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,21 @@ class Sorted:
     preferring: Batch | None
     equal: Batch | None
     preferring_share: float
+
+    def learn(self, preferring: Learn, equal: Learn) -> dict[str, Tensor]:
+        """Has each kind learnt from by its own function.
+
+        Returns means over samples: `loss` and `kl` of all groups, the others of those that prefer.
+        """
+        totals: dict[str, Tensor] = {}
+        if self.preferring is not None:
+            metrics = preferring(self.preferring)
+            shares = {name: 1.0 if name in OF_ALL_GROUPS else self.preferring_share for name in metrics}
+            totals = {name: value / shares[name] for name, value in metrics.items()}
+        if self.equal is not None:
+            metrics = equal(self.equal)
+            add_metrics(totals, {name: metrics[name] for name in OF_ALL_GROUPS if name in metrics}, 1.0)
+        return totals
 
 
 def sort_groups(batch: Batch) -> Sorted:
@@ -40,3 +62,9 @@ def _some(batch: Batch, part: BatchPart, chosen: torch.Tensor) -> Batch | None:
     if not chosen.any():
         return None
     return replace(batch[chosen.nonzero()[:, 0].to(batch.x0.device)], part=part)
+
+
+def zero_gradients(models: PolicyModels) -> None:
+    """Gives weights that have no gradient one of 0: without one, the optimizer's step would be left out."""
+    for weight in models.weights.values():
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype) if weight.grad is None else weight.grad

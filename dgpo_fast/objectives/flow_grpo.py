@@ -10,26 +10,35 @@ Every step but the last is trained, with the rollout's guidance. An iteration's 
 steps: from the second one on, the policy has moved away from the one that drew them, and the ratio is not 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.objectives import Batch, add_metrics, autocast
+from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
+from dgpo_fast.objectives.levels import predict_levels
 from dgpo_fast.policy import PolicyModels, Weights
-from dgpo_fast.rollout import batch_slices, guided, predict, predict_batched, predict_pair, predict_pair_batched
+from dgpo_fast.rollout import batch_slices, guided, predict, predict_pair
 from dgpo_fast.stochastic import gaussian_log_prob
+from dgpo_fast.text import TextEmbeds
 
 
 class FlowGRPOObjective:
     """The objective of one run; see the module's text for the loss."""
 
     needs_transitions = True
+    shardable = True
 
     def __init__(self, config: Config):
         self.config = config.flow_grpo
         self.guidance_scale = config.rollout.guidance_scale
+        self.guided_base = self.guided_policy = self.guidance_scale > 1
+        self.skip_equal_groups = config.engine.skip_equal_groups
+        self.levels_at_once = max(config.rollout.num_inference_steps - 1, 1) if config.engine.batch_timesteps else 1
         self.micro_batch = config.policy.micro_batch_size
         self.forward_batch = config.rollout.batch_size
 
@@ -38,22 +47,35 @@ class FlowGRPOObjective:
         return batch.split(self.config.optimizer_steps)
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
-        """See `Objective.accumulate`. The metrics are means over samples and steps."""
-        steps = max(batch.schedule.steps - 1, 1)
+        """See `Objective.accumulate`.
+
+        Metrics are means over samples and steps. A sample of advantage 0, whose ratio reaches no weight, counts in
+        `ratio_deviation` as 0.
+        """
+        learnt = self._learnt_from(batch)
+        if learnt is None:
+            zero_gradients(models)
+            return {name: batch.x0.new_zeros(()) for name in ("loss", "clipped_fraction", "ratio_deviation")}
+        steps = max(learnt.schedule.steps - 1, 1)
         totals: dict[str, Tensor] = {}
-        for step in range(steps):
-            ref_mean = self._reference_mean(batch, models, step) if self.config.kl_weight > 0 else None
-            for rows in batch_slices(len(batch.x0), self.micro_batch, batch.most):
+        for step, ref_v in zip(range(steps), self._reference(learnt, models, steps), strict=True):
+            for rows in batch_slices(len(learnt.x0), self.micro_batch, learnt.most):
                 if rows.start == rows.stop:  # nothing to learn, but the others need this process's shards
-                    self._policy_v(batch[rows], models, step).sum().backward()
+                    self._policy_v(learnt[rows], models, step).sum().backward()
                     continue
-                share = (rows.stop - rows.start) / (batch.samples * steps)
-                metrics = self._loss(batch[rows], models, step, None if ref_mean is None else ref_mean[rows])
+                share = (rows.stop - rows.start) / (learnt.samples * steps)
+                metrics = self._loss(learnt[rows], models, step, None if ref_v is None else ref_v[rows])
                 (share * metrics["loss"]).backward()
                 add_metrics(totals, metrics, share)
         return totals
 
-    def _loss(self, batch: Batch, models: PolicyModels, step: int, ref_mean: Tensor | None) -> dict[str, Tensor]:
+    def _learnt_from(self, batch: Batch) -> Batch | None:
+        """The groups that can change the gradient. A KL term needs all forwards of all of them."""
+        if self.config.kl_weight > 0 or not self.skip_equal_groups:
+            return batch
+        return sort_groups(batch).preferring
+
+    def _loss(self, batch: Batch, models: PolicyModels, step: int, ref_v: Tensor | None) -> dict[str, Tensor]:
         """The loss of step `step`, a mean over `batch`, and what to log of it."""
         assert batch.transitions is not None and batch.schedule.noise is not None
         mean = transition_mean(batch, step, self._policy_v(batch, models, step))
@@ -64,9 +86,10 @@ class FlowGRPOObjective:
         metrics = {
             "loss": torch.maximum(unclipped, clipped).mean(),
             "clipped_fraction": (clipped > unclipped).float().mean(),
-            "ratio_deviation": (ratio - 1).abs().mean(),
+            "ratio_deviation": ((ratio - 1).abs() * (batch.advantage != 0)).mean(),
         }
-        if ref_mean is not None:
+        if ref_v is not None:
+            ref_mean = transition_mean(batch, step, ref_v)
             kl = (mean - ref_mean).square().mean() / (2 * diffusion(batch, step).square())
             metrics |= {"loss": metrics["loss"] + self.config.kl_weight * kl, "kl": kl}
         return metrics
@@ -74,20 +97,32 @@ class FlowGRPOObjective:
     def _policy_v(self, batch: Batch, models: PolicyModels, step: int) -> Tensor:
         x, timestep = batch.transitions.states[step], batch.schedule.timesteps[step]  # type: ignore[union-attr]
         with autocast(models):
-            if self.guidance_scale == 1:
-                return predict(models.policy, x, timestep, batch.text)
-            return guided(*predict_pair(models.policy, x, timestep, batch.text, batch.empty), self.guidance_scale)
+            return self._velocity(models.policy, batch.empty, x, timestep, batch.text)
 
-    def _reference_mean(self, batch: Batch, models: PolicyModels, step: int) -> Tensor:
-        x, timestep = batch.transitions.states[step], batch.schedule.timesteps[step]  # type: ignore[union-attr]
+    def _reference(self, batch: Batch, models: PolicyModels, steps: int) -> Iterator[Tensor | None]:
+        """The reference's velocities at one step after another, (B, C, H, W); None where there is no KL term."""
+        assert batch.transitions is not None
+        if self.config.kl_weight == 0:
+            yield from [None] * steps
+            return
+        for some in batch_slices(steps, self.levels_at_once):
+            x, timesteps = batch.transitions.states[some], batch.schedule.timesteps[some]
+            forward = partial(self._predict, models, batch.empty)
+            levels = predict_levels(forward, list(x), list(timesteps), batch.text, self.forward_batch, batch.most)
+            yield from (predicted.get("ref_v") for predicted in levels)
+
+    def _predict(
+        self, models: PolicyModels, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds
+    ) -> dict[str, Tensor]:
+        return {"ref_v": self._velocity(models.base, empty, x, timestep, text)}
+
+    def _velocity(
+        self, transformer: SD3Transformer2DModel, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds
+    ) -> Tensor:
+        """With the rollout's guidance, (B, C, H, W)."""
         if self.guidance_scale == 1:
-            velocity = predict_batched(models.base, x, timestep, batch.text, self.forward_batch, batch.most)
-        else:
-            pair = predict_pair_batched(
-                models.base, x, timestep, batch.text, batch.empty, self.forward_batch, batch.most
-            )
-            velocity = guided(*pair, self.guidance_scale)
-        return transition_mean(batch, step, velocity)
+            return predict(transformer, x, timestep, text)
+        return guided(*predict_pair(transformer, x, timestep, text, empty), self.guidance_scale)
 
 
 def transition_mean(batch: Batch, step: int, velocity: Tensor) -> Tensor:

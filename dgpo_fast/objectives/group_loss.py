@@ -4,16 +4,17 @@ What DGPO and Diffusion-DPO share: a group's score needs the denoising losses of
 be back-propagated.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from dgpo_kernels import DGPOLoss, dgpo_loss
+from dgpo_kernels import DGPOLoss, dgpo_loss, group_noise
 from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
-from dgpo_fast.objectives import add_metrics, autocast
+from dgpo_fast.objectives import Batch, add_metrics, autocast
+from dgpo_fast.objectives.levels import Forward, predict_levels
 from dgpo_fast.policy import PolicyModels
 from dgpo_fast.rollout import batch_slices, predict
 from dgpo_fast.text import TextEmbeds
@@ -32,7 +33,8 @@ class Comparison:
         advantage: (B,) fp32.
         group_index: (B,) int64.
         group_size: samples per group.
-        ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old, and what the KL term holds to.
+        ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old, and what the KL term holds to. None:
+            there is no clip; the KL term holds to the reference, which is then read once.
         seed, draw: of the noise in `x_t`.
         part: where these samples stand among those of all processes; None where they are all.
     """
@@ -63,6 +65,51 @@ class Comparison:
 
     def __len__(self) -> int:
         return len(self.x0)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level: its σ and timestep, () or (B,) each, and the number of its noise."""
+
+    sigma: Tensor
+    timestep: Tensor
+    draw: int
+
+
+def compare(
+    batch: Batch, levels: Sequence[Level], forward: Forward, *, seed: int, batch_size: int, at_once: int
+) -> Iterator[Comparison]:
+    """The samples of `batch` at each of `levels`, beside what frozen weights predict there.
+
+    Args:
+        batch: whole groups, each of which shares its noise.
+        levels: in this order.
+        forward: predicts `ref_v`, and `old_v` and `kl_v` where they are needed; see `Comparison`.
+        seed: of the noise.
+        batch_size: samples per forward.
+        at_once: levels that are predicted together.
+    """
+    for slots in batch_slices(len(levels), at_once):
+        some = levels[slots]
+        x_t = [group_noise(batch.x0, of.sigma, batch.group_index, seed=seed, draw=of.draw) for of in some]
+        timesteps = [of.timestep for of in some]
+        predictions = predict_levels(forward, x_t, timesteps, batch.text, batch_size, batch.most)
+        for level, noisy, predicted in zip(some, x_t, predictions, strict=True):
+            if not predicted:  # of a process that holds no sample: nothing of it is read
+                predicted = {"ref_v": noisy}
+            yield Comparison(
+                x0=batch.x0,
+                x_t=noisy,
+                timestep=level.timestep,
+                text=batch.text,
+                advantage=batch.advantage,
+                group_index=batch.group_index,
+                group_size=batch.group_size,
+                seed=seed,
+                draw=level.draw,
+                part=batch.part,
+                **predicted,
+            )
 
 
 @dataclass(frozen=True)
@@ -129,8 +176,8 @@ class GroupLoss:
         return self._loss(comparison, policy_v, slice(0, len(comparison)), reduce).group_score
 
     def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, reduce: ReduceScores | None) -> DGPOLoss:
-        kl_is_ref = comparison.kl_v is comparison.ref_v
         ref_v = comparison.ref_v[rows]
+        kl_v = ref_v if comparison.kl_v is None else comparison.kl_v[rows]
         return dgpo_loss(
             policy_v,
             ref_v,
@@ -142,7 +189,7 @@ class GroupLoss:
             beta=self.beta,
             old_v=None if comparison.old_v is None else comparison.old_v[rows],
             clip_range=self.clip_range,
-            kl_v=ref_v if kl_is_ref else None if comparison.kl_v is None else comparison.kl_v[rows],
+            kl_v=kl_v if self.kl_weight > 0 else None,
             kl_weight=self.kl_weight,
             num_groups=comparison.groups,
             group_size=comparison.group_size,

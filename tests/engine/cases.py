@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgpo_fast.config import DGPO, Config, Engine, Policy, Rollout
+from dgpo_fast.config import DGPO, EMA, Config, DiffusionDPO, Engine, FlowGRPO, Policy, Rollout
 from dgpo_fast.engine import Engine as RunEngine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.groups import stream_seed
@@ -16,7 +16,7 @@ from dgpo_fast.pipeline import load_pipeline
 from dgpo_fast.policy import PolicyModels
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
-from dgpo_fast.stochastic import StepNoise
+from dgpo_fast.stochastic import StepNoise, Transitions, gaussian_log_prob
 from dgpo_fast.text import PromptEncoder
 
 CPU = torch.device("cpu")
@@ -29,14 +29,19 @@ OFF: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_config(train: str = "lora", **engine: Any) -> Config:
+def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> Config:
     """A run with a partial last batch everywhere and, of the engine's savings, those named."""
+    noise: dict[str, Any] = {"solver": "euler", "noise_level": 0.7} if objective == "flow_grpo" else {}
     return Config(
+        objective=objective,
         rollout=Rollout(
             group_size=SIZE, groups=GROUPS, num_inference_steps=4, max_sequence_length=9, batch_size=5,
-            guidance_scale=3.0,
+            guidance_scale=3.0, **noise,
         ),
         dgpo=DGPO(beta=100.0, clip_range=0.01, kl_weight=0.5, kl_guidance_scale=2.0, timesteps=2, high_noise_steps=3),
+        diffusion_dpo=DiffusionDPO(beta=10.0, timesteps=3),
+        flow_grpo=FlowGRPO(clip_range=0.05, kl_weight=0.0, optimizer_steps=1),
+        ema=EMA(switch_ema_ref=None),
         policy=Policy(train=train, lora_rank=4, lora_alpha=8.0, micro_batch=8),  # type: ignore[arg-type]
         engine=Engine(**{**OFF, **engine}),
     )  # fmt: skip
@@ -72,8 +77,8 @@ class EngineCase:
         self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
         text_tokens = self.encoder([""]).prompt.shape[1]
         self.engine = RunEngine(config, self.models, self.pipeline, text_tokens, self.notes.append)
-        self.schedule = make_schedule("dpmpp_2m", 4, 3.0).to(device)
         rollout = config.rollout
+        self.schedule = make_schedule(rollout.solver, 4, 3.0, rollout.noise_level).to(device)
         self.sampler = Sampler(
             self.pipeline, self.engine.rollout_transformer, self.encoder, resolution=None,
             batch_size=rollout.batch_size, solve=self.engine.solve, decode=self.engine.decoder.start,
@@ -105,16 +110,28 @@ class EngineCase:
         advantage = torch.randn(GROUPS, SIZE, generator=generator)
         advantage = advantage - advantage.mean(1, keepdim=True)
         advantage[1] = 0
+        x0 = torch.randn(GROUPS * SIZE, *self.sampler.shape, generator=generator).to(self.device, self._state_dtype)
         return Batch(
             iteration=7,
-            x0=torch.randn(GROUPS * SIZE, *self.sampler.shape, generator=generator).to(self.device, self._state_dtype),
+            x0=x0,
             text=self.encoder(PROMPTS).repeat_interleave(SIZE),
             empty=self.encoder([""]),
             advantage=advantage.flatten().to(self.device),
             group_index=torch.arange(GROUPS, device=self.device).repeat_interleave(SIZE),
             group_size=SIZE,
             schedule=self.schedule,
+            transitions=self._transitions(x0) if self.schedule.noise is not None else None,
         )
+
+    def _transitions(self, x: Tensor) -> Transitions:
+        """Steps from `x` by noise alone: as if a policy had drawn them whose velocity is 0."""
+        assert self.schedule.noise is not None
+        generator, states, log_prob = torch.Generator().manual_seed(3), [x], []
+        for gain, std in self.schedule.noise:
+            z = torch.randn(x.shape, generator=generator).to(x)
+            states.append(states[-1] + gain * states[-1] + std * z)
+            log_prob.append(gaussian_log_prob(z, std))
+        return Transitions(torch.stack(states), torch.stack(log_prob))
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """The loss, and all of the policy's gradient as one vector; fp64."""

@@ -12,26 +12,34 @@ from dgpo_fast.engine.compile import StaticBatches
 from dgpo_fast.objectives import load_objective
 from tests.engine.cases import EngineCase, make_config
 
+OBJECTIVES = ["dgpo", "diffusion_dpo", "flow_grpo"]
 
-def test_nothing_is_compiled_after_the_first_iteration(random_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nothing_is_compiled_after_the_first_iteration(
+    objective: str, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other prompts, draws, weights and numbers of preferring groups; partial last batches of every kind."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(compile, "BACKEND", counter)
-    case = EngineCase(random_pipeline, make_config(compile="on", batch_timesteps=True, skip_equal_groups=True))
-    objective, batch = load_objective(case.config), case.batch()
+    case = EngineCase(
+        random_pipeline, make_config(objective=objective, compile="on", batch_timesteps=True, skip_equal_groups=True)
+    )
+    loaded, batch = load_objective(case.config), case.batch()
     for iteration, preferring in enumerate((2, 3, 1)):
         with torch._dynamo.config.patch(error_on_recompile=iteration > 0):
             case.rollout([["a cat"], ["big red car", "a dog"], ["two birds"]][iteration], draw=iteration)
             advantage = torch.where(torch.arange(12) < 4 * preferring, batch.advantage + 1.0, 0.0)
             text = case.encoder(["a dog", "a big house", "a car"][iteration:] * 12)[slice(0, 12)]
             changed = replace(batch, iteration=iteration, advantage=advantage, text=text, x0=batch.x0 + iteration)
-            objective.accumulate(changed, case.models, case.old)
+            loaded.accumulate(changed, case.models, case.old)
             case.models.load_weights({name: weight * 1.1 for name, weight in case.new.items()})
         if iteration == 0:
             compiled = counter.frame_count
     assert counter.frame_count == compiled
-    # Kinds of blocks (2) × (pairs of the rollout and of the base; θ_old and partial pairs; the policy's micro-batch).
+    # Kinds of blocks (2) × (pairs of the rollout, and of the base where it is guided; partial pairs, and single
+    # predictions of frozen weights; the policy's micro-batch, of pairs where it is guided).
     assert compiled == 2 * 3
 
 

@@ -41,9 +41,9 @@ def folder(request: pytest.FixtureRequest, random_pipeline: Path) -> Path | str:
 
 
 @cache
-def plain(folder: Path | str, train: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def plain(folder: Path | str, train: str, dtype: torch.dtype, objective: str = "dgpo") -> tuple[Tensor, ...]:
     """What is compared, with all savings off."""
-    return computed(EngineCase(folder, make_config(train), dtype))
+    return computed(EngineCase(folder, make_config(train, objective), dtype))
 
 
 def computed(case: EngineCase) -> tuple[Tensor, ...]:
@@ -54,9 +54,11 @@ def computed(case: EngineCase) -> tuple[Tensor, ...]:
     return x0, torch.cat(pictures), *case.gradient()
 
 
-def assert_within_budget(folder: Path | str, train: str, dtype: torch.dtype, found: tuple[Tensor, ...]) -> None:
+def assert_within_budget(
+    folder: Path | str, train: str, dtype: torch.dtype, found: tuple[Tensor, ...], objective: str = "dgpo"
+) -> None:
     """Each of `found` is as near to float64 as the plain path in the same dtype, within a factor of two."""
-    exact, same = plain(folder, train, torch.float64), plain(folder, train, dtype)
+    exact, same = plain(folder, train, torch.float64, objective), plain(folder, train, dtype, objective)
     eps = torch.finfo(dtype).eps
     # A single number may come out right by chance; of many, their norm does not.
     floors = {"latents": eps, "pictures": eps, "loss": 8 * eps, "gradient": eps}
@@ -70,6 +72,14 @@ def assert_within_budget(folder: Path | str, train: str, dtype: torch.dtype, fou
 def test_each_saving_alone(saving: str, folder: Path | str) -> None:
     case = EngineCase(folder, make_config(**SAVINGS[saving]))
     assert_within_budget(folder, "lora", torch.float32, computed(case))
+
+
+@pytest.mark.parametrize("saving", ["timesteps at once", "equal groups"])
+@pytest.mark.parametrize("objective", ["diffusion_dpo", "flow_grpo"])
+def test_savings_of_the_other_objectives(objective: str, saving: str, random_pipeline: Path) -> None:
+    """Those that an objective has a part in."""
+    case = EngineCase(random_pipeline, make_config(objective=objective, **SAVINGS[saving]))
+    assert_within_budget(random_pipeline, "lora", torch.float32, computed(case), objective)
 
 
 def test_compiled_blocks_alone(random_pipeline: Path) -> None:

@@ -1,0 +1,65 @@
+"""What frozen weights predict at several noise levels, in full batches: the saving `engine.batch_timesteps`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dgpo_fast.rollout import batch_slices
+from dgpo_fast.text import TextEmbeds
+
+Forward = Callable[[Tensor, Tensor, TextEmbeds], Mapping[str, Tensor]]
+"""(x_t, timestep, text) of R samples → predictions by name, each with R rows."""
+
+
+@torch.no_grad()
+def predict_levels(
+    forward: Forward,
+    x_t: Sequence[Tensor],
+    timesteps: Sequence[Tensor],
+    text: TextEmbeds,
+    batch_size: int,
+    most: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """What `forward` predicts for the same B samples at one noise level after another, without gradients.
+
+    A batch goes on from one level into the next, so that only the last one is not full. Predictions are made as they
+    are asked for: those of a level and of a batch are all that is held. They are empty where there is no sample.
+
+    Args:
+        forward: gets at most `batch_size` samples.
+        x_t: (B, C, H, W) noisy latents of each level.
+        timesteps: () or (B,) of each level, in [0, 1000].
+        text: the B prompts.
+        batch_size: samples per forward.
+        most: forwards must be as many as for so many samples, and none of them later: see `BatchPart.most`.
+    """
+    samples, ahead = len(text), max(len(text), most)
+    batches = batch_slices(len(x_t) * samples, batch_size, len(x_t) * most)
+    ready: dict[str, list[Tensor]] = {}
+    forwards = 0
+    for level in range(len(x_t)):
+        while forwards * batch_size < (level + 1) * ahead:
+            rows, forwards = next(batches), forwards + 1
+            timestep = _rows([of_level.expand(samples) for of_level in timesteps], rows)
+            for name, predicted in forward(_rows(x_t, rows), timestep, _repeated(text, rows)).items():
+                ready.setdefault(name, []).append(predicted)
+        joined = {name: torch.cat(parts) for name, parts in ready.items()}
+        ready = {name: [tensor[samples:]] for name, tensor in joined.items()}
+        yield {name: tensor[:samples] for name, tensor in joined.items()}
+
+
+def _rows(levels: Sequence[Tensor], rows: slice) -> Tensor:
+    """Rows of `levels` laid end to end, equally many of each."""
+    samples = max(len(levels[0]), 1)
+    first = min(rows.start // samples, len(levels) - 1)
+    some = levels[first : max(-(-rows.stop // samples), first + 1)]
+    start = first * samples
+    return torch.cat(list(some))[rows.start - start : rows.stop - start]
+
+
+def _repeated(text: TextEmbeds, rows: slice) -> TextEmbeds:
+    """Rows of `text` repeated endlessly."""
+    if rows.stop <= len(text):
+        return text[rows]
+    return text[torch.arange(rows.start, rows.stop, device=text.pooled.device) % len(text)]
