@@ -156,8 +156,12 @@ RUNS = {
     "bf16, 8 bits": [*BF16, "--optimizer.name", "adamw8bit", "--policy.weights", "bf16_stochastic"],
     "bf16 LoRA, second adapter": [*BF16, *LORA, "--policy.behaviour", "adapter"],
     "checkpointed blocks": [*LORA, "--engine.checkpointing", "blocks"],
+    "steps of a rollout with noise": [
+        *LORA, "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
+        "--ema.switch-ema-ref", "none", "--rollout.guidance-scale", "3",
+    ],
     "low memory": [*LORA, "--low-memory"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
