@@ -15,7 +15,7 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(kw_only=True, config=STRICT)
 class Rollout:
-    """How a group of images is drawn: a few-step ODE from the behaviour weights, or an SDE with its marginals."""
+    """How a group of images is drawn: a few-step ODE from the behaviour weights, or an SDE in its place."""
 
     group_size: Annotated[int, Field(ge=2)] = 16
     """G: images per prompt. The advantage compares these with one another."""

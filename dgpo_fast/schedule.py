@@ -59,7 +59,7 @@ def make_scheduler(solver: str, shift: float) -> SchedulerMixin:
 def make_schedule(solver: str, num_inference_steps: int, shift: float, noise_level: float = 0.0) -> Schedule:
     """The grid of `num_inference_steps` steps shifted by `shift`, for "dpmpp_2m" or "euler".
 
-    A `noise_level` above 0 makes an "euler" rollout stochastic, with the ODE's marginals (`_stochastic_steps`).
+    A `noise_level` above 0 makes an "euler" rollout stochastic (`_stochastic_steps`).
     """
     scheduler = make_scheduler(solver, shift)
     scheduler.set_timesteps(num_inference_steps)
@@ -87,7 +87,8 @@ def _stochastic_steps(sigmas: list[float], noise_level: float) -> tuple[list[lis
 
     With dt = σ_next − σ and s = noise_level·√(σ/(1 − σ)), a step is
     x·(1 + s²/(2σ)·dt) + v·(1 + s²·(1 − σ)/(2σ))·dt + s·√(−dt)·z. At σ = 1, where a grid begins but for the rounding of
-    its shift, the next sigma stands in s's denominator.
+    its shift, the next sigma stands in s's denominator. The marginals are the ODE's in the limit of small steps, which
+    the first ones never are: s is unbounded at σ = 1 (docs/objectives.md).
     """
     drift, noise = [], []
     for sigma, after in pairwise(sigmas):
