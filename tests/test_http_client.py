@@ -92,6 +92,22 @@ def test_the_server_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert waits == [7, 7], "and not at all where the deadline is before that"
 
 
+def test_waits_double_up_to_eight_seconds_and_no_two_clients_come_back_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each wait is half to all of 0.5, 1, 2, 4, 8, 8, 8 s, drawn anew by every client."""
+    monkeypatch.undo()  # the waits as they ship
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with answering(lambda *_: (503, {"error": "busy"})) as url:
+        for _ in range(2):
+            failure(JsonClient(url, attempts=8, deadline_s=1000))
+    bounds = [0.5, 1, 2, 4, 8, 8, 8] * 2
+    assert len(waits) == len(bounds)
+    assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True)), waits
+    assert waits[:7] != waits[7:]
+
+
 def trickle(path: str, body: bytes, handler: Any) -> None:
     """A byte now and then, for ever, so that no single read ever takes long."""
     for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b" " * 100_000:
