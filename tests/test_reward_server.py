@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -558,57 +559,117 @@ def test_nothing_that_is_sent_is_executed(server: Process, tmp_path: Path) -> No
     assert serves(server) and not path.exists()
 
 
-def mutated(rng: random.Random) -> tuple[bytes, bool]:
-    """A request with damage: bytes changed, cut, doubled or put in, in its head, its JSON or its picture.
+def to_check(**changes: Any) -> dict[str, Any]:
+    return {"prompts": [{"text": "p", "metadata": {}, "origin": "p.txt:1"}], "images": [as_text(picture())], **changes}
 
-    And whether its head is still good, so that the server can tell where it ends.
-    """
-    body = bytearray(json.dumps(request(prompt=rng.choice(["p", "\0", "😀", "x" * 100]))).encode())
-    kind = rng.randrange(5)
+
+def mutated(rng: random.Random, content: dict[str, Any]) -> bytes:
+    """A body with damage: bytes of its picture or of its JSON changed, its end cut off, or a value of another kind."""
+    kind = rng.randrange(4)
     if kind == 0:
-        picture_ = bytearray(png.encode_png(picture()))
+        damaged = bytearray(png.encode_png(picture()))
         for _ in range(rng.randrange(1, 8)):
-            picture_[rng.randrange(len(picture_))] = rng.randrange(256)
-        body = bytearray(json.dumps(request(images=[base64.b64encode(picture_).decode()])).encode())
-    elif kind == 1:
-        for _ in range(rng.randrange(1, 8)):
-            body[rng.randrange(len(body))] = rng.randrange(256)
-    elif kind == 2:
-        body = body[: rng.randrange(len(body))]
-    elif kind == 3:
-        values: list[Any] = [None, True, -1, 1e308, "", "a", [], {}, [[]], {"a": {}}, [None] * 9, "9" * 50]
-        damaged = request(**{rng.choice(["prompt", "metadata", "images", "more"]): rng.choice(values)})
-        body = bytearray(json.dumps(damaged).encode())
-    head = bytearray(HEAD + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
-    if kind == 4:
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        return json.dumps({**content, "images": [base64.b64encode(damaged).decode()]}).encode()
+    if kind == 1:
+        values: list[Any] = [None, True, -1, 1e308, "", "a", [], {}, [[]], [{"a": {}}], [None] * 9, "9" * 50]
+        return json.dumps({**content, rng.choice([*content, "more"]): rng.choice(values)}).encode()
+    body = bytearray(json.dumps(content).encode())
+    if kind == 2:
+        return bytes(body[: rng.randrange(len(body))])
+    for _ in range(rng.randrange(1, 8)):
+        body[rng.randrange(len(body))] = rng.randrange(256)
+    return bytes(body)
+
+
+def is_well_formed(path: str, body: bytes) -> bool:
+    """Whether a body is a request after all, by Python's JSON and Pillow: damage may only change a text."""
+    try:
+        content = json.loads(body, parse_constant=json.loads)  # NaN is no JSON
+        listed = content.get("prompts", []) if path == "/check" else [{**content, "text": content["prompt"]}]
+        fields = [(one["text"], one.get("metadata", {}), one.get("origin", "")) for one in listed]
+        if not isinstance(listed, list) or any(tuple(map(type, one)) != (str, dict, str) for one in fields):
+            return False
+        if path == "/check" and "images" not in content:
+            return True
+        encoded = content["images"]
+        opened = [Image.open(io.BytesIO(base64.b64decode(one, validate=True))) for one in encoded]
+        shapes = {np.asarray(one).shape if one.mode == "RGB" else None for one in opened}
+        return isinstance(encoded, list) and len(shapes) == 1 and None not in shapes
+    except Exception:  # whatever they object to
+        return False
+
+
+ANY_4XX = range(400, 499)
+UNREADABLE = (*ANY_4XX, 499, 501, 505, 0)  # 499: the client has gone, for all that the server can see
+
+
+def drawn(rng: random.Random, token: str | None) -> tuple[bytes, Sequence[int]]:
+    """A request that is wrong in its method, address, token, head or body, and the statuses that say so; 0: none.
+
+    Where nothing is wrong with it after all, the status is 200.
+    """
+    path, content = rng.choice([("/score", request(prompt=rng.choice(["p", "\0", "😀"]))), ("/check", to_check())])
+    body, method, statuses = mutated(rng, content), "POST", ANY_4XX
+    kind = rng.choice(["method", "address", "token", "head", *["body"] * 12])
+    if kind == "method":
+        method, body, statuses = rng.choice(["PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE"]), b"", [501]
+    elif kind == "address":
+        gets = [("GET", "/"), ("GET", path), ("GET", "/health/"), ("GET", "/../health?a=b")]
+        method, path = rng.choice([*gets, ("POST", "/health"), ("POST", "/"), ("POST", f"{path}/")])
+        body, statuses = body if method == "POST" else b"", [404]
+    elif kind == "token" and token:
+        token, statuses = rng.choice([None, f"{token}x", token[:-1], "ü"]), [401]
+    elif is_well_formed(path, body):
+        body, statuses = (body[:-1], ANY_4XX) if kind == "head" else (body, [200])
+    lines = [f"{method} {path} HTTP/1.1", "Host: a", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    lines += [f"Authorization: Bearer {token}"] if token else []
+    head = bytearray("\r\n".join([*lines, "", ""]).encode("latin-1"))
+    if kind == "head":
+        statuses = UNREADABLE
         for _ in range(rng.randrange(1, 6)):
             place = rng.randrange(len(head))
             head[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
-    return bytes(head + body), kind != 4
+    return bytes(head + body), statuses
 
 
-def test_10000_malformed_requests_leave_it_serving(server: Process) -> None:
-    """Each with a good head is answered; any other is, or finds its connection closed. The server goes on, and has
-    nothing to say about them."""
+def status_of(port: int, data: bytes, hang_up: bool) -> int:
+    """Status of the answer; 0 where the connection is closed without one. A timeout, neither of the two, is raised."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        try:
+            connection.sendall(data)
+            if hang_up:
+                connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(64)
+        except ConnectionError:  # closed before all was sent
+            return 0
+    return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
 
-    def attack(seed: int) -> None:
-        rng = random.Random(seed)
-        for _ in range(2500):
-            data, has_good_head = mutated(rng)
-            # After the timeout, an error: neither an answer nor the end of the connection has come.
-            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
-                try:
-                    connection.sendall(data)
-                    connection.shutdown(socket.SHUT_WR)
-                    answer = connection.recv(64)
-                except ConnectionError:
-                    answer = b""  # closed before all was sent
-            assert answer.startswith(b"HTTP/1.1 ") or not has_good_head, data
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(attack, range(4)))
-    assert serves(server)
-    assert server.process.poll() is None
+def test_10000_malformed_requests_leave_it_serving(
+    server: Process, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a token, each is refused by the status of what is wrong with it, the client's fault, and
+    damage that harms nothing is answered. Both servers go on scoring, and have nothing to say about them."""
+
+    def attack(seed: int, port: int, token: str | None) -> None:
+        rng, malformed = random.Random(seed), 0
+        while malformed < 2500:
+            data, statuses = drawn(rng, token)
+            # Where a head may promise more than there is, the server would wait for it.
+            status = status_of(port, data, hang_up=statuses is UNREADABLE)
+            assert status in statuses, (status, data)
+            malformed += statuses != [200]
+
+    with reward_server("--reward", "jpeg", "--token-file", "token.txt", folder=folder) as guarded:
+        targets = [(server.port, None), (server.port, None), (server.port, None), (guarded.port, TOKEN)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(attack, range(4), *zip(*targets, strict=True)))
+        assert serves(server)
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+        assert load_rewards([guarded.url]).score_groups(picture()[None], [Prompt("p")], 1).valid.all()
+        status, _, errors = guarded.stop()
+        assert (status, errors) == (0, "")
 
 
 # How it ends
