@@ -1,13 +1,16 @@
 """Rewards inside whole runs on the shipped pipeline: chosen per prompt, failing, and gone."""
 
+import itertools
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from dgpo_fast.cli import configure, run_command
@@ -15,6 +18,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import golden, http_client
+from dgpo_fast.rewards.registry import load_reward
 from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
 from dgpo_fast.sources.online import OnlineSource
 from dgpo_fast.tiny import data
@@ -100,16 +104,76 @@ def iterations_done(workspace: Path) -> int:
     return len(read_metrics(path)) if path.exists() else 0
 
 
-def test_a_run_on_a_reward_server(workspace: Path) -> None:
-    """Scores, parts and the queue are in every line of the run's metrics."""
-    with reward_server("--reward", "shapes") as server:
-        assert train(["--rewards", f"far={server.url}", *SMALL]) == 0
-    for line in lines(workspace):
+SLOW = """
+import time
+from dgpo_fast.rewards.registry import load_reward
+
+class Slow:
+    "The reward `shapes`, which takes its time, and as much as the metadata say."
+    def __init__(self):
+        self.shapes = load_reward("shapes", "shapes")
+    def __call__(self, images, prompts, metadata):
+        time.sleep(metadata[0].get("seconds", 0.05))
+        return self.shapes(images, prompts, metadata)
+"""
+
+
+@pytest.fixture
+def slow_server(workspace: Path) -> Iterator[Process]:
+    """A server of shapes that takes 0.05 s for a group, or what the metadata say under "seconds"."""
+    (workspace / "slow.py").write_text(SLOW)
+    with reward_server("--reward", "shapes=slow:Slow", folder=workspace) as server:
+        yield server
+
+
+def test_a_run_on_a_reward_server(workspace: Path, slow_server: Process) -> None:
+    """Scores, parts and the queue are in every line of the run's metrics: it sends faster than the reward scores."""
+    assert train(["--rewards", f"far={slow_server.url}", *SMALL]) == 0
+    found = lines(workspace)
+    assert len(found) == 3
+    for line in found:
         assert line["groups_dropped_count"] == 0
         assert line["reward_mean"] == pytest.approx(line["reward/far_mean"])
         assert line["reward/far/shapes_mean"] == pytest.approx(line["reward/far_mean"])
-        assert line["reward/far/queue_mean"] >= 0 and line["reward/far/latency_s_mean"] > 0
+        assert line["reward/far/queue_mean"] > 0 and line["reward/far/latency_s_mean"] > 0.05
         assert line["reward/far/attempts_mean"] == 1
+
+
+def test_64_other_clients_change_nothing_for_a_run_but_its_time(workspace: Path, slow_server: Process) -> None:
+    """A run in the queue with 64 clients ends with the scores of an undisturbed one, and they get theirs."""
+    # Chosen here, not by measurements that 64 neighbours disturb: both runs are to compute the same.
+    settings = ["--rewards", f"far={slow_server.url}", *SMALL, "--engine.attention=native", "--engine.linear=torch",
+                "--iterations=2", "--evaluation.images=4"]  # fmt: skip
+    assert train([*settings, "--name=alone"]) == 0
+    prompt = Prompt(*data.shape_prompts("train")[0])
+    pictures = np.random.default_rng(0).integers(0, 256, (64, 1, 32, 32, 3), dtype=np.uint8)
+    wanted = [load_reward("shapes", "shapes")(one, [prompt.text], [prompt.metadata])[0][0] for one in pictures]
+    is_over = threading.Event()
+
+    def ask(number: int) -> int:
+        """Asks until the run is over; how often."""
+        reward, metadata = RemoteReward(slow_server.url), [{**prompt.metadata, "seconds": 0.002}]
+        for count in itertools.count():
+            if is_over.is_set():
+                return count
+            scores, parts = reward(pictures[number], [prompt.text], metadata)
+            assert scores[0] == wanted[number] and parts["attempts"][0] == 1
+        raise AssertionError("counting has no end")
+
+    with ThreadPoolExecutor(64) as pool:
+        asked = [pool.submit(ask, number) for number in range(64)]
+        try:
+            assert train(settings) == 0
+        finally:
+            is_over.set()
+    assert min(client.result() for client in asked) >= 3, "nobody was forgotten in the queue"
+    alone = read_metrics(workspace / "runs/alone/metrics.jsonl")
+    for line, other in zip(lines(workspace), alone, strict=True):
+        assert line["groups_dropped_count"] == 0 and line["reward/far/attempts_mean"] == 1
+        assert line["reward/far/queue_mean"] > 30, "it was in the midst of them"
+        assert (line["reward_mean"], line["loss"]) == (other["reward_mean"], other["loss"])
+    ends = [json.loads((workspace / f"runs/{name}/summary.json").read_text())["after"] for name in ("alone", "run")]
+    assert ends[0]["tags"] == ends[1]["tags"] and ends[0]["reward_mean"] == ends[1]["reward_mean"]
 
 
 def test_a_server_killed_and_restarted_in_mid_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
