@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -16,6 +15,7 @@ from dgpo_fast.evaluate import evaluate
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row
 from dgpo_fast.evaluation.side_by_side import choose_pairs, read_comparison, write_page
 from dgpo_fast.prompts import Prompt
+from tests.browser import browser
 
 MADE_WITH = {
     "model": "tiny", "lora": None, "weights": None, "rewards": ["shapes"], "seed": 0, "num_inference_steps": 8,
@@ -29,13 +29,21 @@ HOSTILE = [
 ]
 
 
-def save(folder: Path, prompts: list[Prompt], scores: list[float], size: int = 8, **changes: object) -> Path:
-    """An evaluation of these prompts and scores, with random pictures."""
+def save(
+    folder: Path,
+    prompts: list[Prompt],
+    scores: list[float],
+    size: int = 8,
+    parts: dict[str, list[float]] | None = None,
+    **changes: object,
+) -> Path:
+    """An evaluation of these prompts, scores of `shapes` and its parts (by default "correct"), with random pictures."""
+    parts = parts or {"correct": [float(score > 0.5) for score in scores]}
     evaluation = EvaluationFolder(folder)
     evaluation.begin({**MADE_WITH, "images_count": len(prompts), **changes}).release()
     rng = np.random.default_rng(len(str(folder)))
     rows = [
-        Row(n, prompt, score, {"shapes": score, "shapes/correct": float(score > 0.5)})
+        Row(n, prompt, score, {"shapes": score, **{f"shapes/{part}": values[n] for part, values in parts.items()}})
         for n, (prompt, score) in enumerate(zip(prompts, scores, strict=True))
     ]
     for row in rows:
@@ -86,19 +94,19 @@ def test_paired_difference_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_page_holds_what_the_evaluations_hold(tmp_path: Path) -> None:
-    """Prompts, tags, scores and the very pictures; and nothing that a browser would fetch."""
-    a = save(tmp_path / "a", numbered(4), [0.0, 1.0, float("nan"), 0.5])
-    b = save(tmp_path / "b", numbered(4), [0.5, 0.0, 1.0, 0.5])
+    """Prompts, tags, scores and the very pictures, the worst pair first and the unscored one last; and nothing that a
+    browser would fetch."""
+    a = save(tmp_path / "a", numbered(5), [0.0, 1.0, float("nan"), 0.5, 0.75])
+    b = save(tmp_path / "b", numbered(5), [0.5, 0.0, 1.0, 0.5, 0.75])
     assert evaluate(["--side-by-side", str(a), str(b), "--output", str(tmp_path / "page.html")]) == 0
     page = Page(tmp_path / "page.html")
     pairs = page.data["pairs"]
     assert [(pair["sample"], pair["prompt"], pair["tag"]) for pair in pairs] == [
-        (n, f"prompt {n}", f"tag {n % 2}") for n in range(4)
+        (n, f"prompt {n}", f"tag {n % 2}") for n in (1, 3, 4, 0, 2)
     ]
-    assert [pair["a"]["scores"] for pair in pairs] == [[0.0, 0.0], [1.0, 1.0], [None, 0.0], [0.5, 0.0]]
-    assert [pair["b"]["scores"][0] for pair in pairs] == [0.5, 0.0, 1.0, 0.5]
-    picture = (a / "images/000001.png").read_bytes()
-    assert pairs[1]["a"]["image"] == "data:image/png;base64," + base64.b64encode(picture).decode()
+    assert [pair["a"]["scores"] for pair in pairs] == [[1.0, 1.0], [0.5, 0.0], [0.75, 1.0], [0.0, 0.0], [None, 0.0]]
+    assert [pair["b"]["scores"][0] for pair in pairs] == [0.0, 0.5, 0.75, 0.5, 1.0]
+    assert pairs[0]["a"]["image"] == image_url(a, 1)
     assert [score["name"] for score in page.data["scores"]] == ["shapes", "shapes/correct"]
     links = [attrs[key] for _, attrs in page.tags for key in ("src", "href", "action") if key in attrs]
     assert links == ["data:,"]
@@ -117,18 +125,39 @@ def test_hostile_prompts_are_text(tmp_path: Path) -> None:
     assert [pair["prompt"] for pair in pages[1].data["pairs"]] == HOSTILE
 
 
-def test_many_pairs_leave_the_worst_and_the_best(tmp_path: Path) -> None:
+def test_many_pairs_leave_the_worst_and_the_best_of_every_score(tmp_path: Path) -> None:
+    """By either score, the page begins and ends with the pairs that all pairs together would begin and end with."""
     rng = np.random.default_rng(0)
-    a, b = rng.random(30), rng.random(30)
-    b[7] = np.nan
-    comparison = read_comparison(*(save(tmp_path / name, numbered(30), list(s)) for name, s in (("a", a), ("b", b))))
-    order = np.argsort(np.where(np.isnan(b - a), np.inf, b - a))[:29]
-    assert choose_pairs(comparison, 9) == sorted([*order[:5], *order[-4:]])
-    assert choose_pairs(comparison, 30) == list(range(30)), "unscored pairs too, where there is room"
-    write_page(comparison, tmp_path / "page.html", 9)
+    a, b = rng.random((2, 40)), rng.random((2, 40))
+    b[0, 7] = b[1, 8] = np.nan
+    folders = [
+        save(tmp_path / name, numbered(40), [*one], parts={"hue": [*hue]})
+        for name, (one, hue) in zip("ab", (a, b), strict=True)
+    ]
+    comparison = read_comparison(*folders)
+    assert comparison.scores == ["shapes", "shapes/hue"]
+    whole, hue = (np.argsort(one)[:39].tolist() for one in b - a)  # NaN comes last
+    shown = choose_pairs(comparison, 12)
+    assert len(shown) == 12 and shown == [index for index in whole if index in shown], "the worst first"
+    by_hue = [index for index in hue if index in shown]
+    for ordered, found in ((whole, shown), (hue, by_hue)):
+        assert ordered[:3] == found[:3] and ordered[-3:] == found[-3:]
+    assert choose_pairs(comparison, 40) == [*whole, 7], "unscored pairs too, where there is room"
+    write_page(comparison, tmp_path / "page.html", 12)
     data = Page(tmp_path / "page.html").data
-    assert len(data["pairs"]) == 9 and data["note"].startswith("9 of 30 pairs are shown")
-    assert data["scores"][0]["totals"][0]["count"] == 29, "totals count all"
+    assert [pair["sample"] for pair in data["pairs"]] == shown
+    assert data["note"].startswith(
+        "12 of 40 pairs are shown: those with the lowest and the highest differences in each"
+    )
+    assert data["scores"][0]["totals"][0]["count"] == 39, "totals count all"
+
+
+def test_equal_differences_of_another_score_are_ordered_by_the_first(tmp_path: Path) -> None:
+    """Of many pairs that are equally wrong by a part that is 0 or 1, the worst ones by the score are shown."""
+    b = [0.1 * n for n in (3, 1, 4, 0, 5, 2)]
+    folders = [save(tmp_path / "a", numbered(6), [1.0] * 6, parts={"correct": [1.0] * 6}),
+               save(tmp_path / "b", numbered(6), b, parts={"correct": [0.0] * 4 + [1.0] * 2})]  # fmt: skip
+    assert choose_pairs(read_comparison(*folders), 3) == [3, 1, 4]
 
 
 def test_large_pictures_become_webp(tmp_path: Path) -> None:
@@ -157,19 +186,93 @@ def test_what_cannot_be_set_side_by_side(tmp_path: Path) -> None:
     assert len(read_comparison(a, shorter).rows) == 2, "what both have is compared"
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
-def test_in_a_browser(tmp_path: Path) -> None:
-    """The worst pair comes first, hostile prompts show as text, and the console stays silent."""
-    prompts = [Prompt(text, {"tag": f"<i>{n}</i>"}) for n, text in enumerate(HOSTILE)]
-    a = save(tmp_path / "<b>a", prompts, [0.75, 0.5, 1.0, 0.5])
-    b = save(tmp_path / "b", prompts, [0.25, 0.75, 0.0, 0.5])
-    write_page(read_comparison(a, b), tmp_path / "page.html", 400)
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr
-    body = done.stdout.split('<script type="application/json"')[0]
-    assert "owned" not in re.findall("<title>(.*?)</title>", body)[0]
-    (prompt,) = re.findall('<p class="prompt"[^>]*>(.*?)</p>', body)
-    assert prompt == "&lt;!-- &lt;script&gt; \u2028 \\u003c {{data}} {{title}}"
-    assert "1 of 4" in body and "▼ −1.00" in body and "A · &lt;b&gt;a<" in body
-    assert re.search(r'id="total"[^>]*>−0\.31<', body)
+def four_pairs(folder: Path) -> Path:
+    """A page of four pairs: by shapes, the worst first, 2, 0, 3 and 1; by hue 1, 3, 2 and 0."""
+    prompts = [Prompt(text, {"tag": f"<i>{n % 2}</i>"}) for n, text in enumerate(HOSTILE)]
+    a = save(folder / "<b>a", prompts, [0.75, 0.5, 1.0, 0.5], parts={"hue": [0.0, 1.0, 0.0, 1.0]})
+    b = save(folder / "b", prompts, [0.25, 0.75, 0.0, 0.5], parts={"hue": [0.75, 0.0, 0.25, 0.5]})
+    write_page(read_comparison(a, b), folder / "page.html", 400)
+    return folder / "page.html"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_orders_filters_and_paging(tmp_path: Path) -> None:
+    """What page.js has in its list, and where it is, after each change, click and key."""
+    steps: list[tuple[dict, list[int], int]] = [
+        ({"key": "Home"}, [2, 0, 3, 1], 0),
+        ({"click": "next"}, [2, 0, 3, 1], 1),
+        ({"key": "ArrowRight"}, [2, 0, 3, 1], 2),
+        ({"click": "previous"}, [2, 0, 3, 1], 1),
+        ({"key": "End"}, [2, 0, 3, 1], 3),
+        ({"key": "ArrowRight"}, [2, 0, 3, 1], 3),
+        ({"click": "next"}, [2, 0, 3, 1], 3),
+        ({"key": "ArrowLeft", "shift": True}, [2, 0, 3, 1], 0),
+        ({"change": ["order", "best"]}, [1, 3, 0, 2], 0),
+        ({"change": ["order", "change"]}, [2, 0, 1, 3], 0),
+        ({"change": ["order", "number"]}, [0, 1, 2, 3], 0),
+        ({"change": ["score", "1"]}, [0, 1, 2, 3], 0),
+        ({"change": ["order", "worst"]}, [1, 3, 2, 0], 0),
+        ({"key": "ArrowRight"}, [1, 3, 2, 0], 1),
+        ({"change": ["tag", "<i>0</i>"]}, [2, 0], 0),
+        ({"change": ["find", " OWNED"]}, [0], 0),
+        ({"change": ["tag", ""]}, [1, 0], 0),
+        ({"change": ["score", "0"]}, [0, 1], 0),
+        ({"change": ["find", "no such words"]}, [], 0),
+        ({"key": "ArrowRight"}, [], 0),
+        ({"change": ["find", ""]}, [2, 0, 3, 1], 0),
+    ]
+    script = Path(__file__).with_name("page_in_node.js")
+    command = ["node", script, four_pairs(tmp_path), json.dumps([step for step, *_ in steps])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [{"at": at, "list": samples} for _, samples, at in steps]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_in_a_browser(width: int, height: int, tmp_path: Path) -> None:
+    """The worst pair comes first; keys, clicks and filters change what is shown; hostile prompts show as text, the
+    console stays silent, and nothing is wider than the window."""
+    with browser(tmp_path / "profile") as page:
+        page.open(four_pairs(tmp_path), width, height)
+
+        def shown() -> tuple[str, str, str]:
+            return tuple(
+                page.run(f"document.getElementById('{one}').textContent") for one in ("where", "prompt", "difference")
+            )
+
+        def picture() -> str:
+            return page.run("document.getElementById('image-b').src")
+
+        assert shown() == ("1 of 4", HOSTILE[2], "▼ −1.00 shapes, B\u00a0−\u00a0A")
+        assert picture() == image_url(tmp_path / "b", 2)
+        page.click("next")
+        assert shown() == ("2 of 4", HOSTILE[0], "▼ −0.50 shapes, B\u00a0−\u00a0A")
+        assert picture() == image_url(tmp_path / "b", 0)
+        page.press("ArrowRight")
+        assert shown() == ("3 of 4", HOSTILE[3], "±0.00 shapes, B\u00a0−\u00a0A")
+        page.press("End")
+        assert shown()[0] == "4 of 4" and page.run("document.getElementById('next').disabled")
+        page.press("ArrowLeft")
+        page.click("previous")
+        assert shown()[:2] == ("2 of 4", HOSTILE[0])
+        visible = "[...document.querySelectorAll('figure')].map((one) => getComputedStyle(one).display).join()"
+        for key, displays in (("f", "flex,none"), ("f", "none,flex"), ("Escape", "flex,flex")):
+            page.press(key)
+            assert page.run(visible) == displays
+        page.click("find")
+        page.type("owned")
+        assert shown()[:2] == ("1 of 2", HOSTILE[0])
+        page.run("const tag = $('tag'); tag.value = '<i>1</i>'; tag.dispatchEvent(new Event('change'))")
+        assert shown()[:2] == ("1 of 1", HOSTILE[1])
+        assert page.run("document.getElementById('total').textContent") == "−0.31"
+        assert page.run("document.getElementById('name-a').textContent") == "A · <b>a"
+        assert "owned" not in page.run("document.title")
+        assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert page.complaints == []
+
+
+def image_url(folder: Path, sample: int) -> str:
+    content = (folder / f"images/{sample:06d}.png").read_bytes()
+    return "data:image/png;base64," + base64.b64encode(content).decode()

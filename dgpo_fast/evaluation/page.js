@@ -119,26 +119,27 @@ function reachOf(totals) {
 /* Pairs */
 
 function sortKey(pair) {
+  if (state.order === "number") return pair.sample;
   const value = difference(pair);
   if (value === null) return Infinity;
-  return { worst: value, best: -value, change: -Math.abs(value), number: 0 }[state.order];
+  return { worst: value, best: -value, change: -Math.abs(value) }[state.order];
 }
 
+/* The pairs that match, in order. They come worst first by the first score, and stay so where they are equal. */
 function select() {
-  const current = state.list[state.at];
   const wanted = state.find.trim().toLowerCase();
   const matches = (pair) =>
     (!state.tag || pair.tag === state.tag) && (!wanted || pair.prompt.toLowerCase().includes(wanted));
-  const keyed = data.pairs.filter(matches).map((pair) => [sortKey(pair), pair]);
-  if (state.order === "number") for (const entry of keyed) entry[0] = entry[1].sample;
-  keyed.sort((one, other) => (one[0] < other[0] ? -1 : one[0] > other[0] ? 1 : one[1].sample - other[1].sample));
-  state.list = keyed.map((entry) => entry[1]);
-  return current;
+  state.list = data.pairs.filter(matches);
+  if (state.order === "worst" && state.score === 0) return;
+  const keyed = state.list.map((pair) => [sortKey(pair), pair]);
+  keyed.sort(([one], [other]) => (one < other ? -1 : one > other ? 1 : 0));
+  state.list = keyed.map(([, pair]) => pair);
 }
 
-function reselect(keep) {
-  const current = select();
-  state.at = keep ? Math.max(state.list.indexOf(current), 0) : 0;
+function reselect() {
+  select();
+  state.at = 0;
   $("position").max = Math.max(state.list.length - 1, 0);
   renderStrip();
   render();
@@ -248,13 +249,13 @@ function fill() {
 
 function listen() {
   for (const name of ["tag", "order"]) {
-    $(name).addEventListener("change", (event) => { state[name] = event.target.value; reselect(false); });
+    $(name).addEventListener("change", (event) => { state[name] = event.target.value; reselect(); });
   }
-  $("find").addEventListener("input", (event) => { state.find = event.target.value; reselect(false); });
+  $("find").addEventListener("input", (event) => { state.find = event.target.value; reselect(); });
   $("score").addEventListener("change", (event) => {
     state.score = Number(event.target.value);
     renderTotals();
-    reselect(false);
+    reselect();
   });
   $("position").addEventListener("input", (event) => go(Number(event.target.value)));
   $("strip").addEventListener("click", (event) => {

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import html
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -178,7 +179,7 @@ def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:
     Args:
         comparison: the two evaluations.
         path: the file.
-        most_pairs: how many pairs it may hold; of more, it has the lowest and the highest differences.
+        most_pairs: how many pairs it may hold; of more, it has the lowest and the highest differences in each score.
     """
     shown = choose_pairs(comparison, most_pairs)
     script = SCRIPT.read_text(encoding="utf-8")
@@ -197,14 +198,20 @@ def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:
 
 
 def choose_pairs(comparison: Comparison, most: int) -> list[int]:
-    """Numbers of the pairs to show: all, or half of `most` from either end of the differences; unscored ones last."""
-    difference = comparison.differences(comparison.scores[0])
-    order = np.argsort(np.where(np.isnan(difference), np.inf, difference), kind="stable")
-    if len(order) <= most:
-        return sorted(order.tolist())
-    scored = order[: int(np.isfinite(difference).sum())]
-    lowest, highest = scored[: most - most // 2], scored[len(scored) - most // 2 :]
-    return sorted({*lowest.tolist(), *highest.tolist()})
+    """Numbers of the pairs to show, by the difference in the first score: the worst first, unscored ones last.
+
+    Where there are more than `most`, every score in turn takes its lowest and its highest, so that the first pages are
+    the right ones whatever the page is ordered by; pairs without any difference are then left out.
+    """
+    differences = [comparison.differences(score) for score in comparison.scores]
+    # Equal differences in a score are ordered by the first one, as the page orders them.
+    orders = [np.lexsort((differences[0], one)) for one in differences]  # NaN comes last
+    if len(comparison.rows) <= most:
+        return orders[0].tolist()
+    scored = [order[: int(np.isfinite(one).sum())] for order, one in zip(orders, differences, strict=True)]
+    ends = ((order[place], order[-1 - place]) for place in range(most) for order in scored if place < len(order))
+    chosen = set(itertools.islice(dict.fromkeys(itertools.chain.from_iterable(ends)), most))
+    return [index for index in orders[0].tolist() if index in chosen]
 
 
 def _write_data(comparison: Comparison, shown: Sequence[int], file: TextIO) -> None:
@@ -234,7 +241,7 @@ def _describe(comparison: Comparison, shown: Sequence[int]) -> dict[str, Any]:
     note = ""
     if len(shown) < len(rows):
         note = f"{len(shown)} of {len(rows)} pairs are shown: those with the lowest and the highest differences in "
-        note += f"{comparison.scores[0]}. The totals count all."
+        note += "each score. The totals count all."
     return {
         "a": {"name": comparison.names[0]},
         "b": {"name": comparison.names[1]},

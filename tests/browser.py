@@ -1,0 +1,118 @@
+"""A headless Chromium that tests drive through its debugging pipe: real keys and clicks, and no package for it."""
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Escape": 27, "f": 70}
+
+
+class Browser:
+    """One page of a browser.
+
+    Attributes:
+        complaints: what the page's console said and which errors nobody caught.
+    """
+
+    def __init__(self, commands: int, answers: int) -> None:
+        """`commands` and `answers` are file descriptors of the browser's pipe. It must have one page."""
+        self._commands, self._answers = commands, answers
+        self._received, self._count, self._session = b"", 0, None
+        self.complaints: list[str] = []
+        (page,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
+        self._session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """What the browser answers to a command of the DevTools protocol. Fails where it refuses, or after 60 s."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters}
+        message |= {"sessionId": self._session} if self._session else {}
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._count:
+                assert "error" not in answer, (method, answer)
+                return answer["result"]
+
+    def open(self, page: Path, width: int, height: int) -> None:
+        """Shows a file in a window of so many pixels."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)  # fmt: skip
+        self.call("Page.navigate", url=page.as_uri())
+        while self.run("document.readyState") != "complete" or not self.run("location.href.startsWith('file:')"):
+            time.sleep(0.02)
+
+    def run(self, script: str) -> Any:
+        """The value of a line of JavaScript on the page."""
+        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """A key, as from a keyboard."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key])
+
+    def type(self, text: str) -> None:
+        """Letters, into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def click(self, element_id: str) -> None:
+        """A click of the mouse into the middle of an element."""
+        self.run(f"document.getElementById('{element_id}').scrollIntoView({{block: 'center'}})")
+        box = self.run(f"document.getElementById('{element_id}').getBoundingClientRect().toJSON()")
+        place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+
+    def screenshot(self, path: Path) -> None:
+        """Saves a PNG of the whole page."""
+        done = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(done["data"]))
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._received:
+            assert select.select([self._answers], [], [], 60)[0], "the browser does not answer"
+            chunk = os.read(self._answers, 2**20)
+            assert chunk, "the browser has gone"
+            self._received += chunk
+        message, self._received = self._received.split(b"\0", 1)
+        answer = json.loads(message)
+        if answer.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+            self.complaints.append(json.dumps(answer["params"]))
+        return answer
+
+
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    """A browser that keeps its files in the folder `profile`, killed at the end."""
+    (read_commands, commands), (answers, write_answers) = os.pipe(), os.pipe()
+
+    def as_3_and_4() -> None:
+        """Where the browser looks for them. By way of high numbers, as one of them may be in the other's place."""
+        high = [fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (read_commands, write_answers)]
+        for number, one in enumerate(high, start=3):
+            os.dup2(one, number)
+
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+               f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+    process = subprocess.Popen(
+        command, preexec_fn=as_3_and_4, pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for one in (read_commands, write_answers):
+        os.close(one)
+    try:
+        yield Browser(commands, answers)
+    finally:
+        process.kill()
+        process.wait()
+        for one in (commands, answers):
+            os.close(one)
