@@ -291,7 +291,8 @@ class Config:
     random_text_encoders: bool = False
     """With random weights, build the text encoders too. Without them, random embeddings stand in."""
     prompts: str = "tiny-shapes"
-    """A generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with a prompt a line, or a GenEval .jsonl."""
+    """A generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with a prompt a line, a GenEval .jsonl or a
+    .csv."""
     eval_prompts: str | None = None
     """Held-out prompts. Default: a part of `prompts` that training never sees."""
     rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)

@@ -205,6 +205,21 @@ def test_geneval_file(tmp_path):
     assert all(p.metadata in records and p.tag == "counting" for p in sets.train)
 
 
+@pytest.mark.parametrize(("header", "swapped"), [("Prompts,Category", False), ("tag, prompt", True)])
+def test_csv_file(tmp_path, header, swapped):
+    """DrawBench's columns, or ours, in either order; what else CSV has: quotes, commas, a byte order mark, CRLF."""
+    rows = [("A red car.", "Colors"), ('"A sign, that says ""Go"""', "Text"), ("größe ü", '"a, b"')]
+    lines = [header, *(f"{tag},{prompt}" if swapped else f"{prompt},{tag}" for prompt, tag in rows)]
+    path = write(tmp_path / "d.csv", "\ufeff" + "\r\n\r\n".join(lines) + "\r\n")
+    prompts = read_prompts(path)
+    texts = ["A red car.", 'A sign, that says "Go"', "größe ü"]
+    assert [(p.text, p.tag) for p in prompts] == list(zip(texts, ["Colors", "Text", "a, b"], strict=True))
+    assert [p.origin for p in prompts] == [f"{path}:{number}" for number in (3, 5, 7)]
+    assert prompts[0].metadata == {"prompt": "A red car.", "tag": "Colors"}
+    (plain,) = read_prompts(write(tmp_path / "plain.csv", "PROMPT\na cat\n"))
+    assert (plain.text, plain.tag, plain.metadata) == ("a cat", "all", {"prompt": "a cat"})
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1), max_size=60))
 def test_split_is_disjoint_complete_and_blind_to_order(texts):
     prompts = [Prompt(text) for text in texts]
@@ -254,7 +269,7 @@ def test_unknown_source(tmp_path, monkeypatch):
     text = message(load_prompts, "genevl")
     assert text == (
         "no prompt source 'genevl': did you mean 'geneval'? "
-        "Name one of geneval, signs, tiny-shapes, tiny-signs, or a .txt or .jsonl file"
+        "Name one of geneval, signs, tiny-shapes, tiny-signs, or a .txt, .jsonl or .csv file"
     )
     assert "did you mean" not in message(load_prompts, "zzzz")
     monkeypatch.chdir(tmp_path)
@@ -267,9 +282,9 @@ def test_bad_paths(tmp_path):
     assert message(load_prompts, str(missing)) == (
         f"{missing}: no such prompt file: check the path (the working folder is {Path.cwd()})"
     )
-    assert message(load_prompts, str(tmp_path)) == f"{tmp_path}: is a folder: name a .txt or .jsonl file in it"
-    other = write(tmp_path / "p.csv", "a cat")
-    kinds = "use .txt (one prompt a line) or .jsonl (GenEval)"
+    assert message(load_prompts, str(tmp_path)) == f"{tmp_path}: is a folder: name a .txt, .jsonl or .csv file in it"
+    other = write(tmp_path / "p.tsv", "a cat")
+    kinds = "use .txt (one prompt a line), .jsonl (GenEval) or .csv (DrawBench)"
     assert message(load_prompts, other) == f"{other}: unknown kind of prompt file: {kinds}"
     assert message(load_prompts, "geneval", eval_source=str(missing)).startswith(f"{missing}: no such prompt file")
 
@@ -279,6 +294,9 @@ def test_unreadable_file(tmp_path):
     path = write(tmp_path / "p.txt", "a cat")
     os.chmod(path, 0)
     assert message(load_prompts, path) == f"{path}: cannot be read: Permission denied"
+
+
+COLUMNS_LEFT = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category")'
 
 
 @pytest.mark.parametrize(
@@ -353,6 +371,43 @@ def test_unreadable_file(tmp_path):
             '{"prompt": "a", "tag": ["counting"]}',
             ':1: "tag" is no string: write a name, as in "tag": "counting"',
         ),
+        ("c.csv", "", ': holds no prompts: write the line "prompt,tag", and a prompt with its tag in each line below'),
+        (
+            "c.csv",
+            "prompt\n\n",
+            ': holds no prompts: write the line "prompt,tag", and a prompt with its tag in each line below',
+        ),
+        ("c.csv", "\na cat,Colors\n", ":2: names the columns 'a cat, Colors': leave " + COLUMNS_LEFT),
+        ("c.csv", "Prompts;Category\na;b\n", ":1: names the columns 'Prompts;Category': leave " + COLUMNS_LEFT),
+        ("c.csv", "prompt,Prompts\na,b\n", ":1: names the columns 'prompt, Prompts': leave " + COLUMNS_LEFT),
+        ("c.csv", "Category\nColors\n", ":1: names the columns 'Category': leave " + COLUMNS_LEFT),
+        (
+            "c.csv",
+            "Prompts,Category\na,b\na cat, asleep,Colors\n",
+            ":3: 3 cells below 2 columns: write a prompt that holds commas between double quotes",
+        ),
+        (
+            "c.csv",
+            "prompt,tag\na cat\n",
+            ":2: 1 cell below 2 columns: write a prompt that holds commas between double quotes",
+        ),
+        (
+            "c.csv",
+            "Prompts,Category\n ,Colors\n",
+            ":2: nothing in the column 'Prompts': fill it in, or remove the line",
+        ),
+        ("c.csv", "Prompts,Category\na,\n", ":2: nothing in the column 'Category': fill it in, or remove the line"),
+        (
+            "c.csv",
+            'prompt,tag\n"a cat\nasleep",x\n',
+            ":2: broken CSV (unexpected end of data): end each cell on its line, and double the quotes inside quotes",
+        ),
+        (
+            "c.csv",
+            'prompt,tag\n"a "cat",x\n',
+            ":2: broken CSV (',' expected after '\"'): end each cell on its line, and double the quotes inside quotes",
+        ),
+        ("c.csv", b"prompt\n\xff\n", ":2: not UTF-8 at byte 7 of the file: save the file as UTF-8"),
     ],
 )
 def test_bad_files(tmp_path, name, content, expected):
@@ -373,7 +428,7 @@ def test_longest_line_is_accepted(tmp_path):
 
 @given(st.binary(max_size=300))
 def test_any_bytes_give_prompts_or_one_line(tmp_path_factory, content):
-    for name in ("f.txt", "f.jsonl"):
+    for name in ("f.txt", "f.jsonl", "f.csv"):
         path = write(tmp_path_factory.getbasetemp() / name, content)
         try:
             sets = load_prompts(path)
@@ -492,3 +547,6 @@ def test_the_guide_shows_valid_files(tmp_path):
     sets = load_prompts(write(tmp_path / "p.jsonl", "\n".join(lines)))
     assert len(sets.train) == 2
     require_geneval_metadata(sets.train)
+    (table,) = re.findall(r"(    Prompts,Category\n(?:    .*\n)+)", guide)
+    drawbench = read_prompts(write(tmp_path / "p.csv", table.replace("    ", "")))
+    assert [p.tag for p in drawbench] == ["Colors", "Text"] and quoted_text(drawbench[1].text) == "open"

@@ -33,7 +33,7 @@ class EvaluationSettings:
     weights: Literal["after", "before"] | None = None
     """Of a run: what it trained, or what it started from. None: after."""
     prompts: str | None = None
-    """A .txt or .jsonl file (all of its prompts), or a generator (what it holds out). None: what a run held out."""
+    """A .txt, .jsonl or .csv file (all its prompts), or a generator (what it holds out). None: what a run held out."""
     images: Count | None = None
     """Images in all, dealt out evenly over tags and prompts. None: `images_per_prompt` of every prompt of a file."""
     images_per_prompt: Count = 1

@@ -1,4 +1,4 @@
-"""Prompts to train and to evaluate on: shipped generators, a text file, or a GenEval `.jsonl`."""
+"""Prompts to train and to evaluate on: shipped generators, a text file, a GenEval `.jsonl` or a `.csv`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.files import SUFFIXES, in_hash_order, read_prompts, split_held_out
+from dgpo_fast.prompts.files import KINDS, SUFFIXES, in_hash_order, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import geneval_prompts, require_geneval_metadata
 from dgpo_fast.prompts.prompt import (
     Prompt,
@@ -37,7 +37,8 @@ def load_prompts(source: str, *, eval_source: str | None = None, held_out: int =
     """Loads the prompts to train on and the prompts to evaluate on.
 
     Args:
-        source: a generator (`geneval`, `signs`, `tiny-shapes`, `tiny-signs`) or the path of a `.txt` or `.jsonl` file.
+        source: a generator (`geneval`, `signs`, `tiny-shapes`, `tiny-signs`) or the path of a `.txt`, `.jsonl`
+            or `.csv` file.
         eval_source: where the evaluation prompts come from, named alike. Without it, a generator gives its own and a
             file's are split off, a fifth of it at most.
         held_out: number of evaluation prompts at most, ≥ 1.
@@ -122,5 +123,5 @@ def _read(source: str) -> list[Prompt]:
         close = files or difflib.get_close_matches(source, GENERATORS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join(GENERATORS)
-        raise UserError(f"no prompt source {source!r}: {hint}Name one of {known}, or a .txt or .jsonl file")
+        raise UserError(f"no prompt source {source!r}: {hint}Name one of {known}, or {KINDS}")
     return read_prompts(path)

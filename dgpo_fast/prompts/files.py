@@ -1,40 +1,54 @@
-"""Prompt files: `.txt` (one prompt a line) and `.jsonl` (GenEval's format: one object a line)."""
+"""Prompt files: `.txt` (one prompt a line), `.jsonl` (GenEval's format: one object a line) and `.csv` (DrawBench's: a
+prompt and its category)."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, PromptSets, shorten, without
+from dgpo_fast.wording import counted
 
 MAX_LINE_BYTES = 100_000
-SUFFIXES = (".txt", ".jsonl")
+CONTENTS = {
+    ".txt": "one prompt a line",
+    ".jsonl": "one JSON object a line",
+    ".csv": 'the line "prompt,tag", and a prompt with its tag in each line below',
+}
+SUFFIXES = tuple(CONTENTS)
+KINDS = "a .txt, .jsonl or .csv file"
+COLUMNS = {"prompt": "prompt", "prompts": "prompt", "tag": "tag", "category": "tag"}
+"""What the columns of a .csv may be called, in any case, and what they are."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a `.txt` or `.jsonl` file in file order, repetitions included; blank lines are skipped.
+    """Prompts of a `.txt`, `.jsonl` or `.csv` file in file order, repetitions included; blank lines are skipped.
 
     Raises:
         UserError: one line that names the file, the line where there is one, and the remedy.
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder: name a .txt or .jsonl file in it")
+        raise UserError(f"{path}: is a folder: name {KINDS} in it")
     if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise UserError(f"{path}: no such prompt file: check the path (the working folder is {Path.cwd()})")
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown kind of prompt file: use .txt (one prompt a line) or .jsonl (GenEval)")
-    parse = _parse_json if path.suffix == ".jsonl" else _parse_text
-    prompts = [parse(line, f"{path}:{number}") for number, line in _numbered_lines(path)]
+        raise UserError(f"{path}: unknown kind of prompt file: use .txt (one prompt a line), .jsonl (GenEval) or .csv "
+                        "(DrawBench)")  # fmt: skip
+    lines = ((line, f"{path}:{number}") for number, line in _numbered_lines(path))
+    parse: Callable[[str, str], Prompt] = _parse_json if path.suffix == ".jsonl" else _parse_text
+    if path.suffix == ".csv":
+        parse = _csv_parser(*next(lines, ("prompt", "")))
+    prompts = [parse(line, origin) for line, origin in lines]
     if not prompts:
-        what = "JSON object" if path.suffix == ".jsonl" else "prompt"
-        raise UserError(f"{path}: holds no prompts: write one {what} a line")
+        raise UserError(f"{path}: holds no prompts: write {CONTENTS[path.suffix]}")
     return prompts
 
 
@@ -117,6 +131,38 @@ def _parse_json(line: str, origin: str) -> Prompt:
     if not isinstance(record.get("tag", ""), str):
         raise UserError(f'{origin}: "tag" is no string: write a name, as in "tag": "counting"')
     return Prompt(text.strip(), record, origin)
+
+
+def _csv_parser(line: str, origin: str) -> Callable[[str, str], Prompt]:
+    """What reads the lines below `line`, which names the columns."""
+    header = _cells(line, origin)
+    columns = [COLUMNS.get(name.lower(), name) for name in header]
+    if sorted(columns) not in (["prompt"], ["prompt", "tag"]):
+        wanted = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category")'
+        raise UserError(f"{origin}: names the columns {shorten(', '.join(header))}: leave {wanted}")
+
+    def parse(line: str, origin: str) -> Prompt:
+        cells = _cells(line, origin)
+        if len(cells) != len(columns):
+            seen = f"{counted(len(cells), 'cell')} below {counted(len(columns), 'column')}"
+            raise UserError(f"{origin}: {seen}: write a prompt that holds commas between double quotes")
+        empty = next((name for name, cell in zip(header, cells, strict=True) if not cell), None)
+        if empty is not None:
+            raise UserError(f"{origin}: nothing in the column {shorten(empty)}: fill it in, or remove the line")
+        record = dict(zip(columns, cells, strict=True))
+        return Prompt(record["prompt"], record, origin)
+
+    return parse
+
+
+def _cells(line: str, origin: str) -> list[str]:
+    """The cells of a line of CSV, without blanks around them; a cell never goes on in the next line."""
+    try:
+        (cells,) = csv.reader([line], strict=True)
+    except csv.Error as error:
+        remedy = "end each cell on its line, and double the quotes inside quotes"
+        raise UserError(f"{origin}: broken CSV ({error}): {remedy}") from error
+    return [cell.strip() for cell in cells]
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
