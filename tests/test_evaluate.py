@@ -1,6 +1,9 @@
 """`python -m dgpo_fast.evaluate`: what it draws, writes, resumes and refuses, on real pipelines."""
 
+import base64
 import json
+import math
+import re
 import shutil
 import signal
 import subprocess
@@ -29,9 +32,11 @@ from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.pipeline import find_lora, load_pipeline, merge_lora
 from dgpo_fast.policy import PolicyModels
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import png
 from dgpo_fast.train import train
 from tests.pipelines import save_random_pipeline
 from tests.processes import heed_ctrl_c
+from tests.servers import answering
 
 PROMPTS = ["a cat", "a dog on a hill", "two birds", "a red house", "a boat", "a river"]
 DRAWING = ["--prompts", "prompts.txt", "--num-inference-steps", "2", "--guidance-scale", "2",
@@ -92,6 +97,72 @@ def test_what_an_evaluation_writes(workspace: Path, capsys: pytest.CaptureFixtur
     assert Image.open(out / "contact_sheet.png").width > 500
     output = capsys.readouterr().out
     assert "12/12 images" in output and "weighted sum" in output and "all" in output
+
+
+DRAWBENCH = """Prompts,Category
+a photo of a red circle,Colors
+a photo of a blue star,Colors
+a photo of a green ring,Colors
+a photo of two squares,Counting
+a photo of three rings,Counting
+a photo of four stars,Counting
+"""
+
+
+def judges(path: str, body: bytes, _: object) -> dict:
+    """DeQA-Score and UnifiedReward, as their servers answer: the darker, and the more it is as its caption says, the
+    better."""
+    content = {part["type"]: part for part in json.loads(body)["messages"][0]["content"]}
+    picture = png.decode_png(base64.b64decode(content["image_url"]["image_url"]["url"].split(",")[1]), 10**6)
+    brightness = float(picture.mean()) / 255
+    if path.startswith("/deqa"):
+        assert content["text"]["text"] == "How would you rate the quality of this image?"
+        is_noise = len(np.unique(picture.reshape(-1, 3), axis=0)) > 0.9 * picture.shape[0] * picture.shape[1]
+        good = 0.1 if is_noise else 1 - 0.8 * brightness
+        words = [{"token": word, "logprob": math.log(one)} for word, one in (("good", good), ("bad", 1 - good))]
+        levels = {"content": [{"token": "good", "top_logprobs": words}]}
+        return {"choices": [{"message": {"content": "The quality of the image is good."}, "logprobs": levels}]}
+    color = ("red", "green", "blue")[int(picture[::8, ::8].reshape(-1, 3).mean(0).argmax())]
+    score = 4 - brightness + (f" {color} " in content["text"]["text"])
+    return {"choices": [{"message": {"content": f"It is so.\nFinal Score: {score:.3f}"}}]}
+
+
+def test_the_documented_metrics_that_training_never_saw(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command in docs/evaluation.md, but for its models: DrawBench's file, three rewards here and its two judges,
+    each with a mean and an interval in all and per category, and on the scale that papers print."""
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"evaluate runs/NAME (--prompts DrawBench\.csv --rewards .*)", page)
+    (workspace / "DrawBench.csv").write_text(DRAWBENCH)
+    args = command.replace("aesthetic", f"brightness={__name__}:Brightness").replace("imagereward", "jpeg").split()
+    args.remove("pickscore")
+    with answering(judges) as url:
+        for name, text in re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)```", page, re.DOTALL):
+            (workspace / name).write_text(re.sub(r"http://\S+", f"{url}/{name}", text))
+        assert evaluate(["tiny", *args, "--num-inference-steps", "2", "--output", "out"]) == 0
+    lines = index(workspace / "out")
+    assert [(line["prompt"], line["tag"]) for line in lines] == [
+        tuple(row.split(",")) for row in DRAWBENCH.splitlines()[1:]
+    ]
+    results = json.loads((workspace / "out/results.json").read_text())
+    names = ["brightness", "jpeg", "deqa", "unifiedreward"]
+    assert {*names, "deqa/raw", "unifiedreward/raw"} <= set(results["scores"])
+    for t_95, rows, found in [
+        (2.570582, lines, results["scores"]),
+        (4.302653, lines[:3], results["tags"]["Colors"]),
+        (4.302653, lines[3:], results["tags"]["Counting"]),
+    ]:
+        for name in [*names, "deqa/raw", "unifiedreward/raw"]:
+            scores = np.array([row["scores"][name] for row in rows])
+            half = t_95 * scores.std(ddof=1) / math.sqrt(len(scores))
+            assert found[name]["score_mean"] == pytest.approx(scores.mean())
+            assert half > 0 and found[name]["score_ci95"] == pytest.approx(
+                [scores.mean() - half, scores.mean() + half], rel=1e-4
+            )
+        for judge in ("deqa", "unifiedreward"):
+            assert found[f"{judge}/raw"]["score_mean"] == pytest.approx(5 * found[judge]["score_mean"], rel=1e-5)
+    output = capsys.readouterr().out
+    for tag in ("Colors", "Counting", "all"):
+        assert "".join(re.findall(rf"[│ ]{tag} .*", output)).count("±") == len(names) + 1, "and the weighted sum"
 
 
 def test_a_sum_is_a_score_of_its_own_where_it_is_one() -> None:

@@ -143,6 +143,7 @@ def test_cosine_rewards_are_the_models_own_logits(folder, untrained):
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, logits / divisor, rtol=1e-4)
         np.testing.assert_allclose(parts["cosine"], logits / 100, rtol=1e-4)
+    np.testing.assert_allclose(parts["raw"], logits, rtol=1e-4, err_msg="PickScore as papers print it")
     rescaled, _ = ClipScoreReward(folder / "clip", divisor=100)(images, texts, [{}] * 3)
     np.testing.assert_allclose(rescaled, logits / 100, rtol=1e-4)
 

@@ -177,7 +177,7 @@ class ClipScoreReward(CosineReward):
 class PickScoreReward(CosineReward):
     """PickScore (Kirstain et al. 2023), a CLIP ViT-H/14 tuned to people's choices: 100 · cosine / `divisor`.
 
-    Papers print the raw value, 20 to 24 for good pictures: 26 times the score.
+    The part `raw`, 100 · cosine, is what papers print: 20 to 24 for good pictures.
     """
 
     def __init__(
@@ -198,3 +198,10 @@ class PickScoreReward(CosineReward):
         """
         clip = Clip.load("pickscore", PICKSCORE, model, tokenizer)
         super().__init__("pickscore", clip, clip.scale / divisor, (5 / divisor, 45 / divisor))
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `CosineReward`, with one part more: `raw`, float32 (B,)."""
+        scores, parts = super().__call__(images, prompts, metadata)
+        return scores, {**parts, "raw": self._clip.scale * parts["cosine"]}
