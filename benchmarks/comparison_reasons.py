@@ -10,9 +10,9 @@ the clip on that grid; and on the comparison's own grid, trained three times as 
 Groups and pairs: with 8 and with 32 images a group, of which Diffusion-DPO learns from two, and as many images an
 iteration.
 
-ODE and SDE rollouts: the search chose half the groups for the SDE, and all of them for the ODE: the ODE with half. What
-the noise costs a rollout depends on its steps: pictures of both before any training, with 10 steps and fewer
-(`untrained`), and both trained, and evaluated, with 4 steps.
+ODE and SDE rollouts: the search chose a quarter of the groups for the SDE, and all of them for the ODE: both with all,
+half and a quarter, as far as the comparison does not have them. What the noise costs a rollout depends on its steps:
+pictures of both before any training, with 10 steps and fewer (`untrained`), and both trained, and evaluated, with 4.
 
 Everything else is as in the comparison. Processes have one thread, two run at a time. Writes
 `benchmarks/results/cpu/comparison_reasons.json`, where rows that are not made again stay; `--table` prints it as
@@ -75,6 +75,9 @@ ARMS = {
     "Euler's grid, with the clip": Arm(lambda: on_eulers_grid(recipes.tiny_shapes()), NORMAL.groups, 150),
     "Euler's grid, no clip": Arm(lambda: on_eulers_grid(recipes.tiny_shapes_no_timestep_clip()), NORMAL.groups, 150),
     "ODE rollouts, half the groups": Arm(recipes.tiny_shapes, NORMAL.groups // 2, 224),
+    "ODE rollouts, a quarter of the groups": Arm(recipes.tiny_shapes, NORMAL.groups // 4, 224),
+    "SDE rollouts, all groups": Arm(recipes.tiny_shapes_sde, NORMAL.groups, 224),
+    "SDE rollouts, half the groups": Arm(recipes.tiny_shapes_sde, NORMAL.groups // 2, 224),
     "three times the time, with the clip": Arm(recipes.tiny_shapes, NORMAL.groups, 672),
     "three times the time, no clip": Arm(recipes.tiny_shapes_no_timestep_clip, NORMAL.groups, 672),
     "groups of 8": Arm(recipes.tiny_shapes, 32, 150, 8),
