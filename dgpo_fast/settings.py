@@ -24,12 +24,12 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def resolve(base: Settings, overrides: dict[str, Any], origin: str) -> Settings:
-    """`base` with nested `overrides` applied and everything checked.
+    """`base` with `overrides` applied, in groups or by dotted names (`rollout.groups`), and everything checked.
 
     Raises UserError in one line naming `origin` (a file, or "command line"), the key and the remedy.
     """
     settings = to_dict(base)
-    _merge(settings, overrides, origin, known=to_dict(base))
+    _merge(settings, overrides, origin, known=to_dict(base), given=set())
     try:
         return TypeAdapter(type(base)).validate_python(settings)
     except ValidationError as error:
@@ -56,18 +56,27 @@ def _setting(location: tuple[str | int, ...], settings: Any) -> str:
 
 
 def _merge(
-    settings: dict[str, Any], overrides: dict[str, Any], origin: str, *, known: dict[str, Any], prefix: str = ""
-) -> None:
+    settings: dict[str, Any], overrides: dict[str, Any], origin: str, *, known: dict[str, Any], given: set[str],
+    prefix: str = "",
+) -> None:  # fmt: skip
+    """Puts `overrides` into `settings`; `given` has the names that were there already."""
     for key, value in overrides.items():
+        group, dot, rest = str(key).partition(".")
+        if dot and isinstance(settings.get(group), dict):
+            key, value = group, {rest: value}
+        name = f"{prefix}{key}"
         if key not in settings:
-            raise UserError(f"{origin}: unknown setting '{prefix}{key}'{_suggest(prefix + str(key), known)}")
+            raise UserError(f"{origin}: unknown setting '{name}'{_suggest(name, known)}")
         if not isinstance(settings[key], dict):
+            if name in given:
+                raise UserError(f"{origin}: '{name}' is given twice")
+            given.add(name)
             settings[key] = value
         elif isinstance(value, dict):
-            _merge(settings[key], value, origin, known=known, prefix=f"{prefix}{key}.")
+            _merge(settings[key], value, origin, known=known, given=given, prefix=f"{name}.")
         else:
-            raise UserError(f"{origin}: '{prefix}{key}' is a group of settings; name one of them, as in "
-                            f"'{prefix}{key}.{next(iter(settings[key]))}'")  # fmt: skip
+            raise UserError(f"{origin}: '{name}' is a group of settings; name one of them, as in "
+                            f"'{name}.{next(iter(settings[key]))}'")  # fmt: skip
 
 
 USUAL_NAMES = {

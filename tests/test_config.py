@@ -69,6 +69,15 @@ def test_command_line_overrides_yaml_overrides_recipe(tmp_path: Path) -> None:
     assert config.prompts == get_recipe("tiny-ocr").prompts
 
 
+def test_dotted_names_in_a_file_are_settings_too(tmp_path: Path) -> None:
+    """As errors and --help print them, beside groups, and each setting once."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("rollout.groups: 3\nrollout: {group_size: 5}\noptimizer.lr: 0.5\n")
+    config = configure([str(file), "--optimizer.eps", "1e-6"])
+    assert (config.rollout.groups, config.rollout.group_size) == (3, 5)
+    assert (config.optimizer.lr, config.optimizer.eps) == (0.5, 1e-6)
+
+
 ON_THE_COMMAND_LINE = {
     "--optimizer.learning-rate 1": "command line: unknown setting 'optimizer.learning_rate': "
     "did you mean 'optimizer.lr'?",
@@ -99,6 +108,9 @@ IN_A_FILE = {
     "iterations: [3\n": " line 2: not valid YAML: expected ',' or ']', but got '<stream end>'",
     "iterations: 3\noptimizer: {lr: 1}\niterations: 4\n": " line 3: not valid YAML: 'iterations' is given twice",
     "optimizer:\n  lr: 1\n  lr: 2\n": " line 3: not valid YAML: 'lr' is given twice",
+    "rollout.groups: 3\nrollout: {groups: 4}\n": ": 'rollout.groups' is given twice",
+    "rolout.groups: 3\n": ": unknown setting 'rolout.groups': did you mean 'rollout.groups'?",
+    "rollout.group: 3\n": ": unknown setting 'rollout.group': did you mean 'rollout.groups'?",
     "recipe: tiny-shape\n": ": unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
     "- 1\n": "settings must be `key: value` lines, not a list",
     "iterations: many\n": "iterations: input should be a valid integer, "
