@@ -87,6 +87,7 @@ def side_by_side(args: list[str]) -> int:
         if isinstance(evaluation, EvaluationSettings):
             require_weights(evaluation)
 
+    from dgpo_fast.evaluation.drawing import require_folder
     from dgpo_fast.evaluation.folder import EvaluationFolder
     from dgpo_fast.evaluation.side_by_side import (
         print_totals,
@@ -101,6 +102,9 @@ def side_by_side(args: list[str]) -> int:
     made_with = [EvaluationFolder(Path(one)).made_with() if isinstance(one, str) else to_dict(one)
                  for one in evaluations]  # fmt: skip
     require_comparable([sources[0], sources[-1]], made_with)
+    for evaluation in evaluations:
+        if isinstance(evaluation, EvaluationSettings):
+            require_folder(evaluation)
     for evaluation in evaluations:
         if isinstance(evaluation, EvaluationSettings) and (status := run_evaluation(evaluation, command)):
             return status

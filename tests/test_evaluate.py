@@ -407,8 +407,53 @@ def test_a_run_that_was_trained_further_is_said_to_be(trained: str, tmp_path: Pa
     with pytest.raises(UserError) as caught:
         folder.require_same({**made_with, trained: "c"})
     assert str(caught.value) == (
-        f"runs/colour has been trained further since {folder.path} was made: remove that folder"
+        f"runs/colour has been trained further since {folder.path} was made: remove that folder, or choose "
+        "another --output"
     )
+    folder.require_same({**made_with, trained: "c"}, renew=True)
+    with pytest.raises(UserError, match="was made with seed 0, not 1: "):
+        folder.require_same({**made_with, "seed": 1, trained: "c"}, renew=True)
+
+
+@pytest.mark.parametrize("what", ["lora", "full"])
+def test_evaluate_train_further_and_evaluate_again(
+    what: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What this command named is made again, said in one line; what the user named is left alone."""
+    (workspace / "small.yaml").write_text(yaml.safe_dump({**TRAINING, "model": str(workspace / "model")}))
+    train(["small.yaml", "--name", "run", "--policy.train", what])
+    assert evaluate(["--side-by-side", "runs/run"]) == 0
+    assert evaluate(["runs/run", "--output", "mine"]) == 0
+    (workspace / "evaluations/run/notes.txt").write_text("of the user's\n")
+    first = (workspace / "mine/index.jsonl").read_bytes()
+    train(["--resume", "runs/run", "--iterations", "3"])
+    look = capsys.readouterr().out.splitlines()[-1]
+    assert look == "look: python -m dgpo_fast.evaluate --side-by-side runs/run"
+    with pytest.raises(
+        UserError, match=r"^runs/run has been trained further since mine was made: remove that folder, "
+    ):
+        evaluate(["runs/run", "--output", "mine"])
+    assert (workspace / "mine/index.jsonl").read_bytes() == first
+    assert evaluate(look.split()[4:]) == 0
+    said = "runs/run has been trained further since evaluations/run was made: it is made again"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    assert evaluate(["runs/run", "--output", "fresh"]) == 0
+    for name in ("index.jsonl", "images/000000.png"):
+        again, fresh = ((workspace / folder / name).read_bytes() for folder in ("evaluations/run", "fresh"))
+        assert again == fresh
+    assert (workspace / "evaluations/run/index.jsonl").read_bytes() != first
+    assert (workspace / "evaluations/run/notes.txt").exists(), "nothing is removed but what this command made"
+    assert evaluate(["runs/run"]) == 0
+    assert json.loads((workspace / "evaluations/run/results.json").read_text())["drawn_count"] == 0
+
+
+def test_side_by_side_refuses_the_second_folder_before_it_draws_the_first(workspace: Path) -> None:
+    (workspace / "small.yaml").write_text(yaml.safe_dump({**TRAINING, "model": str(workspace / "model")}))
+    train(["small.yaml", "--name", "run"])
+    evaluate(["runs/run", "--guidance-scale", "3"])
+    with pytest.raises(UserError, match=r"^evaluations/run was made with guidance_scale 3.0, not 2.0: choose another"):
+        evaluate(["--side-by-side", "runs/run"])
+    assert not (workspace / "evaluations/run-before").exists()
 
 
 MISTAKES = {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,14 @@ from dgpo_fast.console import Console
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.held_out import draw_images
-from dgpo_fast.evaluation.settings import EvaluationSettings, is_run, lasting, run_config, trained_weights
+from dgpo_fast.evaluation.settings import (
+    EvaluationSettings,
+    has_default_output,
+    is_run,
+    lasting,
+    run_config,
+    trained_weights,
+)
 from dgpo_fast.pipeline import changes_text_encoders, find_lora, make_pipeline, merge_lora, pick_device, pick_dtype
 from dgpo_fast.prompts import Prompt, evaluation_prompts, in_turn, load_prompts
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
@@ -43,13 +51,8 @@ class Drawing:
         self.settings = settings
         self.console = console
         self.folder = EvaluationFolder(Path(str(settings.output)))
-        self.prompts = choose_prompts(settings)
-        made_with = {
-            **lasting(settings),
-            "images_count": len(self.prompts),
-            "prompts_sha256": _digest_of_prompts(self.prompts),
-        }
-        self.folder.require_same(made_with)
+        self.renew = has_default_output(settings)
+        self.prompts, made_with = require_folder(settings)
         self.device = pick_device(settings.device)
         reward = load_rewards(settings.rewards, self.device)
         reward.check_prompts(list({id(prompt): prompt for prompt in self.prompts}.values()))
@@ -70,7 +73,10 @@ class Drawing:
         schedule = make_schedule(settings.solver, settings.num_inference_steps, settings.shift)
         self.schedule = schedule.to(self.device)
         self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests, **reward.contents}
-        self.folder.require_same(self.made_with)
+        self.folder.require_same(self.made_with, renew=self.renew)
+        if self.folder.is_outdated(self.made_with):
+            console.note(f"{settings.model} has been trained further since {self.folder.path} was made: "
+                         "it is made again")  # fmt: skip
         self.failures: list[str] = []
         self.drawn = 0
 
@@ -79,7 +85,7 @@ class Drawing:
 
         What is done stays done, whatever is raised; UserError where a reward cannot score anything.
         """
-        lock = self.folder.begin(self.made_with)
+        lock = self.folder.begin(self.made_with, renew=self.renew)
         try:
             return self._run()
         finally:
@@ -153,6 +159,21 @@ class Drawing:
         )
         if done:
             self.console.note(f"{done} of them are there already")
+
+
+def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], dict[str, Any]]:
+    """The prompts, one for each image, and what the folder is made with, as far as that is known without the model.
+
+    Raises UserError where the folder was made with something else.
+    """
+    prompts = choose_prompts(settings)
+    made_with = {
+        **lasting(settings),
+        "images_count": len(prompts),
+        "prompts_sha256": _digest_of_prompts(prompts),
+    }
+    EvaluationFolder(Path(str(settings.output))).require_same(made_with)
+    return prompts, made_with
 
 
 def choose_prompts(settings: EvaluationSettings) -> list[Prompt]:

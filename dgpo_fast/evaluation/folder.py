@@ -83,6 +83,16 @@ def describe_model(made_with: dict[str, Any]) -> str:
     return f"{made_with['model']}{lora}{training}"
 
 
+def _first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    return next((name for name, value in wanted.items() if found.get(name) != value), None)
+
+
+def _was_trained_further(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether what was `found` is of a run as it is `wanted`, but for weights that it has trained since."""
+    trained = "lora_sha256" if "lora_sha256" in wanted else "weights_sha256"
+    return wanted.get("weights") == "after" and _first_difference(found, wanted) == trained
+
+
 class EvaluationFolder:
     """Reads and writes one evaluation. A picture's line is in the index only when picture and scores are there."""
 
@@ -100,8 +110,11 @@ class EvaluationFolder:
             raise UserError(f"{path}: lacks '{lacking}'; the evaluation is damaged, make it anew")
         return found
 
-    def require_same(self, wanted: dict[str, Any]) -> None:
-        """Raises UserError where the folder holds something else than what is `wanted`; a new one may hold anything."""
+    def require_same(self, wanted: dict[str, Any], *, renew: bool = False) -> None:
+        """Raises UserError where the folder holds something else than what is `wanted`; a new one may hold anything.
+
+        Where it is to `renew`, what a run had trained before it was trained further is no error.
+        """
         if not self.path.exists():
             return
         if not (self.path / MADE_WITH).is_file():
@@ -113,27 +126,39 @@ class EvaluationFolder:
                 return
             raise UserError(f"{self.path} exists and is no evaluation: choose another --output")
         found = self.made_with()
-        different = next((name for name, value in wanted.items() if found.get(name) != value), None)
+        different = _first_difference(found, wanted)
         if different is None:
             return
-        trained = "lora_sha256" if "lora_sha256" in wanted else "weights_sha256"
-        if wanted.get("weights") == "after" and different == trained:
+        if _was_trained_further(found, wanted):
+            if renew:
+                return
             raise UserError(
-                f"{wanted['model']} has been trained further since {self.path} was made: remove that folder"
+                f"{wanted['model']} has been trained further since {self.path} was made: remove that folder, or choose "
+                "another --output"
             )
         other = DIGESTS.get(different, f"{different} {found.get(different)}, not {wanted[different]}")
         if different.startswith(CONTENT):
             other = f"another {different}"
         raise UserError(f"{self.path} was made with {other}: choose another --output, or remove that folder")
 
-    def begin(self, made_with: dict[str, Any]) -> FolderLock:
+    def is_outdated(self, wanted: dict[str, Any]) -> bool:
+        """Whether its run has been trained further since it was made."""
+        return (self.path / MADE_WITH).is_file() and _was_trained_further(self.made_with(), wanted)
+
+    def begin(self, made_with: dict[str, Any], *, renew: bool = False) -> FolderLock:
         """Makes the folder, or goes on in it, and takes it for this process.
 
-        Raises UserError where it was made with something else, or another process is at work in it.
+        Where it is to `renew`, what its run had drawn before it was trained further is removed. Raises UserError where
+        it was made with something else, or another process is at work in it.
         """
-        self.require_same(made_with)
+        self.require_same(made_with, renew=renew)
         (self.path / "images").mkdir(parents=True, exist_ok=True)
         lock = FolderLock(self.path)
+        if self.is_outdated(made_with):
+            for name in (INDEX, RESULTS, CONTACT_SHEET):  # the index first: without it, no picture counts
+                (self.path / name).unlink(missing_ok=True)
+            for picture in (self.path / "images").glob("*.png"):
+                picture.unlink()
         staged = self.path / f".{MADE_WITH}"
         staged.write_text(yaml.safe_dump(made_with, sort_keys=False, allow_unicode=True), encoding="utf-8")
         staged.replace(self.path / MADE_WITH)

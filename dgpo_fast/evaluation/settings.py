@@ -94,7 +94,7 @@ def read_settings(args: list[str]) -> EvaluationSettings:
         overrides.setdefault("images", None)  # all prompts of the file
     settings = resolve(base, overrides, "command line")
     _require_what_fits(settings)
-    return settings if settings.output else replace(settings, output=str(_default_output(settings, base)))
+    return settings if settings.output else replace(settings, output=str(_default_output(settings, base.prompts)))
 
 
 def is_evaluation(source: str) -> bool:
@@ -157,9 +157,14 @@ def _require_what_fits(settings: EvaluationSettings) -> None:
         raise UserError(f"--prompts none: {settings.model} has no prompts of its own; name a file or a generator")
 
 
-def _default_output(settings: EvaluationSettings, base: EvaluationSettings) -> Path:
-    """evaluations/NAME, where NAME says what differs from the model's plain evaluation."""
-    prompts = settings.prompts if settings.prompts != base.prompts else None
+def has_default_output(settings: EvaluationSettings) -> bool:
+    """Whether a run's evaluation goes where this command puts it by itself, and not where the user said."""
+    return is_run(settings.model) and settings.output == str(_default_output(settings, None))
+
+
+def _default_output(settings: EvaluationSettings, usual_prompts: str | None) -> Path:
+    """evaluations/NAME, where NAME says what differs from the model's plain evaluation, of its usual prompts."""
+    prompts = settings.prompts if settings.prompts != usual_prompts else None
     named = [Path(settings.model).resolve().name, "before" if settings.weights == "before" else ""]
     named += [Path(path).resolve().stem for path in (settings.lora, prompts) if path]
     return OUTPUTS / "-".join(name for name in named if name)
