@@ -1,8 +1,8 @@
 """Every setting of a run: what it means, its unit, its bounds. A `Config` is checked when it is made."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 Count = Annotated[int, Field(ge=1)]
@@ -11,6 +11,18 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 STRICT = ConfigDict(extra="forbid")
+
+
+def _as_list_of_rewards(given: Any) -> Any:
+    """A single reward stands for a list of one; what YAML makes of other forms is refused with the right one."""
+    rewards = [given] if isinstance(given, str) else given
+    if not rewards or not isinstance(rewards, list | tuple) or not all(isinstance(one, str) for one in rewards):
+        raise ValueError("write rewards: [jpeg=0.1, red=my_rewards:Name]")
+    return rewards
+
+
+Rewards = Annotated[tuple[str, ...], BeforeValidator(_as_list_of_rewards)]
+"""Rewards by name, import path, file or address, with their weights."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -295,7 +307,7 @@ class Config:
     .csv."""
     eval_prompts: str | None = None
     """Held-out prompts. Default: a part of `prompts` that training never sees."""
-    rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
+    rewards: Rewards = ("shapes",)
     """What to raise, with `=weight`: names (shapes, ocr, geneval-hf, pickscore, …), your own `my_module:MyReward`, a
     judge's file or a reward server's address."""
     prompt_cache: Annotated[str, Field(min_length=1)] = "auto"

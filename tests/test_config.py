@@ -78,6 +78,12 @@ def test_dotted_names_in_a_file_are_settings_too(tmp_path: Path) -> None:
     assert (config.optimizer.lr, config.optimizer.eps) == (0.5, 1e-6)
 
 
+def test_one_reward_in_a_file_needs_no_list(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("rewards: red=redness:Redness\n")
+    assert configure([str(file)]).rewards == ("red=redness:Redness",)
+
+
 ON_THE_COMMAND_LINE = {
     "--optimizer.learning-rate 1": "command line: unknown setting 'optimizer.learning_rate': "
     "did you mean 'optimizer.lr'?",
@@ -111,6 +117,9 @@ IN_A_FILE = {
     "rollout.groups: 3\nrollout: {groups: 4}\n": ": 'rollout.groups' is given twice",
     "rolout.groups: 3\n": ": unknown setting 'rolout.groups': did you mean 'rollout.groups'?",
     "rollout.group: 3\n": ": unknown setting 'rollout.group': did you mean 'rollout.groups'?",
+    "rewards: {jpeg: 0.1}\n": ": rewards: write rewards: [jpeg=0.1, red=my_rewards:Name], not {'jpeg': 0.1}",
+    "rewards: [jpeg: 0.1]\n": ": rewards: write rewards: [jpeg=0.1, red=my_rewards:Name], not [{'jpeg': 0.1}]",
+    "rewards: []\n": ": rewards: write rewards: [jpeg=0.1, red=my_rewards:Name], not []",
     "recipe: tiny-shape\n": ": unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
     "- 1\n": "settings must be `key: value` lines, not a list",
     "iterations: many\n": "iterations: input should be a valid integer, "

@@ -326,10 +326,20 @@ def test_specs(spec, expected):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "=1", "ocr=", "ocr=much", "ocr=nan", "ocr=inf", "ocr=1=2", "ocr=shapes", "a=b=m:R=1", "m:R=inf"]
+    "spec", ["", "=1", "ocr=", "ocr=much", "ocr=nan", "ocr=inf", "ocr=1=2", "ocr=shape", "a=b=m:R=1", "m:R=inf"]
 )
 def test_malformed_specs(spec):
     assert message(parse_spec, spec) == f"reward {spec!r}: write NAME or NAME=WEIGHT, for example ocr=0.5"
+
+
+def test_where_weights_and_short_names_belong():
+    """A weight beside its reward instead of behind it, and a short name of a reward that takes none."""
+    said = "no reward '0.5': a weight is written {}=0.5, without a space"
+    assert message(load_rewards, ["redness:Redness", "0.5"]) == said.format("redness:Redness")
+    assert message(load_rewards, ["jpeg=0.1", "red=redness:Redness", "0.5"]) == said.format("red=redness:Redness")
+    short = "reward 'red=jpeg': jpeg is shipped and takes no short name: write jpeg or jpeg=0.5"
+    assert message(load_rewards, ["red=jpeg"]) == short
+    assert message(load_rewards, ["red=jpeg=2"]) == short.replace("'red=jpeg'", "'red=jpeg=2'")
 
 
 def test_registry_refuses_by_name():

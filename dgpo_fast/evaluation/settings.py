@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from dgpo_fast.cli import take_option
-from dgpo_fast.config import STRICT, Config, Count, Guidance, Positive
+from dgpo_fast.config import STRICT, Config, Count, Guidance, Positive, Rewards
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES
 from dgpo_fast.recipes import get_recipe
@@ -38,7 +38,7 @@ class EvaluationSettings:
     """Images in all, dealt out evenly over tags and prompts. None: `images_per_prompt` of every prompt of a file."""
     images_per_prompt: Count = 1
     """Images of each prompt, each from noise of its own."""
-    rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("shapes",)
+    rewards: Rewards = ("shapes",)
     """What scores the images, each a column of its own: names, or your own `my_module:MyReward`. Weights (`=0.5`) only
     count in the sum that a run trained on."""
     seed: int = 0

@@ -8,6 +8,8 @@ import hashlib
 import inspect
 import math
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -54,9 +56,21 @@ def parse_spec(spec: str) -> Spec:
         pieces.pop()
     name, source = pieces[0], pieces[-1]
     has_own_name = len(pieces) == 2 and name.isprintable() and (":" in source or source.endswith(JUDGE_FILES))
+    if len(pieces) == 2 and source in BUILT_IN:
+        raise UserError(f"reward {spec!r}: {source} is shipped and takes no short name: write {source} or {source}=0.5")
     if not name or not math.isfinite(weight) or not (len(pieces) == 1 or has_own_name):
         raise UserError(f"reward {spec!r}: write NAME or NAME=WEIGHT, for example ocr=0.5")
     return Spec(name, source, weight)
+
+
+def parse_specs(specs: Sequence[str]) -> list[Spec]:
+    """`parse_spec` of each; a weight that stands alone behind its reward is refused."""
+    parsed = [parse_spec(spec) for spec in specs]
+    for before, spec in pairwise(parsed):
+        if _number(spec.source) is not None:
+            named = before.source if before.name == before.source else f"{before.name}={before.source}"
+            raise UserError(f"no reward {spec.source!r}: a weight is written {named}={spec.source}, without a space")
+    return parsed
 
 
 def load_reward(name: str, source: str | None = None) -> Reward:

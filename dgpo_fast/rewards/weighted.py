@@ -14,7 +14,7 @@ from dgpo_fast.imports import call, told
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward
-from dgpo_fast.rewards.registry import fingerprint, load_reward, parse_spec
+from dgpo_fast.rewards.registry import fingerprint, load_reward, parse_specs
 from dgpo_fast.wording import counted
 
 CONTENT = "content of "
@@ -188,7 +188,7 @@ def load_rewards(specs: Sequence[str], device: Any = None) -> WeightedReward:
     Raises:
         UserError: one line, for a reward that is unknown, named twice or does not work here, or a malformed weight.
     """
-    parsed = [parse_spec(spec) for spec in specs]
+    parsed = parse_specs(specs)
     weights = {spec.name: spec.weight for spec in parsed}
     if len(weights) < len(parsed):
         names = [spec.name for spec in parsed]
