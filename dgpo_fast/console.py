@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from dgpo_fast.wording import number
+from dgpo_fast.wording import FEWEST_PROMPTS, number
 
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -102,16 +103,23 @@ class Console:
             self.progress.stop()
             self.progress = None
 
-    def before_after(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """The table that ends a run: mean reward on held-out prompts, per tag, with 95 % intervals."""
-        table = Table("tag", title="reward on held-out prompts, 95 % interval", title_justify="left")
-        for name in ("before", "after", "gain", "images"):
+    def before_after(self, before: dict[str, Any], after: dict[str, Any], gain: dict[str, Any] | None) -> None:
+        """The table that ends a run: mean reward on held-out prompts, per tag, with 95 % intervals.
+
+        Args:
+            before, after: what `Evaluation.summary` gave.
+            gain: what `Evaluation.gain` gave; where it is None, the difference of the means is shown.
+        """
+        title = "reward on held-out prompts, 95 % interval"
+        # 80 columns hold it, with the longest of GenEval's tags.
+        table = Table("tag", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for name in ("before", "after", "gain", "prompts", "images"):
             table.add_column(name, justify="right")
         if len(before["tags"]) > 1:
             for tag, old in before["tags"].items():
-                table.add_row(escape(tag), *_cells(old, after["tags"][tag]))
+                table.add_row(escape(tag), *_cells(old, after["tags"][tag], gain and gain["tags"][tag]))
             table.add_section()
-        table.add_row("all", *_cells(before, after), style="bold")
+        table.add_row("all", *_cells(before, after, gain), style="bold")
         self.rich.print(table)
 
 
@@ -125,12 +133,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _cells(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, str, str, str]:
-    gain = after["reward_mean"] - before["reward_mean"]
-    return _with_interval(before), _with_interval(after), number(gain, sign="+"), str(after["images"])
+def _cells(before: dict[str, Any], after: dict[str, Any], gain: dict[str, Any] | None) -> list[str]:
+    means = number(after["reward_mean"] - before["reward_mean"], sign="+")
+    shown = means if gain is None else _with_interval(gain, sign="+")
+    return [_with_interval(before), _with_interval(after), shown, str(after["prompts"]), str(after["images"])]
 
 
-def _with_interval(scores: dict[str, Any]) -> str:
+def _with_interval(scores: dict[str, Any], sign: str = "") -> str:
     low, high = scores["reward_ci95"]
-    interval = f" ± {number((high - low) / 2)}" if high >= low else ""  # one prompt has none
-    return f"{number(scores['reward_mean'])}{interval}"
+    interval = f" ± {number((high - low) / 2)}" if scores["prompts"] >= FEWEST_PROMPTS else ""
+    return f"{number(scores['reward_mean'], sign=sign)}{interval}"

@@ -57,9 +57,10 @@ def write_results(
         "groups_dropped_count": sum(line["groups_dropped_count"] for line in lines),
         "before": before.summary(),
         "after": after.summary(),
+        "gain": after.gain(before),
     }
     write_json(folder / "summary.json", summary)
-    console.before_after(summary["before"], summary["after"])
+    console.before_after(summary["before"], summary["after"], summary["gain"])
     before_after_grid(before, after, folder / "before_after.png")
     middle = [(line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
               for line in lines if "heldout_reward_mean" in line]  # fmt: skip

@@ -4,6 +4,8 @@ import difflib
 import shlex
 from pathlib import Path
 
+FEWEST_PROMPTS = 5
+"""Over fewer prompts an interval is as wide as what scores can be: files have it, no table shows it."""
 NO_HUB_NAME = ", and no name on the hub (organisation/name)"
 
 

@@ -161,8 +161,10 @@ def test_the_documented_metrics_that_training_never_saw(workspace: Path, capsys:
         for judge in ("deqa", "unifiedreward"):
             assert found[f"{judge}/raw"]["score_mean"] == pytest.approx(5 * found[judge]["score_mean"], rel=1e-5)
     output = capsys.readouterr().out
-    for tag in ("Colors", "Counting", "all"):
-        assert "".join(re.findall(rf"[│ ]{tag} .*", output)).count("±") == len(names) + 1, "and the weighted sum"
+    for tag, prompts, intervals in (("Colors", 3, 0), ("Counting", 3, 0), ("all", 6, len(names) + 1)):
+        found = re.findall(rf"[│ ]{tag} .*", output)
+        assert "".join(found).count("±") == intervals, "and the weighted sum; three prompts show none"
+        assert all(line.split("│")[-3:-1] == [f"{prompts:>8} ", f"{prompts:>7} "] for line in found)
 
 
 def test_a_sum_is_a_score_of_its_own_where_it_is_one() -> None:

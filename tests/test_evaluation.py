@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgpo_fast.console import Console
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.statistics import geneval_scores, mean_with_ci95
 from dgpo_fast.prompts import Prompt, in_turn
@@ -63,6 +64,39 @@ def test_evaluation_survives_its_file(tmp_path: Path) -> None:
     assert after.prompts == prompts and (after.images == images).all()
     assert json.dumps(after.summary()) == json.dumps(before.summary())
     assert after.summary()["images"] == 1 and after.summary()["images_failed"] == 1
+
+
+def test_a_gain_is_of_pairs_by_hand() -> None:
+    """Every picture minus the same one before: 0.1 and 0.3 of two prompts, where one picture was not scored twice."""
+    prompts, images = [Prompt(text, {"tag": text[0]}) for text in ("a1", "a2", "b1", "b2")], np.zeros((4, 2, 2, 3))
+    before, after = (
+        Evaluation(prompts, np.array(rewards), images, {}, [])
+        for rewards in ([0.2, 0.9, 0.5, np.nan], [0.3, 1.2, 0.7, 0.5])
+    )
+    gain = after.gain(before)
+    assert gain is not None and (gain["prompts"], gain["images"]) == (3, 3)
+    half = 4.302653 * 0.1 / np.sqrt(3)
+    assert [gain["reward_mean"], *gain["reward_ci95"]] == pytest.approx([0.2, 0.2 - half, 0.2 + half])
+    assert [(tag, one["prompts"]) for tag, one in gain["tags"].items()] == [("a", 2), ("b", 1)]
+    assert gain["tags"]["b"]["reward_mean"] == pytest.approx(0.2)
+    others = Evaluation(prompts[:3], np.zeros(3), images[:3], {}, [])
+    assert after.gain(others) is None, "of other prompts there are no pairs"
+
+
+@pytest.mark.parametrize(("prompts", "shown"), [(4, False), (5, True)])
+def test_the_table_that_ends_a_run(prompts: int, shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means, gain and their intervals in 80 columns; of fewer than five prompts, no interval."""
+    texts = [Prompt(f"{n % prompts}", {"tag": "single_object" if n else "colors"}) for n in range(20)]
+    rewards = np.linspace(0, 1, 20)
+    before, after = (Evaluation(texts, one, np.zeros((20, 2, 2, 3)), {}, []) for one in (rewards / 2, rewards))
+    Console().before_after(before.summary(), after.summary(), after.gain(before))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line.rstrip()) <= 80 and "…" not in line for line in lines)
+    (row,) = (line.split() for line in lines if line.split()[:1] == ["all"])
+    low, high = (after.gain(before) or {})["reward_ci95"]
+    gain = ["+0.250", "±", f"{(high - low) / 2:.3f}"]
+    assert row[-2:] == [str(prompts), "20"] and row.count("±") == 3 * shown
+    assert row[-5:-2] == gain if shown else row[-3] == gain[0]
 
 
 def test_one_prompt_has_no_interval() -> None:

@@ -88,7 +88,7 @@ def test_paired_difference_by_hand(tmp_path: Path) -> None:
     half = 2.776445 * difference.std(ddof=1) / np.sqrt(5)
     assert (whole["difference"], whole["low"], whole["high"]) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
     assert (whole["a"], whole["b"]) == pytest.approx((0.45, 0.55))
-    assert [whole[key] for key in ("count", "better", "same", "worse")] == [5, 3, 1, 1]
+    assert [whole[key] for key in ("count", "prompts", "better", "same", "worse")] == [5, 5, 3, 1, 1]
     assert first["tag"] == "tag 0" and first["difference"] == pytest.approx((0.0 - 0.5 + 0.25) / 3)
     assert second["tag"] == "tag 1" and second["difference"] == pytest.approx((0.5 + 0.25) / 2)
 
@@ -111,6 +111,18 @@ def test_the_page_holds_what_the_evaluations_hold(tmp_path: Path) -> None:
     links = [attrs[key] for _, attrs in page.tags for key in ("src", "href", "action") if key in attrs]
     assert links == ["data:,"]
     assert "://" not in (tmp_path / "page.html").read_text().replace("http://www.w3.org/2000/svg", "")
+
+
+def test_no_interval_is_shown_of_fewer_than_five_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in the table nor on the page, however many pictures there are of them."""
+    for prompts, shown in ((4, False), (5, True)):
+        folders = [save(tmp_path / f"{name}{prompts}", [Prompt(f"prompt {n % prompts}") for n in range(10)],
+                        [value + 0.01 * n for n in range(10)]) for name, value in (("a", 0.1), ("b", 0.3))]  # fmt: skip
+        page = tmp_path / f"{prompts}.html"
+        assert evaluate(["--side-by-side", *map(str, folders), "--output", str(page)]) == 0
+        assert isinstance(Page(page).data["scores"][0]["totals"][0]["low"], float) == shown
+        (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│ all "))
+        assert ("±" in row) == shown and row.split("│")[-3].strip() == str(prompts)
 
 
 def test_hostile_prompts_are_text(tmp_path: Path) -> None:

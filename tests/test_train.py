@@ -58,6 +58,9 @@ def test_what_a_run_writes(workspace: Path) -> None:
         low, high = scores["reward_ci95"]
         assert low <= scores["reward_mean"] <= high and scores["images"] == 12
         assert scores["tags"]["all"]["reward_mean"] == scores["reward_mean"]
+    gain, means = summary["gain"], [summary[when]["reward_mean"] for when in ("before", "after")]
+    assert gain["reward_mean"] == pytest.approx(means[1] - means[0], abs=1e-6)
+    assert gain["reward_ci95"][0] < gain["reward_mean"] < gain["reward_ci95"][1] and gain["images"] == 12
     assert summary["after"]["reward_mean"] == lines[-1]["heldout_reward_mean"]
     assert summary["training_images"] == 6 * 12
     assert len(list((run / "checkpoints").iterdir())) == 7, "one before the first iteration, and one after each"
@@ -262,7 +265,7 @@ def test_a_failing_reward_drops_its_groups_and_is_reported(workspace: Path, caps
 
 def test_what_was_not_learnt_from_is_told(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Equal rewards and lost groups are in the last lines, and large rewards leave the table whole."""
-    (workspace / "eval.txt").write_text("a lake\na stone\n")
+    (workspace / "eval.txt").write_text("a lake\na stone\na wall\na road\na field\n")
     assert train(["small.yaml", "--rewards", f"{__name__}:Constant", "--eval-prompts", "eval.txt"]) == 0
     lost = json.loads((workspace / "runs/run/summary.json").read_text())["groups_dropped_count"]
     output = capsys.readouterr().out

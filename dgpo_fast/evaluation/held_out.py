@@ -4,7 +4,7 @@ compared."""
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from dgpo_fast.config import Evaluation as EvaluationConfig
 from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
 from dgpo_fast.distributed.placement import even_ranges
 from dgpo_fast.distributed.scores import gather_scores
-from dgpo_fast.evaluation.statistics import mean_with_ci95
+from dgpo_fast.evaluation.statistics import count_prompts, mean_with_ci95
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.prompts import Prompt, in_turn
 from dgpo_fast.rewards import RewardPool, WeightedReward
@@ -43,16 +43,21 @@ class Evaluation:
     failures: list[str]
 
     def summary(self) -> dict:
-        """`reward_mean`, `reward_ci95`, `images`, `parts` and `tags`, as `summary.json` holds them."""
-        mean, interval = mean_with_ci95(self.rewards, [prompt.text for prompt in self.prompts])
+        """`reward_mean`, `reward_ci95`, `prompts`, `images`, `parts` and `tags`, as `summary.json` holds them."""
         return {
-            "reward_mean": mean,
-            "reward_ci95": interval,
-            "images": int(np.isfinite(self.rewards).sum()),
+            **_scores(self.rewards, self.prompts),
             "images_failed": int((~np.isfinite(self.rewards)).sum()),
             "parts": {name: _mean_of_finite(values) for name, values in self.parts.items()},
             "tags": self.by_tag(),
         }
+
+    def gain(self, before: "Evaluation") -> dict | None:
+        """The mean difference from `before`, picture by picture, with the interval of these differences, in all and
+        per tag, as `summary` has the scores; None where other prompts were drawn before."""
+        if [prompt.text for prompt in self.prompts] != [prompt.text for prompt in before.prompts]:
+            return None
+        gains = replace(self, rewards=self.rewards.astype(np.float64) - before.rewards)
+        return {**_scores(gains.rewards, gains.prompts), "tags": gains.by_tag()}
 
     def save(self, path: Path) -> None:
         """Writes scores, and the first images, which are the ones that pictures show."""
@@ -70,16 +75,26 @@ class Evaluation:
             return cls(prompts, file["rewards"], file["images"], parts, [])
 
     def by_tag(self) -> dict[str, dict]:
-        """tag → `reward_mean`, `reward_ci95`, `images`."""
+        """tag → `reward_mean`, `reward_ci95`, `prompts`, `images`."""
         rows: dict[str, list[int]] = defaultdict(list)
         for row, prompt in enumerate(self.prompts):
             rows[prompt.tag].append(row)
-        tags = {}
-        for tag, members in sorted(rows.items()):
-            mean, interval = mean_with_ci95(self.rewards[members], [self.prompts[row].text for row in members])
-            scored = int(np.isfinite(self.rewards[members]).sum())
-            tags[tag] = {"reward_mean": mean, "reward_ci95": interval, "images": scored}
-        return tags
+        return {
+            tag: _scores(self.rewards[members], [self.prompts[row] for row in members])
+            for tag, members in sorted(rows.items())
+        }
+
+
+def _scores(rewards: np.ndarray, prompts: Sequence[Prompt]) -> dict:
+    """Their mean with its interval, and how many prompts and images it is of."""
+    texts = [prompt.text for prompt in prompts]
+    mean, interval = mean_with_ci95(rewards, texts)
+    return {
+        "reward_mean": mean,
+        "reward_ci95": interval,
+        "prompts": count_prompts(rewards, texts),
+        "images": int(np.isfinite(rewards).sum()),
+    }
 
 
 def _first_images(images: np.ndarray, start: int, total: int, processes: Processes) -> np.ndarray:

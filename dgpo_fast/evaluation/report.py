@@ -15,12 +15,12 @@ from rich.table import Table
 from dgpo_fast import __version__
 from dgpo_fast.console import Console
 from dgpo_fast.evaluation.folder import CONTACT_SHEET, RESULTS, EvaluationFolder, Row
-from dgpo_fast.evaluation.statistics import geneval_scores, mean_with_ci95
+from dgpo_fast.evaluation.statistics import count_prompts, geneval_scores, mean_with_ci95
 from dgpo_fast.figures import contact_sheet
 from dgpo_fast.metrics import write_json
 from dgpo_fast.prompts import in_turn
 from dgpo_fast.rewards.registry import parse_spec
-from dgpo_fast.wording import number
+from dgpo_fast.wording import FEWEST_PROMPTS, number
 
 SUM = "reward"
 """The weighted sum, beside the rewards' own names."""
@@ -65,9 +65,14 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
 
 
 def _summary(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    values = column(rows, name)
-    mean, interval = mean_with_ci95(values, [row.prompt.text for row in rows])
-    return {"score_mean": mean, "score_ci95": interval, "images_count": int(np.isfinite(values).sum())}
+    values, texts = column(rows, name), [row.prompt.text for row in rows]
+    mean, interval = mean_with_ci95(values, texts)
+    return {
+        "score_mean": mean,
+        "score_ci95": interval,
+        "prompts_count": count_prompts(values, texts),
+        "images_count": int(np.isfinite(values).sum()),
+    }
 
 
 def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console, facts: dict[str, Any]) -> None:
@@ -107,8 +112,10 @@ def print_results(results: dict[str, Any], rewards: Sequence[str], console: Cons
             console.note(f"{name}: {with_interval(results['scores'][name])}")
     for name, geneval in results["geneval"].items():
         low, high = geneval["overall_score_ci95"]
+        fewest = min(scores[f"{name}/correct"]["prompts_count"] for scores in results["tags"].values())
+        interval = f" ± {(high - low) / 2:.4f}" if fewest >= FEWEST_PROMPTS else ""
         console.note(
-            f"GenEval's overall score by {name}: {geneval['overall_score']:.4f} ± {(high - low) / 2:.4f} (mean over "
+            f"GenEval's overall score by {name}: {geneval['overall_score']:.4f}{interval} (mean over "
             f"{len(geneval['tags'])} tags of the share of correct images); {geneval['correct_images_share']:.2%} of "
             f"images and {geneval['correct_prompts_share']:.2%} of prompts are correct"
         )
@@ -118,24 +125,31 @@ def _table(results: dict[str, Any], names: Sequence[str]) -> Table:
     table = Table("tag", title="mean score, 95 % interval", title_justify="left")
     for name in names:
         table.add_column("weighted sum" if name == SUM else escape(name), justify="right", overflow="fold")
-    table.add_column("images", justify="right")
+    for what in ("prompts", "images"):
+        table.add_column(what, justify="right")
     if len(results["tags"]) > 1:
         for tag, scores in results["tags"].items():
-            count = max(one["images_count"] for one in scores.values())
-            table.add_row(escape(tag), *(with_interval(scores[name]) for name in names), str(count))
+            table.add_row(escape(tag), *_cells(scores, names))
         table.add_section()
-    total = max(one["images_count"] for one in results["scores"].values())
-    table.add_row("all", *(with_interval(results["scores"][name]) for name in names), str(total), style="bold")
+    table.add_row("all", *_cells(results["scores"], names), style="bold")
     return table
 
 
+def _cells(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
+    counts = [max(one[f"{what}_count"] for one in scores.values()) for what in ("prompts", "images")]
+    return [*(with_interval(scores[name]) for name in names), *map(str, counts)]
+
+
 def with_interval(scores: dict[str, Any], sign: str = "") -> str:
-    """`0.564 ± 0.053`, to two digits of the interval; with the sign "+", `+0.564 ± 0.053`."""
+    """`0.564 ± 0.053`, to two digits of the interval; with the sign "+", `+0.564 ± 0.053`.
+
+    Of fewer than five prompts, `0.564` alone.
+    """
     mean, (low, high) = scores["score_mean"], scores["score_ci95"]
     half = (high - low) / 2
     if not math.isfinite(mean):
         return "–"
-    if not math.isfinite(half):
+    if scores["prompts_count"] < FEWEST_PROMPTS:
         return number(mean, sign=sign)
     places = decimals(half)
     return f"{number(mean, places, sign)} ± {number(half, places)}"

@@ -25,11 +25,11 @@ from dgpo_fast.console import Console
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
-from dgpo_fast.evaluation.statistics import mean_with_ci95
+from dgpo_fast.evaluation.statistics import count_prompts, mean_with_ci95
 from dgpo_fast.metrics import finite
 from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.rewards.weighted import CONTENT
-from dgpo_fast.wording import counted, number
+from dgpo_fast.wording import FEWEST_PROMPTS, counted, number
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("page.html"), Path(__file__).with_name("page.js")
 MARK = '<meta name="generator" content="dgpo_fast side by side">'
@@ -75,10 +75,12 @@ class Comparison:
         pairs = [self.rows[index] for index in members]
         difference = self.differences(score)[members]
         known = np.isfinite(difference)
-        mean, (low, high) = mean_with_ci95(difference, [row.prompt.text for row, _ in pairs])
+        texts = [row.prompt.text for row, _ in pairs]
+        mean, (low, high) = mean_with_ci95(difference, texts)
         a, b = (column([pair[side] for pair in pairs], score)[known] for side in (0, 1))
         return {
             "count": int(known.sum()),
+            "prompts": count_prompts(difference, texts),
             "a": float(a.mean()) if known.any() else None,
             "b": float(b.mean()) if known.any() else None,
             "difference": mean,
@@ -153,14 +155,16 @@ def print_totals(comparison: Comparison, console: Console) -> None:
     score = comparison.scores[0]
     title = f"{'weighted sum' if score == SUM else score}: means, and their paired difference with its 95 % interval"
     table = Table("tag", title=title, title_justify="left")
-    for name in ("A", "B", "B − A", "pairs"):
+    for name in ("A", "B", "B − A", "prompts", "pairs"):
         table.add_column(name, justify="right")
     all_pairs, *tags = comparison.totals(score)
     for total in [*tags, all_pairs]:
-        shown = {"score_mean": total["difference"], "score_ci95": [total["low"], total["high"]]}
+        shown = {"score_mean": total["difference"], "score_ci95": [total["low"], total["high"]],
+                 "prompts_count": total["prompts"]}  # fmt: skip
         cells = [number(total[side]) if total[side] is not None else "–" for side in "ab"]
+        counts = str(total["prompts"]), str(total["count"])
         style = "bold" if total is all_pairs else None
-        table.add_row(escape(total["tag"]), *cells, with_interval(shown, "+"), str(total["count"]), style=style)
+        table.add_row(escape(total["tag"]), *cells, with_interval(shown, "+"), *counts, style=style)
     console.note(f"A: {comparison.folders[0].path}\nB: {comparison.folders[1].path}")
     console.rich.print(table)
 
@@ -256,6 +260,9 @@ def _describe(comparison: Comparison, shown: Sequence[int]) -> dict[str, Any]:
 def _score(comparison: Comparison, name: str) -> dict[str, Any]:
     totals = comparison.totals(name)
     places = decimals((totals[0]["high"] - totals[0]["low"]) / 2)
+    for total in totals:
+        if total["prompts"] < FEWEST_PROMPTS:
+            total |= {"low": None, "high": None}
     return {"name": "weighted sum" if name == SUM else name, "places": places, "totals": totals}
 
 

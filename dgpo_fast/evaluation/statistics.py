@@ -38,6 +38,11 @@ def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, lis
     return mean, [mean - half, mean + half]
 
 
+def count_prompts(rewards: np.ndarray, clusters: Sequence[str]) -> int:
+    """How many prompts there are among the images with finite rewards; see `mean_with_ci95`."""
+    return len(set(np.array(clusters)[np.isfinite(rewards)].tolist()))
+
+
 def geneval_scores(correct: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """GenEval's official figures: its overall score is the mean over the tags of the share of correct images.
 
