@@ -13,7 +13,7 @@ import tyro
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.recipes import RECIPES, get_recipe
-from dgpo_fast.settings import parse_overrides, read_yaml, resolve
+from dgpo_fast.settings import YAML, parse_overrides, read_yaml, resolve
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -99,10 +99,14 @@ def configure(args: list[str]) -> Config:
     args = list(args)
     start = args.pop(0) if args and not args[0].startswith("-") else None
     file = take_option(args, "config")
-    if start is not None and start.endswith((".yaml", ".yml")):
+    if start is not None and start.endswith(YAML):
         if file is not None:
             raise UserError(f"command line: two configurations, {start} and {file}: give one")
         start, file = None, start
+    if start is not None and start not in RECIPES:
+        file_of_that_name = next((start + ending for ending in YAML if Path(start + ending).is_file()), None)
+        if file_of_that_name is not None:
+            raise UserError(f"unknown recipe '{start}': did you mean {file_of_that_name}?")
     settings = read_yaml(Path(file)) if file else {}
     overrides = parse_overrides(args)
     if start is not None and "recipe" in overrides:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from dgpo_fast.config import DGPO, EMA, Advantage, Config, Data, Evaluation, FlowGRPO, Optimizer, Policy, Rollout
 from dgpo_fast.errors import UserError
+from dgpo_fast.settings import YAML
 
 
 def tiny_shapes() -> Config:
@@ -252,6 +253,9 @@ RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTI
 def get_recipe(name: str, origin: str | None = None) -> Config:
     """The recipe called `name`. Raises UserError with the nearest name, and with the file `origin` that asks for it."""
     if name not in RECIPES:
+        if name.endswith(YAML):
+            raise UserError(f"{origin + ': ' if origin else ''}recipe '{name}': only a shipped recipe may stand there, "
+                            f"one of {', '.join(RECIPES)}")  # fmt: skip
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}"
         raise UserError(f"{origin + ': ' if origin else ''}unknown recipe '{name}': {hint}")

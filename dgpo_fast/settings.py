@@ -14,6 +14,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 
 MAX_YAML_BYTES = 2**20
+YAML = (".yaml", ".yml")
 Settings = TypeVar("Settings")
 """A dataclass of settings: `Config`, or that of another command."""
 
@@ -186,7 +187,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: larger than {MAX_YAML_BYTES} bytes: is this a file of settings?")
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file{_near_file(path)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     except OSError as error:
@@ -202,6 +203,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: settings must be `key: value` lines, not a {type(settings).__name__}")
     return settings
+
+
+def _near_file(path: Path) -> str:
+    """`: did you mean my_recipe.yaml?`, where a settings file beside `path`, which is none, has a name like it."""
+    beside = {found.name: found for ending in YAML for found in path.parent.glob(f"*{ending}") if found.is_file()}
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f": did you mean {beside[close[0]]}?" if close else f": check the path (the working folder is {Path.cwd()})"
 
 
 def write_yaml(config: Config, path: Path) -> None:

@@ -25,7 +25,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.lock import LOCK, FolderLock, read_lock
 from dgpo_fast.settings import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
-from dgpo_fast.wording import near_run, resume_command
+from dgpo_fast.wording import resume_command, runs_there
 
 USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization.
 
@@ -91,7 +91,7 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
     """The configuration of the run in `folder`, with the command line's overrides."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise UserError(f"--resume {folder}: no run is there (it has no config.yaml){near_run(str(folder))}")
+        raise UserError(f"--resume {folder}: no run is there (it has no config.yaml){runs_there(str(folder))}")
     settings = read_yaml(path)
     if not settings:
         raise UserError(f"--resume {folder}: its config.yaml is empty; put the settings of the run back")
@@ -113,7 +113,7 @@ def _require_effect(folder: Path, before: Config, after: Config) -> None:
     """
     done = iterations_done(folder) or 0
     if after.iterations < done:
-        raise UserError(f"{folder} has done {done} iterations already: give --iterations above {done}")
+        raise UserError(f"{folder} has done {done} iterations already: give --iterations {done} or more")
     changed = flat(replace(after, iterations=before.iterations)) != flat(before)
     if after.iterations == done and changed and (folder / "summary.json").exists():
         raise UserError(f"{folder}: all {done} iterations are done: --iterations N goes on")

@@ -1,6 +1,7 @@
 """Every mistake a user can make at the start: one line on stderr, exit status 2, no folder made."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,14 @@ import pytest
 
 from dgpo_fast.cli import run_command
 from dgpo_fast.train import train
+from dgpo_fast.wording import runs_there
 
 MISTAKES = {
     # arguments: the line that they give
     "no-such-recipe": "error: unknown recipe 'no-such-recipe': the recipes are tiny-shapes, tiny-ocr, ",
+    "my_recipe": "error: unknown recipe 'my_recipe': did you mean my_recipe.yaml?",
+    "my_recipe.yml": "error: my_recipe.yml: no such file: did you mean my_recipe.yaml?",
+    "other.yml": "error: other.yml: no such file: check the path (the working folder is CWD)",
     "--learning-rate 1": "error: command line: unknown setting 'learning_rate'",
     "--iterations many": "error: command line: iterations: input should be a valid integer",
     "--rollout.group-size 1": "error: command line: rollout.group_size: input should be greater than or equal to 2",
@@ -38,7 +43,8 @@ MISTAKES = {
     "--runs-dir plain.txt": "error: CWD/plain.txt: no run's folder can be made there; choose another --runs-dir",
     "--rollout.resolution 36": "error: rollout.resolution 36: this model draws multiples of ",
     "--resume empty": "error: --resume empty: no run is there (it has no config.yaml)",
-    "--resume nowhere": "error: --resume nowhere: no run is there (it has no config.yaml)",
+    "--resume nowhere": "error: --resume nowhere: no run is there (it has no config.yaml): there is runs/colour",
+    "--resume runs/nothere": "error: --resume runs/nothere: no run is there (it has no config.yaml): there is runs/co",
     "--resume colour": "error: --resume colour: no run is there (it has no config.yaml): did you mean runs/colour?",
     "--resume runs/colours": "error: --resume runs/colours: no run is there (it has no config.yaml): did you mean",
     "my.yaml --resume hollow_run": "error: --resume takes its settings from the run: leave 'my.yaml' out",
@@ -56,6 +62,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "flux", "broken", "hollow", "hollow_run"):
         (tmp_path / folder).mkdir()
+    (tmp_path / "my_recipe.yaml").write_text("iterations: 3\n")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin1.txt").write_bytes("a café\n".encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
@@ -85,6 +92,16 @@ def test_one_line_and_nothing_made(
     assert len(errors) == 1, errors
     assert errors[0].startswith(MISTAKES[arguments].replace("CWD", str(workspace)))
     assert sorted(workspace.rglob("*")) == before
+
+
+def test_an_error_names_the_newest_runs_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate("abcdefg"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+        os.utime(tmp_path / "runs" / name / "config.yaml", (1e9 - age, 1e9 - age))
+    assert runs_there("runs/nothere") == ": there are runs/a, runs/b, runs/c, runs/d, runs/e and 2 more"
+    assert runs_there("elsewhere/nothere") == ""
 
 
 def test_exit_status_of_the_process(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ ON_THE_COMMAND_LINE = {
     "--dgpo.timesteps 8": "command line: dgpo.timesteps is 8 but only 7 timesteps can be drawn "
     "(rollout.num_inference_steps, dgpo.high_noise_steps): lower it or raise those",
     "tiny-ocr --recipe tiny-shapes": "command line: two recipes, tiny-ocr and tiny-shapes: give one",
-    "nothing.yaml": "nothing.yaml: no such file",
+    "nothing.yaml": f"nothing.yaml: no such file: check the path (the working folder is {Path.cwd()})",
 }
 IN_A_FILE = {
     "iterations: 3\nbeta: 10\n": "unknown setting 'beta': did you mean 'dgpo.beta'?",
@@ -120,6 +120,7 @@ IN_A_FILE = {
     "rewards: {jpeg: 0.1}\n": ": rewards: write rewards: [jpeg=0.1, red=my_rewards:Name], not {'jpeg': 0.1}",
     "rewards: [jpeg: 0.1]\n": ": rewards: write rewards: [jpeg=0.1, red=my_rewards:Name], not [{'jpeg': 0.1}]",
     "rewards: []\n": ": rewards: write rewards: [jpeg=0.1, red=my_rewards:Name], not []",
+    "recipe: mine.yaml\n": ": recipe 'mine.yaml': only a shipped recipe may stand there, one of tiny-shapes, ",
     "recipe: tiny-shape\n": ": unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
     "- 1\n": "settings must be `key: value` lines, not a list",
     "iterations: many\n": "iterations: input should be a valid integer, "

@@ -462,7 +462,7 @@ MISTAKES = {
     # arguments: the line that they give
     "": "error: command line: name a model or a run's folder, as in `python -m dgpo_fast.evaluate tiny`",
     "nowhere --rewards jpeg": "error: model 'nowhere': no such folder, and no name on the hub (organisation/name)",
-    "runs/nosuch": "error: runs/nosuch: no such run or folder",
+    "runs/nosuch": "error: runs/nosuch: no such run or folder: there is runs/colour",
     "runs/color --rewards shape": "error: runs/color: no such run or folder: did you mean runs/colour?",
     "colour": "error: model 'colour': no such folder: did you mean runs/colour?",
     "./my_sd3": "error: ./my_sd3: no such run or folder",

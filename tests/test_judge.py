@@ -310,7 +310,9 @@ def test_settings_that_cannot_be(tmp_path: Path, settings: dict, expected: str) 
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    assert message(str(tmp_path / "none.yaml")) == f"{tmp_path / 'none.yaml'}: no such file"
+    assert message(str(tmp_path / "none.yaml")) == (
+        f"{tmp_path / 'none.yaml'}: no such file: check the path (the working folder is {Path.cwd()})"
+    )
 
 
 def test_the_documented_judges_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,7 +422,7 @@ def test_a_resume_that_trains_nothing_leaves_the_record_alone(workspace: Path) -
     record, summary = (run / "config.yaml").read_bytes(), (run / "summary.json").read_bytes()
     for change, line in {
         "--optimizer.lr 1e-4": "runs/run: all 3 iterations are done: --iterations N goes on",
-        "--iterations 2": "runs/run has done 3 iterations already: give --iterations above 3",
+        "--iterations 2": "runs/run has done 3 iterations already: give --iterations 3 or more",
     }.items():
         with pytest.raises(UserError, match=f"^{line}$"):
             train(["--resume", "runs/run", *change.split()])

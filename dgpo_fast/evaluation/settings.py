@@ -13,7 +13,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES
 from dgpo_fast.recipes import get_recipe
 from dgpo_fast.settings import parse_overrides, read_yaml, resolve, to_dict
-from dgpo_fast.wording import NO_HUB_NAME, near_run, resume_command
+from dgpo_fast.wording import NO_HUB_NAME, near_run, resume_command, runs_there
 
 OUTPUTS = Path("evaluations")
 FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
@@ -138,7 +138,7 @@ def _require_there(source: str) -> None:
     if "/" not in source:
         raise UserError(f"model '{source}': no such folder{near_run(source) or NO_HUB_NAME}")
     if source.startswith(("runs/", "./", "../", "~", "/")) or len(path.parts) > 2 or path.parent.exists():
-        raise UserError(f"{source}: no such run or folder{near_run(source)}")
+        raise UserError(f"{source}: no such run or folder{runs_there(source)}")
 
 
 def lasting(settings: EvaluationSettings) -> dict[str, Any]:
