@@ -111,6 +111,8 @@ def side_by_side(args: list[str]) -> int:
     folders = [Path(one if isinstance(one, str) else str(one.output)) for one in evaluations]
     comparison = read_comparison(*folders)
     page = Path(output) if output else OUTPUTS / f"{'-and-'.join(folder.resolve().name for folder in folders)}.html"
+    if not output:
+        OUTPUTS.mkdir(exist_ok=True)
     require_writable(page)
     console = Console()
     with console.track(f"writing {page}"):

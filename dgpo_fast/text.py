@@ -106,9 +106,11 @@ class PromptEncoder:
         """
         distinct = list(dict.fromkeys(prompts))
         missing = [text for text in distinct if not self._is_known(text)]
+        # It is no prompt of the user's, who would count one too many.
+        what = "prompts, the empty one with them" if "" in distinct else "prompts"
         if missing and not self._has_room(distinct, missing):
             return (
-                f"prompts: {len(distinct) - len(missing)} of {len(distinct)} were encoded before; "
+                f"{what}: {len(distinct) - len(missing)} of {len(distinct)} were encoded before; "
                 "the others do not all fit in the cache and are encoded when they are needed"
             )
         for count, text in enumerate(missing, 1):
@@ -124,7 +126,7 @@ class PromptEncoder:
         stays = "stay loaded" if self.encoders else "are unloaded again" if loaded else "need not be loaded"
         now = min(self.encoded_count, len(distinct))
         before = f"{len(distinct) - now} of {len(distinct)} were encoded before"
-        return f"prompts: {before}, {now} now; the text encoders{which} {stays}"
+        return f"{what}: {before}, {now} now; the text encoders{which} {stays}"
 
     def whole_pipeline(self) -> StableDiffusion3Pipeline:
         """The pipeline with its text encoders, as for saving it."""

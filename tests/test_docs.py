@@ -20,6 +20,7 @@ from dgpo_fast.prompts import Prompt
 from dgpo_fast.recipes import markdown_table
 from dgpo_fast.rewards import load_rewards
 from dgpo_fast.settings import setting_names
+from dgpo_fast.tiny.data import all_prompts
 from dgpo_fast.train import MAY_CHANGE, MUST_STAY, train
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,12 @@ def test_what_the_documents_say_to_save_trains(tmp_path: Path, monkeypatch: pyte
     assert train(["my_recipe.yaml", "--iterations", "1", "--evaluation.images", "2", "--name", "mine"]) == 0
     summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
     assert {"jpeg", "bright", "bright/too_bright"} <= set(summary["after"]["parts"])
+
+
+def test_the_documented_prompts_of_the_small_pipeline_are_of_its_world() -> None:
+    page = (ROOT / "docs/prompts.md").read_text(encoding="utf-8")
+    found = re.search(r"The shipped small pipeline knows prompts.*?\n\n((?:    .*\n)+)", page)
+    assert found and {line.strip() for line in found[1].splitlines()} <= {text for text, _ in all_prompts()}
 
 
 def test_the_documented_use_of_metadata_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,12 +281,14 @@ def test_text_encoders_come_for_what_is_missing_and_leave(tmp_path: Path, random
     prompts = ["", "a cat", "a dog", "a cat"]
     first = make_encoder(random_pipeline, make_cache(tmp_path))
     assert first.prepare(prompts) == (
-        "prompts: 0 of 3 were encoded before, 3 now; the text encoders are unloaded again"
+        "prompts, the empty one with them: 0 of 3 were encoded before, 3 now; the text encoders are unloaded again"
     )
     assert first.encoders is None and loads == [1]
     second = make_encoder(random_pipeline, make_cache(tmp_path))
     said = second.prepare(prompts)
-    assert said == "prompts: 3 of 3 were encoded before, 0 now; the text encoders need not be loaded"
+    empty = "prompts, the empty one with them: "
+    assert said == f"{empty}3 of 3 were encoded before, 0 now; the text encoders need not be loaded"
+    assert second.prepare(prompts[1:]) == said.replace(empty, "prompts: ").replace("3 of 3", "2 of 2")
     assert torch.equal(second(prompts).prompt, first(prompts).prompt) and loads == [1]
     for path in tmp_path.glob("*/*/*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])

@@ -194,6 +194,9 @@ def test_what_cannot_be_set_side_by_side(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists and is no page of this command: choose another name"):
         evaluate(["--side-by-side", str(a), str(a), "--output", str(tmp_path / "letter.html")])
     assert (tmp_path / "letter.html").read_text() == "<p>dear</p>"
+    with pytest.raises(UserError, match=r"^--output \S+/none/x\.html: there is no folder \S+/none; make it, or choose"):
+        evaluate(["--side-by-side", str(a), str(a), "--output", str(tmp_path / "none/x.html")])
+    assert not (tmp_path / "none").exists()
     shorter = save(tmp_path / "f", numbered(2), [0.5] * 2)
     assert len(read_comparison(a, shorter).rows) == 2, "what both have is compared"
 

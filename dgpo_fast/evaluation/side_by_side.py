@@ -170,9 +170,11 @@ def print_totals(comparison: Comparison, console: Console) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raises UserError where `path` is a file that is no such page, or a folder."""
+    """Raises UserError where `path` is a file that is no such page, or a folder, or lies in none."""
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder; name a file in it, such as {path / 'page.html'}")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}; make it, or choose another")
     if path.exists() and MARK.encode() not in path.read_bytes()[:2000]:
         raise UserError(f"--output {path} exists and is no page of this command: choose another name")
 
@@ -192,7 +194,6 @@ def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:
     page = page.replace("{{script_hash}}", f"sha256-{digest}").replace("{{script}}", script)
     title = html.escape(f"{comparison.names[0]} and {comparison.names[1]} side by side")
     before, after = page.split("{{data}}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
     with staged.open("w", encoding="utf-8", newline="\n") as file:
         file.write(before.replace("{{title}}", title))
