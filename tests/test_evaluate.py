@@ -176,8 +176,9 @@ def test_a_sum_is_a_score_of_its_own_where_it_is_one() -> None:
     assert score_names(rows, ["http://gpu2:8000=2"]) == ["reward", *names]
 
 
-def test_geneval_by_hand_on_the_shipped_pipeline(workspace: Path) -> None:
-    """The overall score is the mean of the tags' shares, here recomputed from the index."""
+def test_geneval_by_hand_on_the_shipped_pipeline(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The overall score is the mean of the tags' shares, here recomputed from the index; two prompts of each tag are
+    too few for an interval."""
     assert evaluate(["tiny", "--images", "24", "--images-per-prompt", "2", "--output", "out"]) == 0
     lines = index(workspace / "out")
     shares = {}
@@ -188,6 +189,8 @@ def test_geneval_by_hand_on_the_shipped_pipeline(workspace: Path) -> None:
     found = json.loads((workspace / "out" / "results.json").read_text())["geneval"]["shapes"]
     assert {tag: one["correct_images_share"] for tag, one in found["tags"].items()} == shares
     assert found["overall_score"] == pytest.approx(sum(shares.values()) / 6)
+    line = f"GenEval's overall score by shapes: {found['overall_score']:.4f} (mean over 6 tags"
+    assert line in capsys.readouterr().out
 
 
 TRAINING = {
