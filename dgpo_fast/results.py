@@ -20,15 +20,22 @@ from dgpo_fast.wording import counted, resume_command
 BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
 
 
-def earlier_evaluation(path: Path, note: Callable[[str], None]) -> Evaluation | None:
-    """What an earlier start of the run has saved; None where it has not, or, with a note, where it is damaged."""
+def earlier_evaluation(path: Path, contents: dict[str, str], note: Callable[[str], None]) -> Evaluation | None:
+    """What an earlier start of the run has saved; None where it has not, or, with a note, where it is damaged or was
+    scored by other rewards than those whose `contents` are given (`WeightedReward.contents`)."""
     if not path.is_file():
         return None
     try:
-        return Evaluation.load(path)
+        earlier = Evaluation.load(path)
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         note(f"{path} is damaged and is made again: {' '.join(str(error).split())}")
         return None
+    before = contents if earlier.contents is None else earlier.contents
+    changed = next((name for name in {**before, **contents} if before.get(name) != contents.get(name)), None)
+    if changed is None:
+        return earlier
+    note(f"{path} was scored with another {changed}: the model as it came is scored again, with what is there now")
+    return None
 
 
 def write_results(

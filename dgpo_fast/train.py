@@ -152,7 +152,7 @@ def train(args: list[str]) -> int:
     stop = StopSignal(quiet=not processes.first)
     try:
         with stop.installed():
-            finished = fit(trainer, folder, stop)
+            finished = fit(trainer, folder, stop, resumed)
     finally:
         trainer.close()
         if processes.first:
@@ -254,14 +254,14 @@ def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
     return lock
 
 
-def fit(trainer: Any, folder: Path, stop: StopSignal) -> bool:
+def fit(trainer: Any, folder: Path, stop: StopSignal, resumed: bool) -> bool:
     """Evaluation, the training loop, evaluation. False where the run was asked to stop before its end."""
     config, console = trainer.config, trainer.console
     console.note(f"run: {folder}")
     try:
         before = trainer.evaluate_before(folder)
     except UserError:
-        if trainer.iteration == 0 and trainer.processes.first:
+        if not resumed and trainer.processes.first:
             shutil.rmtree(folder)  # nothing was trained: no half-made folder is left
         raise
     trainer.save(folder)

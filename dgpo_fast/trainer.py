@@ -415,9 +415,9 @@ class Trainer:
         return result
 
     def evaluate_before(self, folder: Path) -> Evaluation | None:
-        """Scores of the model as it came, from the run's folder where a resumed run already has them."""
+        """Scores of the model as it came, from the run's folder where a resumed run already has them by its rewards."""
         path = folder / BEFORE_FILE
-        earlier = earlier_evaluation(path, self.console.note) if self.processes.first else None
+        earlier = earlier_evaluation(path, self.reward.contents, self.console.note) if self.processes.first else None
         if self.processes.broadcast(earlier is not None, "the evaluation before training"):
             return earlier
         images = counted(self.config.evaluation.images, "image")

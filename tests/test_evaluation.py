@@ -58,10 +58,10 @@ def test_evaluation_survives_its_file(tmp_path: Path) -> None:
     prompts = [Prompt("a cat", {"tag": "x", "include": [{"class": "cat"}]}), Prompt("ein Straßenschild „ß“")]
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     rewards = np.array([0.25, np.nan], np.float32)
-    before = Evaluation(prompts, rewards, images, {"shapes/correct": rewards}, ["one failed"])
+    before = Evaluation(prompts, rewards, images, {"shapes/correct": rewards}, ["one failed"], {"content of a:b": "c"})
     before.save(tmp_path / "e.npz")
     after = Evaluation.load(tmp_path / "e.npz")
-    assert after.prompts == prompts and (after.images == images).all()
+    assert after.prompts == prompts and (after.images == images).all() and after.contents == before.contents
     assert json.dumps(after.summary()) == json.dumps(before.summary())
     assert after.summary()["images"] == 1 and after.summary()["images_failed"] == 1
 

@@ -21,6 +21,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.metrics import read_metrics
+from dgpo_fast.rewards.registry import BUILT_IN
 from dgpo_fast.rollout import initial_noise
 from dgpo_fast.settings import read_yaml
 from dgpo_fast.train import train
@@ -294,6 +295,48 @@ def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypa
     os.chdir(workspace)
     assert train(["--resume", "runs/run", "--iterations", "6"]) == 0
     assert [line["iteration"] for line in untimed(workspace / "runs/run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_mended_reward_scores_the_model_as_it_came_again(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before and after are by the same reward: the same pictures as ever, scored by what `--resume` finds."""
+    monkeypatch.syspath_prepend(str(workspace))
+    module = workspace / "scale_rewards.py"
+    module.write_text("def mean(images, prompts, metadata):\n    return images.mean((1, 2, 3)) / 255\n")
+    assert train(["small.yaml", "--iterations", "1", "--rewards", "scale_rewards:mean"]) == 0
+    run = workspace / "runs/run"
+    first, kept = Evaluation.load(run / "evaluation_before.npz"), (run / "evaluation_before.npz").read_bytes()
+    assert train(["--resume", "runs/run"]) == 0
+    assert (run / "evaluation_before.npz").read_bytes() == kept and "scored again" not in capsys.readouterr().out
+    module.write_text(module.read_text().replace("/ 255", "/ 2.55"))
+    sys.modules.pop("scale_rewards")
+    assert train(["--resume", "runs/run", "--iterations", "2"]) == 0
+    line = (
+        "runs/run/evaluation_before.npz was scored with another content of scale_rewards:mean: the model as it came is "
+        "scored again, with what is there now"
+    )
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    again = Evaluation.load(run / "evaluation_before.npz")
+    assert (again.images == first.images).all()
+    np.testing.assert_allclose(again.rewards, first.rewards * 100, rtol=1e-5)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"]["reward_mean"] == pytest.approx(100 * first.summary()["reward_mean"], rel=1e-5)
+    assert summary["after"]["reward_mean"] == pytest.approx(summary["before"]["reward_mean"], rel=0.5)
+    sys.modules.pop("scale_rewards")
+
+
+def test_a_resumed_run_keeps_its_folder_where_its_mended_reward_fails(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before the first iteration: what was drawn once is there."""
+    monkeypatch.setattr(Trainer, "anyone", lambda self, flag: True)
+    assert train(["small.yaml"]) == 130
+    monkeypatch.setattr(Broken, "fingerprint", "mended", raising=False)
+    monkeypatch.setitem(BUILT_IN, "jpeg", f"{__name__}:Broken")
+    with pytest.raises(UserError, match="no image of the evaluation could be scored"):
+        train(["--resume", "runs/run"])
+    assert load_newest(workspace / "runs/run/checkpoints")[0].iteration == 0
 
 
 class DiesAtTheEnd:

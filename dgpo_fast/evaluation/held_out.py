@@ -34,6 +34,8 @@ class Evaluation:
         images: (N, H, W, 3) uint8; only the first ones where loaded from a file.
         parts: named parts of the reward, (N,) each.
         failures: one line per image that could not be scored.
+        contents: what tells the rewards from others of their names (`WeightedReward.contents`); None where that is
+            not known, as of files of earlier versions.
     """
 
     prompts: list[Prompt]
@@ -41,6 +43,7 @@ class Evaluation:
     images: np.ndarray
     parts: dict[str, np.ndarray]
     failures: list[str]
+    contents: dict[str, str] | None = None
 
     def summary(self) -> dict:
         """`reward_mean`, `reward_ci95`, `prompts`, `images`, `parts` and `tags`, as `summary.json` holds them."""
@@ -64,6 +67,8 @@ class Evaluation:
         prompts = json.dumps([[p.text, p.metadata] for p in self.prompts])
         arrays = {"prompts": np.array(prompts), "rewards": self.rewards, "images": self.images[:SHOWN_IMAGES]}
         arrays |= {f"part:{name}": values for name, values in self.parts.items()}
+        if self.contents is not None:
+            arrays["contents"] = np.array(json.dumps(self.contents))
         np.savez_compressed(path, allow_pickle=False, **arrays)
 
     @classmethod
@@ -72,7 +77,8 @@ class Evaluation:
         with np.load(path, allow_pickle=False) as file:
             parts = {name.removeprefix("part:"): file[name] for name in file.files if name.startswith("part:")}
             prompts = [Prompt(text, metadata) for text, metadata in json.loads(str(file["prompts"]))]
-            return cls(prompts, file["rewards"], file["images"], parts, [])
+            contents = json.loads(str(file["contents"])) if "contents" in file.files else None
+            return cls(prompts, file["rewards"], file["images"], parts, [], contents)
 
     def by_tag(self) -> dict[str, dict]:
         """tag → `reward_mean`, `reward_ci95`, `prompts`, `images`."""
@@ -147,7 +153,8 @@ def evaluate(
     if not scores.valid.any():
         raise SharedError(f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}")
     parts = {name: values[:, 0] for name, values in scores.parts.items()}
-    return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures)
+    rewards = reward if isinstance(reward, WeightedReward) else reward.reward
+    return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures, rewards.contents)
 
 
 def draw_images(
