@@ -171,7 +171,7 @@ def test_a_reward_that_hangs_or_dies_costs_its_group_only(own_rewards: str, make
         "'exit': its process ended with exit status 3",
         "'crash': its process was ended by a signal (Segmentation fault)",
         "'raise': RuntimeError: no idea (PLACE)",
-        "'nan': ValueError: non-finite score among [nan, nan, nan]",
+        "'nan': returned NaN for picture 1 of 3: return a finite number, or raise where there is none",
     ]
     failures = [re.sub(r"\([^()]*own_rewards\.py, line \d+\)", "(PLACE)", line) for line in scores.failures]
     assert failures == [f"reward {name!r}, prompt {reason}" for reason in reasons]

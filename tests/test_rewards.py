@@ -115,6 +115,7 @@ def test_every_reward_is_called_once_per_group_with_its_own_copies():
     assert (images == pictures()).all() and PROMPTS[1].metadata == {"tag": "t"}
 
 
+FINITE = "return a finite number, or raise where there is none"
 FAILURES = {
     "exits": (lambda n: sys.exit("no weights"), "SystemExit: no weights (HERE)"),
     "raises": (lambda n: 1 / 0, "ZeroDivisionError: division by zero (HERE)"),
@@ -123,9 +124,15 @@ FAILURES = {
         "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1) (HERE)",
     ),
     "two lines": (lambda n: int("a\nb"), "ValueError: invalid literal for int() with base 10: 'a\\nb' (HERE)"),
-    "nan": (lambda n: [0.5] * (n - 1) + [np.nan], "ValueError: non-finite score among [0.5, nan]"),
-    "infinity": (lambda n: [np.inf] * n, "ValueError: non-finite score among [inf, inf]"),
-    "beyond float32": (lambda n: [1e300] * n, "ValueError: non-finite score among [inf, inf]"),
+    "nan": (lambda n: [0.5] * (n - 1) + [np.nan], f"returned NaN for picture 2 of 2: {FINITE}"),
+    "infinity": (
+        lambda n: [np.inf] * n,
+        f"returned infinity, or a number beyond float32, for picture 1 of 2: {FINITE}",
+    ),
+    "beyond float32": (
+        lambda n: [1e300] * n,
+        f"returned infinity, or a number beyond float32, for picture 1 of 2: {FINITE}",
+    ),
     "too few": (lambda n: np.zeros(n - 1), "returned 1 score for 2 pictures"),
     "column": (lambda n: np.zeros((n, 1)), "returned an array of shape (2, 1) instead of 2 scores"),
     "one number": (lambda n: 0.5, "returned one number instead of 2 scores"),

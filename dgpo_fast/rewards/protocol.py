@@ -50,6 +50,16 @@ class Reward(Protocol):
         ...
 
 
+def not_finite(scores: np.ndarray) -> str | None:
+    """Of scores (B,), the first that is not finite, in a phrase; None where there is none."""
+    finite = np.isfinite(scores)
+    if finite.all():
+        return None
+    first = int(np.argmin(finite))
+    what = "NaN" if np.isnan(scores[first]) else "infinity, or a number beyond float32,"
+    return f"returned {what} for picture {first + 1} of {len(scores)}"
+
+
 def require_images(name: str, images: Any) -> None:
     """Raises UserError unless `images` is uint8 (B, H, W, 3): floats in 0..1 would all be scored as black."""
     dtype = getattr(images, "dtype", type(images).__name__)

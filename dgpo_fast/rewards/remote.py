@@ -28,7 +28,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards import golden, png
 from dgpo_fast.rewards.http_client import JsonClient, Reply, Unanswered
-from dgpo_fast.rewards.protocol import REWARD_KEY, require_images
+from dgpo_fast.rewards.protocol import REWARD_KEY, not_finite, require_images
 
 TOKEN_VARIABLE = "DGPO_REWARD_TOKEN"
 _PROMPTS_PER_CHECK = 1000
@@ -133,9 +133,9 @@ class RemoteReward:
         squares = golden.squares()
         try:
             scores, _ = self(squares, [prompt.text] * len(squares), [prompt.metadata] * len(squares))
-            if np.isfinite(scores).all():
+            seen = not_finite(scores)
+            if seen is None:
                 return
-            seen = f"non-finite score among {scores.tolist()}"
         except (Unanswered, ValueError, OverflowError) as error:
             seen = str(error)
         asked = f"{len(squares)} coloured squares and the prompt {shorten(prompt.text)}"

@@ -13,7 +13,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.imports import call, told
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards.device import on_device
-from dgpo_fast.rewards.protocol import REWARD_KEY, Reward
+from dgpo_fast.rewards.protocol import REWARD_KEY, Reward, not_finite
 from dgpo_fast.rewards.registry import fingerprint, load_reward, parse_specs
 from dgpo_fast.wording import counted
 
@@ -229,7 +229,7 @@ def score_group(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -
 
 
 def _valid_scores(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> dict[str, np.ndarray]:
-    """As `score_group`. Raises _NoScores, ValueError for a non-finite score, and whatever the reward raises."""
+    """As `score_group`. Raises _NoScores, and whatever the reward raises."""
     size = len(images)
     # Copies, so that a reward that works in place harms neither the next reward nor the pictures that are shown.
     answer = reward(images.copy(), [prompt.text] * size, [dict(prompt.metadata) for _ in range(size)])
@@ -237,8 +237,9 @@ def _valid_scores(name: str, reward: Reward, images: np.ndarray, prompt: Prompt)
         raise _NoScores("must return scores, or (scores, dictionary of parts)")
     scores, parts = answer if isinstance(answer, tuple) else (answer, {})
     scored = {name: _vector(scores, size, "returned")}
-    if not np.isfinite(scored[name]).all():
-        raise ValueError(f"non-finite score among {scored[name].tolist()}")
+    problem = not_finite(scored[name])
+    if problem:
+        raise _NoScores(f"{problem}: return a finite number, or raise where there is none")
     for part, values in parts.items():
         scored[f"{name}/{part}"] = _vector(values, size, f"part {part!r} is")
     return scored
