@@ -39,6 +39,11 @@ class Architecture:
     clip_tokens: int = CLIP_TOKENS
     folder: Path | None = None
 
+    @property
+    def side(self) -> int:
+        """Height and width of the pictures that it was trained at, in pixels."""
+        return self.transformer["sample_size"] * 2 ** (len(self.vae["block_out_channels"]) - 1)
+
     def build_transformer(self) -> SD3Transformer2DModel:
         """The transformer with diffusers' initial weights, on torch's default device, in its default dtype."""
         return SD3Transformer2DModel.from_config(self.transformer)

@@ -68,12 +68,17 @@ class Trainer:
         self.reward.check_prompts([*self.prompts.train, *self.prompts.held_out])
         if config.data.source == "online":  # of offline groups, each is drawn and scored by one process
             self.reward.check_processes(processes.count, config.rollout.groups)
+        model = read_model(config)
+        self.reward.try_out(
+            [*self.prompts.train, *self.prompts.held_out], (config.rollout.group_size, 1),
+            config.rollout.resolution or model.side,
+        )  # fmt: skip
         self.reward_pool = RewardPool(
             self.reward, workers=count_workers(config.reward_workers, self.device),
             deadline_s=config.reward_deadline_s, device=self.device, note=self.console.note,
         )  # fmt: skip
         dtype = pick_dtype(config.precision, self.device)
-        self.memory = MemoryPlan(read_model(config), self.device, dtype, processes, self.console.note)
+        self.memory = MemoryPlan(model, self.device, dtype, processes, self.console.note)
         config = self.memory.predict(config)
         self.pipeline = make_pipeline(config, device=self.device, dtype=dtype, with_text=False)
         shards = self._shards(config)

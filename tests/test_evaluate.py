@@ -326,12 +326,26 @@ def test_images_do_not_pile_up_in_memory(workspace: Path, monkeypatch: pytest.Mo
 class Flaky:
     """Fails on birds until it is mended."""
 
+    needs_real_pictures = True
+
     broken = "birds"
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         if self.broken in prompts[0]:
             raise RuntimeError("no answer")
         return images.mean((1, 2, 3)) / 255
+
+
+def none_at_all(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> None:
+    """Returns no scores."""
+
+
+def test_a_reward_is_tried_out_before_a_picture_is_drawn(workspace: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"tried out on 1 coloured square for .* returned None instead of 1 score: mend"
+    ):
+        evaluate(["model", *DRAWING, "--rewards", f"{__name__}:none_at_all", "--output", "out"])
+    assert not (workspace / "out").exists()
 
 
 def test_a_failed_score_is_no_zero_and_is_tried_again(

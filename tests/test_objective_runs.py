@@ -202,7 +202,9 @@ def test_groups_that_another_reward_of_the_same_name_scored_are_refused(
 
 
 class Away:
-    """Brightness; does not answer the calls whose numbers are in `away`."""
+    """Brightness; does not answer the calls whose numbers are in `away`. It is not tried out, which would be a call."""
+
+    needs_real_pictures = True
 
     calls = 0
     away = range(0)

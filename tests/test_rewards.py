@@ -215,6 +215,53 @@ def test_a_reward_checks_only_the_prompts_chosen_for_it():
     assert checked == {"mean": ["one", "two"], "length": ["zero", "two"]}
 
 
+TRIED = "tried out on {} for prompt 'zero' (p.txt:1): {}: mend it, or set needs_real_pictures = True in it if it "
+TRIED += "cannot score such pictures (docs/rewards.md)"
+
+
+@pytest.mark.parametrize(
+    ("own", "count", "reason"),
+    [
+        (lambda i, p, m: [i[0].mean() / 255], 6, "returned 1 score for 6 pictures"),
+        (
+            lambda i, p, m: [np.nan if len(i) == 1 else 0.5] * len(i),
+            1,
+            f"returned NaN for picture 1 of 1: {FINITE}",
+        ),
+        (lambda i, p, m: None, 6, "returned None instead of 6 scores"),
+        (lambda i, p, m: [one["tag"] for one in m], 6, "KeyError: 'tag' (HERE)"),
+    ],
+    ids=["of one picture", "of several pictures", "nothing", "of what the prompts lack"],
+)
+def test_own_rewards_are_tried_out_as_they_will_be_asked(own, count, reason):
+    line = message(weighted(mean=mean, own=own).try_out, PROMPTS, (6, 1), 32)
+    squares = "1 coloured square" if count == 1 else f"{count} coloured squares"
+    assert (
+        re.sub(r"\([^()]*test_rewards\.py, line \d+\)", "(HERE)", line)
+        == f"reward 'own', {TRIED.format(squares, reason)}"
+    )
+
+
+def test_what_rewards_are_tried_out_on():
+    """Each of the user's own on squares of the run's size, for the first prompt that is its to score; no other."""
+    seen = []
+
+    class Ranks:
+        def __call__(self, images, prompts, metadata):
+            seen.append((images.shape, prompts[0], images[:, 16, 16].argmax(-1).tolist(), images[0, 0, 0].tolist()))
+            return images.mean((1, 2, 3)).argsort().argsort()
+
+    class Faces(Ranks):
+        needs_real_pictures = True
+
+        def __call__(self, images, prompts, metadata):
+            raise ValueError("no face")
+
+    rewards = weighted(length=Ranks(), faces=Faces(), mean=mean, jpeg=JpegReward(), never=Faces())
+    rewards.try_out([MIXED[1], MIXED[0]], (5, 1), 32)
+    assert seen == [((5, 32, 32, 3), "zero", [0, 1, 2, 0, 0], [225] * 3), ((1, 32, 32, 3), "zero", [0], [225] * 3)]
+
+
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [

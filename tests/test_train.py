@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -244,7 +245,9 @@ class Constant:
 
 
 class Broken:
-    """Never answers."""
+    """Never answers, and is not tried out."""
+
+    needs_real_pictures = True
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         raise RuntimeError("no answer")
@@ -394,6 +397,8 @@ def run_quietly(args: list[str]) -> tuple[int, str, str]:
 class Dead:
     """As `Broken`, of the prompts that name it."""
 
+    needs_real_pictures = True
+
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         raise RuntimeError("gone")
 
@@ -500,6 +505,22 @@ def test_a_reward_that_never_works_leaves_no_folder(workspace: Path) -> None:
     with pytest.raises(UserError, match=r"no image of the evaluation could be scored; .*no answer"):
         train(["small.yaml", "--rewards", f"{__name__}:Broken"])
     assert not (workspace / "runs" / "run").exists()
+
+
+def first_alone(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
+    """Scores the first picture alone, which passes for an evaluation's single ones."""
+    return [images[0].mean() / 255]
+
+
+def test_a_reward_is_tried_out_before_the_model_is_loaded(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgpo_fast.trainer.make_pipeline", Mock(side_effect=AssertionError))
+    with pytest.raises(UserError) as caught:
+        train(["small.yaml", "--rewards", f"{__name__}:first_alone"])
+    assert str(caught.value).startswith(
+        f"reward '{__name__}:first_alone', tried out on 4 coloured squares for prompt 'a cat' (prompts.txt:1): "
+        "returned 1 score for 4 pictures: mend it"
+    )
+    assert not (workspace / "runs").exists()
 
 
 def test_an_unforeseen_error_loses_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ class Drawing:
             )  # fmt: skip
         except UserError as error:  # a run's settings have longer names
             raise UserError(str(error).replace("rollout.", "")) from None
+        reward.try_out(self.prompts, (1,), self.sampler.shape[1] * pipeline.vae_scale_factor)
         schedule = make_schedule(settings.solver, settings.num_inference_steps, settings.shift)
         self.schedule = schedule.to(self.device)
         self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests, **reward.contents}

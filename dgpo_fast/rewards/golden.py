@@ -11,12 +11,13 @@ COLORS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 220), "
 TEXTS = tuple(f"a {color} square" for color in COLORS)
 
 
-def squares() -> np.ndarray:
-    """A square of each of the golden colours on light grey, uint8 (4, 256, 256, 3)."""
+def squares(side: int = 256) -> np.ndarray:
+    """A square of each of the golden colours on light grey, uint8 (4, side, side, 3)."""
+    first, last = (round(side * edge / 256) for edge in (56, 199))
     pictures = []
     for color in COLORS.values():
-        picture = Image.new("RGB", (256, 256), (225, 225, 225))
-        ImageDraw.Draw(picture).rectangle((56, 56, 199, 199), fill=color)
+        picture = Image.new("RGB", (side, side), (225, 225, 225))
+        ImageDraw.Draw(picture).rectangle((first, first, last, last), fill=color)
         pictures.append(np.asarray(picture))
     return np.stack(pictures)
 

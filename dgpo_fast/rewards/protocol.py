@@ -16,7 +16,7 @@ REWARD_KEY = "reward"
 class Reward(Protocol):
     """Scores images against their prompts; a class, a function or any other callable of this shape is one.
 
-    Two methods and four attributes are optional:
+    Two methods and five attributes are optional:
 
     - `check_prompts(prompts: Sequence[Prompt]) -> None` refuses, with a `UserError`, prompts that cannot be scored.
       It is called once, before anything is drawn.
@@ -28,6 +28,8 @@ class Reward(Protocol):
       loaded again in worker processes, which score several groups at a time beside the rollout.
     - `independent_images = True` says that a picture's score does not depend on the pictures beside it, so that
       several processes, workers or trainers, may share a group. A run with fewer groups than processes needs it.
+    - `needs_real_pictures = True` says that it cannot score coloured squares, on which a user's own reward is tried out
+      before a run.
     - `fingerprint: str` tells rewards apart that may be behind one name: kept scores are gone on with under the same
       one only. Without it, the file of a user's module does.
     """

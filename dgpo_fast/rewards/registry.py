@@ -106,6 +106,11 @@ def fingerprint(source: str, reward: Reward) -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
+def is_own(reward: Reward) -> bool:
+    """Whether a reward is a user's own code, not one of this package's, which test themselves."""
+    return not getattr(reward, "__module__", "").startswith("dgpo_fast.")
+
+
 def _load(what: str, source: str) -> Reward:
     if source.startswith(SERVERS):
         from dgpo_fast.rewards.remote import RemoteReward

@@ -12,9 +12,10 @@ import numpy as np
 from dgpo_fast.errors import UserError
 from dgpo_fast.imports import call, told
 from dgpo_fast.prompts.prompt import Prompt, shorten
+from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward, not_finite
-from dgpo_fast.rewards.registry import fingerprint, load_reward, parse_specs
+from dgpo_fast.rewards.registry import fingerprint, is_own, load_reward, parse_specs
 from dgpo_fast.wording import counted
 
 CONTENT = "content of "
@@ -68,6 +69,33 @@ class WeightedReward:
             if check is not None:
                 mine = [prompt for prompt, names in zip(prompts, chosen, strict=True) if name in names]
                 call(f"reward {name!r}", "cannot check the prompts", check, mine)
+
+    def try_out(self, prompts: Sequence[Prompt], counts: Sequence[int], side: int) -> None:
+        """Has each of the user's own rewards score coloured squares for the first prompt that it is chosen for.
+
+        So a wrong answer is found before a model is loaded, not after the pictures of an evaluation, and one of a wrong
+        length though evaluations ask for single pictures. Rewards that say `needs_real_pictures` are left out.
+
+        Args:
+            prompts: those of the run.
+            counts: how many pictures the rewards will be asked for at a time.
+            side: of the pictures, in pixels.
+
+        Raises UserError, one line, where a reward's answer would lose the pictures.
+        """
+        squares = golden.squares(side)
+        for name, reward in self.rewards.items():
+            prompt = next((one for one in prompts if name in self.chosen(one)), None)
+            if prompt is None or not is_own(reward) or getattr(reward, "needs_real_pictures", False):
+                continue
+            for count in counts:
+                answer = score_group(name, reward, squares[np.arange(count) % len(squares)], prompt)
+                if isinstance(answer, str):
+                    raise UserError(
+                        f"reward {name!r}, tried out on {counted(count, 'coloured square')} for {_named(prompt)}: "
+                        f"{answer}: mend it, or set needs_real_pictures = True in it if it cannot score such pictures "
+                        "(docs/rewards.md)"
+                    )
 
     @property
     def dependent_images(self) -> str | None:
