@@ -44,6 +44,9 @@ from dgpo_fast.text import make_prompt_encoder
 from dgpo_fast.version import code_version
 from dgpo_fast.wording import counted, number, resume_command
 
+EQUAL_TOLD = 3
+"""Iterations in a row of equal rewards alone, after which a user is told."""
+
 
 class Trainer:
     """One run: its models, prompts, rewards, optimizer and averages, ready to step.
@@ -107,6 +110,7 @@ class Trainer:
         self.source = self._make_source()
         self.iteration = 0
         self.lost_in_a_row: Counter[str] = Counter()
+        self.equal_in_a_row: int | None = 0  # None once it was told
         self.folder: Path | None = None
         self._describe()
 
@@ -321,6 +325,7 @@ class Trainer:
         groups = self.source.collect(self.iteration)
         self._report_failures(groups)
         metrics = _reward_metrics(groups.scores, groups.scores.rewards.size) | groups.metrics
+        self._count_equal(metrics["groups_equal_count"], int(groups.scores.valid.sum()))
         return (self._batch(groups) if groups.scores.valid.any() else None), metrics
 
     def _batch(self, groups: Groups) -> Batch:
@@ -371,6 +376,18 @@ class Trainer:
             self._count_lost(f"reward {name!r}", bool(np.isfinite(scores.parts[name]).any()), scores.failures)
         self._count_lost("", bool(scores.valid.any()), scores.failures)
 
+    def _count_equal(self, equal: int, scored: int) -> None:
+        """Counts iterations in a row in which all groups that were scored are equal, and says once what that means."""
+        if self.equal_in_a_row is None or not scored:
+            return
+        self.equal_in_a_row = self.equal_in_a_row + 1 if equal == scored else 0
+        if self.equal_in_a_row == EQUAL_TOLD:
+            self.equal_in_a_row = None
+            self.console.note(
+                f"every group of {EQUAL_TOLD} iterations in a row had equal rewards: nothing is learnt from pictures "
+                "that the reward does not tell apart; see whether it can, or stop and mend it"
+            )
+
     def _count_lost(self, reward: str, has_scored: bool, failures: list[str]) -> None:
         """Counts iterations in a row that were lost on a reward, named as in its `failures`, or on none in particular
         where it is empty."""
@@ -401,7 +418,7 @@ class Trainer:
         """The slow average, or the policy itself in a run too short for an average."""
         return self.learner.slow.weights if self.iteration >= self.config.ema.eval_every else self.models.weights
 
-    def _evaluate(self, weights: Weights, on_step: Callable[[float], None] | None) -> Evaluation:
+    def _evaluate(self, weights: Weights, on_step: Callable[[float], None] | None, remedy: str = "") -> Evaluation:
         self.models.load_behaviour(weights)
         with self.processes.waiting("the shards of the evaluation", counted=False):
             result = evaluate(
@@ -413,6 +430,7 @@ class Trainer:
                 on_step,
                 self.processes,
                 sharded=self.models.shards is not None,
+                remedy=remedy,
             )
         if result.failures:
             first, count = result.failures[0], len(result.failures)
@@ -427,7 +445,8 @@ class Trainer:
             return earlier
         images = counted(self.config.evaluation.images, "image")
         with self.console.track(f"before: {images} of held-out prompts") as on_step:
-            before = self._evaluate(self.models.initial_weights(), on_step)
+            again = "; mend it and start the same command again"
+            before = self._evaluate(self.models.initial_weights(), on_step, again)
         if not self.processes.first:
             return None
         before.save(path)
@@ -444,7 +463,8 @@ class Trainer:
         self._save_weights(folder)
         images = counted(self.config.evaluation.images, "image")
         with self.console.track(f"after: {images} of held-out prompts") as on_step:
-            after = self._evaluate(self._evaluated_weights(), on_step)
+            go_on = f"; mend it, then go on with: {resume_command(folder)}"
+            after = self._evaluate(self._evaluated_weights(), on_step, go_on)
         if before is None:
             return  # the first process has it, and writes
         with written_to(folder):

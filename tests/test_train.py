@@ -244,6 +244,12 @@ class Constant:
         return np.full(len(images), np.nan if prompts[0] == "two birds" else 1e6)
 
 
+EQUAL = (
+    "every group of 3 iterations in a row had equal rewards: nothing is learnt from pictures that the reward does not "
+    "tell apart; see whether it can, or stop and mend it\n"
+)
+
+
 class Broken:
     """Never answers, and is not tried out."""
 
@@ -282,6 +288,35 @@ def test_what_was_not_learnt_from_is_told(workspace: Path, capsys: pytest.Captur
     assert lost > 0 and trained.startswith("trained 6 iterations in ")
     assert trained.endswith(f"are in runs/run; {lost} of 18 groups were lost")
     assert look == "look: python -m dgpo_fast.evaluate --side-by-side runs/run"
+
+
+class Varies:
+    """Likes all pictures of a prompt alike but in the iterations, counted from 1, that `differs` holds."""
+
+    differs: tuple[int, ...] = ()
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        done = Path("runs/run/metrics.jsonl")
+        iteration = 1 + (len(read_metrics(done)) if done.exists() else 0)
+        return np.arange(len(images)) if iteration in self.differs else np.zeros(len(images))
+
+
+@pytest.mark.parametrize(("differs", "told_after"), [((), 3), ((2,), 5), ((3, 6), None), ((4,), 3)])
+def test_equal_rewards_are_told_while_the_run_goes_on(
+    differs: tuple[int, ...], told_after: int | None, workspace: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Once, after three iterations in a row."""
+    monkeypatch.setattr(Varies, "differs", differs)
+    told: list[int] = []
+    original = Trainer._log
+    monkeypatch.setattr(
+        Trainer,
+        "_log",
+        lambda self, metrics: told.append(capsys.readouterr().out.count(EQUAL)) or original(self, metrics),
+    )
+    assert train(["small.yaml", "--iterations", "7", "--rewards", f"{__name__}:Varies"]) == 0
+    assert told == [int(number == told_after) for number in range(1, 8)]
 
 
 def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +375,7 @@ def test_a_resumed_run_keeps_its_folder_where_its_mended_reward_fails(
     assert train(["small.yaml"]) == 130
     monkeypatch.setattr(Broken, "fingerprint", "mended", raising=False)
     monkeypatch.setitem(BUILT_IN, "jpeg", f"{__name__}:Broken")
-    with pytest.raises(UserError, match="no image of the evaluation could be scored"):
+    with pytest.raises(UserError, match=r"no image of the evaluation .*; mend it and start the same command again$"):
         train(["--resume", "runs/run"])
     assert load_newest(workspace / "runs/run/checkpoints")[0].iteration == 0
 
@@ -376,6 +411,7 @@ def test_a_reward_that_dies_at_the_end_keeps_no_weights_back(
     ends = finish(start(["-m", "dgpo_fast.train", *args], processes)) if processes > 1 else [run_quietly(args)]
     assert [status for status, _, _ in ends] == [2] * processes
     assert "no image of the evaluation could be scored; the first failure: reward" in ends[0][2]
+    assert "; mend it, then go on with: python -m dgpo_fast.train --resume runs/run" in ends[0][2]
     run = workspace / "runs/run"
     trained = load_file(run / weights)
     assert not (run / "summary.json").exists()
@@ -502,9 +538,11 @@ def test_a_short_run_saves_what_it_trained(workspace: Path) -> None:
 
 
 def test_a_reward_that_never_works_leaves_no_folder(workspace: Path) -> None:
-    with pytest.raises(UserError, match=r"no image of the evaluation could be scored; .*no answer"):
-        train(["small.yaml", "--rewards", f"{__name__}:Broken"])
-    assert not (workspace / "runs" / "run").exists()
+    line = r"^no image of the evaluation could be scored; .*no answer.*; mend it and start the same command again$"
+    for _ in range(2):
+        with pytest.raises(UserError, match=line):
+            train(["small.yaml", "--rewards", f"{__name__}:Broken"])
+        assert not (workspace / "runs" / "run").exists()
 
 
 def first_alone(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:

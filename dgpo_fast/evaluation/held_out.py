@@ -127,6 +127,7 @@ def evaluate(
     on_step: Callable[[float], None] | None = None,
     processes: Processes = ALONE,
     sharded: bool = False,
+    remedy: str = "",
 ) -> Evaluation:
     """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
 
@@ -134,7 +135,8 @@ def evaluate(
     to the last bit on any number of them; all of them get the scores of all images, and the first images. Where the
     sampler's weights are `sharded`, they compute equally often.
 
-    Raises UserError where not one image could be scored. There must be an image for each process.
+    Raises UserError where not one image could be scored, which ends with `remedy`. There must be an image for each
+    process.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     unit = sampler.batch_size if len(chosen) >= sampler.batch_size * processes.count else 1
@@ -151,7 +153,9 @@ def evaluate(
     scores = gather_scores(mine, Share(start, stop, 1), len(chosen), processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)
     if not scores.valid.any():
-        raise SharedError(f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}")
+        raise SharedError(
+            f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}{remedy}"
+        )
     parts = {name: values[:, 0] for name, values in scores.parts.items()}
     rewards = reward if isinstance(reward, WeightedReward) else reward.reward
     return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures, rewards.contents)
