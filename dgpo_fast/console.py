@@ -103,14 +103,17 @@ class Console:
             self.progress.stop()
             self.progress = None
 
-    def before_after(self, before: dict[str, Any], after: dict[str, Any], gain: dict[str, Any] | None) -> None:
-        """The table that ends a run: mean reward on held-out prompts, per tag, with 95 % intervals.
+    def before_after(
+        self, before: dict[str, Any], after: dict[str, Any], gain: dict[str, Any] | None, evaluated: str
+    ) -> None:
+        """The table that ends a run: mean reward on what was evaluated, per tag, with 95 % intervals.
 
         Args:
             before, after: what `Evaluation.summary` gave.
             gain: what `Evaluation.gain` gave; where it is None, the difference of the means is shown.
+            evaluated: which prompts, for the title.
         """
-        title = "reward on held-out prompts, 95 % interval"
+        title = f"reward on {evaluated}, 95 % interval"
         # 80 columns hold it, with the longest of GenEval's tags.
         table = Table("tag", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in ("before", "after", "gain", "prompts", "images"):

@@ -18,7 +18,7 @@ BEFORE, AFTER = "#8a8f98", "#1f6feb"
 
 
 def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: int = 12) -> None:
-    """The first `pairs` held-out prompts, each from the same initial noise before and after, with its rewards."""
+    """The first `pairs` prompts, each from the same initial noise before and after training, with its rewards."""
     pairs = min(pairs, len(before.prompts))
     rows = -(-pairs // PAIRS_PER_ROW)
     figure = Figure(figsize=(3.4 * PAIRS_PER_ROW, 2.35 * rows + 0.3), layout="constrained", dpi=110)
@@ -51,8 +51,17 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], path:
     _save(figure, path)
 
 
-def reward_curve(metrics: list[dict[str, Any]], evaluations: list[tuple[int, dict[str, Any]]], path: Path) -> None:
-    """Mean reward of each iteration's images, and of the evaluations on held-out prompts with their 95 % intervals."""
+def reward_curve(
+    metrics: list[dict[str, Any]], evaluations: list[tuple[int, dict[str, Any]]], evaluated: str, path: Path
+) -> None:
+    """Mean reward of each iteration's images, and of the evaluations, with their 95 % intervals.
+
+    Args:
+        metrics: the lines of `metrics.jsonl`.
+        evaluations: iterations and summaries.
+        evaluated: what these are of, as in "held-out prompts".
+        path: of the picture.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
     axis = figure.subplots()
     points = [(line["iteration"], line["reward_mean"]) for line in metrics if line.get("reward_mean") is not None]
@@ -67,7 +76,7 @@ def reward_curve(metrics: list[dict[str, Any]], evaluations: list[tuple[int, dic
     steps = [step for step, _ in evaluations]
     means = [summary["reward_mean"] for _, summary in evaluations]
     errors = [mean - summary["reward_ci95"][0] for mean, (_, summary) in zip(means, evaluations, strict=True)]
-    axis.errorbar(steps, means, yerr=errors, color=AFTER, marker="o", capsize=4, linewidth=2, label="held-out prompts")
+    axis.errorbar(steps, means, yerr=errors, color=AFTER, marker="o", capsize=4, linewidth=2, label=evaluated)
     axis.set(xlabel="iteration", ylabel="mean reward")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)

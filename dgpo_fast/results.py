@@ -40,7 +40,7 @@ def earlier_evaluation(path: Path, contents: dict[str, str], note: Callable[[str
 
 def write_results(
     folder: Path, before: Evaluation, after: Evaluation, config: Config, source: dict[str, Any], iteration: int,
-    console: Console,
+    console: Console, evaluated: str,
 ) -> None:  # fmt: skip
     """Writes scores, summary and pictures, and shows them.
 
@@ -51,6 +51,7 @@ def write_results(
         source: what the source of the groups says of itself.
         iteration: how many are done.
         console: shows the table and the last lines.
+        evaluated: what before and after are scores on, as in "held-out prompts".
     """
     after.save(folder / AFTER_FILE)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -62,17 +63,18 @@ def write_results(
         "training_s": sum(line["iteration_s"] for line in lines),
         **source,
         "groups_dropped_count": sum(line["groups_dropped_count"] for line in lines),
+        "evaluated_on": evaluated,
         "before": before.summary(),
         "after": after.summary(),
         "gain": after.gain(before),
     }
     write_json(folder / "summary.json", summary)
-    console.before_after(summary["before"], summary["after"], summary["gain"])
+    console.before_after(summary["before"], summary["after"], summary["gain"], evaluated)
     before_after_grid(before, after, folder / "before_after.png")
     middle = [(line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
               for line in lines if "heldout_reward_mean" in line]  # fmt: skip
     evaluations = [(0, summary["before"]), *middle, (iteration, summary["after"])]
-    reward_curve(lines, evaluations, folder / "reward_curve.png")
+    reward_curve(lines, evaluations, evaluated, folder / "reward_curve.png")
     for line in last_lines(summary, lines, config.rollout.group_size, folder):
         console.note(line)
 

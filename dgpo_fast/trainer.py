@@ -444,7 +444,7 @@ class Trainer:
         if self.processes.broadcast(earlier is not None, "the evaluation before training"):
             return earlier
         images = counted(self.config.evaluation.images, "image")
-        with self.console.track(f"before: {images} of held-out prompts") as on_step:
+        with self.console.track(f"before: {images} of {self.prompts.evaluated}") as on_step:
             again = "; mend it and start the same command again"
             before = self._evaluate(self.models.initial_weights(), on_step, again)
         if not self.processes.first:
@@ -462,13 +462,16 @@ class Trainer:
         """
         self._save_weights(folder)
         images = counted(self.config.evaluation.images, "image")
-        with self.console.track(f"after: {images} of held-out prompts") as on_step:
+        with self.console.track(f"after: {images} of {self.prompts.evaluated}") as on_step:
             go_on = f"; mend it, then go on with: {resume_command(folder)}"
             after = self._evaluate(self._evaluated_weights(), on_step, go_on)
         if before is None:
             return  # the first process has it, and writes
         with written_to(folder):
-            write_results(folder, before, after, self.config, self.source.summary(), self.iteration, self.console)
+            write_results(
+                folder, before, after, self.config, self.source.summary(), self.iteration, self.console,
+                self.prompts.evaluated,
+            )  # fmt: skip
 
     def _save_weights(self, folder: Path) -> None:
         """Writes what was trained into the run's folder. All processes must call it together."""

@@ -227,11 +227,30 @@ def test_split_is_disjoint_complete_and_blind_to_order(texts):
     distinct = set(texts)
     if len(distinct) < 5:
         assert "too few prompts" in sets.note and sets.train == prompts and {p.text for p in sets.held_out} == distinct
+        assert sets.evaluated == "training prompts"
         return
     held_out = [p.text for p in sets.held_out]
     assert len(held_out) == len(set(held_out)) == min(7, len(distinct) // 5)
     assert [p.text for p in sets.train] == [text for text in texts if text not in held_out]
     assert split_held_out(prompts[::-1], 7).held_out == sets.held_out
+
+
+@pytest.mark.parametrize(
+    ("prompts", "size", "evaluated"),
+    [
+        (8, 16, "1 held-out prompt (of 8)"),
+        (49, 16, "9 held-out prompts (of 49)"),
+        (50, 16, "held-out prompts"),
+        (49, 9, "held-out prompts"),
+    ],
+    ids=["one", "nine", "enough", "as many as images"],
+)
+def test_few_held_out_prompts_are_counted(prompts, size, evaluated):
+    sets = split_held_out([Prompt(f"prompt {number}") for number in range(prompts)], size)
+    assert sets.evaluated == evaluated
+    assert sets.note == (
+        "" if evaluated == "held-out prompts" else f"evaluation uses {evaluated}: name more with --eval-prompts"
+    )
 
 
 def test_repeated_lines_count_as_repetitions_in_training_only(tmp_path):

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from dgpo_fast.checkpoint import load_newest
 from dgpo_fast.cli import configure
 from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.drawing import describe_prompts
 from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.rewards.registry import BUILT_IN
@@ -317,6 +319,34 @@ def test_equal_rewards_are_told_while_the_run_goes_on(
     )
     assert train(["small.yaml", "--iterations", "7", "--rewards", f"{__name__}:Varies"]) == 0
     assert told == [int(number == told_after) for number in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "evaluated", "described"),
+    [
+        ("a cat\na dog\na tree\n", "training prompts", "training prompts of prompts.txt"),
+        ("".join(f"{number} cats\n" for number in range(8)), "1 held-out prompt (of 8)", "held out of prompts.txt"),
+    ],
+    ids=["none held out", "one"],
+)
+def test_a_run_says_what_it_is_evaluated_on(
+    prompts: str, evaluated: str, described: str, workspace: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In its lines, its table, its summary and its curve."""
+    (workspace / "prompts.txt").write_text(prompts)
+    labels: list[str] = []
+    monkeypatch.setattr("dgpo_fast.results.reward_curve", lambda *args: labels.append(args[2]))
+    assert train(["small.yaml", "--iterations", "1"]) == 0
+    output = capsys.readouterr().out
+    for line in (
+        f"before: 12 images of {evaluated}",
+        f"after: 12 images of {evaluated}",
+        f"reward on {evaluated}, 95 %",
+    ):
+        assert line in output
+    assert labels == [evaluated] == [json.loads(Path("runs/run/summary.json").read_text())["evaluated_on"]]
+    assert describe_prompts(read_settings(["runs/run"])) == described
 
 
 def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from dgpo_fast.evaluation.settings import (
     trained_weights,
 )
 from dgpo_fast.pipeline import changes_text_encoders, find_lora, make_pipeline, merge_lora, pick_device, pick_dtype
-from dgpo_fast.prompts import Prompt, evaluation_prompts, in_turn, load_prompts
+from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_prompts
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
@@ -195,7 +195,10 @@ def describe_prompts(settings: EvaluationSettings) -> str:
     if settings.prompts is not None:
         return settings.prompts
     config = run_config(settings.model)
-    return config.eval_prompts or f"held out of {config.prompts}"
+    if config.eval_prompts:
+        return config.eval_prompts
+    sets = load_prompts(config.prompts, held_out=config.evaluation.images)
+    return f"{TRAINING_PROMPTS if sets.evaluated == TRAINING_PROMPTS else 'held out'} of {config.prompts}"
 
 
 def load_evaluated(

@@ -11,6 +11,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import KINDS, SUFFIXES, in_hash_order, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import geneval_prompts, require_geneval_metadata
 from dgpo_fast.prompts.prompt import (
+    TRAINING_PROMPTS,
     Prompt,
     PromptSets,
     in_proportion,
@@ -22,6 +23,7 @@ from dgpo_fast.prompts.prompt import (
 from dgpo_fast.prompts.signs import sign_prompts
 
 __all__ = [
+    "TRAINING_PROMPTS",
     "Prompt",
     "PromptSets",
     "evaluation_prompts",

@@ -9,11 +9,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.prompt import Prompt, PromptSets, shorten, without
+from dgpo_fast.prompts.prompt import TRAINING_PROMPTS, Prompt, PromptSets, shorten, without
 from dgpo_fast.wording import counted
 
 MAX_LINE_BYTES = 100_000
@@ -26,6 +27,9 @@ SUFFIXES = tuple(CONTENTS)
 KINDS = "a .txt, .jsonl or .csv file"
 COLUMNS = {"prompt": "prompt", "prompts": "prompt", "tag": "tag", "category": "tag"}
 """What the columns of a .csv may be called, in any case, and what they are."""
+
+FEW_HELD_OUT = 10
+"""Below so many held-out prompts, a user is told: means over them say little."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -61,9 +65,13 @@ def split_held_out(prompts: list[Prompt], size: int) -> PromptSets:
     distinct = in_hash_order(prompts)
     if len(distinct) < 5:
         note = f"too few prompts to hold any out ({len(distinct)}): evaluation uses the training prompts"
-        return PromptSets(train=prompts, held_out=distinct, note=note)
+        return PromptSets(train=prompts, held_out=distinct, note=note, evaluated=TRAINING_PROMPTS)
     held_out = distinct[: min(size, len(distinct) // 5)]
-    return PromptSets(train=without(prompts, held_out), held_out=held_out)
+    sets = PromptSets(train=without(prompts, held_out), held_out=held_out)
+    if len(held_out) >= min(size, FEW_HELD_OUT):
+        return sets
+    few = f"{counted(len(held_out), 'held-out prompt')} (of {len(distinct)})"
+    return replace(sets, note=f"evaluation uses {few}: name more with --eval-prompts", evaluated=few)
 
 
 def in_hash_order(prompts: list[Prompt]) -> list[Prompt]:

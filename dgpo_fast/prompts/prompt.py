@@ -41,6 +41,9 @@ class Prompt:
         return json.dumps([self.tag, self.metadata["include"]], sort_keys=True)
 
 
+TRAINING_PROMPTS = "training prompts"
+
+
 @dataclass(frozen=True)
 class PromptSets:
     """Prompts to train on and prompts to evaluate on; no prompt is in both unless `note` says so.
@@ -49,11 +52,13 @@ class PromptSets:
         train: prompts to draw from uniformly. Repetitions are deliberate: they set the mix of tags.
         held_out: prompts for evaluation, one image each; distinct but for tags that have too few.
         note: one line that a user should see, or empty.
+        evaluated: what `held_out` is, in a phrase: `TRAINING_PROMPTS` where they are no others.
     """
 
     train: list[Prompt]
     held_out: list[Prompt]
     note: str = ""
+    evaluated: str = "held-out prompts"
 
 
 def without(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
