@@ -89,7 +89,7 @@ def test_the_table_that_ends_a_run(prompts: int, shown: bool, capsys: pytest.Cap
     texts = [Prompt(f"{n % prompts}", {"tag": "single_object" if n else "colors"}) for n in range(20)]
     rewards = np.linspace(0, 1, 20)
     before, after = (Evaluation(texts, one, np.zeros((20, 2, 2, 3)), {}, []) for one in (rewards / 2, rewards))
-    Console().before_after(before.summary(), after.summary(), after.gain(before))
+    Console().before_after(before.summary(), after.summary(), after.gain(before), "1 held-out prompt (of 8)")
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line.rstrip()) <= 80 and "…" not in line for line in lines)
     (row,) = (line.split() for line in lines if line.split()[:1] == ["all"])
