@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 COLORS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 220), "yellow": (250, 220, 20)}
 TEXTS = tuple(f"a {color} square" for color in COLORS)
@@ -14,17 +13,16 @@ TEXTS = tuple(f"a {color} square" for color in COLORS)
 def squares(side: int = 256) -> np.ndarray:
     """A square of each of the golden colours on light grey, uint8 (4, side, side, 3)."""
     first, last = (round(side * edge / 256) for edge in (56, 199))
-    pictures = []
-    for color in COLORS.values():
-        picture = Image.new("RGB", (side, side), (225, 225, 225))
-        ImageDraw.Draw(picture).rectangle((first, first, last, last), fill=color)
-        pictures.append(np.asarray(picture))
-    return np.stack(pictures)
+    pictures = np.full((len(COLORS), side, side, 3), 225, np.uint8)
+    for picture, color in zip(pictures, COLORS.values(), strict=True):
+        picture[first : last + 1, first : last + 1] = color
+    return pictures
 
 
 def photo() -> np.ndarray:
     """The portrait of Grace Hopper that Matplotlib ships, one person before a flag, uint8 (1, H, W, 3)."""
     from matplotlib import get_data_path
+    from PIL import Image
 
     path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return np.array(Image.open(path).convert("RGB"))[None]
