@@ -69,9 +69,9 @@ class Findings:
             return Finding(claim, "open", f"{start}: no better than the base, so there is nothing to reach.", numbers)
         if ours_s is None:
             return Finding(claim, "does not hold", f"{start}. DGPO did not reach it in {dgpo.x[-1]:.0f} s.", numbers)
-        ratio = theirs_s / max(ours_s, dgpo.x[1])
+        spent = ("training_s", "training_wall_s", "trained_images")
+        ratio, on_the_wall, in_images = (self._ratio(name) for name in spent)
         low, high = self._ratio_interval(dgpo, flow)
-        on_the_wall, in_images = self._ratio("training_wall_s"), self._ratio("trained_images")
         same_time = float(np.interp(dgpo.x[-1], flow.x, flow.mean))
         numbers |= {
             "ratio": ratio, "ratio_interval": [low, high], "ratio_on_the_wall": on_the_wall,
