@@ -249,13 +249,11 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
         if self._is_read:
             return
-        ends, left = time.monotonic() + LINGER_S, self.server.max_body_bytes
+        ends = time.monotonic() + LINGER_S
         self.connection.shutdown(socket.SHUT_WR)
-        while left > 0 and (remaining := ends - time.monotonic()) > 0:
+        while (remaining := ends - time.monotonic()) > 0:
             self.connection.settimeout(remaining)
-            read = len(self.connection.recv(2**16))
-            left -= read
-            if not read:
+            if not self.connection.recv(2**16):
                 return
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

@@ -135,6 +135,23 @@ def test_a_server_that_never_reads_is_given_up() -> None:
             client.post("/x", b" " * 50_000_000)
 
 
+def test_a_refusal_is_read_though_the_server_hangs_up_while_the_body_is_on_its_way() -> None:
+    def refuse(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        connection.recv(1)
+        reason = b'{"error": "too large"}'
+        connection.sendall(b"HTTP/1.1 413 No\r\nContent-Length: %d\r\n\r\n%s" % (len(reason), reason))
+        connection.close()  # what was not read makes it a reset
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=refuse, args=(server,))
+        thread.start()
+        with pytest.raises(Unanswered, match=r"^too large$") as refusal:
+            JsonClient(f"http://127.0.0.1:{server.getsockname()[1]}", attempts=1).post("/x", b" " * 50_000_000)
+        thread.join()
+    assert refusal.value.status == 413
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

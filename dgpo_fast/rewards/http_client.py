@@ -101,7 +101,9 @@ class JsonClient:
         timer.daemon = True
         timer.start()
         try:
-            connection.request(method, self._path + path, body, self._headers())
+            # A server that refuses a body may hang up before it has all of it; its answer, with the reason, is there.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, self._path + path, body, self._headers())
             response = connection.getresponse()
             data = response.read(MAX_REPLY_BYTES + 1)
         finally:
