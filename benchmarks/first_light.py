@@ -11,7 +11,6 @@ tried, and the third prints that log as a table. Further settings are handed on 
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dgpo_fast.profiling.machine import commit
+from dgpo_fast.profiling.machine import commit, cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,9 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit() or "unknown",
@@ -42,23 +39,30 @@ def machine() -> dict[str, Any]:
     }
 
 
+def run_name(recipe: str, seed: int) -> str:
+    """What its folder is called; `recipe` may be a file."""
+    return f"{Path(recipe).stem}-seed{seed}"
+
+
 def run(recipe: str, seed: int, runs_dir: Path, settings: list[str]) -> dict[str, Any]:
     """One whole run as a user starts it: imports, evaluations and saving are in its seconds."""
-    name = f"{recipe}-seed{seed}"
+    name = run_name(recipe, seed)
     command = [sys.executable, "-m", "dgpo_fast.train", recipe, "--seed", str(seed)]
     command += ["--runs-dir", str(runs_dir), "--name", name, *settings]
     started = time.monotonic()
     subprocess.run(command, check=True)
     seconds = time.monotonic() - started
-    summary = json.loads((runs_dir / name / "summary.json").read_text())
-    gain = summary["after"]["reward_mean"] - summary["before"]["reward_mean"]
-    apart = summary["after"]["reward_ci95"][0] > summary["before"]["reward_ci95"][1]
-    return {"seed": seed, "wall_s": round(seconds, 1), "gain": gain, "intervals_apart": apart, **summary}
+    return {"wall_s": round(seconds, 1), **json.loads((runs_dir / name / "summary.json").read_text())}
+
+
+def gain(run: dict[str, Any]) -> float:
+    """How much higher the mean reward of the held-out prompts is."""
+    return run["after"]["reward_mean"] - run["before"]["reward_mean"]
 
 
 def log_search(path: Path, run: dict[str, Any], settings: list[str]) -> None:
     """Adds one tried setting to the log."""
-    kept = {key: run[key] for key in ("seed", "gain", "wall_s", "iterations", "training_s")}
+    kept = {key: run[key] for key in ("seed", "wall_s", "iterations", "training_s")} | {"gain": gain(run)}
     kept |= {when: run[when]["reward_mean"] for when in ("before", "after")}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"settings": " ".join(settings), **kept, "machine": machine()}) + "\n")
@@ -87,24 +91,26 @@ def main() -> None:
     options, settings = parser.parse_known_args(sys.argv[1:] if named else ["tiny-shapes", *sys.argv[1:]])
     folder = RESULTS / ("gpu" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"{options.recipe}_search.jsonl"
+    name = Path(options.recipe).stem
+    log = folder / f"{name}_search.jsonl"
     if options.table:
         print(search_table(log))
         return
+    runs = []
     with tempfile.TemporaryDirectory() as scratch:
-        runs = [run(options.recipe, seed, Path(scratch), settings) for seed in options.seeds]
-        for one in runs:
+        for seed in options.seeds:
+            one = run(options.recipe, seed, Path(scratch), settings)
             before, after = one["before"]["reward_mean"], one["after"]["reward_mean"]
-            print(f"seed {one['seed']}: {before:.3f} → {after:.3f} ({one['gain']:+.3f}) in {one['wall_s']:.0f} s")
+            print(f"seed {seed}: {before:.3f} → {after:.3f} ({gain(one):+.3f}) in {one['wall_s']:.0f} s")
             if options.search:
                 log_search(log, one, settings)
-        if options.search:
-            return
-        for picture in ("before_after.png", "reward_curve.png"):
-            source = Path(scratch) / f"{options.recipe}-seed{options.seeds[0]}" / picture
-            shutil.copy(source, folder / f"{options.recipe}_{picture}")
-    report = {"recipe": options.recipe, "settings": settings, "machine": machine(), "runs": runs}
-    (folder / f"{options.recipe}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+                continue
+            if not runs:
+                for picture in ("before_after.png", "reward_curve.png"):
+                    shutil.copy(Path(scratch) / run_name(options.recipe, seed) / picture, folder / f"{name}_{picture}")
+            runs.append(one)
+            report = {"recipe": options.recipe, "settings": settings, "machine": machine(), "runs": runs}
+            (folder / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
