@@ -96,7 +96,7 @@ def main() -> None:
     if options.table:
         print(search_table(log))
         return
-    runs = []
+    runs, measured_on = [], machine()  # before the results make the checkout differ from its commit
     with tempfile.TemporaryDirectory() as scratch:
         for seed in options.seeds:
             one = run(options.recipe, seed, Path(scratch), settings)
@@ -109,7 +109,7 @@ def main() -> None:
                 for picture in ("before_after.png", "reward_curve.png"):
                     shutil.copy(Path(scratch) / run_name(options.recipe, seed) / picture, folder / f"{name}_{picture}")
             runs.append(one)
-            report = {"recipe": options.recipe, "settings": settings, "machine": machine(), "runs": runs}
+            report = {"recipe": options.recipe, "settings": settings, "machine": measured_on, "runs": runs}
             (folder / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 

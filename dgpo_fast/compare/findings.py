@@ -120,11 +120,8 @@ class Findings:
         return Finding("the timestep clip protects image quality", _verdict(worse, half), sentence, numbers)
 
     def _ratio(self, spent: str) -> float:
-        """How much more Flow-GRPO has spent where it is best than DGPO has where that is reached; NaN if never."""
-        theirs, level = self._curve("flow-grpo", spent).best()
-        dgpo = self._curve("dgpo", spent)
-        ours = dgpo.reaches(level)
-        return theirs / max(ours, dgpo.x[1]) if ours is not None else float("nan")
+        ratio = _times_sooner(self._curve("flow-grpo", spent), self._curve("dgpo", spent))
+        return ratio if ratio is not None else float("nan")
 
     def _curve(self, system: str, spent: str = "training_s") -> Curve:
         runs = self.runs[system]
@@ -144,11 +141,17 @@ class Findings:
     def _ratio_interval(self, dgpo: Curve, flow: Curve) -> tuple[float, float]:
         rng, ratios = np.random.default_rng(0), []
         for _ in range(RESAMPLES):
-            theirs_s, level = (again := flow.resampled(rng)).best()
-            ours_s = dgpo.resampled(rng).reaches(level)
-            ratios.append(theirs_s / max(ours_s, again.x[1]) if ours_s is not None else 0.0)
+            ratios.append(_times_sooner(flow.resampled(rng), dgpo.resampled(rng)) or 0.0)
         low, high = np.quantile(ratios, [0.025, 0.975])
         return float(low), float(high)
+
+
+def _times_sooner(theirs: Curve, ours: Curve) -> float | None:
+    """What was spent where the mean of `theirs` is highest, over what `ours` has spent where it first is as high; None
+    where it never is."""
+    spent, level = theirs.best()
+    reached = ours.reaches(level)
+    return spent / max(reached, ours.x[1]) if reached is not None else None  # the grid knows nothing below one step
 
 
 def _verdict(difference: float, half: float) -> str:

@@ -14,7 +14,7 @@ from dgpo_fast.config import Evaluation as EvaluationConfig
 from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
 from dgpo_fast.distributed.placement import even_ranges
 from dgpo_fast.distributed.scores import gather_scores
-from dgpo_fast.evaluation.statistics import count_prompts, mean_with_ci95
+from dgpo_fast.evaluation.statistics import Mean
 from dgpo_fast.groups import stream_seed
 from dgpo_fast.prompts import Prompt, in_turn
 from dgpo_fast.rewards import RewardPool, WeightedReward
@@ -93,13 +93,12 @@ class Evaluation:
 
 def _scores(rewards: np.ndarray, prompts: Sequence[Prompt]) -> dict:
     """Their mean with its interval, and how many prompts and images it is of."""
-    texts = [prompt.text for prompt in prompts]
-    mean, interval = mean_with_ci95(rewards, texts)
+    found = Mean.of(rewards, prompts)
     return {
-        "reward_mean": mean,
-        "reward_ci95": interval,
-        "prompts": count_prompts(rewards, texts),
-        "images": int(np.isfinite(rewards).sum()),
+        "reward_mean": found.mean,
+        "reward_ci95": found.ci95,
+        "prompts": found.prompts,
+        "images": found.images,
     }
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from dgpo_fast import __version__
 from dgpo_fast.console import Console
 from dgpo_fast.evaluation.folder import CONTACT_SHEET, RESULTS, EvaluationFolder, Row
-from dgpo_fast.evaluation.statistics import count_prompts, geneval_scores, mean_with_ci95
+from dgpo_fast.evaluation.statistics import Mean, geneval_scores
 from dgpo_fast.figures import contact_sheet
 from dgpo_fast.metrics import write_json
 from dgpo_fast.prompts import in_turn
@@ -65,13 +65,12 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
 
 
 def _summary(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    values, texts = column(rows, name), [row.prompt.text for row in rows]
-    mean, interval = mean_with_ci95(values, texts)
+    found = Mean.of(column(rows, name), [row.prompt for row in rows])
     return {
-        "score_mean": mean,
-        "score_ci95": interval,
-        "prompts_count": count_prompts(values, texts),
-        "images_count": int(np.isfinite(values).sum()),
+        "score_mean": found.mean,
+        "score_ci95": found.ci95,
+        "prompts_count": found.prompts,
+        "images_count": found.images,
     }
 
 

@@ -25,7 +25,7 @@ from dgpo_fast.console import Console
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
-from dgpo_fast.evaluation.statistics import count_prompts, mean_with_ci95
+from dgpo_fast.evaluation.statistics import Mean
 from dgpo_fast.metrics import finite
 from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.rewards.weighted import CONTENT
@@ -75,17 +75,16 @@ class Comparison:
         pairs = [self.rows[index] for index in members]
         difference = self.differences(score)[members]
         known = np.isfinite(difference)
-        texts = [row.prompt.text for row, _ in pairs]
-        mean, (low, high) = mean_with_ci95(difference, texts)
+        found = Mean.of(difference, [row.prompt for row, _ in pairs])
         a, b = (column([pair[side] for pair in pairs], score)[known] for side in (0, 1))
         return {
-            "count": int(known.sum()),
-            "prompts": count_prompts(difference, texts),
+            "count": found.images,
+            "prompts": found.prompts,
             "a": float(a.mean()) if known.any() else None,
             "b": float(b.mean()) if known.any() else None,
-            "difference": mean,
-            "low": low,
-            "high": high,
+            "difference": found.mean,
+            "low": found.ci95[0],
+            "high": found.ci95[1],
             "better": int((difference[known] > 0).sum()),
             "same": int((difference[known] == 0).sum()),
             "worse": int((difference[known] < 0).sum()),

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
@@ -38,9 +38,27 @@ def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, lis
     return mean, [mean - half, mean + half]
 
 
-def count_prompts(rewards: np.ndarray, clusters: Sequence[str]) -> int:
-    """How many prompts there are among the images with finite rewards; see `mean_with_ci95`."""
-    return len(set(np.array(clusters)[np.isfinite(rewards)].tolist()))
+class Mean(NamedTuple):
+    """A mean with what it is of.
+
+    Attributes:
+        mean: of the images that have a score.
+        ci95: its 95 % interval, both ends; see `mean_with_ci95`.
+        prompts: how many prompts these images have.
+        images: how many there are.
+    """
+
+    mean: float
+    ci95: list[float]
+    prompts: int
+    images: int
+
+    @classmethod
+    def of(cls, scores: np.ndarray, prompts: Sequence[Prompt]) -> "Mean":
+        """Of N scores, NaN where missing, and the prompt of each."""
+        texts, known = [prompt.text for prompt in prompts], np.isfinite(scores)
+        count = len({text for text, is_known in zip(texts, known, strict=True) if is_known})
+        return cls(*mean_with_ci95(scores, texts), count, int(known.sum()))
 
 
 def geneval_scores(correct: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, Any]:
