@@ -1,7 +1,6 @@
 """The parts of a run and one iteration of it: rollout → reward → advantage → gradient → step."""
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dgpo_fast.engine import Engine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
+from dgpo_fast.group_log import GroupLog
 from dgpo_fast.groups import GroupSampler, advantages, stream_seed
 from dgpo_fast.learner import Learner
 from dgpo_fast.memory import MemoryPlan
@@ -33,7 +33,7 @@ from dgpo_fast.prompts import load_prompts
 from dgpo_fast.random_weights import random_weights_note
 from dgpo_fast.recipes import prompts_note
 from dgpo_fast.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
-from dgpo_fast.rewards import GroupScores, RewardPool, count_workers, load_rewards
+from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout import Sampler
 from dgpo_fast.schedule import make_schedule
 from dgpo_fast.settings import to_dict
@@ -43,9 +43,6 @@ from dgpo_fast.sources.online import OnlineSource, RolloutWorker
 from dgpo_fast.text import make_prompt_encoder
 from dgpo_fast.version import code_version
 from dgpo_fast.wording import counted, number, resume_command
-
-EQUAL_TOLD = 3
-"""Iterations in a row of equal rewards alone, after which a user is told."""
 
 
 class Trainer:
@@ -109,8 +106,7 @@ class Trainer:
         self.learner = Learner(config, self.models, processes, self.phases, self.work, self.console.note)
         self.source = self._make_source()
         self.iteration = 0
-        self.lost_in_a_row: Counter[str] = Counter()
-        self.equal_in_a_row: int | None = 0  # None once it was told
+        self.group_log = GroupLog(self.reward, config.max_lost_iterations, self.console.note)
         self.folder: Path | None = None
         self._describe()
 
@@ -323,9 +319,7 @@ class Trainer:
     def _collect(self) -> tuple[Batch | None, dict[str, Any]]:
         """The iteration's scored groups and what to log of them; no batch where no group could be scored."""
         groups = self.source.collect(self.iteration)
-        self._report_failures(groups)
-        metrics = _reward_metrics(groups.scores, groups.scores.rewards.size) | groups.metrics
-        self._count_equal(metrics["groups_equal_count"], int(groups.scores.valid.sum()))
+        metrics = self.group_log.take(self.iteration + 1, groups.prompts, groups.scores, self.folder) | groups.metrics
         return (self._batch(groups) if groups.scores.valid.any() else None), metrics
 
     def _batch(self, groups: Groups) -> Batch:
@@ -364,41 +358,6 @@ class Trainer:
     def _rollout_weights(self) -> Weights:
         switch = self.config.ema.switch_ema_ref
         return self.models.weights if switch is None or self.iteration < switch else self.learner.old.weights
-
-    def _report_failures(self, groups: Groups) -> None:
-        """Says which groups are dropped. Raises SharedError where a reward has scored nothing, on any process, for too
-        many iterations in a row among those that asked it, or where no group was left of so many."""
-        scores = groups.scores
-        for line in scores.failures:
-            self.console.note(f"iteration {self.iteration + 1}: group dropped: {line}")
-        asked = dict.fromkeys(name for prompt in groups.prompts for name in self.reward.chosen(prompt))
-        for name in asked:
-            self._count_lost(f"reward {name!r}", bool(np.isfinite(scores.parts[name]).any()), scores.failures)
-        self._count_lost("", bool(scores.valid.any()), scores.failures)
-
-    def _count_equal(self, equal: int, scored: int) -> None:
-        """Counts iterations in a row in which all groups that were scored are equal, and says once what that means."""
-        if self.equal_in_a_row is None or not scored:
-            return
-        self.equal_in_a_row = self.equal_in_a_row + 1 if equal == scored else 0
-        if self.equal_in_a_row == EQUAL_TOLD:
-            self.equal_in_a_row = None
-            self.console.note(
-                f"every group of {EQUAL_TOLD} iterations in a row had equal rewards: nothing is learnt from pictures "
-                "that the reward does not tell apart; see whether it can, or stop and mend it"
-            )
-
-    def _count_lost(self, reward: str, has_scored: bool, failures: list[str]) -> None:
-        """Counts iterations in a row that were lost on a reward, named as in its `failures`, or on none in particular
-        where it is empty."""
-        lost = self.lost_in_a_row[reward] = 0 if has_scored else self.lost_in_a_row[reward] + 1
-        if lost < self.config.max_lost_iterations:
-            return
-        in_a_row = f"{counted(lost, 'iteration')} in a row"
-        what = f"{reward} scored nothing in {in_a_row}" if reward else f"no group of {in_a_row} could be scored"
-        last = [line for line in failures if line.startswith(reward)][-1]
-        go_on = f", then go on with: {resume_command(self.folder)}" if self.folder else ""
-        raise SharedError(f"{what}; the last failure: {last}; mend the reward{go_on}")
 
     def _heldout(self) -> dict[str, Any]:
         """Held-out scores between two iterations; where they fail, a note, since the step before them is done."""
@@ -505,19 +464,3 @@ class Trainer:
             self.console.note(random_weights_note(self.config))
         for note in filter(None, (self.prompts.note, prompts_note(self.config))):
             self.console.note(note)
-
-
-def _reward_metrics(scores: GroupScores, images: int) -> dict[str, Any]:
-    kept = scores.rewards[scores.valid].astype(np.float64)
-    metrics: dict[str, Any] = {
-        "reward_mean": float(kept.mean()) if kept.size else None,
-        "reward_std": float(kept.std()) if kept.size else None,
-        "groups_equal_count": int((np.ptp(kept, axis=1) == 0).sum()) if kept.size else 0,
-        "groups_dropped_count": int((~scores.valid).sum()),
-        "images_count": images,
-    }
-    for name, values in scores.parts.items():
-        # A part may be missing for some prompts, and then says nothing of them.
-        present = values[np.isfinite(values) & scores.valid[:, None]]
-        metrics[f"reward/{name}_mean"] = float(present.mean()) if present.size else None
-    return metrics

@@ -1,0 +1,95 @@
+"""What an iteration's scored groups tell: metrics, notes to the user, and the end of a run that learns from none."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dgpo_fast.distributed import SharedError
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import GroupScores, WeightedReward
+from dgpo_fast.wording import counted, resume_command
+
+EQUAL_TOLD = 3
+"""Iterations in a row of equal rewards alone, after which a user is told."""
+
+
+class GroupLog:
+    """Sees the scored groups of each iteration in turn.
+
+    Args:
+        reward: what scores them.
+        most_lost: iterations in a row in which a reward, or all of them, may score nothing.
+        note: told each line that a user should see.
+    """
+
+    def __init__(self, reward: WeightedReward, most_lost: int, note: Callable[[str], None]):
+        self._reward, self._most_lost, self._note = reward, most_lost, note
+        self._lost_in_a_row: Counter[str] = Counter()
+        self._equal_in_a_row: int | None = 0  # None once it was told
+
+    def take(
+        self, iteration: int, prompts: Sequence[Prompt], scores: GroupScores, folder: Path | None
+    ) -> dict[str, Any]:
+        """What to log of an iteration's groups; says which of them are dropped.
+
+        Args:
+            iteration: the number that messages give it.
+            prompts: one per group.
+            scores: theirs, of all processes.
+            folder: the run's, which messages name; None where it has none.
+
+        Raises SharedError where a reward has scored nothing, on any process, for too many iterations in a row among
+        those that asked it, or where no group was left of so many.
+        """
+        for line in scores.failures:
+            self._note(f"iteration {iteration}: group dropped: {line}")
+        asked = dict.fromkeys(name for prompt in prompts for name in self._reward.chosen(prompt))
+        for name in asked:
+            self._count_lost(f"reward {name!r}", bool(np.isfinite(scores.parts[name]).any()), scores.failures, folder)
+        self._count_lost("", bool(scores.valid.any()), scores.failures, folder)
+        metrics = _metrics(scores)
+        self._count_equal(metrics["groups_equal_count"], int(scores.valid.sum()))
+        return metrics
+
+    def _count_equal(self, equal: int, scored: int) -> None:
+        """Counts iterations in a row in which all groups that were scored are equal, and says once what that means."""
+        if self._equal_in_a_row is None or not scored:
+            return
+        self._equal_in_a_row = self._equal_in_a_row + 1 if equal == scored else 0
+        if self._equal_in_a_row == EQUAL_TOLD:
+            self._equal_in_a_row = None
+            self._note(
+                f"every group of {EQUAL_TOLD} iterations in a row had equal rewards: nothing is learnt from pictures "
+                "that the reward does not tell apart; see whether it can, or stop and mend it"
+            )
+
+    def _count_lost(self, reward: str, has_scored: bool, failures: list[str], folder: Path | None) -> None:
+        """Counts iterations in a row that were lost on a reward, named as in its `failures`, or on none in particular
+        where it is empty."""
+        lost = self._lost_in_a_row[reward] = 0 if has_scored else self._lost_in_a_row[reward] + 1
+        if lost < self._most_lost:
+            return
+        in_a_row = f"{counted(lost, 'iteration')} in a row"
+        what = f"{reward} scored nothing in {in_a_row}" if reward else f"no group of {in_a_row} could be scored"
+        last = [line for line in failures if line.startswith(reward)][-1]
+        go_on = f", then go on with: {resume_command(folder)}" if folder else ""
+        raise SharedError(f"{what}; the last failure: {last}; mend the reward{go_on}")
+
+
+def _metrics(scores: GroupScores) -> dict[str, Any]:
+    kept = scores.rewards[scores.valid].astype(np.float64)
+    metrics: dict[str, Any] = {
+        "reward_mean": float(kept.mean()) if kept.size else None,
+        "reward_std": float(kept.std()) if kept.size else None,
+        "groups_equal_count": int((np.ptp(kept, axis=1) == 0).sum()) if kept.size else 0,
+        "groups_dropped_count": int((~scores.valid).sum()),
+        "images_count": scores.rewards.size,
+    }
+    for name, values in scores.parts.items():
+        # A part may be missing for some prompts, and then says nothing of them.
+        present = values[np.isfinite(values) & scores.valid[:, None]]
+        metrics[f"reward/{name}_mean"] = float(present.mean()) if present.size else None
+    return metrics
