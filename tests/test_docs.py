@@ -210,7 +210,7 @@ def test_the_readme_quotes_the_signs() -> None:
 @pytest.mark.parametrize(
     ("script", "document", "lines"),
     [
-        ("comparison_reasons.py", "comparison.md", 27),
+        ("comparison_reasons.py", "comparison.md", 29),
         ("gradient_signal.py", "comparison.md", 13),
         ("rounding.py", "performance.md", 10),
         ("first_light.py", "hyperparameters.md", 24),
