@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from dgpo_fast.engine.timing import best_ms
 
 FASTER_BY = 1.2
-"""A product that is a tenth faster alone made a whole iteration 4 % slower (docs/performance.md), and processors where
-oneDNN pays make it twice as fast."""
+"""A product that is a tenth faster alone has made a whole iteration slower, and processors where oneDNN pays make it
+twice as fast."""
 TIMED_S = 0.1
 _LIBRARY = torch.library.Library("dgpo_fast", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
