@@ -55,15 +55,10 @@ def run(recipe: str, seed: int, runs_dir: Path, settings: list[str]) -> dict[str
     return {"wall_s": round(seconds, 1), **json.loads((runs_dir / name / "summary.json").read_text())}
 
 
-def gain(run: dict[str, Any]) -> float:
-    """How much higher the mean reward of the held-out prompts is."""
-    return run["after"]["reward_mean"] - run["before"]["reward_mean"]
-
-
 def log_search(path: Path, run: dict[str, Any], settings: list[str]) -> None:
     """Adds one tried setting to the log."""
-    kept = {key: run[key] for key in ("seed", "wall_s", "iterations", "training_s")} | {"gain": gain(run)}
-    kept |= {when: run[when]["reward_mean"] for when in ("before", "after")}
+    kept = {key: run[key] for key in ("seed", "wall_s", "iterations", "training_s")}
+    kept |= {scores: run[scores]["reward_mean"] for scores in ("before", "after", "gain")}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"settings": " ".join(settings), **kept, "machine": machine()}) + "\n")
 
@@ -100,8 +95,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for seed in options.seeds:
             one = run(options.recipe, seed, Path(scratch), settings)
-            before, after = one["before"]["reward_mean"], one["after"]["reward_mean"]
-            print(f"seed {seed}: {before:.3f} → {after:.3f} ({gain(one):+.3f}) in {one['wall_s']:.0f} s")
+            before, after, gain = (one[scores]["reward_mean"] for scores in ("before", "after", "gain"))
+            print(f"seed {seed}: {before:.3f} → {after:.3f} ({gain:+.3f}) in {one['wall_s']:.0f} s")
             if options.search:
                 log_search(log, one, settings)
                 continue

@@ -8,7 +8,6 @@ the table of docs/rewards.md.
 
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from dgpo_fast.profiling.machine import commit
 from dgpo_fast.prompts import Prompt, load_prompts
 from dgpo_fast.rewards.ocr import OcrReward, normalise, similarity
 from dgpo_fast.tiny import data
@@ -64,14 +64,12 @@ def measure(read: Reader, images: np.ndarray, prompts: list[Prompt]) -> dict[str
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
     packages = {package: version(package) for package in ("rapidocr", "onnxruntime", "numpy", "pillow")}
     return {
         "cpu": processor(),
         "python": platform.python_version(),
         **packages,
-        "commit": commit or "unknown",
+        "commit": commit() or "unknown",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
