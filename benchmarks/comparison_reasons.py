@@ -3,7 +3,7 @@
     python benchmarks/comparison_reasons.py [--seeds 0 1] [--only "three times" untrained …]
     python benchmarks/comparison_reasons.py --table
 
-The timestep clip: in `dgpo_fast.compare` the rollouts' grid (DPM-Solver++, 8 steps, shift 3) ends at σ = 0.30, and
+The timestep clip: in `benchmarks.compare` the rollouts' grid (DPM-Solver++, 8 steps, shift 3) ends at σ = 0.30, and
 leaving the clip out adds this one noise level. The Euler solver's grid of 8 steps ends at σ = 0.009: with and without
 the clip on that grid; and on the comparison's own grid, trained three times as long.
 
@@ -35,13 +35,13 @@ from typing import Any
 import numpy as np
 from first_light import RESULTS, machine
 
-from dgpo_fast import recipes
-from dgpo_fast.compare.curves import mean_interval
-from dgpo_fast.compare.quality import PatchBank, diversity
-from dgpo_fast.compare.run import QUALITY_IMAGES, Run, perform
-from dgpo_fast.compare.systems import NORMAL, SYSTEMS, Scale, System, configuration
+from dgpo_fast.config import recipes
+from benchmarks.compare.curves import mean_interval
+from benchmarks.compare.quality import PatchBank, diversity
+from benchmarks.compare.run import QUALITY_IMAGES, Run, perform
+from benchmarks.compare.systems import NORMAL, SYSTEMS, Scale, System, configuration
 from dgpo_fast.config import Config
-from dgpo_fast.schedule import make_schedule
+from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.trainer import Trainer
 
 PATH = RESULTS / "cpu/comparison_reasons.json"
@@ -67,7 +67,7 @@ class Arm:
 
     @property
     def scale(self) -> Scale:
-        """As `dgpo_fast.compare` has it."""
+        """As `benchmarks.compare` has it."""
         return replace(NORMAL, group_size=self.group_size, steps=self.steps)
 
 

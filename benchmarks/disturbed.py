@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from dgpo_fast.metrics import read_metrics
+from dgpo_fast.run.metrics import read_metrics
 from tests.distributed_runs import make_workspace
 from tests.pipelines import save_random_pipeline
 from tests.processes import environments

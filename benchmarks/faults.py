@@ -29,7 +29,7 @@ import psutil
 
 from benchmarks.disturbed import TRAIN, Run, comparable, workspace
 from benchmarks.pages import replace_part
-from dgpo_fast.metrics import read_metrics, write_json
+from dgpo_fast.run.metrics import read_metrics, write_json
 from tests.distributed_runs import Brightness
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def train_and_break(what: str, arguments: list[str]) -> int:
     """A run in whose third iteration process 1 has a NaN in its gradient, or a flipped bit in a weight."""
     import torch
 
-    from dgpo_fast.cli import run_command
+    from dgpo_fast.config.command_line import run_command
     from dgpo_fast.objectives.dgpo import DGPOObjective
     from dgpo_fast.train import train
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dgpo_fast.cli import configure
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.evaluation.held_out import draw_images
 from dgpo_fast.evaluation.statistics import mean_with_ci95
 from dgpo_fast.prompts import in_turn

@@ -2,7 +2,7 @@
 
     python benchmarks/gradient_signal.py [--batches 16]
 
-Each system of `dgpo_fast.compare` draws independent batches of 16 groups of 16 images with the shipped pipeline's own
+Each system of `benchmarks.compare` draws independent batches of 16 groups of 16 images with the shipped pipeline's own
 weights and computes the gradient of each. What two gradients of independent batches share is signal, the rest noise:
 the signal's share of a squared gradient is the mean inner product of two of them over the mean squared norm. That of
 Flow-GRPO is also taken apart by the steps of its rollout.
@@ -23,11 +23,11 @@ import torch
 from first_light import RESULTS, machine
 from torch import Tensor
 
-from dgpo_fast.compare.systems import NORMAL, SYSTEMS, configuration
+from benchmarks.compare.systems import NORMAL, SYSTEMS, configuration
 from dgpo_fast.objectives import Batch, Objective
 from dgpo_fast.objectives.flow_grpo import FlowGRPOObjective
-from dgpo_fast.policy import PolicyModels, Weights
-from dgpo_fast.rollout import batch_slices
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.rollout.sampler import batch_slices
 from dgpo_fast.trainer import Trainer
 
 COMPARED = ("dgpo", "dgpo-sde", "dpo", "flow-grpo")

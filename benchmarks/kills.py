@@ -27,9 +27,9 @@ from typing import Any
 
 from benchmarks.disturbed import comparable, workspace
 from benchmarks.pages import replace_part
-from dgpo_fast.checkpoint import load_newest
+from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import write_json
+from dgpo_fast.run.metrics import write_json
 from tests.processes import environments
 
 RESULTS = Path(__file__).parent / "results/cpu/kills.json"
@@ -44,7 +44,7 @@ Processes = list[ForkServerProcess]
 
 def train_as(environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
     """What each process runs."""
-    from dgpo_fast.cli import run_command
+    from dgpo_fast.config.command_line import run_command
     from dgpo_fast.train import train
 
     os.environ.update(environment)

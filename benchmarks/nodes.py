@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.disturbed import comparable, without_names, workspace
 from benchmarks.pages import replace_part
-from dgpo_fast.metrics import read_metrics, write_json
+from dgpo_fast.run.metrics import read_metrics, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu/nodes.json"

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from dgpo_fast.profiling.machine import commit
 from dgpo_fast.prompts import Prompt, load_prompts
-from dgpo_fast.rewards.ocr import OcrReward, normalise, similarity
+from dgpo_fast.rewards.shipped.ocr import OcrReward, normalise, similarity
 from dgpo_fast.tiny import data
 
 Reader = Callable[[np.ndarray], list[str]]

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from dgpo_fast.rewards import golden, load_rewards, png
+from dgpo_fast.rewards import golden, load_rewards
+from dgpo_fast.rewards.remote import png
 from dgpo_fast.rewards.protocol import Reward
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "reward_server.json"

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from first_light import RESULTS, machine
 
-from dgpo_fast.cli import configure
-from dgpo_fast.metrics import read_metrics
-from dgpo_fast.prompt_cache import PromptCache
+from dgpo_fast.config.command_line import configure
+from dgpo_fast.run.metrics import read_metrics
+from dgpo_fast.models.prompt_cache import PromptCache
 from dgpo_fast.rewards import RewardPool
-from dgpo_fast.text import PromptEncoder
+from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.trainer import Trainer
 
 PROMPTS = 64

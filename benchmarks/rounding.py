@@ -26,9 +26,9 @@ import torch
 from first_light import RESULTS, machine
 from torch import Tensor
 
-from dgpo_fast.cli import configure
-from dgpo_fast.optimizers import Bf16Optimizer
-from dgpo_fast.rounding import NearestRounding, Rounding
+from dgpo_fast.config.command_line import configure
+from dgpo_fast.learning.optimizers import Bf16Optimizer
+from dgpo_fast.learning.rounding import NearestRounding, Rounding
 from dgpo_fast.trainer import Trainer
 
 ARMS = ("fp32", "bf16_master", "bf16_stochastic", "bf16_nearest")

@@ -33,7 +33,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from dgpo_fast.metrics import read_metrics, write_json
+from dgpo_fast.run.metrics import read_metrics, write_json
 
 RESULTS = Path(__file__).parent / "results/cpu"
 CHECKPOINT_EVERY_S = 60.0

@@ -40,10 +40,10 @@ from benchmarks.paired import paired
 from benchmarks.savings import CHANGES, EQUAL_GROUPS, SAVINGS, names
 from benchmarks.systems import OURS, Comparison, Ours, by_phase, empty_cache, in_words, quantiles, timed
 from benchmarks.throughput_tables import read_report, with_tables, write_tables
-from dgpo_fast.cli import configure, quieten_libraries
+from dgpo_fast.config.command_line import configure, quieten_libraries
 from dgpo_fast.engine.choices import memory_gib
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import write_json
+from dgpo_fast.run.metrics import write_json
 from dgpo_fast.profiling.machine import device_row, versions
 from dgpo_fast.profiling.power import PowerMeter
 from dgpo_fast.profiling.rates import measure_rates

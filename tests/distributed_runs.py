@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import yaml
 
-from dgpo_fast.cli import configure
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.config import Config
 from dgpo_fast.distributed import Processes, connect
-from dgpo_fast.metrics import read_metrics
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
 PROMPTS = "a cat\na dog\na house\nbig red car\ntwo birds\na tree\na river\na boat\na hill\na door\n"

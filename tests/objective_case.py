@@ -7,10 +7,10 @@ import torch
 
 from dgpo_fast.config import DGPO, Config, Policy, Rollout
 from dgpo_fast.objectives import Batch, load_objective
-from dgpo_fast.pipeline import load_pipeline
-from dgpo_fast.policy import PolicyModels
-from dgpo_fast.schedule import make_schedule
-from dgpo_fast.text import PromptEncoder
+from dgpo_fast.models.loading import load_pipeline
+from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.rollout.schedule import make_schedule
+from dgpo_fast.models.prompt_encoder import PromptEncoder
 
 CPU = torch.device("cpu")
 GROUPS, SIZE = 3, 4

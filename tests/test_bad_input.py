@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_fast.cli import run_command
+from dgpo_fast.config.command_line import run_command
 from dgpo_fast.train import train
 from dgpo_fast.wording import runs_there
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo_fast import checkpoint
-from dgpo_fast.checkpoint import CheckpointWriter, load_newest, save_checkpoint
+from dgpo_fast.run import checkpoint
+from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest, save_checkpoint
 from dgpo_fast.errors import UserError
-from dgpo_fast.lock import FolderLock
+from dgpo_fast.run.folder import FolderLock
 
 
 def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -81,7 +81,7 @@ def test_iterations_are_sorted_as_numbers(tmp_path: Path) -> None:
 SAVE_FOREVER = """
 import itertools, sys, torch
 from pathlib import Path
-from dgpo_fast.checkpoint import CheckpointWriter, load_newest
+from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
 writer = CheckpointWriter(Path(sys.argv[1]), keep=2, info={})
 print("ready", flush=True)
 for iteration in itertools.count(int(sys.argv[2])):
@@ -143,7 +143,7 @@ def test_a_malicious_manifest_is_passed_over_in_one_line(manifest: str, tmp_path
 
 def test_a_folder_is_locked_by_one_process_and_free_after_its_death(tmp_path: Path) -> None:
     holding = (
-        f"from pathlib import Path; from dgpo_fast.lock import FolderLock; l = FolderLock(Path({str(tmp_path)!r}))"
+        f"from pathlib import Path; from dgpo_fast.run.folder import FolderLock; l = FolderLock(Path({str(tmp_path)!r}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{holding}; print('held', flush=True); input()"],

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from dgpo_fast.compare.__main__ import compare
-from dgpo_fast.compare.curves import curve, mean_interval
-from dgpo_fast.compare.findings import Findings
-from dgpo_fast.compare.plan import LR_STEP, Plan, choose, draw_run, fitted, from_json, next_run, to_json
-from dgpo_fast.compare.quality import PatchBank, diversity, rendered
-from dgpo_fast.compare.report import update_document, write_report
-from dgpo_fast.compare.run import Run, finished_result, perform
-from dgpo_fast.compare.systems import QUICK, SYSTEMS, configuration
+from benchmarks.compare.__main__ import compare
+from benchmarks.compare.curves import curve, mean_interval
+from benchmarks.compare.findings import Findings
+from benchmarks.compare.plan import LR_STEP, Plan, choose, draw_run, fitted, from_json, next_run, to_json
+from benchmarks.compare.quality import PatchBank, diversity, rendered
+from benchmarks.compare.report import update_document, write_report
+from benchmarks.compare.run import Run, finished_result, perform
+from benchmarks.compare.systems import QUICK, SYSTEMS, configuration
 from dgpo_fast.errors import UserError
-from dgpo_fast.settings import flat
+from dgpo_fast.config.reading import flat
 from dgpo_fast.tiny import data
 
 ALL = tuple(SYSTEMS)
@@ -321,7 +321,7 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     """SIGKILL to it and its workers after the first run; the same command repeats nothing and ends with the figures.
     With more seeds it does what is new, with fewer or other settings nothing."""
     all_seeds = [
-        sys.executable, "-m", "dgpo_fast.compare", "--quick", "--systems", "dgpo", "flow-grpo", "--runs-dir", "runs",
+        sys.executable, "-m", "benchmarks.compare", "--quick", "--systems", "dgpo", "flow-grpo", "--runs-dir", "runs",
     ]  # fmt: skip
     command = [*all_seeds, "--seeds", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)

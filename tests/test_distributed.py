@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dgpo_fast import trainer
-from dgpo_fast.cli import configure
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import ALONE, Processes
 from dgpo_fast.errors import UserError
 from tests.distributed_runs import SCENARIOS, make_workspace, run

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from benchmarks.pages import part
-from dgpo_fast.cli import configure, take_option
-from dgpo_fast.compare.report import with_parts
+from dgpo_fast.config.command_line import configure, take_option
+from benchmarks.compare.report import with_parts
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluate import take_sources
+from dgpo_fast.evaluation.command import take_sources
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.recipes import markdown_table
+from dgpo_fast.config.recipes import markdown_table
 from dgpo_fast.rewards import load_rewards
-from dgpo_fast.settings import setting_names
+from dgpo_fast.config.reading import setting_names
 from dgpo_fast.tiny.data import all_prompts
 from dgpo_fast.train import MAY_CHANGE, MUST_STAY, train
 
@@ -171,7 +171,7 @@ def test_the_tables_of_speed_are_those_of_the_results() -> None:
 
 
 def test_the_comparison_shows_its_results() -> None:
-    """Figures, tables and findings in docs/comparison.md are those that `python -m dgpo_fast.compare` wrote."""
+    """Figures, tables and findings in docs/comparison.md are those that `python -m benchmarks.compare` wrote."""
     results, document = ROOT / "benchmarks/results/cpu/compare", ROOT / "docs/comparison.md"
     text = document.read_text(encoding="utf-8")
     if results.exists():
@@ -189,7 +189,7 @@ def test_the_faults_are_those_of_the_files(script: str) -> None:
 
 
 def test_the_readme_quotes_the_comparison() -> None:
-    """The sentence on Flow-GRPO has the numbers of `python -m dgpo_fast.compare`."""
+    """The sentence on Flow-GRPO has the numbers of `python -m benchmarks.compare`."""
     report = json.loads((ROOT / "benchmarks/results/cpu/compare/compare.json").read_text(encoding="utf-8"))
     findings = report["findings"]
     numbers = findings[0]["numbers"]

@@ -20,19 +20,19 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from dgpo_fast.cli import run_command
+from dgpo_fast.config.command_line import run_command
 from dgpo_fast.config import Policy
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluate import evaluate
+from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation import drawing
 from dgpo_fast.evaluation.folder import NEEDED, EvaluationFolder, Row
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.report import score_names
 from dgpo_fast.evaluation.settings import read_settings
-from dgpo_fast.pipeline import find_lora, load_pipeline, merge_lora
-from dgpo_fast.policy import PolicyModels
+from dgpo_fast.models.loading import find_lora, load_pipeline, merge_lora
+from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.rewards import png
+from dgpo_fast.rewards.remote import png
 from dgpo_fast.train import train
 from tests.pipelines import save_random_pipeline
 from tests.processes import heed_ctrl_c

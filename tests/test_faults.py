@@ -13,10 +13,10 @@ FAULTS = """
 import json, math, sys
 from pathlib import Path
 import torch
-from dgpo_fast.cli import configure
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import connect
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import read_metrics
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
 us = connect(120)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_fast.rewards.geneval_rules import Detection, keep, relations, score
+from dgpo_fast.rewards.shipped.geneval_rules import Detection, keep, relations, score
 
 TWO_CLOCKS = {"include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}
 RED_CAR = {"include": [{"class": "car", "count": 1, "color": "red"}]}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.rewards import http_client
-from dgpo_fast.rewards.http_client import JsonClient, Unanswered
+from dgpo_fast.rewards.remote import http_client
+from dgpo_fast.rewards.remote.http_client import JsonClient, Unanswered
 from tests.servers import answering, free_port
 
 

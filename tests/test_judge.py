@@ -16,8 +16,9 @@ import yaml
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.rewards import golden, http_client, load_rewards, png
-from dgpo_fast.rewards.judge import PRESETS, JudgeReward, JudgeSettings
+from dgpo_fast.rewards import golden, load_rewards
+from dgpo_fast.rewards.remote import http_client, png
+from dgpo_fast.rewards.remote.judge import PRESETS, JudgeReward, JudgeSettings
 from tests.servers import answering, free_port
 
 LEVELS = {"excellent": 5.0, "good": 4.0, "fair": 3.0, "poor": 2.0, "bad": 1.0}

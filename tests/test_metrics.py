@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dgpo_fast.config import Log
-from dgpo_fast.metrics import Loggers, MetricsFile, Phases, read_metrics, write_json
+from dgpo_fast.run.metrics import Loggers, MetricsFile, Phases, read_metrics, write_json
 
 
 def test_lines_after_a_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dgpo_fast.checkpoint import load_newest
+from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.errors import UserError
-from dgpo_fast.learner import Learner
-from dgpo_fast.metrics import read_metrics
+from dgpo_fast.learning.learner import Learner
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def test_offline_groups_serve_other_runs(workspace: Path, monkeypatch: pytest.Mo
     files = sorted(Path("groups").glob("*.safetensors"))
     assert [read_x0(file).shape[0] for file in files] == [12, 12, 8]
     before = {path: path.stat().st_mtime_ns for path in Path("groups").iterdir()}
-    monkeypatch.setattr("dgpo_fast.sources.online.RolloutWorker.draw", None)
+    monkeypatch.setattr("dgpo_fast.rollout.online.RolloutWorker.draw", None)
     reuse = ["small.yaml", *OFFLINE, "--data.folder", "groups", "--seed", "5", "--objective", "diffusion_dpo"]
     assert train([*reuse, "--name", "second"]) == 0
     assert {path: path.stat().st_mtime_ns for path in Path("groups").iterdir()} == before

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.distributions import Normal
 
-from dgpo_fast.architecture import read_architecture
+from dgpo_fast.models.architecture import read_architecture
 from dgpo_fast.config import Config, Data, DiffusionDPO, Distributed, Engine, FlowGRPO, Policy, Rollout
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.engine.batches import batch_sizes
@@ -30,10 +30,10 @@ from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective, best_and_worst
 from dgpo_fast.objectives.flow_grpo import diffusion
 from dgpo_fast.objectives.levels import predict_levels
-from dgpo_fast.rollout import predict, sample_latents
-from dgpo_fast.schedule import Schedule, _stochastic_steps, make_schedule
-from dgpo_fast.stochastic import StepNoise, Transitions, gaussian_log_prob
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.rollout.sampler import predict, sample_latents
+from dgpo_fast.rollout.schedule import Schedule, _stochastic_steps, make_schedule
+from dgpo_fast.rollout.step_noise import StepNoise, Transitions, gaussian_log_prob
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 from tests.objective_case import GROUPS, SIZE, Case, make_config
 
 PACKAGE = Path(__file__).parents[1] / "dgpo_fast"
@@ -653,8 +653,8 @@ def test_an_objective_from_outside_is_treated_as_it_declares(random_pipeline: Pa
         ({"objective": "nowhere:Mine"}, "objective 'nowhere:Mine': no module 'nowhere' in the working folder or among"),
         ({"objective": "dgpo_fast.config:DGPO"}, "objective 'dgpo_fast.config:DGPO' cannot be made: ValidationError: "),
         (
-            {"objective": "dgpo_fast.settings:flat"},
-            "objective 'dgpo_fast.settings:flat' has no `needs_transitions`",
+            {"objective": "dgpo_fast.config.reading:flat"},
+            "objective 'dgpo_fast.config.reading:flat' has no `needs_transitions`",
         ),
         ({"objective": "flow_grpo"}, "objective 'flow_grpo' learns from the noise of the rollout's steps and rollout."),
         (

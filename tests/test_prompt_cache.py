@@ -13,12 +13,12 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from dgpo_fast import pipeline as pipeline_module
-from dgpo_fast import text as text_module
+from dgpo_fast.models import loading as pipeline_module
+from dgpo_fast.models import prompt_encoder as text_module
 from dgpo_fast.errors import UserError
-from dgpo_fast.pipeline import lacks_text_encoders, load_pipeline, text_encoders
-from dgpo_fast.prompt_cache import PromptCache, content_digest, default_folder
-from dgpo_fast.text import PromptEncoder, cache_scope
+from dgpo_fast.models.loading import lacks_text_encoders, load_pipeline, text_encoders
+from dgpo_fast.models.prompt_cache import PromptCache, content_digest, default_folder
+from dgpo_fast.models.prompt_encoder import PromptEncoder, cache_scope
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -127,7 +127,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from dgpo_fast import prompt_cache
-from dgpo_fast.prompt_cache import PromptCache
+from dgpo_fast.models.prompt_cache import PromptCache
 
 folder = Path(sys.argv[1])
 
@@ -199,8 +199,8 @@ assert len(notes) == 1 and "Read-only file system" in notes[0], notes
 """
 
 TOGETHER = """
-from dgpo_fast.pipeline import load_pipeline
-from dgpo_fast.text import PromptEncoder
+from dgpo_fast.models.loading import load_pipeline
+from dgpo_fast.models.prompt_encoder import PromptEncoder
 
 model, start = sys.argv[2], time.monotonic() + 1
 cpu, texts = torch.device("cpu"), [f"a {chr(97 + n % 26)} {n}" for n in range(40)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.lock import FolderLock
+from dgpo_fast.run.folder import FolderLock
 from dgpo_fast.train import read_start, train
 
 ARGS = ["small.yaml", "--iterations", "2"]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import GroupScores, RewardPool, WeightedReward, count_workers, load_rewards
-from dgpo_fast.rewards.ocr import OcrReward
+from dgpo_fast.rewards.shipped.ocr import OcrReward
 from tests.processes import heed_ctrl_c
 
 CPU = torch.device("cpu")

@@ -13,14 +13,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dgpo_fast.cli import configure, run_command
+from dgpo_fast.config.command_line import configure, run_command
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import read_metrics
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.rewards import golden, http_client
+from dgpo_fast.rewards import golden
+from dgpo_fast.rewards.remote import http_client
 from dgpo_fast.rewards.registry import load_reward
-from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
-from dgpo_fast.sources.online import OnlineSource
+from dgpo_fast.rewards.remote.client import TOKEN_VARIABLE, RemoteReward
+from dgpo_fast.rollout.online import OnlineSource
 from dgpo_fast.tiny import data
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
@@ -260,7 +261,7 @@ def test_every_fault_of_a_server_costs_a_group_and_the_run_reaches_its_end(
 
     with answering(answer) as url:
         (workspace / "far.py").write_text(
-            "from dgpo_fast.rewards.remote import RemoteReward\n"
+            "from dgpo_fast.rewards.remote.client import RemoteReward\n"
             f"def reward():\n    return RemoteReward({url!r}, deadline_s=0.5)\n"
         )
         monkeypatch.syspath_prepend(str(workspace))

@@ -26,13 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dgpo_fast.cli import run_command
+from dgpo_fast.config.command_line import run_command
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.reward_server import serve
-from dgpo_fast.rewards import WeightedReward, golden, load_rewards, png
-from dgpo_fast.rewards.http_client import JsonClient, Reply, Unanswered
-from dgpo_fast.rewards.remote import TOKEN_VARIABLE, RemoteReward
+from dgpo_fast.rewards.serving.server import serve
+from dgpo_fast.rewards import WeightedReward, golden, load_rewards
+from dgpo_fast.rewards.remote import png
+from dgpo_fast.rewards.remote.http_client import JsonClient, Reply, Unanswered
+from dgpo_fast.rewards.remote.client import TOKEN_VARIABLE, RemoteReward
 from tests.servers import Process, answering, free_port, reward_server, wait_for
 
 TOKEN = "0123456789abcdef-token"
@@ -757,7 +758,7 @@ def test_the_documented_server_of_ones_own_is_one(tmp_path: Path) -> None:
 def test_the_client_is_light() -> None:
     """Its module brings neither torch nor the server."""
     code = (
-        "import sys, dgpo_fast.rewards.remote, dgpo_fast.rewards.judge; "
+        "import sys, dgpo_fast.rewards.remote.client, dgpo_fast.rewards.remote.judge; "
         "assert not {'torch', 'transformers', 'dgpo_fast.reward_server'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.pipeline import load_pipeline
-from dgpo_fast.rollout import Sampler, initial_noise, latent_shape
-from dgpo_fast.schedule import make_schedule, make_scheduler
-from dgpo_fast.text import PromptEncoder
+from dgpo_fast.models.loading import load_pipeline
+from dgpo_fast.rollout.sampler import Sampler, initial_noise, latent_shape
+from dgpo_fast.rollout.schedule import make_schedule, make_scheduler
+from dgpo_fast.models.prompt_encoder import PromptEncoder
 
 PROMPTS = ["a cat", "two birds", "a house", "big red car", "a cat"]
 

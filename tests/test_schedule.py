@@ -7,7 +7,7 @@ from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_fast.schedule import make_schedule, make_scheduler
+from dgpo_fast.rollout.schedule import make_schedule, make_scheduler
 
 
 def solve(solver: str, steps: int, shift: float, x: torch.Tensor) -> torch.Tensor:

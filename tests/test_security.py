@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dgpo_fast.cli import configure
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import read_prompts
 
@@ -90,7 +90,7 @@ def test_malicious_model(what: str, tmp_path: Path, random_pipeline: Path, monke
     """A pipeline whose files are pickles, or that names code of its own, is refused and runs nothing."""
     import torch
 
-    from dgpo_fast.pipeline import load_pipeline
+    from dgpo_fast.models.loading import load_pipeline
 
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluate import evaluate
+from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row
 from dgpo_fast.evaluation.side_by_side import choose_pairs, read_comparison, write_page
 from dgpo_fast.prompts import Prompt

@@ -17,8 +17,8 @@ from benchmarks.throughput_tables import (
     savings_table,
     targets_table,
 )
-from dgpo_fast.architecture import sd35_medium
-from dgpo_fast.cli import configure
+from dgpo_fast.models.architecture import sd35_medium
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.engine import engine
 from dgpo_fast.memory.predict import Predictor
 

@@ -109,7 +109,7 @@ def test_every_picture_satisfies_its_prompt(index: int, seed: int):
 
 def test_signs_are_readable():
     pytest.importorskip("rapidocr")
-    from dgpo_fast.rewards.ocr import OcrReward
+    from dgpo_fast.rewards.shipped.ocr import OcrReward
 
     rng = np.random.default_rng(0)
     prompts = [data.sign_prompts("heldout")[i] for i in rng.choice(682, 48, replace=False)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from dgpo_fast.rewards.ocr import OcrReward
+from dgpo_fast.rewards.shipped.ocr import OcrReward
 from dgpo_fast.tiny import PIPELINE_DIR, data
 from dgpo_fast.tiny.pretrain import sample
 from dgpo_fast.tiny.shapes import ShapesReward

@@ -16,17 +16,17 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from dgpo_fast.checkpoint import load_newest
-from dgpo_fast.cli import configure
+from dgpo_fast.run.checkpoint import load_newest
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.drawing import describe_prompts
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.groups import stream_seed
-from dgpo_fast.metrics import read_metrics
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.rewards.registry import BUILT_IN
-from dgpo_fast.rollout import initial_noise
-from dgpo_fast.settings import read_yaml
+from dgpo_fast.rollout.sampler import initial_noise
+from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
 from tests.processes import finish, start
@@ -100,7 +100,7 @@ def test_cached_prompts_give_the_same_run_without_text_encoders(
     short = ["small.yaml", "--iterations", "3"]
     train([*short, "--name", "uncached", "--prompt-cache", "off"])
     train([*short, "--name", "first", "--prompt-cache", "cache"])
-    monkeypatch.setattr("dgpo_fast.text.load_text_encoders", lambda *args: pytest.fail("text encoders were loaded"))
+    monkeypatch.setattr("dgpo_fast.models.prompt_encoder.load_text_encoders", lambda *args: pytest.fail("text encoders were loaded"))
     train([*short, "--name", "second", "--prompt-cache", "cache"])
     runs = [workspace / "runs" / name for name in ("uncached", "first", "second")]
     assert untimed(runs[0]) == untimed(runs[1]) == untimed(runs[2])
@@ -336,7 +336,7 @@ def test_a_run_says_what_it_is_evaluated_on(
     """In its lines, its table, its summary and its curve."""
     (workspace / "prompts.txt").write_text(prompts)
     labels: list[str] = []
-    monkeypatch.setattr("dgpo_fast.results.reward_curve", lambda *args: labels.append(args[2]))
+    monkeypatch.setattr("dgpo_fast.evaluation.results.reward_curve", lambda *args: labels.append(args[2]))
     assert train(["small.yaml", "--iterations", "1"]) == 0
     output = capsys.readouterr().out
     for line in (
@@ -351,7 +351,7 @@ def test_a_run_says_what_it_is_evaluated_on(
 
 def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After three iterations without one scored group the run ends in one line; nothing trained is lost."""
-    from dgpo_fast.rewards import jpeg
+    from dgpo_fast.rewards.shipped import jpeg
 
     train(["small.yaml", "--iterations", "2"])
     monkeypatch.setattr(jpeg.JpegReward, "__call__", Broken.__call__)

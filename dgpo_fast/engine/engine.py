@@ -17,11 +17,11 @@ from dgpo_fast.engine.decoder import Decoder, decoder_ms
 from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.linear import use_onednn
-from dgpo_fast.engine.rollout import RecordedRollouts
+from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
 from dgpo_fast.objectives import declared
-from dgpo_fast.policy import PolicyModels
-from dgpo_fast.rollout import Solve, latent_shape, sample_latents
+from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.rollout.sampler import Solve, latent_shape, sample_latents
 
 
 class Engine:

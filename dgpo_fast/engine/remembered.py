@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 
-from dgpo_fast.prompt_cache import default_folder
+from dgpo_fast.models.prompt_cache import default_folder
 
 FOLDER = "measured"
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dgpo_fast.cli import configure, print_help, run_command, take_count
+from dgpo_fast.config.command_line import configure, print_help, run_command, take_count
 
 USAGE = """Predict the memory of a run on a GPU, and on which cards it fits. Needs no GPU and allocates nothing.
 
@@ -24,7 +24,7 @@ def memory(args: list[str]) -> int:
     config = configure(args)
 
     from dgpo_fast.memory.cards import CARDS_GB, fit_on  # after the command line is known to be good
-    from dgpo_fast.pipeline import read_model
+    from dgpo_fast.models.loading import read_model
 
     architecture = read_model(config)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16

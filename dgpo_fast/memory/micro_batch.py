@@ -10,9 +10,9 @@ from dgpo_fast.config import Config
 from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.memory.simulate import SampleShape
 from dgpo_fast.objectives import autocast
-from dgpo_fast.policy import PolicyModels
-from dgpo_fast.rollout import predict
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.rollout.sampler import predict
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 MOST_ON_A_CPU = 128
 """Samples: beyond so many a CPU gains nothing by more at once."""

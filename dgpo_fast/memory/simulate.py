@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dgpo_fast.config import Policy as PolicyConfig
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.memory.live import LiveBytes
-from dgpo_fast.policy import with_lora
+from dgpo_fast.models.policy import with_lora
 
 
 @dataclass(frozen=True)

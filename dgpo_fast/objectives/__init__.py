@@ -15,11 +15,11 @@ from torch import Tensor
 from dgpo_fast.config import Config
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.errors import UserError
-from dgpo_fast.imports import call, import_attribute
-from dgpo_fast.policy import PolicyModels, Weights
-from dgpo_fast.schedule import Schedule
-from dgpo_fast.stochastic import Transitions
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.user_code import call, import_attribute
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.rollout.step_noise import Transitions
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 BUILT_IN = {
     "dgpo": "dgpo_fast.objectives.dgpo:DGPOObjective",

@@ -19,9 +19,9 @@ from dgpo_fast.groups import draw_training_steps, stream_seed
 from dgpo_fast.objectives import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
-from dgpo_fast.policy import PolicyModels, Weights
-from dgpo_fast.rollout import guided, predict, predict_pair
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.rollout.sampler import guided, predict, predict_pair
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 
 class DGPOObjective:

@@ -23,9 +23,9 @@ from dgpo_fast.groups import stream_seed
 from dgpo_fast.objectives import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
-from dgpo_fast.policy import PolicyModels, Weights
-from dgpo_fast.rollout import predict
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.rollout.sampler import predict
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 PAIR = 2
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.objectives import Batch, add_metrics
-from dgpo_fast.policy import PolicyModels
+from dgpo_fast.models.policy import PolicyModels
 
 OF_ALL_GROUPS = ("loss", "kl")
 Learn = Callable[[Batch], dict[str, Tensor]]

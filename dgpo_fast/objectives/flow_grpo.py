@@ -21,10 +21,10 @@ from dgpo_fast.config import Config
 from dgpo_fast.objectives import Batch, add_metrics, autocast
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.levels import predict_levels
-from dgpo_fast.policy import PolicyModels, Weights
-from dgpo_fast.rollout import batch_slices, guided, predict, predict_pair
-from dgpo_fast.stochastic import gaussian_log_prob
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.rollout.sampler import batch_slices, guided, predict, predict_pair
+from dgpo_fast.rollout.step_noise import gaussian_log_prob
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 
 class FlowGRPOObjective:

@@ -15,9 +15,9 @@ from torch import Tensor
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.objectives import Batch, add_metrics, autocast
 from dgpo_fast.objectives.levels import Forward, predict_levels
-from dgpo_fast.policy import PolicyModels
-from dgpo_fast.rollout import batch_slices, predict
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.rollout.sampler import batch_slices, predict
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 ReduceScores = Callable[[Tensor], Tensor]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dgpo_fast.rollout import batch_slices
-from dgpo_fast.text import TextEmbeds
+from dgpo_fast.rollout.sampler import batch_slices
+from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 Forward = Callable[[Tensor, Tensor, TextEmbeds], Mapping[str, Tensor]]
 """(x_t, timestep, text) of R samples → predictions by name, each with R rows."""

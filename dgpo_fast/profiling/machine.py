@@ -11,10 +11,10 @@ import psutil
 import torch
 
 import dgpo_fast
-from dgpo_fast.profiling.datasheet import find_datasheet
+from dgpo_fast.models.datasheet import find_datasheet
 from dgpo_fast.profiling.rates import Rates
 from dgpo_fast.profiling.report import Device
-from dgpo_fast.version import code_version
+from dgpo_fast.run.version import code_version
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "triton", "xformers", "bitsandbytes", "torchao", "numpy")
 

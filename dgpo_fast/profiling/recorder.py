@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from dgpo_fast.profiling.report import Span
-from dgpo_fast.profiling.work import OLD, POLICY, REFERENCE
+from dgpo_fast.models.work import OLD, POLICY, REFERENCE
 
 TRAIN = "train"
 

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from dgpo_fast.config import STRICT
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import write_json
+from dgpo_fast.run.metrics import write_json
 
 FILE = "report.json"
 SCHEMA = "dgpo_fast profile, version 1"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgpo_fast.profiling.work import operation_class
+from dgpo_fast.models.work import operation_class
 
 Event = dict[str, Any]
 Interval = tuple[float, float]

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.imports import call, import_attribute
+from dgpo_fast.user_code import call, import_attribute
 from dgpo_fast.rewards.protocol import Reward
 
 # One line per shipped reward; its module is imported when the reward is first asked for.
 BUILT_IN = {
-    "aesthetic": "dgpo_fast.rewards.aesthetic:AestheticReward",
-    "clipscore": "dgpo_fast.rewards.clip:ClipScoreReward",
-    "geneval-hf": "dgpo_fast.rewards.geneval:GenevalReward",
-    "geneval-hf-compat": "dgpo_fast.rewards.geneval:compat",
-    "hpsv2": "dgpo_fast.rewards.hpsv2:HpsReward",
-    "imagereward": "dgpo_fast.rewards.imagereward:ImageRewardReward",
-    "jpeg": "dgpo_fast.rewards.jpeg:JpegReward",
-    "ocr": "dgpo_fast.rewards.ocr:OcrReward",
-    "pickscore": "dgpo_fast.rewards.clip:PickScoreReward",
+    "aesthetic": "dgpo_fast.rewards.shipped.aesthetic:AestheticReward",
+    "clipscore": "dgpo_fast.rewards.shipped.clip:ClipScoreReward",
+    "geneval-hf": "dgpo_fast.rewards.shipped.geneval:GenevalReward",
+    "geneval-hf-compat": "dgpo_fast.rewards.shipped.geneval:compat",
+    "hpsv2": "dgpo_fast.rewards.shipped.hpsv2:HpsReward",
+    "imagereward": "dgpo_fast.rewards.shipped.imagereward:ImageRewardReward",
+    "jpeg": "dgpo_fast.rewards.shipped.jpeg:JpegReward",
+    "ocr": "dgpo_fast.rewards.shipped.ocr:OcrReward",
+    "pickscore": "dgpo_fast.rewards.shipped.clip:PickScoreReward",
     "shapes": "dgpo_fast.tiny.shapes:ShapesReward",
 }
 
@@ -113,11 +113,11 @@ def is_own(reward: Reward) -> bool:
 
 def _load(what: str, source: str) -> Reward:
     if source.startswith(SERVERS):
-        from dgpo_fast.rewards.remote import RemoteReward
+        from dgpo_fast.rewards.remote.client import RemoteReward
 
         return RemoteReward(source)
     if source.endswith(JUDGE_FILES):
-        from dgpo_fast.rewards.judge import JudgeReward
+        from dgpo_fast.rewards.remote.judge import JudgeReward
 
         return JudgeReward.from_file(source)
     if ":" not in source and source not in BUILT_IN:

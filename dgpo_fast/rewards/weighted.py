@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.imports import call, told
+from dgpo_fast.user_code import call, told
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.device import on_device

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.rewards.ocr import OcrReward
+from dgpo_fast.rewards.shipped.ocr import OcrReward
 from dgpo_fast.tiny import PIPELINE_DIR, data
 from dgpo_fast.tiny.model import LATENT_CHANNELS, LATENT_SIZE, build_pipeline
 from dgpo_fast.tiny.shapes import ShapesReward

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dgpo_fast.cli import configure
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.engine import Engine
 from dgpo_fast.engine.batches import BatchSizes, batch_sizes, decode_batch
 from dgpo_fast.trainer import Trainer

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo_fast.engine.rollout import RecordedRollouts
-from dgpo_fast.schedule import make_schedule
-from dgpo_fast.stochastic import StepNoise
+from dgpo_fast.engine.recorded import RecordedRollouts
+from dgpo_fast.rollout.schedule import make_schedule
+from dgpo_fast.rollout.step_noise import StepNoise
 from tests.engine.cases import EngineCase, make_config
 from tests.engine.tape import Tape, TapeRecorder
 

@@ -8,13 +8,14 @@ import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.geneval import COLORS
-from dgpo_fast.rewards import geneval, golden, models
-from dgpo_fast.rewards.aesthetic import AestheticReward
-from dgpo_fast.rewards.clip import Clip, ClipScoreReward, PickScoreReward
-from dgpo_fast.rewards.geneval import Detector, GenevalReward, crop
-from dgpo_fast.rewards.geneval_rules import Detection
-from dgpo_fast.rewards.hpsv2 import HpsReward
-from dgpo_fast.rewards.imagereward import ImageRewardReward
+from dgpo_fast.rewards.shipped import geneval, models
+from dgpo_fast.rewards import golden
+from dgpo_fast.rewards.shipped.aesthetic import AestheticReward
+from dgpo_fast.rewards.shipped.clip import Clip, ClipScoreReward, PickScoreReward
+from dgpo_fast.rewards.shipped.geneval import Detector, GenevalReward, crop
+from dgpo_fast.rewards.shipped.geneval_rules import Detection
+from dgpo_fast.rewards.shipped.hpsv2 import HpsReward
+from dgpo_fast.rewards.shipped.imagereward import ImageRewardReward
 from tests.model_rewards import models as small
 
 GOLDEN = list(golden.TEXTS)

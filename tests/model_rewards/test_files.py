@@ -11,14 +11,15 @@ import torch
 
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.geneval import CLASSES
-from dgpo_fast.rewards import clip as clip_module
-from dgpo_fast.rewards import geneval, golden, hpsv2, imagereward, load_rewards, models
-from dgpo_fast.rewards.aesthetic import AestheticReward
-from dgpo_fast.rewards.clip import ClipScoreReward, PickScoreReward
+from dgpo_fast.rewards.shipped import clip as clip_module
+from dgpo_fast.rewards.shipped import geneval, hpsv2, imagereward, models
+from dgpo_fast.rewards import golden, load_rewards
+from dgpo_fast.rewards.shipped.aesthetic import AestheticReward
+from dgpo_fast.rewards.shipped.clip import ClipScoreReward, PickScoreReward
 from dgpo_fast.rewards.device import on_device
-from dgpo_fast.rewards.geneval import Detector, GenevalReward
-from dgpo_fast.rewards.hpsv2 import HpsReward
-from dgpo_fast.rewards.imagereward import ImageRewardReward
+from dgpo_fast.rewards.shipped.geneval import Detector, GenevalReward
+from dgpo_fast.rewards.shipped.hpsv2 import HpsReward
+from dgpo_fast.rewards.shipped.imagereward import ImageRewardReward
 from tests.model_rewards import models as small
 from tests.model_rewards.cases import TAUGHT, UNTRAINED, message, noise
 
@@ -26,7 +27,7 @@ from tests.model_rewards.cases import TAUGHT, UNTRAINED, message, noise
 def test_the_documented_local_copy(folder, tmp_path, monkeypatch):
     """The function in docs/rewards.md, with the small model's folder in place of the page's; its self-test runs."""
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
-    block = re.search(r"```python\n(from dgpo_fast.rewards.clip .*?)```", page, re.DOTALL)
+    block = re.search(r"```python\n(from dgpo_fast.rewards.shipped.clip .*?)```", page, re.DOTALL)
     spec = re.search(r"--rewards (my_models:\S+?)`", page)
     assert block and spec
     (tmp_path / "my_models.py").write_text(re.sub(r'"/models/\S+?"', repr(str(folder / "clip")), block[1]))

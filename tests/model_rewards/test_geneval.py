@@ -10,9 +10,9 @@ from PIL import Image
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.prompts.geneval import CLASSES, COLORS, TAGS
-from dgpo_fast.rewards import geneval
-from dgpo_fast.rewards.geneval import ColorJudge, Detector, GenevalReward, box_of, crop, read_out
-from dgpo_fast.rewards.geneval_rules import THRESHOLD, Detection
+from dgpo_fast.rewards.shipped import geneval
+from dgpo_fast.rewards.shipped.geneval import ColorJudge, Detector, GenevalReward, box_of, crop, read_out
+from dgpo_fast.rewards.shipped.geneval_rules import THRESHOLD, Detection
 from tests.model_rewards.cases import at, message, noise
 
 # GenEval's detector

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dgpo_fast.rewards import models
-from dgpo_fast.rewards.clip import ClipScoreReward
+from dgpo_fast.rewards.shipped import models
+from dgpo_fast.rewards.shipped.clip import ClipScoreReward
 from tests.model_rewards import models as small
 from tests.model_rewards.cases import EMPTY, UNTRAINED, message, noise, prepared
 

@@ -19,8 +19,8 @@ from dgpo_fast.profiling.report import (
     Times,
     Work,
 )
-from dgpo_fast.recipes import get_recipe
-from dgpo_fast.settings import flat
+from dgpo_fast.config.recipes import get_recipe
+from dgpo_fast.config.reading import flat
 
 PHASES = {"encode": 0.02, "rollout": 9.1, "decode": 1.4, "reward": 0.3, "train": 8.2, "optimizer": 0.05}
 HOSTILE = "</script><script>document.title='owned'</script><img src=https://example.com/x.png onerror=alert(1)>"

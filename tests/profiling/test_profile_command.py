@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.profile import profile
+from dgpo_fast.profiling.command import profile
 from dgpo_fast.profiling.compare import compare, differences
 from dgpo_fast.profiling.report import read_report
 from dgpo_fast.trainer import Trainer

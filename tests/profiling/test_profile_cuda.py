@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo_fast.profile import profile
+from dgpo_fast.profiling.command import profile
 from dgpo_fast.profiling.power import PowerMeter, energy_between_j
 from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import ForwardClock

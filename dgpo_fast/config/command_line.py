@@ -1,0 +1,141 @@
+"""What all commands share: errors in one line, and settings from a recipe, a YAML file and the command line."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+from dgpo_fast.config.recipes import RECIPES, get_recipe
+from dgpo_fast.config.reading import YAML, parse_overrides, read_yaml, resolve
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def run_command(command: Callable[[list[str]], int | None]) -> int:
+    """Runs `command` with the command line's arguments and returns the exit status, errors printed in one line."""
+    quieten_libraries()
+    try:
+        return command(sys.argv[1:]) or 0
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
+            print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: say nothing more, at exit too
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def launched_with_others() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process once all is written."""
+    if launched_with_others():
+        # The communication's threads and the interpreter's end race, and may end in an abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
+
+
+def quieten_libraries() -> None:
+    """Leaves the terminal to the run: what the libraries say while they are imported is about packages nobody needs
+    here."""
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    # diffusers imports it wherever it is installed, and it warns of a 4-bit kernel from the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def take_option(args: list[str], name: str) -> str | None:
+    """Removes `--name VALUE` or `--name=VALUE` from `args` and returns the value; None where it is not given."""
+    for index, arg in enumerate(args):
+        if arg.startswith(f"--{name}="):
+            return args.pop(index).split("=", 1)[1]
+        if arg == f"--{name}":
+            if index + 1 == len(args) or args[index + 1].startswith("--"):
+                raise UserError(f"command line: --{name} has no value")
+            args.pop(index)
+            return args.pop(index)
+    return None
+
+
+def take_count(args: list[str], name: str, default: int) -> int:
+    """`take_option` of a whole number from 1 up; `default` where it is not given."""
+    given = take_option(args, name)
+    if given is None:
+        return default
+    if not given.isdigit() or int(given) == 0:
+        raise UserError(f"command line: --{name}: a whole number from 1 up, not '{given}'")
+    return int(given)
+
+
+def configure(args: list[str]) -> Config:
+    """The configuration of `[RECIPE or FILE.yaml] [--config FILE.yaml] [--setting value …]`.
+
+    A YAML file may name the recipe that it starts from under `recipe`.
+    """
+    args = list(args)
+    start = args.pop(0) if args and not args[0].startswith("-") else None
+    file = take_option(args, "config")
+    if start is not None and start.endswith(YAML):
+        if file is not None:
+            raise UserError(f"command line: two configurations, {start} and {file}: give one")
+        start, file = None, start
+    if start is not None and start not in RECIPES:
+        file_of_that_name = next((start + ending for ending in YAML if Path(start + ending).is_file()), None)
+        if file_of_that_name is not None:
+            raise UserError(f"unknown recipe '{start}': did you mean {file_of_that_name}?")
+    settings = read_yaml(Path(file)) if file else {}
+    overrides = parse_overrides(args)
+    if start is not None and "recipe" in overrides:
+        raise UserError(f"command line: two recipes, {start} and {overrides['recipe']}: give one")
+    given = start or overrides.get("recipe")
+    name = given or settings.get("recipe") or next(iter(RECIPES))
+    config = resolve(get_recipe(str(name), None if given else file), {**settings, "recipe": name}, file or "recipe")
+    return resolve(config, overrides, "command line")
+
+
+def print_help(command: str, usage: str, args: list[str]) -> None:
+    """Prints what the command does, the recipes and every setting with the value that `args` would give it."""
+    recipes = "\n".join(f"  {name:<34} {_first_line(function)}" for name, function in RECIPES.items())
+    shown = [arg for arg in args if arg not in ("-h", "--help")]
+    description = f"{usage}\n\nRecipes:\n\n{recipes}\n\nSettings (defaults: those of the chosen recipe)"
+    print_settings(command, description, configure(shown))
+
+
+def print_settings(command: str, description: str, defaults: Any) -> None:
+    """Prints what the command does and every setting of the dataclass `defaults` with its value."""
+    tyro.cli(
+        type(defaults),
+        default=defaults,
+        args=["--help"],
+        prog=f"python -m {command}",
+        description=description,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]

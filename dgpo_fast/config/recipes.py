@@ -1,0 +1,319 @@
+"""Named starting points. Each is a function that returns a `Config`; most derive from another one.
+
+Learning rates of the small recipes with other objectives or data are those of an earlier search; docs/comparison.md
+has the present one.
+
+The `sd35m-*` recipes carry the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. Where the
+release's README and its configuration disagree, the configuration counts. Those for Flow-GRPO carry the values of that
+method's release; for Diffusion-DPO none were released, and they share DGPO's.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from dgpo_fast.config import DGPO, EMA, Advantage, Config, Data, Evaluation, FlowGRPO, Optimizer, Policy, Rollout
+from dgpo_fast.errors import UserError
+from dgpo_fast.config.reading import YAML
+
+
+def tiny_shapes() -> Config:
+    """Coloured shapes; minutes on two CPU cores."""
+    return Config(
+        recipe="tiny-shapes",
+        model="tiny",
+        prompts="tiny-shapes",
+        rewards=("shapes",),
+        iterations=70,
+        rollout=Rollout(
+            group_size=16,
+            groups=16,
+            num_inference_steps=8,
+            guidance_scale=1.0,
+            max_sequence_length=0,
+            batch_size=128,
+        ),
+        # The KL term's guided reference teaches the unguided policy what guidance knows, as in the cfg-free recipes.
+        dgpo=DGPO(beta=30.0, kl_weight=0.1, kl_guidance_scale=3.0, clip_range=None, timesteps=4, high_noise_steps=7),
+        policy=Policy(train="full", micro_batch=128),
+        optimizer=Optimizer(lr=3e-4, lr_decay="linear"),
+        ema=EMA(eval_decay_max=0.9, eval_every=1),
+        evaluation=Evaluation(images=512, num_inference_steps=8, guidance_scale=1.0),
+    )
+
+
+def tiny_ocr() -> Config:
+    """Words on signs, read by a real OCR engine."""
+    base = tiny_shapes()
+    # What guidance knows of letters is less than what the reward teaches: its pull costs more than it gives.
+    dgpo = replace(base.dgpo, kl_guidance_scale=1.0, kl_weight=0.003)
+    return replace(base, recipe="tiny-ocr", prompts="tiny-signs", rewards=("ocr",), dgpo=dgpo)
+
+
+def tiny_shapes_offline() -> Config:
+    """As tiny-shapes, on groups that the reference model drew once."""
+    base = tiny_shapes()
+    return replace(
+        base,
+        recipe="tiny-shapes-offline",
+        data=Data(source="offline", offline_groups=512),
+        optimizer=replace(base.optimizer, lr=2e-4),
+    )
+
+
+def tiny_shapes_sde() -> Config:
+    """As tiny-shapes, with noise in the rollouts."""
+    base = tiny_shapes()
+    return replace(base, recipe="tiny-shapes-sde", rollout=replace(base.rollout, solver="euler", noise_level=0.7))
+
+
+def tiny_shapes_no_timestep_clip() -> Config:
+    """As tiny-shapes, trained on all noise levels."""
+    base = tiny_shapes()
+    return replace(base, recipe="tiny-shapes-no-timestep-clip", dgpo=replace(base.dgpo, high_noise_steps=None))
+
+
+def tiny_shapes_diffusion_dpo() -> Config:
+    """Coloured shapes with Diffusion-DPO: the best and the worst image of each group."""
+    base = tiny_shapes()
+    return replace(
+        base,
+        recipe="tiny-shapes-diffusion-dpo",
+        objective="diffusion_dpo",
+        diffusion_dpo=replace(base.diffusion_dpo, beta=base.dgpo.beta),
+        optimizer=replace(base.optimizer, lr=8e-5),
+    )
+
+
+def tiny_shapes_diffusion_dpo_offline() -> Config:
+    """As tiny-shapes-diffusion-dpo, on groups that the reference model drew once."""
+    base = tiny_shapes_diffusion_dpo()
+    return replace(
+        base,
+        recipe="tiny-shapes-diffusion-dpo-offline",
+        data=tiny_shapes_offline().data,
+        optimizer=replace(base.optimizer, lr=3e-5),
+    )
+
+
+def tiny_shapes_flow_grpo() -> Config:
+    """Coloured shapes with Flow-GRPO: a policy gradient over rollouts with noise."""
+    return replace(
+        tiny_shapes_sde(),
+        recipe="tiny-shapes-flow-grpo",
+        objective="flow_grpo",
+        optimizer=replace(tiny_shapes().optimizer, lr=1e-4),
+        ema=replace(tiny_shapes().ema, switch_ema_ref=None),
+    )
+
+
+def sd35m_geneval() -> Config:
+    """SD3.5-Medium on GenEval: objects, counts, colours, positions."""
+    return Config(
+        recipe="sd35m-geneval",
+        model="stabilityai/stable-diffusion-3.5-medium",
+        prompts="geneval",
+        rewards=("geneval-hf",),
+        iterations=1000,
+        rollout=Rollout(group_size=16, groups=8, guidance_scale=4.5, shift=3.0, resolution=512),
+        dgpo=DGPO(beta=100.0, kl_weight=0.02, clip_range=0.01, timesteps=4, high_noise_steps=5),
+        evaluation=Evaluation(images=512, num_inference_steps=14, guidance_scale=4.5),
+    )
+
+
+def sd35m_ocr() -> Config:
+    """SD3.5-Medium writing readable text."""
+    base = sd35m_geneval()
+    return replace(
+        base,
+        recipe="sd35m-ocr",
+        prompts="signs",
+        rewards=("ocr",),
+        advantage=Advantage(std="global"),
+        dgpo=replace(base.dgpo, high_noise_steps=7),
+        ema=replace(base.ema, switch_ema_ref=200),
+    )
+
+
+def sd35m_pickscore() -> Config:
+    """SD3.5-Medium on human preference (PickScore).
+
+    The papers train it on Pick-a-Pic's prompts, which are not shipped: GenEval's stand for them (`prompts_note`).
+    """
+    base = sd35m_ocr()
+    return replace(
+        base,
+        recipe="sd35m-pickscore",
+        prompts="geneval",
+        rewards=("pickscore",),
+        rollout=replace(base.rollout, group_size=24),
+        dgpo=replace(base.dgpo, beta=10.0, kl_weight=0.001, clip_range=0.05),
+        policy=replace(base.policy, micro_batch=24),
+    )
+
+
+def sd35m_cfgfree() -> Config:
+    """SD3.5-Medium trained to need no guidance."""
+    base = sd35m_geneval()
+    return replace(
+        base,
+        recipe="sd35m-cfgfree",
+        rollout=replace(base.rollout, guidance_scale=1.0),
+        dgpo=replace(base.dgpo, kl_guidance_scale=4.5),
+        evaluation=replace(base.evaluation, num_inference_steps=10, guidance_scale=1.0),
+    )
+
+
+def sd35m_cfgfree_ema() -> Config:
+    """As sd35m-cfgfree, with θ_old as the reference."""
+    base = sd35m_cfgfree()
+    return replace(
+        base,
+        recipe="sd35m-cfgfree-ema",
+        dgpo=replace(base.dgpo, beta=2000.0, kl_weight=0.001, kl_guidance_scale=1.0, reference="ema"),
+    )
+
+
+def _flow_grpo(base: Config, kl_weight: float) -> Config:
+    """`base` trained with Flow-GRPO at its released values."""
+    return replace(
+        base,
+        recipe=f"{base.recipe}-flow-grpo",
+        objective="flow_grpo",
+        rollout=replace(base.rollout, group_size=24, groups=48, solver="euler", noise_level=0.7),
+        flow_grpo=FlowGRPO(clip_range=1e-4, kl_weight=kl_weight, optimizer_steps=2),
+        policy=replace(base.policy, micro_batch=24),
+        # The policy itself draws: its ratio is 1 until the second optimizer step.
+        ema=replace(base.ema, switch_ema_ref=None),
+    )
+
+
+def _diffusion_dpo(base: Config) -> Config:
+    """`base` trained with Diffusion-DPO."""
+    return replace(
+        base,
+        recipe=f"{base.recipe}-diffusion-dpo",
+        objective="diffusion_dpo",
+        diffusion_dpo=replace(base.diffusion_dpo, beta=base.dgpo.beta),
+    )
+
+
+def sd35m_geneval_flow_grpo() -> Config:
+    """SD3.5-Medium on GenEval with Flow-GRPO."""
+    return _flow_grpo(sd35m_geneval(), kl_weight=0.04)
+
+
+def sd35m_ocr_flow_grpo() -> Config:
+    """SD3.5-Medium writing readable text with Flow-GRPO."""
+    return _flow_grpo(sd35m_ocr(), kl_weight=0.04)
+
+
+def sd35m_pickscore_flow_grpo() -> Config:
+    """SD3.5-Medium on human preference with Flow-GRPO."""
+    return _flow_grpo(sd35m_pickscore(), kl_weight=0.01)
+
+
+def sd35m_geneval_diffusion_dpo() -> Config:
+    """SD3.5-Medium on GenEval with Diffusion-DPO."""
+    return _diffusion_dpo(sd35m_geneval())
+
+
+def sd35m_ocr_diffusion_dpo() -> Config:
+    """SD3.5-Medium writing readable text with Diffusion-DPO."""
+    return _diffusion_dpo(sd35m_ocr())
+
+
+def sd35m_pickscore_diffusion_dpo() -> Config:
+    """SD3.5-Medium on human preference with Diffusion-DPO."""
+    return _diffusion_dpo(sd35m_pickscore())
+
+
+_FUNCTIONS: tuple[Callable[[], Config], ...] = (
+    tiny_shapes,
+    tiny_ocr,
+    tiny_shapes_offline,
+    tiny_shapes_sde,
+    tiny_shapes_no_timestep_clip,
+    tiny_shapes_diffusion_dpo,
+    tiny_shapes_diffusion_dpo_offline,
+    tiny_shapes_flow_grpo,
+    sd35m_geneval,
+    sd35m_ocr,
+    sd35m_pickscore,
+    sd35m_cfgfree,
+    sd35m_cfgfree_ema,
+    sd35m_geneval_flow_grpo,
+    sd35m_ocr_flow_grpo,
+    sd35m_pickscore_flow_grpo,
+    sd35m_geneval_diffusion_dpo,
+    sd35m_ocr_diffusion_dpo,
+    sd35m_pickscore_diffusion_dpo,
+)
+RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
+"""Recipes by name: `tiny-shapes-offline` is `tiny_shapes_offline`."""
+
+
+def get_recipe(name: str, origin: str | None = None) -> Config:
+    """The recipe called `name`. Raises UserError with the nearest name, and with the file `origin` that asks for it."""
+    if name not in RECIPES:
+        if name.endswith(YAML):
+            raise UserError(f"{origin + ': ' if origin else ''}recipe '{name}': only a shipped recipe may stand there, "
+                            f"one of {', '.join(RECIPES)}")  # fmt: skip
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}"
+        raise UserError(f"{origin + ': ' if origin else ''}unknown recipe '{name}': {hint}")
+    return RECIPES[name]()
+
+
+def prompts_note(config: Config) -> str:
+    """What to know of the prompts that a run takes from its recipe, in one line; empty where there is nothing."""
+    if not config.recipe.startswith("sd35m-pickscore") or config.prompts != "geneval":
+        return ""
+    return (
+        f"prompts: the papers train {config.recipe} on Pick-a-Pic, which is not shipped; GenEval's generated prompts "
+        "stand for it, and figures are not theirs. With a file of Pick-a-Pic's prompts, use --prompts pickapic.txt"
+    )
+
+
+def markdown_table() -> str:
+    """The recipes side by side, as the README shows them: `python -m dgpo_fast.recipes`."""
+    columns = ["recipe", "objective", "prompts", "rewards", "P × G", "steps, guidance", "trained on", "β",
+               "KL weight, guidance", "clip", "std", "lr"]  # fmt: skip
+    rows = [columns, ["---"] * len(columns)]
+    for name, recipe in RECIPES.items():
+        c = recipe()
+        trained_on, beta, kl, clip = _objective_cells(c)
+        rows.append([
+            f"`{name}`",
+            f"`{c.objective}`" + (", offline" if c.data.source == "offline" else ""),
+            f"`{c.prompts}`" + (" in place of Pick-a-Pic" if prompts_note(c) else ""),
+            ", ".join(f"`{reward}`" for reward in c.rewards),
+            f"{c.rollout.groups} × {c.rollout.group_size}",
+            f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}"
+            + (f", noise {c.rollout.noise_level:g}" if c.rollout.noise_level else ""),
+            f"{trained_on}, {c.policy.train}" + (f" r{c.policy.lora_rank}" if c.policy.train == "lora" else ""),
+            beta,
+            kl,
+            clip,
+            c.advantage.std,
+            f"{c.optimizer.lr:g}",
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _objective_cells(config: Config) -> tuple[str, str, str, str]:
+    """Trained on, β, KL weight and guidance, clip."""
+    if config.objective == "diffusion_dpo":
+        dpo = config.diffusion_dpo
+        return f"{dpo.timesteps} logit-normal levels", f"{dpo.beta:g}", "", ""
+    if config.objective == "flow_grpo":
+        grpo = config.flow_grpo
+        steps = f"all steps but the last, {grpo.optimizer_steps} optimizer steps"
+        return steps, "", f"{grpo.kl_weight:g}, {config.rollout.guidance_scale:g}", f"{grpo.clip_range:g}"
+    dgpo = config.dgpo
+    return (
+        f"{dgpo.timesteps} of the first {dgpo.high_noise_steps or config.rollout.num_inference_steps} steps",
+        f"{dgpo.beta:g}" + (", EMA reference" if dgpo.reference == "ema" else ""),
+        f"{dgpo.kl_weight:g}, {dgpo.kl_guidance_scale:g}",
+        "off" if dgpo.clip_range is None else f"{dgpo.clip_range:g}",
+    )

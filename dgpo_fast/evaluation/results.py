@@ -1,0 +1,110 @@
+"""What a run leaves at its end: scores before and after, summary, pictures, and the last lines that it says."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+from safetensors import SafetensorError
+
+from dgpo_fast.config import Config
+from dgpo_fast.run.console import Console, duration
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.evaluation.figures import before_after_grid, reward_curve
+from dgpo_fast.run.metrics import read_metrics, write_json
+from dgpo_fast.wording import counted, resume_command
+
+BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
+
+
+def earlier_evaluation(path: Path, contents: dict[str, str], note: Callable[[str], None]) -> Evaluation | None:
+    """What an earlier start of the run has saved; None where it has not, or, with a note, where it is damaged or was
+    scored by other rewards than those whose `contents` are given (`WeightedReward.contents`)."""
+    if not path.is_file():
+        return None
+    try:
+        earlier = Evaluation.load(path)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        note(f"{path} is damaged and is made again: {' '.join(str(error).split())}")
+        return None
+    before = contents if earlier.contents is None else earlier.contents
+    changed = next((name for name in {**before, **contents} if before.get(name) != contents.get(name)), None)
+    if changed is None:
+        return earlier
+    note(f"{path} was scored with another {changed}: the model as it came is scored again, with what is there now")
+    return None
+
+
+def write_results(
+    folder: Path, before: Evaluation, after: Evaluation, config: Config, source: dict[str, Any], iteration: int,
+    console: Console, evaluated: str,
+) -> None:  # fmt: skip
+    """Writes scores, summary and pictures, and shows them.
+
+    Args:
+        folder: the run's, with its `metrics.jsonl`.
+        before, after: scores of the model as it came and as it is.
+        config: the run's.
+        source: what the source of the groups says of itself.
+        iteration: how many are done.
+        console: shows the table and the last lines.
+        evaluated: what before and after are scores on, as in "held-out prompts".
+    """
+    after.save(folder / AFTER_FILE)
+    lines = read_metrics(folder / "metrics.jsonl")
+    summary = {
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "iterations": iteration,
+        "training_images": sum(line["images_count"] for line in lines),
+        "training_s": sum(line["iteration_s"] for line in lines),
+        **source,
+        "groups_dropped_count": sum(line["groups_dropped_count"] for line in lines),
+        "evaluated_on": evaluated,
+        "before": before.summary(),
+        "after": after.summary(),
+        "gain": after.gain(before),
+    }
+    write_json(folder / "summary.json", summary)
+    console.before_after(summary["before"], summary["after"], summary["gain"], evaluated)
+    before_after_grid(before, after, folder / "before_after.png")
+    middle = [(line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
+              for line in lines if "heldout_reward_mean" in line]  # fmt: skip
+    evaluations = [(0, summary["before"]), *middle, (iteration, summary["after"])]
+    reward_curve(lines, evaluations, evaluated, folder / "reward_curve.png")
+    for line in last_lines(summary, lines, config.rollout.group_size, folder):
+        console.note(line)
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Raises UserError where the disk refuses what the block writes into the run's folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder}: results could not be saved ({reason}); free space, then go on with: {resume_command(folder)}"
+        ) from None
+
+
+def last_lines(summary: dict[str, Any], metrics: list[dict[str, Any]], group_size: int, folder: Path) -> list[str]:
+    """What a run's end says below its table: of what was learnt and lost, where it all is, and how to look at it.
+
+    Args:
+        summary: what `summary.json` holds.
+        metrics: the lines of `metrics.jsonl`.
+        group_size: G.
+        folder: the run's.
+    """
+    iterations = counted(summary["iterations"], "iteration")
+    groups, lost = summary["training_images"] // group_size, summary["groups_dropped_count"]
+    trained = f"trained {iterations} in {duration(summary['training_s'])}; "
+    trained += f"weights, pictures and metrics are in {folder}"
+    lines = [f"{trained}; {lost} of {counted(groups, 'group')} were lost" if lost else trained]
+    if 0 < groups - lost == sum(line["groups_equal_count"] for line in metrics):
+        lines.insert(0, f"every group of {iterations} had equal rewards: nothing was learnt from them")
+    return [*lines, f"look: python -m dgpo_fast.evaluate --side-by-side {shlex.quote(str(folder))}"]

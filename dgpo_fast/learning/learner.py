@@ -1,0 +1,145 @@
+"""From an iteration's groups to new weights: gradients, optimizer steps and averages."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgpo_fast.config import Config, Optimizer
+from dgpo_fast.distributed import Processes, SharedError
+from dgpo_fast.distributed.gradients import sum_gradients
+from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
+from dgpo_fast.learning.ema import MovingAverage
+from dgpo_fast.groups import stream_seed
+from dgpo_fast.run.metrics import Phases, write_json
+from dgpo_fast.objectives import Batch, add_metrics, load_objective
+from dgpo_fast.learning.optimizers import make_optimizer
+from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.models.work import WorkMeter
+
+
+class Learner:
+    """What changes the weights of one run.
+
+    Args:
+        config: the run's.
+        models: whose policy learns.
+        processes: those that share the run.
+        phases: seconds of each part go there.
+        work: what forwards and backwards do is counted there.
+        note: told in one line of every step that is not taken.
+
+    Attributes:
+        objective: adds the gradients of a batch.
+        optimizer: of the policy's weights.
+        old: θ_old, the fast average.
+        slow: the slow average, which is evaluated and saved.
+        halfway: whether steps of an iteration are taken that is not done: no run could go on from such weights.
+        folder: where what is known goes when gradients end the run; None for nowhere.
+    """
+
+    def __init__(
+        self, config: Config, models: PolicyModels, processes: Processes, phases: Phases, work: WorkMeter,
+        note: Callable[[str], None],
+    ):  # fmt: skip
+        self.config, self.models, self.processes, self.phases, self.work = config, models, processes, phases, work
+        self.objective = load_objective(config)
+        self.optimizer = make_optimizer(
+            models.weights, config.optimizer, models.storage, stream_seed(config.seed, "rounding")
+        )
+        slow_device = torch.device("cpu") if config.ema.offload else None
+        self.old, self.slow = MovingAverage(models.weights), MovingAverage(models.weights, slow_device)
+        self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, note)
+        self.halfway = False
+        self.folder: Path | None = None
+
+    def learn(self, batch: Batch) -> dict[str, Any]:
+        """The optimizer steps of an iteration's batch; metrics are means over its samples."""
+        rate = learning_rate(self.config.optimizer, batch.iteration, self.config.iterations)
+        number = batch.iteration + 1
+        totals: dict[str, Any] = {}
+        skipped = 0
+        for part in self.objective.optimizer_batches(batch):
+            with self.phases("train"), self.work.training():
+                losses = self.objective.accumulate(part, self.models, self.old.weights)
+            with self.phases("communicate"):
+                own_norm = self._sum_gradients(f"the gradients of iteration {number}")
+            with self.phases("optimizer"):
+                norm, taken = self._update(rate, own_norm, number)
+            skipped += not taken
+            # Each process has its part of the means; the norm is that of the summed gradient, the same on all.
+            parts = {**losses, "grad_norm": norm / self.processes.count}
+            add_metrics(totals, parts, part.samples / batch.samples)
+        return {
+            "learning_rate": rate,
+            "steps_skipped_count": skipped,
+            **self._sum({name: float(value) for name, value in totals.items()}, f"the metrics of iteration {number}"),
+        }
+
+    def average(self, step: int) -> None:
+        """Moves both averages of the weights after iteration `step`, counted from 1."""
+        ema = self.config.ema
+        self.old.update(self.models.weights, min(ema.old_decay_max, ema.old_decay_per_step * step))
+        if step % ema.eval_every == 0:
+            self.slow.update(self.models.weights, min(ema.eval_decay_max, (1 + step) / (10 + step)))
+
+    def _sum_gradients(self, what: str) -> Tensor:
+        """Adds up the gradients of all processes; returns the norm of this one's part."""
+        if self.models.shards is not None:
+            self.models.take_gradients()  # they were summed in the backward
+            return torch.zeros(())  # nobody can tell any more whose part of a sum was not finite
+        own_norm = gradient_norm(self.models.weights)
+        sum_gradients(self.models.weights, {}, self.processes, what)
+        return own_norm
+
+    def _sum(self, numbers: dict[str, float], what: str) -> dict[str, float]:
+        """Numbers added up over the processes; one that holds no sample has none to add."""
+        everyone = self.processes.gather(numbers, what)
+        names = dict.fromkeys(name for theirs in everyone for name in theirs)
+        return {name: sum(theirs.get(name, 0.0) for theirs in everyone) for name in names}
+
+    def _update(self, rate: float, own_norm: Tensor, number: int) -> tuple[Tensor, bool]:
+        """One optimizer step at learning rate `rate` in iteration `number`, counted from 1.
+
+        Returns the gradient's norm before clipping, and whether the step was taken.
+        """
+        norm = self._clip()
+        try:
+            allowed = self.guard.allows(norm, own_norm, number)
+        except SharedError:
+            self._dump(number)
+            raise
+        if not allowed:
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm, False
+        self.halfway = True
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, True
+
+    def _clip(self) -> Tensor:
+        """Clips the gradient; returns its norm before."""
+        weights, largest = self.models.weights, self.config.optimizer.max_grad_norm
+        if self.models.shards is None:
+            return torch.nn.utils.clip_grad_norm_(list(weights.values()), largest)
+        norm = self.models.shards.gradient_norm(weights)
+        torch.nn.utils.clip_grads_with_norm_(list(weights.values()), largest, norm)
+        return norm
+
+    def _dump(self, number: int) -> None:
+        """Writes what is known of a run that is about to stop for its gradients; the counters draw the rest again."""
+        if self.folder is not None and self.processes.first:
+            known = {"iteration": number, "seed": self.config.seed, "weights": damage(self.models.weights)}
+            write_json(self.folder / f"dump-{number:06d}.json", known)
+
+
+def learning_rate(settings: Optimizer, iteration: int, iterations: int) -> float:
+    """Learning rate of the step after `iteration` finished ones; a function of these alone, so a resumed run agrees."""
+    left = max(0.0, 1 - iteration / iterations)
+    factor = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[settings.lr_decay]
+    return settings.lr * factor

@@ -1,0 +1,295 @@
+"""Loading a Stable Diffusion 3 pipeline: the shipped one, a folder, or one from the Hugging Face hub."""
+
+import hashlib
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import psutil
+import torch
+import transformers
+from accelerate import cpu_offload
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from dgpo_fast import tiny
+from dgpo_fast.models.architecture import TEXT_ENCODERS, Architecture, read_architecture
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+from dgpo_fast.groups import stream_seed
+from dgpo_fast.models.prompt_cache import content_digest, default_folder
+from dgpo_fast.models.random_weights import find_architecture, random_pipeline
+from dgpo_fast.wording import NO_HUB_NAME
+
+PIPELINE_CLASS = "StableDiffusion3Pipeline"
+FINGERPRINT_ELEMENTS = 256
+ENCODING_BYTES = 2**30
+"""What text encoders take on a GPU beside their weights, at most."""
+TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU if there is one. One that is named by its number becomes the
+    current one. Raises UserError if it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device auto")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels and streams are the current device's
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Weights' dtype for "auto", "fp32" or "bf16". Raises UserError for bf16 on a GPU without it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16; use --precision fp32")
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16) else torch.float32
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take on `device`."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def make_pipeline(
+    config: Config, *, device: torch.device, dtype: torch.dtype, with_text: bool = True
+) -> StableDiffusion3Pipeline:
+    """The pipeline that `config` names, with trained or with random weights. Raises UserError as `load_pipeline`."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # a run's own console shows what takes time
+    if not config.random_weights:
+        return load_pipeline(config.model, revision=config.revision, device=device, dtype=dtype, with_text=with_text)
+    return random_pipeline(
+        find_architecture(config.model), device=device, dtype=dtype, seed=stream_seed(config.seed, "random weights"),
+        text_encoders=config.random_text_encoders,
+    )  # fmt: skip
+
+
+def read_model(config: Config) -> Architecture:
+    """The architecture of the model that `config` names; of its weights, nothing is read. Raises UserError."""
+    if config.random_weights:
+        return find_architecture(config.model)
+    return read_architecture(_find_model(config.model, config.revision))
+
+
+def load_pipeline(
+    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype, with_text: bool = True
+) -> StableDiffusion3Pipeline:
+    """The pipeline `model` on `device`, all modules frozen and in eval mode.
+
+    Args:
+        model: "tiny", a folder in diffusers' format, or "organisation/name" on the hub.
+        revision: branch, tag or commit on the hub.
+        with_text: load the text encoders and tokenizers too; `load_text_encoders` can add them later.
+
+    Raises UserError where there is no such model or it is not a Stable Diffusion 3 pipeline.
+    """
+    folder = _find_model(model, revision)
+    try:
+        absent = _absent(_local_index(folder)) if with_text else dict.fromkeys(TEXT_PARTS)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **absent)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
+        module.requires_grad_(False).eval()
+    return pipeline
+
+
+def load_text_encoders(
+    pipeline: StableDiffusion3Pipeline, device: torch.device, dtype: torch.dtype
+) -> StableDiffusion3Pipeline:
+    """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
+
+    Where they do not fit on a GPU beside what is there, they stay in the CPU's memory, and their layers pass through
+    the GPU one after another (`passes_by_layer`): slower, and the same numbers.
+
+    Args:
+        pipeline: stays as it is.
+        device: where the text encoders go.
+        dtype: of their weights.
+
+    Raises UserError where they cannot be loaded.
+    """
+    folder = Path(pipeline.name_or_path)
+    try:
+        shared = {"transformer": pipeline.transformer, "vae": pipeline.vae, "scheduler": pipeline.scheduler}
+        absent = _absent(_local_index(folder))
+        whole = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **shared, **absent)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the text encoders in {folder} cannot be loaded: {_first_line(error)}") from error
+    whole.set_progress_bar_config(disable=True)
+    encoders = [module.requires_grad_(False).eval() for module in text_encoders(whole)]
+    needed = sum(parameter.nbytes for module in encoders for parameter in module.parameters())
+    fit = device.type == "cpu" or needed + ENCODING_BYTES < free_bytes(device)
+    for module in encoders:
+        module.to(device) if fit else cpu_offload(module, device)
+    return whole
+
+
+def passes_by_layer(pipeline: StableDiffusion3Pipeline) -> bool:
+    """Whether its text encoders are in the CPU's memory, and only their layers come to the GPU."""
+    return any(hasattr(module, "_hf_hook") for module in text_encoders(pipeline))
+
+
+def lacks_text_encoders(pipeline: StableDiffusion3Pipeline) -> bool:
+    """Whether the pipeline was loaded without text encoders that its folder has."""
+    return type(pipeline) is StableDiffusion3Pipeline and not text_encoders(pipeline)
+
+
+def has_t5(pipeline: StableDiffusion3Pipeline) -> bool:
+    """Whether the pipeline has a T5 encoder, loaded or not."""
+    if lacks_text_encoders(pipeline):
+        return "text_encoder_3" not in _absent(_local_index(Path(pipeline.name_or_path)))
+    return pipeline.text_encoder_3 is not None
+
+
+def _absent(index: dict) -> dict[str, None]:
+    """What a pipeline does not have, as its T5 encoder: diffusers wants to be told so by name."""
+    return {name: None for name, value in index.items() if value == [None, None]}
+
+
+def find_lora(path: Path) -> Path:
+    """The LoRA at `path`, a .safetensors file or the folder it lies in. Raises UserError where there is none."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    named = path / "pytorch_lora_weights.safetensors"
+    if named in files or len(files) == 1:
+        return named if named in files else files[0]
+    found = "several .safetensors files are there: name one" if files else "no .safetensors file is there"
+    raise UserError(f"LoRA '{path}': {found if path.exists() else 'no such file or folder'}")
+
+
+def changes_text_encoders(lora: Path) -> bool:
+    """Whether the LoRA in this file is for text encoders too."""
+    return any("text_encoder" in name for name in _tensor_names(lora))
+
+
+@torch.no_grad()
+def merge_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:
+    """Merges a LoRA into the pipeline's weights, in place, as a run merges its own: in fp32, rounded once.
+
+    Args:
+        pipeline: with its text encoders, where the LoRA changes them.
+        lora: a .safetensors file.
+
+    Raises UserError where that is no LoRA, or not one for this pipeline.
+    """
+    transformer, dtype = pipeline.transformer, pipeline.transformer.dtype
+    transformer.float()
+    try:
+        factors = sum("lora" in name and "alpha" not in name for name in _tensor_names(lora))
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True, local_files_only=True)
+        models = (transformer, *text_encoders(pipeline))
+        found = sum("lora_" in name for model in models for name, _ in model.named_parameters())
+        if not factors or found < factors:
+            raise ValueError(f"{factors - found} of its {factors} matrices fit no layer")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    except UserError:
+        raise
+    except Exception as error:  # the loaders of a file in any of many formats fail in any way
+        raise UserError(f"LoRA '{lora}' cannot be loaded into this model: {_first_line(error)}") from error
+    transformer.to(dtype).requires_grad_(False).eval()
+
+
+def _tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"LoRA '{file}' cannot be read: {_first_line(error)}") from error
+
+
+def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
+    """The two or three text encoders that the pipeline has."""
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    return [encoder for encoder in encoders if encoder is not None]
+
+
+def fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
+    """A digest of the pipeline's weights: of some elements of every parameter, rounded to bf16.
+
+    The same weights in fp32 and in bf16 have the same one; weights trained a little further have another one. Text
+    encoders that are not loaded count by the content of their files.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if lacks_text_encoders(pipeline):
+        digest.update(content_digest(Path(pipeline.name_or_path), default_folder()).encode())
+    for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
+        for name, parameter in module.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // FINGERPRINT_ELEMENTS)]
+            digest.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _find_model(model: str, revision: str | None) -> Path:
+    """The folder of the pipeline `model`, downloaded where it is on the hub."""
+    source = Path(tiny.PIPELINE_DIR if model == "tiny" else model)
+    index = _local_index(source) if source.exists() else _hub_index(model, revision)
+    found = index.get("_class_name")
+    if found != PIPELINE_CLASS:
+        raise UserError(f"model '{model}' is a {found or 'folder without _class_name'}, not a {PIPELINE_CLASS}")
+    return source if source.exists() else _download(model, revision)
+
+
+@cache
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        return Path(StableDiffusion3Pipeline.download(model, revision=revision))  # shows its own progress
+    except (OSError, ValueError) as error:
+        raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
+
+
+def _local_index(folder: Path) -> dict:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"model '{folder}': no model_index.json there; give a pipeline's folder in diffusers' format")
+    return _read_index(path)
+
+
+def _hub_index(name: str, revision: str | None) -> dict:
+    missing = f"model '{name}': no such folder"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UserError(f"{missing}{NO_HUB_NAME}")
+    try:
+        return _read_index(Path(hf_hub_download(name, "model_index.json", revision=revision)))
+    except LocalEntryNotFoundError:
+        raise UserError(f"{missing}, and the Hugging Face hub cannot be reached: download it first") from None
+    except GatedRepoError:
+        raise UserError(f"model '{name}' is gated: accept its licence on the hub, then `hf auth login`") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"{missing}, and the Hugging Face hub refused it: {_first_line(error)}") from None
+
+
+def _read_index(path: Path) -> dict:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"{path}: not a JSON object; the pipeline's folder is damaged")
+    return index
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,277 @@
+"""FLOPs and bytes of a run's forwards and backwards.
+
+FLOPs are a function of shapes, so each kind of work is counted once, by the formulas of torch's flop counter, on the
+meta device, where nothing is computed; an iteration's FLOPs are its samples times that. Prompt encoders and reward
+models are not counted, nor is what a forward does again for the backward pass: saving memory must not look like speed.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.models.policy import PolicyModels, with_lora
+from dgpo_fast.models.datasheet import peak_tflops
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+
+ROLLOUT, DECODE, BOTH = "rollout", "decode", "rollout with decode"
+REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy forward", "backward"
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "matmul")
+PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)
+
+
+@dataclass
+class Work:
+    """FLOPs and bytes by class of operation: matmul, attention, convolution, other.
+
+    Bytes are those of every operation's inputs and outputs, once each: what unfused execution moves.
+    """
+
+    flops: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    @property
+    def total_flops(self) -> int:
+        """All classes together."""
+        return sum(self.flops.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """All classes together."""
+        return sum(self.bytes.values())
+
+
+class WorkCounter(TorchDispatchMode):
+    """Adds up what the operations under it do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Work()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        kind = operation_class(func._schema.name)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula:
+            self.work.flops[kind] += formula(*args, **kwargs, out_val=out)
+        if not _moves_nothing(func):
+            self.work.bytes[kind] += sum(map(_nbytes, tree_leaves((args, kwargs, out))))
+        return out
+
+
+def operation_class(name: str) -> str:
+    """The class of an operation by its name: `aten::addmm` → matmul."""
+    name = name.rsplit("::", 1)[-1].lstrip("_")
+    if re.search("attention|attn|fmha|sdpa", name):
+        return "attention"
+    if "conv" in name:
+        return "convolution"
+    return "matmul" if name in MATMULS or re.search("(^|_)linear(_|$)", name) else "other"
+
+
+def _moves_nothing(func: Any) -> bool:
+    is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
+    return is_view or "empty" in func._schema.name
+
+
+def _nbytes(value: Any) -> int:
+    # An expanded tensor is read from a storage smaller than itself.
+    return min(value.nbytes, value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the one operation that it is on a device, where the meta device would take it apart."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one sample is made of.
+
+    Attributes:
+        latent: (C, H, W).
+        prompt: (T, D) of the token embeddings.
+        pooled: E of the pooled embedding.
+    """
+
+    latent: tuple[int, ...]
+    prompt: tuple[int, ...]
+    pooled: int
+
+
+class ModelWork:
+    """Counts a run's kinds of work on copies of its architecture that have no data.
+
+    Args:
+        transformer: any of the run's transformers; its configuration alone is read.
+        vae: the decoder; likewise.
+        policy: what is trained.
+        adapted: whether the behaviour weights are an adapter too, and no merged copy.
+        dtype: of weights and activations; bytes depend on it.
+        shapes: of one sample.
+    """
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        vae: AutoencoderKL,
+        policy: PolicyConfig,
+        dtype: torch.dtype,
+        shapes: Shapes,
+        adapted: bool = False,
+    ):
+        self.dtype, self.shapes = dtype, shapes
+        self._counted: dict[tuple[str, int], Work] = {}
+        with torch.device("meta"):
+            self.base = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(False)
+            self.policy = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(policy.train == "full")
+            self.vae = AutoencoderKL.from_config(vae.config).requires_grad_(False)
+        if policy.train == "lora":
+            with_lora(self.policy, policy, seed=0)
+        self.behaviour = self.policy if adapted else self.base
+        for module in (self.base, self.policy, self.vae):
+            torch.nn.Module.to(module, dtype)  # diffusers' own `to` warns of what does not matter without data
+
+    def count(self, kind: str, batch: int = 1) -> Work:
+        """One forward, backward or decode of `batch` samples; counted once."""
+        if (kind, batch) not in self._counted:
+            self._counted[kind, batch] = self._count(kind, batch)
+        return self._counted[kind, batch]
+
+    def _count(self, kind: str, batch: int) -> Work:
+        if kind == DECODE:
+            latent = torch.empty(batch, *self.shapes.latent, dtype=self.dtype, device="meta")
+            return _count(lambda: self.vae.decode(latent, return_dict=False)[0])[0]
+        if kind == BACKWARD:
+            with _FusedAttention():
+                out = self._forward(self.policy, batch)
+            return _count(lambda: out.backward(torch.empty_like(out)))[0]
+        transformer = {REFERENCE: self.base, POLICY: self.policy}.get(kind, self.behaviour)
+        return _count(lambda: self._forward(transformer, batch))[0]
+
+    def _forward(self, transformer: SD3Transformer2DModel, batch: int) -> Tensor:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(batch, *shape, dtype=self.dtype, device="meta")
+
+        return transformer(
+            hidden_states=empty(*self.shapes.latent),
+            timestep=empty(),
+            encoder_hidden_states=empty(*self.shapes.prompt),
+            pooled_projections=empty(self.shapes.pooled),
+            return_dict=False,
+        )[0]
+
+
+def _count(action: Callable[[], Any]) -> tuple[Work, Any]:
+    with _FusedAttention(), WorkCounter() as counter:
+        result = action()
+    return counter.work, result
+
+
+class WorkMeter:
+    """How many samples an iteration sent through each kind of work, and the FLOP/s that makes.
+
+    Args:
+        models: the run's transformers. Their forwards inside `training` are seen by hooks.
+        vae: the decoder.
+        policy: what is trained.
+        latent: (C, H, W) of a latent.
+
+    Attributes:
+        last: samples by kind of work of the iteration that ended last.
+        batches: samples in one forward, the most seen, by kind of training work.
+    """
+
+    def __init__(self, models: PolicyModels, vae: AutoencoderKL, policy: PolicyConfig, latent: tuple[int, ...]):
+        self.models, self.vae, self.policy, self.latent = models, vae, policy, latent
+        self.peak_tflops = peak_tflops(models.device, models.dtype)
+        self.samples: dict[str, int] = defaultdict(int)
+        self.last: dict[str, int] = {}
+        self.batches: dict[str, int] = {}
+        self.flops_per_sample: dict[str, int] = {}
+        self.shapes: Shapes | None = None
+
+    def sampled(self, text: TextEmbeds, forwards: int) -> None:
+        """Notes one rollout: each prompt of `text` drawn with so many forwards of one sample."""
+        self._see(text.prompt, text.pooled)
+        self.samples[ROLLOUT] += len(text) * forwards
+
+    def decoded(self, images: int) -> None:
+        """Notes decoded images."""
+        self.samples[DECODE] += images
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Notes the forwards, and the backwards they lead to, of the block."""
+        named = ((REFERENCE, self.models.base), (OLD, self.models.behaviour), (POLICY, self.models.policy))
+        hooks = [
+            # In front of the engine's hook, which pads a partial batch.
+            module.register_forward_pre_hook(partial(self._on_forward, kind), with_kwargs=True, prepend=True)
+            for kind, module in named
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def take(self) -> dict[str, int]:
+        """Samples by kind of work since the last call."""
+        taken, self.samples = dict(self.samples), defaultdict(int)
+        return taken
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """What the iteration that ends now and took `seconds` achieved: for `metrics.jsonl`."""
+        self.last = self.take()
+        rate = self.flops(self.last) / seconds / 1e12
+        rates = {"achieved_tflops": rate}
+        return rates | {"mfu_percent": 100 * rate / self.peak_tflops} if self.peak_tflops else rates
+
+    def flops(self, samples: dict[str, int]) -> int:
+        """FLOPs of so many samples of each kind of work."""
+        new = set(samples) - set(self.flops_per_sample)
+        if new:
+            model_work = self.model_work()
+            self.flops_per_sample |= {kind: model_work.count(kind).total_flops for kind in new}
+        return sum(self.flops_per_sample[kind] * count for kind, count in samples.items())
+
+    def model_work(self) -> ModelWork:
+        """A counter for the shapes seen. There must have been a forward."""
+        assert self.shapes is not None
+        models = self.models
+        return ModelWork(models.base, self.vae, self.policy, models.dtype, self.shapes, models.adapted)
+
+    def _see(self, prompt: Tensor, pooled: Tensor) -> None:
+        self.shapes = Shapes(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])
+
+    def _on_forward(self, kind: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._see(kwargs["encoder_hidden_states"], kwargs["pooled_projections"])
+        count = len(kwargs["hidden_states"])
+        trained = kind == POLICY and torch.is_grad_enabled()
+        for name in (kind, BACKWARD) if trained else (kind,):
+            self.samples[name] += count
+            self.batches[name] = max(count, self.batches.get(name, 0))

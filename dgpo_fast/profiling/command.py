@@ -1,0 +1,133 @@
+"""`python -m dgpo_fast.profile`: where an iteration's time goes, on one page."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dgpo_fast.config.command_line import configure, launched_with_others, leave, print_help, run_command, take_count, take_option
+from dgpo_fast.config import Config, Log
+from dgpo_fast.errors import UserError
+from dgpo_fast.config.reading import resolve, to_dict
+
+USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
+
+  python -m dgpo_fast.profile                                      coloured shapes on the shipped pipeline
+  python -m dgpo_fast.profile sd35m-geneval --random-weights       SD3.5-Medium's size, without a download
+  python -m dgpo_fast.profile my.yaml --measured 10 --warmup 3     more iterations
+  torchrun --standalone --nproc-per-node 8 -m dgpo_fast.profile sd35m-geneval     process 0, and how even all are
+  python -m dgpo_fast.profile --compare A B                        two profiles side by side, with ratios"""
+
+
+def profile(args: list[str]) -> int:
+    """Profiles as the command line says; returns the exit status."""
+    given, args = list(args), list(args)
+    if {"-h", "--help"} & set(args):
+        print_help("dgpo_fast.profile", USAGE, [arg for arg in args if arg in ("-h", "--help")])
+        return 0
+    if "--compare" in args:
+        return compare(args)
+    # Alone, a wrong command line is refused before the imports below, which take seconds.
+    plan = None if launched_with_others() else read_plan(args)
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the tracer talks to the terminal otherwise
+    from dgpo_fast.distributed import connect
+    from dgpo_fast.profiling.session import Session
+    from dgpo_fast.trainer import Trainer
+
+    processes = connect()
+    with processes.together("the settings"):
+        if processes.first and plan is None:
+            plan = read_plan(args)
+    plan = shared_plan(plan, processes)
+    processes.set_timeout(plan.config.distributed.timeout_s)
+    with processes.together("the set-up of all processes"):
+        trainer = Trainer(plan.config, processes)
+    folder = plan.folder
+    with processes.together("the profile's folder"):
+        if processes.first:
+            folder.mkdir(parents=True)
+    try:
+        report = Session(trainer, folder).run(plan.warmup, plan.measured, given)
+    except BaseException:
+        if processes.first:
+            shutil.rmtree(folder)  # half a profile is none
+        raise
+    finally:
+        trainer.close()
+    with processes.together("the report of process 0"):
+        if report is not None:
+            write(report, folder, trainer.console.note)
+    processes.close()
+    return 0
+
+
+def write(report: Any, folder: Path, note: Callable[[str], None]) -> None:
+    """Writes the report into `folder`, and says in a few sentences what is in it."""
+    from dgpo_fast.profiling.page import write_page
+    from dgpo_fast.profiling.report import write_report
+    from dgpo_fast.profiling.summary import sentences
+
+    write_report(report, folder)
+    write_page(report, folder)
+    for sentence in sentences(report):
+        note(sentence)
+    note(f"open {folder / 'report.html'} in a browser; the trace opens in ui.perfetto.dev")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for."""
+
+    config: Config
+    folder: Path
+    warmup: int
+    measured: int
+
+
+def read_plan(args: list[str]) -> Plan:
+    """What `args` ask for."""
+    args = list(args)
+    warmup, measured = take_count(args, "warmup", 1), take_count(args, "measured", 3)
+    config = configure(args)
+    evaluation = replace(config.evaluation, every=0)
+    config = replace(config, iterations=warmup + measured + 1, evaluation=evaluation, log=Log())
+    return Plan(config, new_folder(config), warmup, measured)
+
+
+def shared_plan(plan: Plan | None, processes: Any) -> Plan:
+    """Process 0's plan, on every process."""
+    mine = None if plan is None else [to_dict(plan.config), str(plan.folder), plan.warmup, plan.measured]
+    settings, folder, warmup, measured = processes.broadcast(mine, "the settings")
+    return Plan(resolve(Config(), settings, "process 0"), Path(folder), warmup, measured)
+
+
+def new_folder(config: Config) -> Path:
+    """The folder of a new profile, not yet made. Raises UserError where it is taken."""
+    folder = Path(config.runs_dir) / (config.name or f"profile-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists():
+        raise UserError(f"{folder} exists: choose another --name")
+    return folder
+
+
+def compare(args: list[str]) -> int:
+    """Shows two profiles side by side and writes the page of it; returns the exit status."""
+    output = Path(take_option(args, "output") or "comparison.html")
+    args.remove("--compare")
+    if len(args) != 2 or any(arg.startswith("-") for arg in args):
+        raise UserError("command line: --compare takes two profiles: their folders, or their report.json files")
+
+    from dgpo_fast.run.console import Console
+    from dgpo_fast.profiling.compare import comparison_page, console_table
+    from dgpo_fast.profiling.report import read_report
+
+    first, second = (read_report(Path(arg)) for arg in args)
+    names = (args[0], args[1])
+    console = Console()
+    console.rich.print(console_table(first, second, names))
+    output.write_text(comparison_page(first, second, names), encoding="utf-8")
+    console.note(f"the same as a page: {output}")
+    return 0

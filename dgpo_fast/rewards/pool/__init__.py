@@ -1,0 +1,1 @@
+"""Rewards scored beside the rollouts, in threads and worker processes."""

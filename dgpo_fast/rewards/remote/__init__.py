@@ -1,0 +1,1 @@
+"""Rewards that run elsewhere: servers of ours, and judges behind an OpenAI-compatible API."""

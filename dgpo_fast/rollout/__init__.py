@@ -1,0 +1,1 @@
+"""From prompts to scored groups: few-step sampling, with noise or without, now or once."""

@@ -1,0 +1,165 @@
+"""Groups drawn once by the reference model, scored, and kept on disk for this run and others."""
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgpo_fast.config import Config
+from dgpo_fast.run.console import Console, duration
+from dgpo_fast.distributed import ALONE, Processes, place
+from dgpo_fast.errors import UserError
+from dgpo_fast.groups import GroupSampler
+from dgpo_fast.models.loading import fingerprint
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import GroupScores
+from dgpo_fast.rollout.source import Groups
+from dgpo_fast.rollout.group_folder import Drawing, GroupFolder, Place, Stored, load
+from dgpo_fast.rollout.online import RolloutWorker
+
+FORMAT = 2
+# Settings of a rollout that change no image of it.
+NO_CONDITION = ("groups", "batch_size")
+
+
+class OfflineSource:
+    """Groups of the reference model, gone through again and again in an order that changes at every pass.
+
+    Args:
+        config: the run's; `data.folder` is looked into at once.
+        worker: draws and scores what is not there yet.
+        prompts: the training prompts.
+        processes: they draw file by file in turn, into a folder that all of them see.
+
+    Raises UserError where the folder's groups were drawn with other settings.
+    """
+
+    def __init__(self, config: Config, worker: RolloutWorker, prompts: list[Prompt], processes: Processes = ALONE):
+        self.config, self.worker, self.prompts, self.processes = config, worker, prompts, processes
+        self.wanted = self._wanted()
+        self.drawing_s = 0.0
+        self.places: GroupSampler[Place] | None = None
+        if config.data.folder:
+            GroupFolder(Path(config.data.folder)).drawing(self.wanted)
+
+    def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
+        """Draws the groups that are not there yet."""
+        home = GroupFolder(Path(self.config.data.folder) if self.config.data.folder else folder / "groups")
+        with self.processes.together("the folder of offline groups"):
+            if self.processes.first and home.drawing(self.wanted) is None:
+                home.start(self.wanted)
+        drawing = home.drawing(self.wanted)
+        if drawing is None:
+            raise UserError(
+                f"{home.home}: process {self.processes.rank} does not see it; put --data.folder on a shared disk"
+            )
+        with self.processes.together("the offline groups"):
+            done = self._draw_missing(home, drawing, console, should_stop)
+        if self.processes.any(not done, "the offline groups"):
+            return
+        places, self.drawing_s, dropped = home.index(drawing)
+        note = f"; {dropped} could not be scored" if dropped else ""
+        size = self.config.rollout.group_size
+        console.note(
+            f"offline: {len(places)} groups of {size} images, drawn and scored in {duration(self.drawing_s)}, are in "
+            f"{home.home}{note}"
+        )
+        self.places = GroupSampler(places, self.config.rollout.groups, self.config.seed, stream="offline groups")
+
+    def prompts_of(self, iterations: range) -> list[Prompt]:
+        """See `Source.prompts_of`."""
+        return self._dealer(self.wanted).all_drawn(range(len(self.wanted.files)))
+
+    def collect(self, iteration: int) -> Groups:
+        """See `Source.collect`."""
+        assert self.places is not None, "prepare comes first"
+        with self.worker.phases("load"):
+            stored = [load(where) for where in self.places.draw(iteration)]
+            size = self.config.rollout.group_size
+            share = place(len(stored), size, self.processes.count)[self.processes.rank]
+            mine = [stored[group].x0[first % size : first % size + end - first] for group, first, end in share.parts]
+            x0 = torch.cat(mine).to(self.worker.models.device)
+        with self.worker.phases("encode"):
+            texts = [stored[position // size].prompt.text for position in range(share.start, share.stop)]
+            text = self.worker.sampler.encoder(texts)
+        return Groups([group.prompt for group in stored], text, x0, _scores(stored), share)
+
+    def summary(self) -> dict[str, Any]:
+        """See `Source.summary`."""
+        groups = len(self.places.items) if self.places else 0
+        drawn = groups * self.config.rollout.group_size
+        return {"source": "offline", "drawing_s": self.drawing_s, "drawn_images": drawn}
+
+    def _wanted(self) -> Drawing:
+        rollout = asdict(self.config.rollout)
+        content = json.dumps([[prompt.text, prompt.metadata] for prompt in self.prompts], sort_keys=True)
+        conditions = {
+            "format": FORMAT,
+            "model": fingerprint(self.worker.sampler.pipeline),
+            "prompts": hashlib.sha256(content.encode()).hexdigest(),
+            "rewards": list(self.config.rewards),
+            **self.worker.rewards.reward.contents,
+            **{f"rollout.{name}": rollout[name] for name in rollout if name not in NO_CONDITION},
+        }
+        return Drawing(conditions, self.config.data.offline_groups, self.config.rollout.groups, self.config.seed)
+
+    def _dealer(self, drawing: Drawing) -> GroupSampler[Prompt]:
+        return GroupSampler(self.prompts, drawing.file_groups, drawing.seed)
+
+    def _draw_missing(
+        self, home: GroupFolder, drawing: Drawing, console: Console, should_stop: Callable[[], bool]
+    ) -> bool:
+        """Draws file after file. False where it was asked to stop before the last one."""
+        mine = range(self.processes.rank, len(drawing.files), self.processes.count)
+        missing = deque(number for number in mine if not home.path(number).exists())
+        if not missing:
+            return True
+        lost = 0
+        with console.track(f"offline: drawing {drawing.groups} groups from the reference model") as on_step:
+            while missing:
+                if should_stop():
+                    return False
+                scores = self._draw_file(home, drawing, missing[0])
+                for line in scores.failures:
+                    console.note(f"offline: group dropped: {line}")
+                if scores.valid.any():
+                    lost = 0
+                    missing.popleft()
+                    on_step(1 - len(missing) / len(mine))
+                    continue
+                lost += 1
+                if lost >= self.config.max_lost_iterations:
+                    raise UserError(f"{home.home}: no group of {lost} files in a row could be scored; mend the reward "
+                                    f"and --resume. The last failure: {scores.failures[-1]}")  # fmt: skip
+                missing.rotate(-1)  # a reward that is away for a while may be there again after the others
+        return True
+
+    def _draw_file(self, home: GroupFolder, drawing: Drawing, number: int) -> GroupScores:
+        """Draws and scores the groups of one file, which is written if any of them could be scored."""
+        started = time.perf_counter()
+        prompts = self._dealer(drawing).draw(number)
+        prompts = prompts[: len(drawing.files[number])]
+        weights = self.worker.models.initial_weights()
+        groups = self.worker.draw(prompts, weights, seed=drawing.seed, draw=number)
+        if groups.scores.valid.any():
+            home.write(number, groups, time.perf_counter() - started)
+        return groups.scores
+
+
+def _scores(stored: list[Stored]) -> GroupScores:
+    """Scores of P groups, with NaN where a part of the reward says nothing of a group."""
+    names = dict.fromkeys(name for group in stored for name in group.parts)
+    empty = np.full_like(stored[0].rewards, np.nan)
+    return GroupScores(
+        rewards=np.stack([group.rewards for group in stored]),
+        parts={name: np.stack([group.parts.get(name, empty) for group in stored]) for name in names},
+        valid=np.ones(len(stored), bool),
+        failures=[],
+    )

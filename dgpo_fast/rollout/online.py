@@ -1,0 +1,140 @@
+"""Groups drawn in the iteration that learns from them."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgpo_fast.config import Rollout
+from dgpo_fast.run.console import Console
+from dgpo_fast.distributed import ALONE, Processes, place
+from dgpo_fast.rewards.gather import gather_scores
+from dgpo_fast.groups import GroupSampler, spread, stream_seed
+from dgpo_fast.run.metrics import Phases
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.models.work import WorkMeter
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import RewardPool
+from dgpo_fast.rewards.pool.pool import Scoring
+from dgpo_fast.rollout.sampler import Sampler, batch_slices
+from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.rollout.source import Groups
+from dgpo_fast.rollout.step_noise import StepNoise, joined
+
+
+class RolloutWorker:
+    """Draws, decodes and scores groups with given weights.
+
+    Args:
+        rollout: how.
+        models: its behaviour copy draws.
+        sampler: draws with that copy.
+        schedule: the grid, on the models' device.
+        rewards: score the images.
+        keep_transitions: whether every step of a rollout with noise is kept.
+        phases: seconds of each part go there.
+        work: what the forwards do is counted there.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        models: PolicyModels,
+        sampler: Sampler,
+        schedule: Schedule,
+        rewards: RewardPool,
+        *,
+        keep_transitions: bool,
+        phases: Phases,
+        work: WorkMeter,
+    ):
+        self.rollout, self.models, self.sampler, self.schedule = rollout, models, sampler, schedule
+        self.rewards, self.keep_transitions, self.phases, self.work = rewards, keep_transitions, phases, work
+
+    def draw(
+        self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, draw: int, processes: Processes = ALONE
+    ) -> Groups:
+        """One group of each prompt by `weights`; the noise is a function of (seed, draw, position) alone.
+
+        Each of `processes` draws and scores its share; all of them must call this together.
+        """
+        size, batch_size = self.rollout.group_size, self.rollout.batch_size
+        share = place(len(prompts), size, processes.count)[processes.rank]
+        texts = [prompts[position // size].text for position in range(share.start, share.stop)]
+        scoring = self.rewards.start([prompts[position // size] for position in share.pieces], share.piece_size)
+        with self.phases("encode"):
+            text = self.sampler.encoder(texts)
+        with self.phases("rollout"):
+            self.models.load_behaviour(weights)
+        latents, noises, waiting = [], [], deque()  # type: ignore[var-annotated]
+        for rows in batch_slices(len(texts), batch_size):
+            with self.phases("rollout"):
+                samples = torch.arange(share.start + rows.start, share.start + rows.stop, device=self.models.device)
+                noises.append(self._step_noise(samples, seed, draw))
+                x0, _ = self.sampler.latents(
+                    texts[rows], samples, self.schedule, guidance_scale=self.rollout.guidance_scale,
+                    seed=stream_seed(seed, "initial noise"), draw=draw, step_noise=noises[-1],
+                )  # fmt: skip
+            latents.append(x0)
+            self.work.sampled(text[rows], forwards=self.schedule.steps * (2 if self.rollout.guidance_scale > 1 else 1))
+            waiting.append(self.sampler.start_decoding(x0))
+            # Where images are decoded beside the next batch's rollout, they are asked for after it.
+            if len(waiting) > self.sampler.decodes_ahead:
+                self._score(waiting.popleft(), scoring)
+        while waiting:
+            self._score(waiting.popleft(), scoring)
+        if self.models.shards is not None:
+            most = max(map(len, place(len(prompts), size, processes.count)))
+            with self.phases("rollout"):
+                self.sampler.keep_up(len(texts), most, texts[0], self.schedule, self.rollout.guidance_scale)
+        with self.phases("reward"):
+            mine = scoring.result()
+        scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {draw + 1}")
+        metrics = {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
+        return Groups(list(prompts), text, torch.cat(latents), scores, share, joined(noises), metrics)
+
+    def _score(self, decoding: Callable[[], np.ndarray], scoring: Scoring) -> None:
+        with self.phases("decode"):
+            images = decoding()
+        self.work.decoded(len(images))
+        with self.phases("reward"):
+            scoring.add(images)  # scored beside the rollout of the next batch
+
+    def _step_noise(self, samples: torch.Tensor, seed: int, draw: int) -> StepNoise | None:
+        if self.schedule.noise is None:
+            return None
+        return StepNoise(samples, seed=stream_seed(seed, "step noise"), draw=draw, keep=self.keep_transitions)
+
+
+class OnlineSource:
+    """Groups of each iteration's own prompts, drawn by the weights that `weights` gives at that time."""
+
+    def __init__(
+        self,
+        worker: RolloutWorker,
+        prompts: GroupSampler[Prompt],
+        seed: int,
+        weights: Callable[[], Weights],
+        processes: Processes = ALONE,
+    ):
+        self.worker, self.prompts, self.seed, self.weights = worker, prompts, seed, weights
+        self.processes = processes
+
+    def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
+        """Nothing: everything is drawn when it is needed."""
+
+    def prompts_of(self, iterations: range) -> list[Prompt]:
+        """See `Source.prompts_of`."""
+        return self.prompts.all_drawn(iterations)
+
+    def collect(self, iteration: int) -> Groups:
+        """See `Source.collect`."""
+        prompts = spread(self.prompts.draw(iteration), lambda prompt: tuple(self.worker.rewards.reward.chosen(prompt)))
+        return self.worker.draw(prompts, self.weights(), seed=self.seed, draw=iteration, processes=self.processes)
+
+    def summary(self) -> dict[str, Any]:
+        """See `Source.summary`."""
+        return {"source": "online", "drawing_s": 0.0}

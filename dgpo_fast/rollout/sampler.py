@@ -1,0 +1,259 @@
+"""Drawing images: a few-step ODE, or its stochastic form, from noise to latents, and the decoder."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step, philox_normal
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.rollout.step_noise import StepNoise
+from dgpo_fast.models.prompt_encoder import PromptEncoder, TextEmbeds
+
+
+def initial_noise(shape: tuple[int, ...], samples: Tensor, *, seed: int, draw: int) -> Tensor:
+    """Noise at σ = 1 for each sample, a function of (seed, draw, sample) alone.
+
+    Args:
+        shape: (C, H, W) of a latent.
+        samples: (B,) int64 indices of the samples.
+
+    Returns:
+        (B, C, H, W) fp32 on the device of `samples`.
+    """
+    return philox_normal(shape, samples, seed=seed, draw=draw, device=samples.device, dtype=torch.float32)
+
+
+def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds) -> Tensor:
+    """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
+
+    Args:
+        x_t: (B, C, H, W) noisy latents, any float dtype. Where B is 0 there is a forward, too.
+        timestep: () or (B,), in [0, 1000].
+        text: the B prompts.
+    """
+    if len(x_t) == 0:  # the others compute, and need this process's shards: a forward of which nothing is used
+        idle = TextEmbeds(*(rows.new_zeros(1, *rows.shape[1:]) for rows in (text.prompt, text.pooled)))
+        return predict(transformer, x_t.new_zeros(1, *x_t.shape[1:]), timestep.new_ones(1), idle)[:0]
+    return transformer(
+        hidden_states=x_t.to(text.prompt.dtype),
+        timestep=timestep.expand(len(x_t)),
+        encoder_hidden_states=text.prompt,
+        pooled_projections=text.pooled,
+        return_dict=False,
+    )[0]
+
+
+def predict_pair(
+    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, empty: TextEmbeds
+) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional velocities in one forward of 2B samples, for guidance. `timestep` is () or (B,)."""
+    both = TextEmbeds(
+        torch.cat([text.prompt, empty.expand(len(text)).prompt]),
+        torch.cat([text.pooled, empty.expand(len(text)).pooled]),
+    )
+    timestep = timestep.expand(len(x_t)).repeat(2)
+    conditional, unconditional = predict(transformer, torch.cat([x_t, x_t]), timestep, both).chunk(2)
+    return conditional, unconditional
+
+
+def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
+    """Slices of at most `size` that cover `total` rows in order; as many as `most` rows need, the last ones empty."""
+    starts = range(0, max(total, most), size)
+    return (slice(min(start, total), min(start + size, total)) for start in starts)
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: v_uncond + g·(v_cond − v_uncond)."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: SD3Transformer2DModel,
+    noise: Tensor,
+    text: TextEmbeds,
+    empty: TextEmbeds,
+    schedule: Schedule,
+    *,
+    guidance_scale: float,
+    batch_size: int,
+    step_noise: StepNoise | None = None,
+    on_step: Callable[[float], None] | None = None,
+) -> Tensor:
+    """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. A trajectory is kept only where asked for.
+
+    Args:
+        transformer: draws the images; no adapter should be in its graph.
+        noise: (B, C, H, W) fp32 at σ = 1.
+        text: the B prompts, one a sample.
+        empty: the empty prompt, one row; read where `guidance_scale` > 1.
+        schedule: grid and coefficients on the noise's device.
+        guidance_scale: v = v_uncond + g·(v_cond − v_uncond); 1 is unguided.
+        batch_size: samples per forward.
+        step_noise: draws the noise of the steps, and keeps them where asked to; for a schedule that has noise.
+        on_step: told the share done, in (0, 1], after each solver step.
+    """
+    if step_noise is not None:
+        step_noise.start(noise, schedule.steps)
+    chunks = []
+    for rows in batch_slices(len(noise), batch_size):
+        x, x0_previous = noise[rows], None
+        for step in range(schedule.steps):
+            timestep = schedule.timesteps[step]
+            if guidance_scale > 1:
+                conditional, unconditional = predict_pair(transformer, x, timestep, text[rows], empty)
+            else:
+                conditional, unconditional = predict(transformer, x, timestep, text[rows]), None
+            velocities, numbers = (conditional, unconditional), schedule.coefficients[step]
+            if schedule.solver == "euler":
+                moved = guided_euler_step(x, *velocities, guidance_scale=guidance_scale, coefficients=numbers)
+                x = moved if step_noise is None else step_noise.add(x, moved, schedule, step, rows)
+            else:
+                x, x0_previous = guided_dpmpp_2m_step(
+                    x, *velocities, x0_previous, guidance_scale=guidance_scale, coefficients=numbers
+                )
+            if on_step:
+                on_step((rows.start + len(x) * (step + 1) / schedule.steps) / len(noise))
+        chunks.append(x)
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.ndarray:
+    """Latents (B, C, H, W) → images, uint8 (B, height, width, 3)."""
+    return torch.cat(
+        [to_uint8(decode_pixels(vae, chunk, vae.dtype)).cpu() for chunk in latents.split(batch_size)]
+    ).numpy()
+
+
+def decode_pixels(vae: AutoencoderKL, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the decoder, in `dtype`, makes of (B, C, H, W) latents: (B, 3, height, width) fp32, about in [−1, 1]."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(scaled.to(dtype), return_dict=False)[0].float()
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [−1, 1] → (B, H, W, 3) uint8, rounded as diffusers rounds."""
+    return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def latent_shape(
+    transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | None
+) -> tuple[int, int, int]:
+    """(C, H, W) of a latent at `resolution` pixels, or at the size the transformer was trained at.
+
+    Raises UserError for a resolution that the model cannot draw.
+    """
+    config = transformer.config
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    step, largest = scale * config.patch_size, scale * config.patch_size * config.pos_embed_max_size
+    if resolution and (resolution % step or resolution > largest):
+        raise UserError(f"rollout.resolution {resolution}: this model draws multiples of {step} up to {largest} pixels")
+    side = resolution // scale if resolution else config.sample_size
+    return config.in_channels, side, side
+
+
+class Solve(Protocol):
+    """`sample_latents`, or what computes the same."""
+
+    def __call__(
+        self,
+        transformer: SD3Transformer2DModel,
+        noise: Tensor,
+        text: TextEmbeds,
+        empty: TextEmbeds,
+        schedule: Schedule,
+        *,
+        guidance_scale: float,
+        batch_size: int,
+        step_noise: StepNoise | None = None,
+        on_step: Callable[[float], None] | None = None,
+    ) -> Tensor:
+        """See `sample_latents`."""
+        ...
+
+
+Decode = Callable[[Tensor], Callable[[], np.ndarray]]
+"""Begins to decode (B, C, H, W) latents and returns what waits for the images, uint8 (B, height, width, 3)."""
+
+
+class Sampler:
+    """Draws and decodes images of prompts with one transformer.
+
+    Args:
+        pipeline: gives the text encoders and the decoder.
+        transformer: gives the velocities; its weights may change between calls.
+        encoder: the prompt encoder, shared so that a prompt is encoded once.
+        resolution: pixels, or None for what the transformer was trained at.
+        batch_size: samples per forward.
+        solve: solves the ODE.
+        decode: how images are decoded; by default plainly, when they are asked for.
+        decodes_ahead: batches whose images are best asked for later, since `decode` works beside the rollout.
+
+    Raises UserError where the resolution does not fit the model.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        transformer: SD3Transformer2DModel,
+        encoder: PromptEncoder,
+        *,
+        resolution: int | None,
+        batch_size: int,
+        solve: Solve = sample_latents,
+        decode: Decode | None = None,
+        decodes_ahead: int = 0,
+    ):
+        self.pipeline = pipeline
+        self.transformer = transformer
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.solve = solve
+        self.start_decoding: Decode = decode or (lambda x0: partial(decode_plainly, pipeline.vae, x0, batch_size))
+        self.decodes_ahead = decodes_ahead
+        self.shape = latent_shape(transformer, pipeline.vae, resolution)
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        samples: Tensor,
+        schedule: Schedule,
+        *,
+        guidance_scale: float,
+        seed: int,
+        draw: int,
+        step_noise: StepNoise | None = None,
+        on_step: Callable[[float], None] | None = None,
+    ) -> tuple[Tensor, TextEmbeds]:
+        """x0 (B, C, H, W) fp32 for B prompts, and their embeddings.
+
+        `samples` (B,) int64 keys the initial noise; `step_noise` is for a schedule that has noise.
+        """
+        text = self.encoder(prompts)
+        noise = initial_noise(self.shape, samples, seed=seed, draw=draw)
+        x0 = self.solve(
+            self.transformer, noise, text, self.encoder([""]), schedule,
+            guidance_scale=guidance_scale, batch_size=self.batch_size, step_noise=step_noise, on_step=on_step,
+        )  # fmt: skip
+        return x0, text
+
+    def keep_up(self, mine: int, most: int, prompt: str, schedule: Schedule, guidance_scale: float) -> None:
+        """Forwards for one image that nobody sees, until they are as many as `most` samples need, not only `mine`.
+
+        Where weights are sharded, all processes must compute equally often.
+        """
+        for rows in batch_slices(mine, self.batch_size, most):
+            if rows.start == rows.stop:
+                nobody = torch.zeros(1, dtype=torch.int64, device=next(self.transformer.parameters()).device)
+                self.latents([prompt], nobody, schedule, guidance_scale=guidance_scale, seed=0, draw=0)
+
+    def decode(self, x0: Tensor) -> np.ndarray:
+        """Latents → uint8 images (B, height, width, 3)."""
+        return self.start_decoding(x0)()

@@ -1,0 +1,64 @@
+"""Where the scored groups of an iteration come from: drawn now by the behaviour weights, or once by the reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dgpo_fast.run.console import Console
+from dgpo_fast.distributed import Share
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.rewards import GroupScores
+from dgpo_fast.rollout.step_noise import Transitions
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+
+
+@dataclass(frozen=True)
+class Groups:
+    """P scored groups of G images, the images of a prompt together.
+
+    Attributes:
+        prompts: P.
+        text: (B) embeddings of the process's own samples.
+        x0: (B, C, H, W) fp32 final latents of the process's own samples.
+        scores: what the rewards said of all samples.
+        share: which of the P·G samples are the process's own.
+        transitions: every step of the rollout of its own samples, where it was kept.
+        metrics: what else to log of drawing them.
+    """
+
+    prompts: list[Prompt]
+    text: TextEmbeds
+    x0: Tensor
+    scores: GroupScores
+    share: Share
+    transitions: Transitions | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Gives every iteration its groups, as a function of the settings and the iteration alone."""
+
+    def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
+        """Does what must be done once before the first iteration, or goes on with it.
+
+        Args:
+            folder: the run's.
+            console: shows progress.
+            should_stop: asked now and then; True ends the work where it can be gone on with.
+        """
+        ...
+
+    def prompts_of(self, iterations: range) -> list[Prompt]:
+        """The prompts that `iterations`, and what comes before the first one, ask for; some may be there twice."""
+        ...
+
+    def collect(self, iteration: int) -> Groups:
+        """The groups of iteration `iteration`, counted from 0."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says of the source; `drawing_s` are seconds spent before the first iteration."""
+        ...

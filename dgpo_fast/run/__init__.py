@@ -1,0 +1,1 @@
+"""What a run keeps and says: its folder, checkpoints, metrics and terminal."""
