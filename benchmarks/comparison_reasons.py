@@ -35,12 +35,11 @@ from typing import Any
 import numpy as np
 from first_light import RESULTS, machine
 
-from dgpo_fast.config import recipes
 from benchmarks.compare.curves import mean_interval
 from benchmarks.compare.quality import PatchBank, diversity
 from benchmarks.compare.run import QUALITY_IMAGES, Run, perform
 from benchmarks.compare.systems import NORMAL, SYSTEMS, Scale, System, configuration
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, recipes
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.trainer import Trainer
 

@@ -24,10 +24,11 @@ from first_light import RESULTS, machine
 from torch import Tensor
 
 from benchmarks.compare.systems import NORMAL, SYSTEMS, configuration
-from dgpo_fast.objectives import Batch, Objective
-from dgpo_fast.objectives.flow_grpo import FlowGRPOObjective
+from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels, Weights
-from dgpo_fast.rollout.sampler import batch_slices
+from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.flow_grpo import FlowGRPOObjective
+from dgpo_fast.objectives.protocol import Objective
 from dgpo_fast.trainer import Trainer
 
 COMPARED = ("dgpo", "dgpo-sde", "dpo", "flow-grpo")

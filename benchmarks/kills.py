@@ -27,8 +27,8 @@ from typing import Any
 
 from benchmarks.disturbed import comparable, workspace
 from benchmarks.pages import replace_part
-from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.errors import UserError
+from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.run.metrics import write_json
 from tests.processes import environments
 

@@ -29,8 +29,8 @@ from benchmarks.pages import replace_part
 from benchmarks.scaling import BYTES, Link
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import connect
-from dgpo_fast.run.metrics import read_metrics, write_json
 from dgpo_fast.models.loading import read_model
+from dgpo_fast.run.metrics import read_metrics, write_json
 from tests.processes import run_together
 
 RESULTS = Path(__file__).parent / "results/cpu/scaling.json"

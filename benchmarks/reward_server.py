@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from dgpo_fast.rewards import golden, load_rewards
-from dgpo_fast.rewards.remote import png
 from dgpo_fast.rewards.protocol import Reward
+from dgpo_fast.rewards.remote import png
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "reward_server.json"
 GROUPS, GROUP_SIZE = 16, 16

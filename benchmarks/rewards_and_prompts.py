@@ -20,10 +20,10 @@ import torch
 from first_light import RESULTS, machine
 
 from dgpo_fast.config.command_line import configure
-from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.models.prompt_cache import PromptCache
-from dgpo_fast.rewards import RewardPool
 from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.rewards import RewardPool
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
 PROMPTS = 64

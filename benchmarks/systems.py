@@ -16,13 +16,15 @@ from torch import Tensor
 
 from benchmarks.baselines import BASELINES, Baseline, Brightness, Inputs, Oracle, Text
 from dgpo_fast.config import Config
-from dgpo_fast.groups import draw_training_steps, stream_seed
-from dgpo_fast.run.metrics import Loggers
-from dgpo_fast.objectives import Batch
-from dgpo_fast.profiling.session import Lines
-from dgpo_fast.models.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT
-from dgpo_fast.rollout.sampler import initial_noise, predict
+from dgpo_fast.models.forward import predict
 from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT
+from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.profiling.session import Lines
+from dgpo_fast.rollout.sampler import initial_noise
+from dgpo_fast.run.metrics import Loggers
+from dgpo_fast.seeds import stream_seed
 from dgpo_fast.trainer import Trainer
 
 OURS = "ours"

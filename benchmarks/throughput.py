@@ -43,10 +43,10 @@ from benchmarks.throughput_tables import read_report, with_tables, write_tables
 from dgpo_fast.config.command_line import configure, quieten_libraries
 from dgpo_fast.engine.choices import memory_gib
 from dgpo_fast.errors import UserError
-from dgpo_fast.run.metrics import write_json
 from dgpo_fast.profiling.machine import device_row, versions
 from dgpo_fast.profiling.power import PowerMeter
 from dgpo_fast.profiling.rates import measure_rates
+from dgpo_fast.run.metrics import write_json
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"

@@ -12,12 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dgpo_fast.config.command_line import INTERRUPTED, configure, launched_with_others, leave, print_help, run_command, take_option
 from dgpo_fast.config import Config
+from dgpo_fast.config.command_line import (
+    INTERRUPTED,
+    configure,
+    launched_with_others,
+    leave,
+    print_help,
+    run_command,
+    take_option,
+)
+from dgpo_fast.config.reading import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.folder import LOCK, FolderLock, read_lock
-from dgpo_fast.config.reading import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
-from dgpo_fast.wording import resume_command, runs_there
+from dgpo_fast.run.search import runs_there
+from dgpo_fast.wording import resume_command
 
 USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization.
 

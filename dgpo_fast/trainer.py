@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
 
-from dgpo_fast.run.checkpoint import CheckpointWriter, State, load_newest
 from dgpo_fast.config import Config
-from dgpo_fast.run.console import Console
+from dgpo_fast.config.reading import to_dict
+from dgpo_fast.config.recipes import prompts_note
 from dgpo_fast.distributed import ALONE, BatchPart, Processes, Share, SharedError, place
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
 from dgpo_fast.distributed.shards import Shards, make_shards
@@ -19,29 +19,31 @@ from dgpo_fast.engine import Engine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
-from dgpo_fast.rewards.group_log import GroupLog
-from dgpo_fast.groups import GroupSampler, advantages, stream_seed
+from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
 from dgpo_fast.learning.learner import Learner
-from dgpo_fast.memory import MemoryPlan
-from dgpo_fast.run.metrics import Loggers, MetricsFile, Phases, peak_memory_mib
-from dgpo_fast.objectives import Batch
 from dgpo_fast.learning.optimizers import load_optimizer, optimizer_tensors, state_bytes
+from dgpo_fast.memory import MemoryPlan
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.policy import PolicyModels, Weights
-from dgpo_fast.models.work import WorkMeter
-from dgpo_fast.prompts import load_prompts
+from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.models.random_weights import random_weights_note
-from dgpo_fast.config.recipes import prompts_note
-from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
+from dgpo_fast.models.work import WorkMeter
+from dgpo_fast.objectives.advantages import advantages
+from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.prompts import load_prompts
+from dgpo_fast.prompts.dealing import GroupSampler
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
-from dgpo_fast.rollout.sampler import Sampler
-from dgpo_fast.rollout.schedule import make_schedule
-from dgpo_fast.config.reading import to_dict
-from dgpo_fast.rollout.source import Groups, Source
+from dgpo_fast.rewards.group_log import GroupLog
 from dgpo_fast.rollout.offline import OfflineSource
 from dgpo_fast.rollout.online import OnlineSource, RolloutWorker
-from dgpo_fast.models.prompt_encoder import make_prompt_encoder
+from dgpo_fast.rollout.sampler import Sampler
+from dgpo_fast.rollout.schedule import make_schedule
+from dgpo_fast.rollout.source import Groups, Source
+from dgpo_fast.run.checkpoint import CheckpointWriter, State, load_newest
+from dgpo_fast.run.console import Console
+from dgpo_fast.run.metrics import Loggers, MetricsFile, Phases, peak_memory_mib
 from dgpo_fast.run.version import code_version
+from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import counted, number, resume_command
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from dgpo_fast.config import DGPO, Config, Policy, Rollout
-from dgpo_fast.objectives import Batch, load_objective
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.registry import load_objective
+from dgpo_fast.rollout.schedule import make_schedule
 
 CPU = torch.device("cpu")
 GROUPS, SIZE = 3, 4

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dgpo_fast.config.command_line import run_command
+from dgpo_fast.run.search import runs_there
 from dgpo_fast.train import train
-from dgpo_fast.wording import runs_there
 
 MISTAKES = {
     # arguments: the line that they give

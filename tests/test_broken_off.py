@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
+from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 

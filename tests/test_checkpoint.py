@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dgpo_fast.errors import UserError
 from dgpo_fast.run import checkpoint
 from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest, save_checkpoint
-from dgpo_fast.errors import UserError
 from dgpo_fast.run.folder import FolderLock
 
 

@@ -22,8 +22,8 @@ from benchmarks.compare.quality import PatchBank, diversity, rendered
 from benchmarks.compare.report import update_document, write_report
 from benchmarks.compare.run import Run, finished_result, perform
 from benchmarks.compare.systems import QUICK, SYSTEMS, configuration
-from dgpo_fast.errors import UserError
 from dgpo_fast.config.reading import flat
+from dgpo_fast.errors import UserError
 from dgpo_fast.tiny import data
 
 ALL = tuple(SYSTEMS)

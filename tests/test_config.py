@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_fast.config.command_line import configure, take_option
 from dgpo_fast.config import Config, Optimizer
+from dgpo_fast.config.command_line import configure, take_option
+from dgpo_fast.config.reading import parse_overrides, resolve, setting_names, to_dict, write_yaml
+from dgpo_fast.config.recipes import RECIPES, get_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.learner import learning_rate
-from dgpo_fast.config.recipes import RECIPES, get_recipe
-from dgpo_fast.config.reading import parse_overrides, resolve, setting_names, to_dict, write_yaml
 
 
 def test_released_values() -> None:

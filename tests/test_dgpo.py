@@ -10,11 +10,13 @@ import torch
 from dgpo_kernels import group_noise
 
 from dgpo_fast.config import Advantage, Engine, Policy
-from dgpo_fast.learning.ema import MovingAverage
 from dgpo_fast.errors import UserError
-from dgpo_fast.groups import advantages, draw_training_steps, stream_seed
+from dgpo_fast.learning.ema import MovingAverage
+from dgpo_fast.models.forward import predict
 from dgpo_fast.models.loading import load_pipeline
-from dgpo_fast.rollout.sampler import predict
+from dgpo_fast.objectives.advantages import advantages
+from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.seeds import stream_seed
 from tests.objective_case import CPU, GROUPS, SIZE, Case, make_config
 
 

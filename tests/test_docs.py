@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.compare.report import with_parts
 from benchmarks.pages import part
 from dgpo_fast.config.command_line import configure, take_option
-from benchmarks.compare.report import with_parts
+from dgpo_fast.config.reading import setting_names
+from dgpo_fast.config.recipes import markdown_table
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import take_sources
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.config.recipes import markdown_table
 from dgpo_fast.rewards import load_rewards
-from dgpo_fast.config.reading import setting_names
 from dgpo_fast.tiny.data import all_prompts
 from dgpo_fast.train import MAY_CHANGE, MUST_STAY, train
 

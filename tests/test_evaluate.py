@@ -20,11 +20,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from dgpo_fast.config.command_line import run_command
 from dgpo_fast.config import Policy
+from dgpo_fast.config.command_line import run_command
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation import drawing
+from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.folder import NEEDED, EvaluationFolder, Row
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.report import score_names

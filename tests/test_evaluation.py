@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_fast.run.console import Console
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.statistics import geneval_scores, mean_with_ci95
 from dgpo_fast.prompts import Prompt, in_turn
+from dgpo_fast.run.console import Console
 
 
 def test_interval_of_independent_images_by_hand() -> None:

@@ -9,8 +9,11 @@ from hypothesis.extra.numpy import arrays
 
 from dgpo_fast.config import Advantage
 from dgpo_fast.distributed import place
-from dgpo_fast.groups import GroupSampler, advantages, draw_training_steps, spread, stream_seed
+from dgpo_fast.objectives.advantages import advantages
+from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.prompts.dealing import GroupSampler, spread
+from dgpo_fast.seeds import stream_seed
 
 REWARDS = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 9)), elements=st.floats(-10, 10, width=32))
 

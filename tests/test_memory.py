@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dgpo_fast.models.architecture import read_architecture, sd35_medium
-from dgpo_fast.config.command_line import configure
 from dgpo_fast.config import Config, Policy
 from dgpo_fast.config import Optimizer as OptimizerConfig
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory import MemoryPlan, plan, simulate
@@ -27,11 +26,12 @@ from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import Line, fit
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained
-from dgpo_fast.run.metrics import read_metrics
-from dgpo_fast.objectives.dgpo import DGPOObjective
+from dgpo_fast.models.architecture import read_architecture, sd35_medium
+from dgpo_fast.models.forward import predict
 from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.rollout.sampler import predict
 from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.objectives.dgpo import DGPOObjective
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
 

@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.learner import Learner
+from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
 

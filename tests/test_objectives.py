@@ -18,22 +18,24 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.distributions import Normal
 
-from dgpo_fast.models.architecture import read_architecture
 from dgpo_fast.config import Config, Data, DiffusionDPO, Distributed, Engine, FlowGRPO, Policy, Rollout
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.engine.batches import batch_sizes
 from dgpo_fast.errors import UserError
-from dgpo_fast.groups import stream_seed
 from dgpo_fast.memory.predict import Predictor
-from dgpo_fast.objectives import BUILT_IN, Batch, Declared, declared, load_objective
+from dgpo_fast.models.architecture import read_architecture
+from dgpo_fast.models.forward import predict
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective, best_and_worst
 from dgpo_fast.objectives.flow_grpo import diffusion
 from dgpo_fast.objectives.levels import predict_levels
-from dgpo_fast.rollout.sampler import predict, sample_latents
+from dgpo_fast.objectives.registry import BUILT_IN, Declared, declared, load_objective
+from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.schedule import Schedule, _stochastic_steps, make_schedule
 from dgpo_fast.rollout.step_noise import StepNoise, Transitions, gaussian_log_prob
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.seeds import stream_seed
 from tests.objective_case import GROUPS, SIZE, Case, make_config
 
 PACKAGE = Path(__file__).parents[1] / "dgpo_fast"

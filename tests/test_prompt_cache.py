@@ -13,9 +13,9 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
+from dgpo_fast.errors import UserError
 from dgpo_fast.models import loading as pipeline_module
 from dgpo_fast.models import prompt_encoder as text_module
-from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import lacks_text_encoders, load_pipeline, text_encoders
 from dgpo_fast.models.prompt_cache import PromptCache, content_digest, default_folder
 from dgpo_fast.models.prompt_encoder import PromptEncoder, cache_scope

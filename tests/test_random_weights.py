@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dgpo_fast.models.architecture import SD35_MEDIUM, Architecture, read_architecture, sd35_medium
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.architecture import SD35_MEDIUM, Architecture, read_architecture, sd35_medium
+from dgpo_fast.models.forward import predict
+from dgpo_fast.models.latents import decode_plainly
 from dgpo_fast.models.loading import make_pipeline
-from dgpo_fast.models.random_weights import RandomTextPipeline, find_architecture, random_pipeline
-from dgpo_fast.rollout.sampler import decode_plainly, predict
 from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.models.random_weights import RandomTextPipeline, find_architecture, random_pipeline
 from dgpo_fast.train import train
 
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ import pytest
 
 from dgpo_fast.config.command_line import configure, run_command
 from dgpo_fast.errors import UserError
-from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import golden
-from dgpo_fast.rewards.remote import http_client
 from dgpo_fast.rewards.registry import load_reward
+from dgpo_fast.rewards.remote import http_client
 from dgpo_fast.rewards.remote.client import TOKEN_VARIABLE, RemoteReward
 from dgpo_fast.rollout.online import OnlineSource
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.tiny import data
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer

@@ -29,11 +29,11 @@ from PIL import Image
 from dgpo_fast.config.command_line import run_command
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
-from dgpo_fast.rewards.serving.server import serve
 from dgpo_fast.rewards import WeightedReward, golden, load_rewards
 from dgpo_fast.rewards.remote import png
-from dgpo_fast.rewards.remote.http_client import JsonClient, Reply, Unanswered
 from dgpo_fast.rewards.remote.client import TOKEN_VARIABLE, RemoteReward
+from dgpo_fast.rewards.remote.http_client import JsonClient, Reply, Unanswered
+from dgpo_fast.rewards.serving.server import serve
 from tests.servers import Process, answering, free_port, reward_server, wait_for
 
 TOKEN = "0123456789abcdef-token"

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.user_code import import_attribute
 from dgpo_fast.prompts import Prompt, load_prompts
 from dgpo_fast.rewards import WeightedReward, load_rewards
-from dgpo_fast.rewards.shipped.jpeg import JpegReward
-from dgpo_fast.rewards.remote.judge import JudgeReward
-from dgpo_fast.rewards.shipped.ocr import OcrReward, edit_distance, normalise, similarity
 from dgpo_fast.rewards.registry import BUILT_IN, parse_spec
+from dgpo_fast.rewards.remote.judge import JudgeReward
+from dgpo_fast.rewards.shipped.jpeg import JpegReward
+from dgpo_fast.rewards.shipped.ocr import OcrReward, edit_distance, normalise, similarity
+from dgpo_fast.user_code import import_attribute
 
 PROMPTS = [Prompt("zero", {}, "p.txt:1"), Prompt("one", {"tag": "t"}, "p.txt:2"), Prompt("two")]
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.loading import load_pipeline
-from dgpo_fast.rollout.sampler import Sampler, initial_noise, latent_shape
-from dgpo_fast.rollout.schedule import make_schedule, make_scheduler
 from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.rollout.sampler import Sampler, initial_noise
+from dgpo_fast.rollout.schedule import make_schedule, make_scheduler
 
 PROMPTS = ["a cat", "two birds", "a house", "big red car", "a cat"]
 

@@ -13,15 +13,15 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch.distributed.device_mesh import init_device_mesh
 
-from dgpo_fast.run import checkpoint
-from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
-from dgpo_fast.config.command_line import configure
 from dgpo_fast.config import Policy
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.distributed.shards import Shards
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.optimizers import optimizer_tensors
 from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.run import checkpoint
+from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
 from dgpo_fast.trainer import Trainer
 from tests.distributed_runs import SCENARIOS, make_workspace, run
 from tests.processes import run_together

@@ -17,10 +17,10 @@ from benchmarks.throughput_tables import (
     savings_table,
     targets_table,
 )
-from dgpo_fast.models.architecture import sd35_medium
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.engine import engine
 from dgpo_fast.memory.predict import Predictor
+from dgpo_fast.models.architecture import sd35_medium
 
 H100, H200 = ({"kind": "cuda", "name": name, "matmul_tflops": 700.0, "datasheet_tflops": 989.0} for name in "ab")
 

@@ -16,17 +16,17 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.config.command_line import configure
+from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.drawing import describe_prompts
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.settings import read_settings
-from dgpo_fast.groups import stream_seed
-from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.rewards.registry import BUILT_IN
 from dgpo_fast.rollout.sampler import initial_noise
-from dgpo_fast.config.reading import read_yaml
+from dgpo_fast.run.checkpoint import load_newest
+from dgpo_fast.run.metrics import read_metrics
+from dgpo_fast.seeds import stream_seed
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
 from tests.processes import finish, start

@@ -1,9 +1,9 @@
 """`python -m benchmarks.compare`: tunes every system alike, trains it for the same time, and says what came of it."""
 
-from dgpo_fast.config.command_line import print_settings, run_command
 from benchmarks.compare.settings import CompareSettings
-from dgpo_fast.errors import UserError
+from dgpo_fast.config.command_line import print_settings, run_command
 from dgpo_fast.config.reading import parse_overrides, resolve
+from dgpo_fast.errors import UserError
 
 USAGE = """Compare DGPO, Diffusion-DPO and Flow-GRPO on the shipped pipeline, online and offline, and DGPO's ablations.
 

@@ -18,11 +18,11 @@ from benchmarks.compare.run import MARKS, Run, finished_result
 from benchmarks.compare.settings import CompareSettings
 from benchmarks.compare.systems import LONG, NORMAL, QUICK, SYSTEMS
 from benchmarks.compare.workers import Workers
-from dgpo_fast.run.console import Console, duration
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.loading import pick_device
+from dgpo_fast.run.console import Console, duration
 from dgpo_fast.run.folder import FolderLock
 from dgpo_fast.run.metrics import write_json
-from dgpo_fast.models.loading import pick_device
 
 PLAN, SPENT = "plan.json", "spent.json"
 LINE_EVERY_S = 30.0

@@ -16,11 +16,11 @@ import torch
 from benchmarks.compare.quality import PatchBank, diversity, rendered
 from benchmarks.compare.systems import SYSTEMS, Scale, configuration
 from dgpo_fast.errors import UserError
-from dgpo_fast.groups import stream_seed
-from dgpo_fast.run.metrics import write_json
 from dgpo_fast.models.loading import pick_device
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
+from dgpo_fast.run.metrics import write_json
+from dgpo_fast.seeds import stream_seed
 from dgpo_fast.tiny import data
 from dgpo_fast.trainer import Trainer
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dgpo_fast.config import recipes
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, recipes
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import tyro
 
 from dgpo_fast.config import Config
-from dgpo_fast.errors import UserError
-from dgpo_fast.config.recipes import RECIPES, get_recipe
 from dgpo_fast.config.reading import YAML, parse_overrides, read_yaml, resolve
+from dgpo_fast.config.recipes import RECIPES, get_recipe
+from dgpo_fast.errors import UserError
 
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dgpo_fast.config import DGPO, EMA, Advantage, Config, Data, Evaluation, FlowGRPO, Optimizer, Policy, Rollout
-from dgpo_fast.errors import UserError
 from dgpo_fast.config.reading import YAML
+from dgpo_fast.errors import UserError
 
 
 def tiny_shapes() -> Config:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dgpo_fast.config import Config
 from dgpo_fast.distributed.placement import largest_share
-from dgpo_fast.objectives import declared
+from dgpo_fast.objectives.registry import declared
 
 DECODED_LATENTS = 16 * 64 * 64
 """Latent pixels that are decoded at a time, 16 pictures of 512 × 512: the decoder then holds no tensor of 2³¹ elements,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.timing import best_ms
-from dgpo_fast.rollout.sampler import batch_slices, decode_pixels, to_uint8
+from dgpo_fast.models.forward import batch_slices
+from dgpo_fast.models.latents import decode_pixels, to_uint8
 
 CHECKED_IMAGES = 4
 LARGEST_MEAN_DIFFERENCE = 1.0

@@ -19,9 +19,10 @@ from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.linear import use_onednn
 from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
-from dgpo_fast.objectives import declared
+from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.rollout.sampler import Solve, latent_shape, sample_latents
+from dgpo_fast.objectives.registry import declared
+from dgpo_fast.rollout.sampler import Solve, sample_latents
 
 
 class Engine:

@@ -7,10 +7,11 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from dgpo_fast.engine.graphs import Recorder, Recording
-from dgpo_fast.rollout.sampler import batch_slices, sample_latents
+from dgpo_fast.models.forward import batch_slices
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.step_noise import StepNoise
-from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 OF_ALL_SAMPLES = ("empty_prompt", "empty_pooled", "draw")
 """Inputs with one row, whatever the batch."""

@@ -4,8 +4,8 @@ import shlex
 import time
 from pathlib import Path
 
-from dgpo_fast.config.command_line import INTERRUPTED, print_settings, run_command, take_option
-from dgpo_fast.run.console import Console
+from dgpo_fast.config.command_line import INTERRUPTED, print_settings, take_option
+from dgpo_fast.config.reading import to_dict
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.settings import (
     OUTPUTS,
@@ -15,7 +15,7 @@ from dgpo_fast.evaluation.settings import (
     read_settings,
     require_weights,
 )
-from dgpo_fast.config.reading import to_dict
+from dgpo_fast.run.console import Console
 
 PAIRS = 400
 """Pairs of pictures in a page, unless --pairs says otherwise; a page of that many 512 px pictures has some 50 MB."""

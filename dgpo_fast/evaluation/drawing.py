@@ -14,7 +14,6 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from dgpo_fast.config import Config
-from dgpo_fast.run.console import Console
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.held_out import draw_images
@@ -26,12 +25,20 @@ from dgpo_fast.evaluation.settings import (
     run_config,
     trained_weights,
 )
-from dgpo_fast.models.loading import changes_text_encoders, find_lora, make_pipeline, merge_lora, pick_device, pick_dtype
+from dgpo_fast.models.loading import (
+    changes_text_encoders,
+    find_lora,
+    make_pipeline,
+    merge_lora,
+    pick_device,
+    pick_dtype,
+)
+from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_prompts
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.schedule import make_schedule
-from dgpo_fast.models.prompt_encoder import make_prompt_encoder
+from dgpo_fast.run.console import Console
 from dgpo_fast.wording import counted
 
 PNG_THREADS = 8

@@ -10,12 +10,12 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
-from dgpo_fast.run.folder import LOCK, FolderLock
-from dgpo_fast.run.metrics import json_line, read_metrics
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards.weighted import CONTENT
-from dgpo_fast.config.reading import read_yaml
+from dgpo_fast.run.folder import LOCK, FolderLock
+from dgpo_fast.run.metrics import json_line, read_metrics
 
 MADE_WITH, INDEX, RESULTS, CONTACT_SHEET = "evaluation.yaml", "index.jsonl", "results.json", "contact_sheet.png"
 

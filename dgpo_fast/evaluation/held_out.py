@@ -13,13 +13,13 @@ import torch
 from dgpo_fast.config import Evaluation as EvaluationConfig
 from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
 from dgpo_fast.distributed.placement import even_ranges
-from dgpo_fast.rewards.gather import gather_scores
 from dgpo_fast.evaluation.statistics import Mean
-from dgpo_fast.groups import stream_seed
 from dgpo_fast.prompts import Prompt, in_turn
 from dgpo_fast.rewards import RewardPool, WeightedReward
+from dgpo_fast.rewards.gather import gather_scores
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.seeds import stream_seed
 
 SHOWN_IMAGES = 24
 

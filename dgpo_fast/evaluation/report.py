@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast import __version__
-from dgpo_fast.run.console import Console
+from dgpo_fast.evaluation.figures import contact_sheet
 from dgpo_fast.evaluation.folder import CONTACT_SHEET, RESULTS, EvaluationFolder, Row
 from dgpo_fast.evaluation.statistics import Mean, geneval_scores
-from dgpo_fast.evaluation.figures import contact_sheet
-from dgpo_fast.run.metrics import write_json
 from dgpo_fast.prompts import in_turn
 from dgpo_fast.rewards.registry import parse_spec
+from dgpo_fast.run.console import Console
+from dgpo_fast.run.metrics import write_json
 from dgpo_fast.wording import FEWEST_PROMPTS, number
 
 SUM = "reward"

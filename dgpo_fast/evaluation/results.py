@@ -10,10 +10,10 @@ from zipfile import BadZipFile
 from safetensors import SafetensorError
 
 from dgpo_fast.config import Config
-from dgpo_fast.run.console import Console, duration
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.figures import before_after_grid, reward_curve
+from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.run.console import Console, duration
 from dgpo_fast.run.metrics import read_metrics, write_json
 from dgpo_fast.wording import counted, resume_command
 

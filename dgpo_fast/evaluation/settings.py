@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.command_line import take_option
 from dgpo_fast.config import STRICT, Config, Count, Guidance, Positive, Rewards
+from dgpo_fast.config.command_line import take_option
+from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dict
+from dgpo_fast.config.recipes import get_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES
-from dgpo_fast.config.recipes import get_recipe
-from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dict
-from dgpo_fast.wording import NO_HUB_NAME, near_run, resume_command, runs_there
+from dgpo_fast.run.search import near_run, runs_there
+from dgpo_fast.wording import NO_HUB_NAME, resume_command
 
 OUTPUTS = Path("evaluations")
 FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")

@@ -21,14 +21,14 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from dgpo_fast.run.console import Console
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
 from dgpo_fast.evaluation.statistics import Mean
-from dgpo_fast.run.metrics import finite
 from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.rewards.weighted import CONTENT
+from dgpo_fast.run.console import Console
+from dgpo_fast.run.metrics import finite
 from dgpo_fast.wording import FEWEST_PROMPTS, counted, number
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("page.html"), Path(__file__).with_name("page.js")

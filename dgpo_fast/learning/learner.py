@@ -13,12 +13,13 @@ from dgpo_fast.distributed import Processes, SharedError
 from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
 from dgpo_fast.learning.ema import MovingAverage
-from dgpo_fast.groups import stream_seed
-from dgpo_fast.run.metrics import Phases, write_json
-from dgpo_fast.objectives import Batch, add_metrics, load_objective
 from dgpo_fast.learning.optimizers import make_optimizer
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.work import WorkMeter
+from dgpo_fast.objectives.batch import Batch, add_metrics
+from dgpo_fast.objectives.registry import load_objective
+from dgpo_fast.run.metrics import Phases, write_json
+from dgpo_fast.seeds import stream_seed
 
 
 class Learner:

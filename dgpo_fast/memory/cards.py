@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.config import Config
 from dgpo_fast.engine.choices import GRAPH_MEMORY_GIB
 from dgpo_fast.memory.advice import remedies
@@ -12,6 +11,7 @@ from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import Line, fit
 from dgpo_fast.memory.plan import headroom
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
+from dgpo_fast.models.architecture import Architecture
 
 CARDS_GB = (16, 24, 32, 48, 80, 141)
 """Memory of common cards, which have about so many GiB."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.config import Config
 from dgpo_fast.distributed import Processes
 from dgpo_fast.engine.choices import room_for_graphs
@@ -14,6 +13,7 @@ from dgpo_fast.memory.advice import remedies, sentence
 from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, Line, TrainingMemory, fit, in_groups
 from dgpo_fast.memory.predict import Predictor, readable
+from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.loading import free_bytes
 from dgpo_fast.models.policy import PolicyModels
 

@@ -13,16 +13,16 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.config import Config
 from dgpo_fast.distributed.placement import largest_share
 from dgpo_fast.engine.batches import decode_batch
 from dgpo_fast.engine.fp8 import quantised
-from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
-from dgpo_fast.objectives import declared
 from dgpo_fast.learning.optimizers import CHUNK_NUMEL, state_bytes
+from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
+from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.policy import weight_storage
-from dgpo_fast.rollout.sampler import latent_shape
+from dgpo_fast.objectives.registry import declared
 
 FP32 = 4
 SOLVER_STATES = 4

@@ -17,12 +17,12 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from safetensors import SafetensorError, safe_open
 
 from dgpo_fast import tiny
-from dgpo_fast.models.architecture import TEXT_ENCODERS, Architecture, read_architecture
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.groups import stream_seed
+from dgpo_fast.models.architecture import TEXT_ENCODERS, Architecture, read_architecture
 from dgpo_fast.models.prompt_cache import content_digest, default_folder
 from dgpo_fast.models.random_weights import find_architecture, random_pipeline
+from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import NO_HUB_NAME
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"

@@ -253,3 +253,8 @@ def with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: in
         torch.manual_seed(seed)
         transformer.add_adapter(lora, adapter_name=ADAPTER)
     return transformer
+
+
+def autocast(models: PolicyModels) -> torch.autocast:
+    """bf16 arithmetic for the policy's forward where the run is in bf16 and trained weights are fp32."""
+    return torch.autocast(models.device.type, dtype=torch.bfloat16, enabled=models.mixed)

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dgpo_fast.config import Policy as PolicyConfig
-from dgpo_fast.models.policy import PolicyModels, with_lora
 from dgpo_fast.models.datasheet import peak_tflops
+from dgpo_fast.models.policy import PolicyModels, with_lora
 from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 ROLLOUT, DECODE, BOTH = "rollout", "decode", "rollout with decode"

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.config import Config
-from dgpo_fast.groups import draw_training_steps, stream_seed
-from dgpo_fast.objectives import Batch, add_metrics
+from dgpo_fast.models.forward import guided, predict, predict_pair
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
-from dgpo_fast.models.policy import PolicyModels, Weights
-from dgpo_fast.rollout.sampler import guided, predict, predict_pair
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.seeds import stream_seed
 
 
 class DGPOObjective:

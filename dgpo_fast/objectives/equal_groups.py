@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
-from dgpo_fast.objectives import Batch, add_metrics
 from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.objectives.batch import Batch, add_metrics
 
 OF_ALL_GROUPS = ("loss", "kl")
 Learn = Callable[[Batch], dict[str, Tensor]]

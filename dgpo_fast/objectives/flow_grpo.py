@@ -18,13 +18,13 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from dgpo_fast.config import Config
-from dgpo_fast.objectives import Batch, add_metrics, autocast
+from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
+from dgpo_fast.models.policy import PolicyModels, Weights, autocast
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.levels import predict_levels
-from dgpo_fast.models.policy import PolicyModels, Weights
-from dgpo_fast.rollout.sampler import batch_slices, guided, predict, predict_pair
 from dgpo_fast.rollout.step_noise import gaussian_log_prob
-from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 
 class FlowGRPOObjective:

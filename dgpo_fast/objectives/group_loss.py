@@ -13,11 +13,11 @@ from dgpo_kernels import DGPOLoss, dgpo_loss, group_noise
 from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
-from dgpo_fast.objectives import Batch, add_metrics, autocast
-from dgpo_fast.objectives.levels import Forward, predict_levels
-from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.rollout.sampler import batch_slices, predict
+from dgpo_fast.models.forward import batch_slices, predict
+from dgpo_fast.models.policy import PolicyModels, autocast
 from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.objectives.batch import Batch, add_metrics
+from dgpo_fast.objectives.levels import Forward, predict_levels
 
 ReduceScores = Callable[[Tensor], Tensor]
 

@@ -2,14 +2,22 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dgpo_fast.rollout.sampler import batch_slices
+from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.seeds import stream_seed
 
 Forward = Callable[[Tensor, Tensor, TextEmbeds], Mapping[str, Tensor]]
 """(x_t, timestep, text) of R samples → predictions by name, each with R rows."""
+
+
+def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:
+    """`count` different step indices out of the first `among` of the rollout's grid, the noisiest ones."""
+    rng = np.random.default_rng([stream_seed(seed, "timesteps"), iteration])
+    return [int(step) for step in rng.choice(among, size=count, replace=False)]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from dgpo_fast.learning.optimizers import optimizer_tensors
 from dgpo_fast.models.loading import text_encoders
+from dgpo_fast.models.work import BACKWARD, BOTH, DECODE, OLD, PARTS_OF_TRAINING, POLICY, REFERENCE, ROLLOUT, ModelWork
 from dgpo_fast.profiling import trace as tracing
 from dgpo_fast.profiling.power import HEAT, POWER_CAP, PowerMeter, energy_between_j
 from dgpo_fast.profiling.recorder import TRAIN, MemoryWatch, Recording
@@ -32,7 +33,6 @@ from dgpo_fast.profiling.report import (
     Times,
     Work,
 )
-from dgpo_fast.models.work import BACKWARD, BOTH, DECODE, OLD, PARTS_OF_TRAINING, POLICY, REFERENCE, ROLLOUT, ModelWork
 
 OTHER = "other"
 HOTTEST = 20

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
+from dgpo_fast.models.work import BACKWARD, BOTH, DECODE, OLD, PARTS_OF_TRAINING, POLICY, REFERENCE, ROLLOUT
 from dgpo_fast.profiling.report import Iteration, Report, Span
 from dgpo_fast.profiling.units import digits, flop, gbytes, mebibytes, percent, seconds, short
-from dgpo_fast.models.work import BACKWARD, BOTH, DECODE, OLD, PARTS_OF_TRAINING, POLICY, REFERENCE, ROLLOUT
 
 COLOURS = {
     "encode": "encode", ROLLOUT: "rollout", BOTH: "rollout", DECODE: "decode", "reward": "reward", "train": "train",

@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dgpo_fast.config.command_line import configure, launched_with_others, leave, print_help, run_command, take_count, take_option
 from dgpo_fast.config import Config, Log
-from dgpo_fast.errors import UserError
+from dgpo_fast.config.command_line import (
+    configure,
+    launched_with_others,
+    print_help,
+    take_count,
+    take_option,
+)
 from dgpo_fast.config.reading import resolve, to_dict
+from dgpo_fast.errors import UserError
 
 USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
 
@@ -120,9 +126,9 @@ def compare(args: list[str]) -> int:
     if len(args) != 2 or any(arg.startswith("-") for arg in args):
         raise UserError("command line: --compare takes two profiles: their folders, or their report.json files")
 
-    from dgpo_fast.run.console import Console
     from dgpo_fast.profiling.compare import comparison_page, console_table
     from dgpo_fast.profiling.report import read_report
+    from dgpo_fast.run.console import Console
 
     first, second = (read_report(Path(arg)) for arg in args)
     names = (args[0], args[1])

@@ -5,11 +5,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from dgpo_fast.models.work import BACKWARD, PARTS_OF_TRAINING
 from dgpo_fast.profiling import charts
 from dgpo_fast.profiling.report import Report
 from dgpo_fast.profiling.summary import sentences
 from dgpo_fast.profiling.units import digits, flop, gbytes, mebibytes, percent, seconds, short
-from dgpo_fast.models.work import BACKWARD, PARTS_OF_TRAINING
 
 FILE = "report.html"
 # Nothing may be loaded from anywhere: what is missing in the file is missing.

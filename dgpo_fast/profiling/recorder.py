@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import torch
 
-from dgpo_fast.profiling.report import Span
 from dgpo_fast.models.work import OLD, POLICY, REFERENCE
+from dgpo_fast.profiling.report import Span
 
 TRAIN = "train"
 

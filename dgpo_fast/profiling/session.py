@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
-from dgpo_fast.run.metrics import Loggers
+from dgpo_fast.config.reading import flat
+from dgpo_fast.models.work import DECODE, ROLLOUT
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling import trace as tracing
 from dgpo_fast.profiling.machine import device_row, versions
@@ -18,8 +19,7 @@ from dgpo_fast.profiling.power import PowerMeter
 from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import Recorder
 from dgpo_fast.profiling.report import Report
-from dgpo_fast.models.work import DECODE, ROLLOUT
-from dgpo_fast.config.reading import flat
+from dgpo_fast.run.metrics import Loggers
 
 TRACE_FILE = "trace.json.gz"
 

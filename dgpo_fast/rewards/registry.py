@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.user_code import call, import_attribute
 from dgpo_fast.rewards.protocol import Reward
+from dgpo_fast.user_code import call, import_attribute
 
 # One line per shipped reward; its module is imported when the reward is first asked for.
 BUILT_IN = {

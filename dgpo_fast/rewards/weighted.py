@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.user_code import call, told
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward, not_finite
 from dgpo_fast.rewards.registry import fingerprint, is_own, load_reward, parse_specs
+from dgpo_fast.user_code import call, told
 from dgpo_fast.wording import counted
 
 CONTENT = "content of "

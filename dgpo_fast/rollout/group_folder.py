@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.run.metrics import write_json
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rollout.source import Groups
+from dgpo_fast.run.metrics import write_json
 
 MANIFEST = "groups.json"
 PART = "part:"

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from dgpo_fast.config import Config
-from dgpo_fast.run.console import Console, duration
 from dgpo_fast.distributed import ALONE, Processes, place
 from dgpo_fast.errors import UserError
-from dgpo_fast.groups import GroupSampler
 from dgpo_fast.models.loading import fingerprint
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.prompts.dealing import GroupSampler
 from dgpo_fast.rewards import GroupScores
-from dgpo_fast.rollout.source import Groups
 from dgpo_fast.rollout.group_folder import Drawing, GroupFolder, Place, Stored, load
 from dgpo_fast.rollout.online import RolloutWorker
+from dgpo_fast.rollout.source import Groups
+from dgpo_fast.run.console import Console, duration
 
 FORMAT = 2
 # Settings of a rollout that change no image of it.

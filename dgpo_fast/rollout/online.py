@@ -9,20 +9,22 @@ import numpy as np
 import torch
 
 from dgpo_fast.config import Rollout
-from dgpo_fast.run.console import Console
 from dgpo_fast.distributed import ALONE, Processes, place
-from dgpo_fast.rewards.gather import gather_scores
-from dgpo_fast.groups import GroupSampler, spread, stream_seed
-from dgpo_fast.run.metrics import Phases
+from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.prompts.dealing import GroupSampler, spread
 from dgpo_fast.rewards import RewardPool
+from dgpo_fast.rewards.gather import gather_scores
 from dgpo_fast.rewards.pool.pool import Scoring
-from dgpo_fast.rollout.sampler import Sampler, batch_slices
+from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.rollout.step_noise import StepNoise, joined
+from dgpo_fast.run.console import Console
+from dgpo_fast.run.metrics import Phases
+from dgpo_fast.seeds import stream_seed
 
 
 class RolloutWorker:

@@ -1,19 +1,20 @@
 """Drawing images: a few-step ODE, or its stochastic form, from noise to latents, and the decoder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step, philox_normal
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from dgpo_fast.errors import UserError
+from dgpo_fast.models.forward import batch_slices, predict, predict_pair
+from dgpo_fast.models.latents import decode_plainly, latent_shape
+from dgpo_fast.models.prompt_encoder import PromptEncoder, TextEmbeds
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.step_noise import StepNoise
-from dgpo_fast.models.prompt_encoder import PromptEncoder, TextEmbeds
 
 
 def initial_noise(shape: tuple[int, ...], samples: Tensor, *, seed: int, draw: int) -> Tensor:
@@ -27,50 +28,6 @@ def initial_noise(shape: tuple[int, ...], samples: Tensor, *, seed: int, draw: i
         (B, C, H, W) fp32 on the device of `samples`.
     """
     return philox_normal(shape, samples, seed=seed, draw=draw, device=samples.device, dtype=torch.float32)
-
-
-def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds) -> Tensor:
-    """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
-
-    Args:
-        x_t: (B, C, H, W) noisy latents, any float dtype. Where B is 0 there is a forward, too.
-        timestep: () or (B,), in [0, 1000].
-        text: the B prompts.
-    """
-    if len(x_t) == 0:  # the others compute, and need this process's shards: a forward of which nothing is used
-        idle = TextEmbeds(*(rows.new_zeros(1, *rows.shape[1:]) for rows in (text.prompt, text.pooled)))
-        return predict(transformer, x_t.new_zeros(1, *x_t.shape[1:]), timestep.new_ones(1), idle)[:0]
-    return transformer(
-        hidden_states=x_t.to(text.prompt.dtype),
-        timestep=timestep.expand(len(x_t)),
-        encoder_hidden_states=text.prompt,
-        pooled_projections=text.pooled,
-        return_dict=False,
-    )[0]
-
-
-def predict_pair(
-    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, empty: TextEmbeds
-) -> tuple[Tensor, Tensor]:
-    """Conditional and unconditional velocities in one forward of 2B samples, for guidance. `timestep` is () or (B,)."""
-    both = TextEmbeds(
-        torch.cat([text.prompt, empty.expand(len(text)).prompt]),
-        torch.cat([text.pooled, empty.expand(len(text)).pooled]),
-    )
-    timestep = timestep.expand(len(x_t)).repeat(2)
-    conditional, unconditional = predict(transformer, torch.cat([x_t, x_t]), timestep, both).chunk(2)
-    return conditional, unconditional
-
-
-def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
-    """Slices of at most `size` that cover `total` rows in order; as many as `most` rows need, the last ones empty."""
-    starts = range(0, max(total, most), size)
-    return (slice(min(start, total), min(start + size, total)) for start in starts)
-
-
-def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: v_uncond + g·(v_cond − v_uncond)."""
-    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 @torch.no_grad()
@@ -122,41 +79,6 @@ def sample_latents(
                 on_step((rows.start + len(x) * (step + 1) / schedule.steps) / len(noise))
         chunks.append(x)
     return torch.cat(chunks)
-
-
-@torch.no_grad()
-def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.ndarray:
-    """Latents (B, C, H, W) → images, uint8 (B, height, width, 3)."""
-    return torch.cat(
-        [to_uint8(decode_pixels(vae, chunk, vae.dtype)).cpu() for chunk in latents.split(batch_size)]
-    ).numpy()
-
-
-def decode_pixels(vae: AutoencoderKL, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the decoder, in `dtype`, makes of (B, C, H, W) latents: (B, 3, height, width) fp32, about in [−1, 1]."""
-    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(scaled.to(dtype), return_dict=False)[0].float()
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [−1, 1] → (B, H, W, 3) uint8, rounded as diffusers rounds."""
-    return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def latent_shape(
-    transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | None
-) -> tuple[int, int, int]:
-    """(C, H, W) of a latent at `resolution` pixels, or at the size the transformer was trained at.
-
-    Raises UserError for a resolution that the model cannot draw.
-    """
-    config = transformer.config
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    step, largest = scale * config.patch_size, scale * config.patch_size * config.pos_embed_max_size
-    if resolution and (resolution % step or resolution > largest):
-        raise UserError(f"rollout.resolution {resolution}: this model draws multiples of {step} up to {largest} pixels")
-    side = resolution // scale if resolution else config.sample_size
-    return config.in_channels, side, side
 
 
 class Solve(Protocol):

@@ -13,8 +13,8 @@ from scipy import ndimage
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.geneval import require_geneval_metadata, require_known
-from dgpo_fast.rewards.shipped.geneval_rules import Matched, Scores, graded, relations, share_in_relation
 from dgpo_fast.rewards.protocol import require_images
+from dgpo_fast.rewards.shipped.geneval_rules import Matched, Scores, graded, relations, share_in_relation
 from dgpo_fast.tiny import data
 
 __all__ = ["Found", "Scores", "ShapesReward", "relations", "score"]

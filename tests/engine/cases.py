@@ -10,14 +10,15 @@ from torch import Tensor
 from dgpo_fast.config import DGPO, EMA, Config, DiffusionDPO, Engine, FlowGRPO, Policy, Rollout
 from dgpo_fast.engine import Engine as RunEngine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
-from dgpo_fast.groups import stream_seed
-from dgpo_fast.objectives import Batch, load_objective
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.registry import load_objective
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.rollout.step_noise import StepNoise, Transitions, gaussian_log_prob
-from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.seeds import stream_seed
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "two birds", "a house"]

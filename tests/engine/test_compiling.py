@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.compile import StaticBatches
-from dgpo_fast.objectives import load_objective
+from dgpo_fast.objectives.registry import load_objective
 from tests.engine.cases import EngineCase, make_config
 
 OBJECTIVES = ["dgpo", "diffusion_dpo", "flow_grpo"]

@@ -14,7 +14,8 @@ from dgpo_fast.engine.decoder import Decoder
 from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.recorded import RecordedRollouts
-from dgpo_fast.rollout.sampler import decode_plainly, predict
+from dgpo_fast.models.forward import predict
+from dgpo_fast.models.latents import decode_plainly
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.rollout.step_noise import StepNoise
 from tests.engine.cases import EngineCase, make_config

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.decoder import Decoder
+from dgpo_fast.models.latents import decode_pixels, decode_plainly, to_uint8
 from dgpo_fast.models.loading import load_pipeline
-from dgpo_fast.rollout.sampler import decode_pixels, decode_plainly, to_uint8
 
 CPU = torch.device("cpu")
 LATENTS = torch.randn(7, 16, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import torch
 from dgpo_fast.engine import fp8
 from dgpo_fast.engine.fp8 import Float8Copy, quantised
 from dgpo_fast.errors import UserError
-from dgpo_fast.rollout.sampler import predict
+from dgpo_fast.models.forward import predict
 from tests.engine.cases import EngineCase, make_config
 
 

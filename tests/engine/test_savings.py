@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.engine import compile
-from dgpo_fast.rollout.sampler import batch_slices
+from dgpo_fast.models.forward import batch_slices
 from tests.engine.cases import EngineCase, make_config
 
 SAVINGS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.geneval import COLORS
-from dgpo_fast.rewards.shipped import geneval, models
 from dgpo_fast.rewards import golden
+from dgpo_fast.rewards.shipped import geneval, models
 from dgpo_fast.rewards.shipped.aesthetic import AestheticReward
 from dgpo_fast.rewards.shipped.clip import Clip, ClipScoreReward, PickScoreReward
 from dgpo_fast.rewards.shipped.geneval import Detector, GenevalReward, crop

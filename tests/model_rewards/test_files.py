@@ -11,12 +11,12 @@ import torch
 
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.geneval import CLASSES
+from dgpo_fast.rewards import golden, load_rewards
+from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.shipped import clip as clip_module
 from dgpo_fast.rewards.shipped import geneval, hpsv2, imagereward, models
-from dgpo_fast.rewards import golden, load_rewards
 from dgpo_fast.rewards.shipped.aesthetic import AestheticReward
 from dgpo_fast.rewards.shipped.clip import ClipScoreReward, PickScoreReward
-from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.shipped.geneval import Detector, GenevalReward
 from dgpo_fast.rewards.shipped.hpsv2 import HpsReward
 from dgpo_fast.rewards.shipped.imagereward import ImageRewardReward

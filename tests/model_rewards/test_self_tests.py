@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dgpo_fast.prompts.geneval import CLASSES
+from dgpo_fast.rewards import golden, load_rewards
+from dgpo_fast.rewards.registry import BUILT_IN
 from dgpo_fast.rewards.shipped import clip as clip_module
 from dgpo_fast.rewards.shipped import geneval, imagereward, jpeg, models, ocr
-from dgpo_fast.rewards import golden, load_rewards
 from dgpo_fast.rewards.shipped.aesthetic import AestheticReward
 from dgpo_fast.rewards.shipped.geneval_rules import Detection
 from dgpo_fast.rewards.shipped.ocr import OcrReward
-from dgpo_fast.rewards.registry import BUILT_IN
 from dgpo_fast.tiny import data, shapes
 from dgpo_fast.tiny.shapes import ShapesReward
 from tests.model_rewards import models as small

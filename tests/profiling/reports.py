@@ -1,5 +1,7 @@
 """A report as a GPU would give it, with every section that a page can have. The numbers are made up."""
 
+from dgpo_fast.config.reading import flat
+from dgpo_fast.config.recipes import get_recipe
 from dgpo_fast.profiling.report import (
     Candidate,
     Device,
@@ -19,8 +21,6 @@ from dgpo_fast.profiling.report import (
     Times,
     Work,
 )
-from dgpo_fast.config.recipes import get_recipe
-from dgpo_fast.config.reading import flat
 
 PHASES = {"encode": 0.02, "rollout": 9.1, "decode": 1.4, "reward": 0.3, "train": 8.2, "optimizer": 0.05}
 HOSTILE = "</script><script>document.title='owned'</script><img src=https://example.com/x.png onerror=alert(1)>"

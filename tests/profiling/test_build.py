@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from dgpo_fast.config import Policy
+from dgpo_fast.models.work import ModelWork, Shapes
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import Recording
 from dgpo_fast.profiling.report import Span
-from dgpo_fast.models.work import ModelWork, Shapes
 
 
 def recording(start_s: float, train_s: float) -> Recording:

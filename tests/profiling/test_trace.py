@@ -7,9 +7,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgpo_fast.models.work import operation_class
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling import trace as tracing
-from dgpo_fast.models.work import operation_class
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1) -> tracing.Event:

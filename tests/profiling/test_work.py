@@ -7,11 +7,11 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dgpo_fast.config.command_line import configure
 from dgpo_fast.config import Policy
-from dgpo_fast.run.metrics import read_metrics
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.models.datasheet import find_datasheet
 from dgpo_fast.models.work import ModelWork, Shapes, WorkCounter, _FusedAttention
+from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
 

@@ -27,9 +27,9 @@ import numpy as np
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.rewards import golden
+from dgpo_fast.rewards.protocol import REWARD_KEY, not_finite, require_images
 from dgpo_fast.rewards.remote import png
 from dgpo_fast.rewards.remote.http_client import JsonClient, Reply, Unanswered
-from dgpo_fast.rewards.protocol import REWARD_KEY, not_finite, require_images
 
 TOKEN_VARIABLE = "DGPO_REWARD_TOKEN"
 _PROMPTS_PER_CHECK = 1000

@@ -27,12 +27,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from dgpo_fast.config import STRICT, Count, Positive
+from dgpo_fast.config.reading import read_yaml, resolve
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden
+from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.remote import png
 from dgpo_fast.rewards.remote.http_client import JsonClient, Unanswered
-from dgpo_fast.rewards.protocol import require_images
-from dgpo_fast.config.reading import read_yaml, resolve
 
 MAX_ALTERNATIVES = 20  # of a token, as many as OpenAI's interface gives
 # Settings of how a judge is reached, which may change between two halves of a folder of scores.

@@ -24,11 +24,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.command_line import BAD_INPUT, print_settings, run_command
 from dgpo_fast.config import STRICT, Count, Positive
+from dgpo_fast.config.command_line import BAD_INPUT, print_settings
+from dgpo_fast.config.reading import parse_overrides, resolve
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.serving.service import Limits, Refused, RewardService
-from dgpo_fast.config.reading import parse_overrides, resolve
 
 USAGE = """Score pictures for runs on other machines or in other environments.
 

@@ -11,9 +11,9 @@ import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden
+from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.shipped import models
 from dgpo_fast.rewards.shipped.clip import OPENAI, Clip
-from dgpo_fast.rewards.protocol import require_images
 
 _REPOSITORY = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main"
 WEIGHTS = f"{_REPOSITORY}/sac%2Blogos%2Bava1-l14-linearMSE.pth"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden
-from dgpo_fast.rewards.shipped import models
 from dgpo_fast.rewards.protocol import require_images
+from dgpo_fast.rewards.shipped import models
 
 _AT_224 = {"vision_config.patch_size": 14, "vision_config.image_size": 224}
 VIT_L_14 = _AT_224 | {

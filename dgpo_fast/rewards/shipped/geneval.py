@@ -20,10 +20,10 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.geneval import CLASSES, COLORS, require_geneval_metadata, require_known, require_tags
 from dgpo_fast.prompts.prompt import Prompt
 from dgpo_fast.rewards import golden
+from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.shipped import models
 from dgpo_fast.rewards.shipped.clip import OPENAI, Clip
 from dgpo_fast.rewards.shipped.geneval_rules import RELATIONS, THRESHOLD, Detection, Rule, Scores, keep, score
-from dgpo_fast.rewards.protocol import require_images
 
 DETECTOR = models.Published(
     "facebook/mask2former-swin-small-coco-instance",

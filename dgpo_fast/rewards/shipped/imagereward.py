@@ -12,8 +12,8 @@ import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden
-from dgpo_fast.rewards.shipped import models
 from dgpo_fast.rewards.protocol import require_images
+from dgpo_fast.rewards.shipped import models
 
 PUBLISHED = models.Published(
     "THUDM/ImageReward/ImageReward.pt",

@@ -1,28 +1,14 @@
-"""Which prompts and timesteps an iteration uses, and how rewards become advantages.
+"""Which prompts, or groups drawn from them, an iteration gets."""
 
-Every draw is a function of (seed, stream, position) alone. No generator carries state from one iteration to the next,
-so a resumed run and a run on other processes draw what an undisturbed one draws.
-"""
-
-import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dgpo_fast.config import Advantage
+from dgpo_fast.seeds import stream_seed
 
 T = TypeVar("T")
-ADVANTAGE_EPS = 1e-4
-
-
-def stream_seed(seed: int, stream: str) -> int:
-    """A 63-bit seed for one named stream of draws; different streams of one run are independent."""
-    digest = hashlib.blake2b(f"{seed}:{stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class GroupSampler(Generic[T]):
@@ -81,32 +67,3 @@ def spread(items: Sequence[T], kind: Callable[[T], Hashable]) -> list[T]:
         due = [key for key in kinds if slack * (place * counts[key] - total * dealt[key]) >= total]
         ordered.append(kinds[min(due, key=lambda key: (slack * (dealt[key] + 1) - 1) / counts[key])].popleft())
     return ordered
-
-
-def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:
-    """`count` different step indices out of the first `among` of the rollout's grid, the noisiest ones."""
-    rng = np.random.default_rng([stream_seed(seed, "timesteps"), iteration])
-    return [int(step) for step in rng.choice(among, size=count, replace=False)]
-
-
-def advantages(rewards: np.ndarray, config: Advantage) -> Tensor:
-    """A = (r − mean of the group) / (std + 1e-4), clamped.
-
-    Args:
-        rewards: (P, G) rewards of whole groups, all finite.
-
-    Returns:
-        (P·G,) fp32 advantages on the CPU. A group whose rewards are all equal gets exact zeros.
-    """
-    centred = rewards.astype(np.float64)
-    centred = centred - centred.mean(axis=1, keepdims=True)
-    # The mean of equal numbers may differ from them in the last bit; dividing that by a tiny std would make noise of
-    # it.
-    centred[np.ptp(rewards, axis=1) == 0] = 0.0
-    std = (
-        rewards.std(axis=1, keepdims=True, dtype=np.float64)
-        if config.std == "group"
-        else np.std(rewards, dtype=np.float64)
-    )
-    scaled = np.clip(centred / (std + ADVANTAGE_EPS), -config.clamp, config.clamp)
-    return torch.from_numpy(scaled.astype(np.float32).reshape(-1))

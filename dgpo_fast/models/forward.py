@@ -1,0 +1,53 @@
+"""Velocities of a batch: one forward of a transformer, with guidance or without."""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+
+
+def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds) -> Tensor:
+    """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
+
+    Args:
+        x_t: (B, C, H, W) noisy latents, any float dtype. Where B is 0 there is a forward, too.
+        timestep: () or (B,), in [0, 1000].
+        text: the B prompts.
+    """
+    if len(x_t) == 0:  # the others compute, and need this process's shards: a forward of which nothing is used
+        idle = TextEmbeds(*(rows.new_zeros(1, *rows.shape[1:]) for rows in (text.prompt, text.pooled)))
+        return predict(transformer, x_t.new_zeros(1, *x_t.shape[1:]), timestep.new_ones(1), idle)[:0]
+    return transformer(
+        hidden_states=x_t.to(text.prompt.dtype),
+        timestep=timestep.expand(len(x_t)),
+        encoder_hidden_states=text.prompt,
+        pooled_projections=text.pooled,
+        return_dict=False,
+    )[0]
+
+
+def predict_pair(
+    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, empty: TextEmbeds
+) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional velocities in one forward of 2B samples, for guidance. `timestep` is () or (B,)."""
+    both = TextEmbeds(
+        torch.cat([text.prompt, empty.expand(len(text)).prompt]),
+        torch.cat([text.pooled, empty.expand(len(text)).pooled]),
+    )
+    timestep = timestep.expand(len(x_t)).repeat(2)
+    conditional, unconditional = predict(transformer, torch.cat([x_t, x_t]), timestep, both).chunk(2)
+    return conditional, unconditional
+
+
+def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
+    """Slices of at most `size` that cover `total` rows in order; as many as `most` rows need, the last ones empty."""
+    starts = range(0, max(total, most), size)
+    return (slice(min(start, total), min(start + size, total)) for start in starts)
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: v_uncond + g·(v_cond − v_uncond)."""
+    return unconditional + guidance_scale * (conditional - unconditional)

@@ -1,0 +1,32 @@
+"""How rewards become advantages."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgpo_fast.config import Advantage
+
+ADVANTAGE_EPS = 1e-4
+
+
+def advantages(rewards: np.ndarray, config: Advantage) -> Tensor:
+    """A = (r − mean of the group) / (std + 1e-4), clamped.
+
+    Args:
+        rewards: (P, G) rewards of whole groups, all finite.
+
+    Returns:
+        (P·G,) fp32 advantages on the CPU. A group whose rewards are all equal gets exact zeros.
+    """
+    centred = rewards.astype(np.float64)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    # The mean of equal numbers may differ from them in the last bit; dividing that by a tiny std would make noise of
+    # it.
+    centred[np.ptp(rewards, axis=1) == 0] = 0.0
+    std = (
+        rewards.std(axis=1, keepdims=True, dtype=np.float64)
+        if config.std == "group"
+        else np.std(rewards, dtype=np.float64)
+    )
+    scaled = np.clip(centred / (std + ADVANTAGE_EPS), -config.clamp, config.clamp)
+    return torch.from_numpy(scaled.astype(np.float32).reshape(-1))

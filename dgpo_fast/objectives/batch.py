@@ -1,0 +1,83 @@
+"""One iteration's images with their advantages, as an objective gets them."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from dgpo_fast.distributed import BatchPart
+from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.rollout.step_noise import Transitions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One iteration's images, whole groups one after another.
+
+    Attributes:
+        iteration: counted from 0; keys every draw.
+        x0: (B, C, H, W) fp32 final latents.
+        text: the B prompts.
+        empty: the empty prompt, one row.
+        advantage: (B,) fp32.
+        group_index: (B,) int64; equal within a group and different between the groups of an iteration. Keys the noise.
+        group_size: G, samples per group.
+        schedule: the rollout's grid.
+        transitions: every step of the rollout, for an objective that `needs_transitions`.
+        part: where these samples stand among those of all processes; None where they are all.
+    """
+
+    iteration: int
+    x0: Tensor
+    text: TextEmbeds
+    empty: TextEmbeds
+    advantage: Tensor
+    group_index: Tensor
+    group_size: int
+    schedule: Schedule
+    transitions: Transitions | None = None
+    part: BatchPart | None = None
+
+    @property
+    def groups(self) -> int:
+        """P, the groups in this batch, those of other processes among them."""
+        return len(self.x0) // self.group_size if self.part is None else self.part.groups
+
+    @property
+    def samples(self) -> int:
+        """P·G, the samples that the loss is a mean over, those of other processes among them."""
+        return self.groups * self.group_size
+
+    @property
+    def most(self) -> int:
+        """Forwards must be as many as for so many samples: see `BatchPart.most`."""
+        return 0 if self.part is None else self.part.most
+
+    def __getitem__(self, rows: slice | Tensor) -> "Batch":
+        """The same for some of the samples; the caller sees to it that groups stay whole, or gives a `group_size`."""
+        return replace(
+            self,
+            x0=self.x0[rows],
+            text=self.text[rows],
+            advantage=self.advantage[rows],
+            group_index=self.group_index[rows],
+            transitions=None if self.transitions is None else self.transitions[rows],
+        )
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Up to `parts` batches of whole groups, as even as they can be; none is empty on all processes together."""
+        ends = [self.groups * part // parts * self.group_size for part in range(parts + 1)]
+        return [self._between(start, end) for start, end in pairwise(ends) if end > start]
+
+    def _between(self, start: int, end: int) -> "Batch":
+        if self.part is None:
+            return self[start:end]
+        return replace(self[self.part.rows(start, end, len(self.x0))], part=self.part.only(start, end))
+
+
+def add_metrics(totals: dict[str, Any], values: dict[str, Tensor], weight: float) -> None:
+    """Adds `weight` times each of `values` to `totals`, without a host sync."""
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + weight * value.detach()
