@@ -93,9 +93,13 @@ class Baseline(ABC):
     autocast_dtype: torch.dtype | None = None
 
     def __init__(
-        self, pipeline: StableDiffusion3Pipeline, base: Mapping[str, Tensor], weights: Mapping[str, Tensor],
-        config: Config, dtype: torch.dtype,
-    ):  # fmt: skip
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        base: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        config: Config,
+        dtype: torch.dtype,
+    ):
         self.pipeline, self.config, self.dtype = pipeline, config, dtype
         self.device = next(iter(base.values())).device
         self.phases = Phases(self.device)
@@ -171,10 +175,12 @@ class Baseline(ABC):
         # Around each forward alone: autocast remembers the weights that it has cast, and those of A are swapped.
         with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=on):
             v = transformer(
-                hidden_states=x_t.to(dtype), timestep=timestep.expand(len(x_t)),
-                encoder_hidden_states=text.prompt.to(dtype), pooled_projections=text.pooled.to(dtype),
+                hidden_states=x_t.to(dtype),
+                timestep=timestep.expand(len(x_t)),
+                encoder_hidden_states=text.prompt.to(dtype),
+                pooled_projections=text.pooled.to(dtype),
                 return_dict=False,
-            )[0]  # fmt: skip
+            )[0]
         return v.to(torch.promote_types(v.dtype, torch.float32))
 
     def velocity_pair(
@@ -263,9 +269,13 @@ class Baseline(ABC):
 
     def _encode(self, prompts: Sequence[str]) -> Text:
         prompt, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, None, do_classifier_free_guidance=False, device=self.device,
+            list(prompts),
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            device=self.device,
             max_sequence_length=self.config.rollout.max_sequence_length,
-        )  # fmt: skip
+        )
         return Text(prompt, pooled)
 
     def _transformer(self, base: Mapping[str, Tensor], dtype: torch.dtype, own: bool) -> SD3Transformer2DModel:
@@ -289,9 +299,13 @@ class Baseline(ABC):
     def _adamw(self, weights: Sequence[Tensor], fused: bool) -> torch.optim.AdamW:
         settings = self.config.optimizer
         return torch.optim.AdamW(
-            list(weights), lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-            weight_decay=settings.weight_decay, fused=fused,
-        )  # fmt: skip
+            list(weights),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
 
 
 class ReferenceStyle(Baseline):
@@ -312,8 +326,9 @@ class ReferenceStyle(Baseline):
         self.set_old(self.weights)
 
     def set_old(self, old: Mapping[str, Tensor]) -> None:
-        self.old_weights = {name: old[name].detach().to("cpu", weight.dtype, copy=True)
-                            for name, weight in self.weights.items()}  # fmt: skip
+        self.old_weights = {
+            name: old[name].detach().to("cpu", weight.dtype, copy=True) for name, weight in self.weights.items()
+        }
 
     def encode(self, prompts: Sequence[str]) -> Text:
         with torch.no_grad():

@@ -128,12 +128,17 @@ def rollouts(draws: int = 3) -> list[dict[str, Any]]:
         pictures = np.concatenate([trainer.sampler.decode(of.x0) for of in groups])
         trainer.close()
         rewards = np.concatenate([of.scores.rewards for of in groups]).reshape(-1, NORMAL.group_size)
-        made.append({
-            "rollouts": SYSTEMS[name].label, "steps": steps, "images": len(pictures),
-            "reward_mean": float(rewards.mean()), "reward_std_in_groups": float(rewards.std(axis=1).mean()),
-            "patch_distance": bank.distance(pictures[:: len(pictures) // QUALITY_IMAGES]),
-            "diversity": diversity(pictures, NORMAL.group_size),
-        })  # fmt: skip
+        made.append(
+            {
+                "rollouts": SYSTEMS[name].label,
+                "steps": steps,
+                "images": len(pictures),
+                "reward_mean": float(rewards.mean()),
+                "reward_std_in_groups": float(rewards.std(axis=1).mean()),
+                "patch_distance": bank.distance(pictures[:: len(pictures) // QUALITY_IMAGES]),
+                "diversity": diversity(pictures, NORMAL.group_size),
+            }
+        )
     return made
 
 

@@ -164,13 +164,18 @@ def outcome(fault: str, run: Run, said: str = ERROR, resume: bool = True) -> Out
     metrics = run.home / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else []
     return Outcome(
-        fault, statuses, line, reached,
-        resumed.after if resumed else None, resumed.statuses if resumed else [], resumed.passed_over if resumed else "",
+        fault,
+        statuses,
+        line,
+        reached,
+        resumed.after if resumed else None,
+        resumed.statuses if resumed else [],
+        resumed.passed_over if resumed else "",
         run.reached(),
         sum(line["groups_dropped_count"] for line in lines),
         sum(line["steps_skipped_count"] for line in lines),
         bool(lines) and comparable(run.home) == comparable(run.folder / "runs/undisturbed"),
-    )  # fmt: skip
+    )
 
 
 def started(folder: Path, name: str, *settings: str, program: list[str] | None = None, until: int = 0) -> Run:
@@ -296,13 +301,21 @@ def damaged(folder: Path, name: str, fault: str, damage: Callable[[bytes], bytes
 
 
 def truncated(folder: Path) -> Outcome:
-    return damaged(folder, "truncated", "all processes are killed, and the newest checkpoint is cut in half",
-                   lambda content: content[: len(content) // 2])  # fmt: skip
+    return damaged(
+        folder,
+        "truncated",
+        "all processes are killed, and the newest checkpoint is cut in half",
+        lambda content: content[: len(content) // 2],
+    )
 
 
 def bit_flipped(folder: Path) -> Outcome:
-    return damaged(folder, "flipped", "all processes are killed, and a bit of the newest checkpoint flips",
-                   lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])  # fmt: skip
+    return damaged(
+        folder,
+        "flipped",
+        "all processes are killed, and a bit of the newest checkpoint flips",
+        lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+    )
 
 
 @contextmanager
@@ -331,9 +344,23 @@ def fill(path: Path) -> None:
 
 
 FAULTS = (
-    nan_reward, nan_gradient, flipped_weight, hung_reward, hung_worker, killed, killed_under_torchrun, terminated,
-    paused, paused_too_long, full_disk, unwritable, vanished, truncated, bit_flipped, resumed_twice,
-)  # fmt: skip
+    nan_reward,
+    nan_gradient,
+    flipped_weight,
+    hung_reward,
+    hung_worker,
+    killed,
+    killed_under_torchrun,
+    terminated,
+    paused,
+    paused_too_long,
+    full_disk,
+    unwritable,
+    vanished,
+    truncated,
+    bit_flipped,
+    resumed_twice,
+)
 
 
 def text(outcomes: dict[str, Outcome]) -> str:
@@ -376,8 +403,15 @@ def main() -> None:
     found = {**(written() if args.table or args.only else {}), **made}
     outcomes = {fault.__name__: found[fault.__name__] for fault in FAULTS}
     if made:
-        write_json(RESULTS, {"processes": 2, "iterations": ITERATIONS, "checkpoint_every": CHECKPOINT_EVERY,
-                             "faults": {name: asdict(one) for name, one in outcomes.items()}})  # fmt: skip
+        write_json(
+            RESULTS,
+            {
+                "processes": 2,
+                "iterations": ITERATIONS,
+                "checkpoint_every": CHECKPOINT_EVERY,
+                "faults": {name: asdict(one) for name, one in outcomes.items()},
+            },
+        )
     replace_part("faults", text(outcomes))
     print(text(outcomes))
     if not as_documented(outcomes):

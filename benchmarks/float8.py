@@ -14,10 +14,15 @@ from dgpo_fast.trainer import Trainer
 RUNS = {
     "tiny-shapes": ["tiny-shapes", "--precision", "bf16", "--evaluation.images", "512"],
     "sd35m-geneval, random weights": [
-        "sd35m-geneval", "--random-weights", "True", "--rewards", "benchmarks.baselines:Brightness",
-        "--evaluation.images", "64",
+        "sd35m-geneval",
+        "--random-weights",
+        "True",
+        "--rewards",
+        "benchmarks.baselines:Brightness",
+        "--evaluation.images",
+        "64",
     ],
-}  # fmt: skip
+}
 """Name of a row → settings of the run that draws as its rollouts do, from its model before any training."""
 
 
@@ -32,10 +37,16 @@ def difference(settings: Sequence[str]) -> dict[str, Any]:
     try:
         trainer.models.load_behaviour(trainer.models.initial_weights())
         for sampler in (trainer.eval_sampler, trainer.sampler):
-            images.append(draw_images(
-                sampler, prompts, trainer.schedule, first=0, guidance_scale=config.rollout.guidance_scale,
-                seed=config.evaluation.seed,
-            ))  # fmt: skip
+            images.append(
+                draw_images(
+                    sampler,
+                    prompts,
+                    trainer.schedule,
+                    first=0,
+                    guidance_scale=config.rollout.guidance_scale,
+                    seed=config.evaluation.seed,
+                )
+            )
             rewards.append(trainer.reward_pool.score_groups(images[-1], prompts, group_size=1).rewards[:, 0])
     finally:
         trainer.close()

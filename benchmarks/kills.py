@@ -162,13 +162,15 @@ def kill_and_compare(folder: Path, count: int, processes: int, seed: int) -> dic
     if any(statuses):
         print((folder / "log.txt").read_text()[-2000:], file=sys.stderr)
     return {
-        "processes": processes, "seed": seed, "iterations": last,
+        "processes": processes,
+        "seed": seed,
+        "iterations": last,
         "kills_while_saving": sum(kill["saving"] and kill["half_written"] > 0 for kill in kills),
         "kills_with_a_broken_checkpoint": sum(bool(kill["broken"]) for kill in kills),
         "final_statuses": statuses,
         "metrics_equal_undisturbed": comparable(victim.home) == comparable(folder / "runs/undisturbed"),
         "kills": kills,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

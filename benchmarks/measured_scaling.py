@@ -81,22 +81,36 @@ def measure(case: Case, iterations: int, settings: list[str]) -> dict[str, Any]:
     """Seconds, images a second and communication of a run: medians over its iterations."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [
-            RECIPE, "--runs-dir", scratch, "--name", "run", "--iterations", str(iterations), "--evaluation.images", "8",
-            *settings, "--rollout.groups", str(case.groups),
-        ]  # fmt: skip
+            RECIPE,
+            "--runs-dir",
+            scratch,
+            "--name",
+            "run",
+            "--iterations",
+            str(iterations),
+            "--evaluation.images",
+            "8",
+            *settings,
+            "--rollout.groups",
+            str(case.groups),
+        ]
         run_together(["-m", "dgpo_fast.train", *arguments], case.count)
         lines = read_metrics(Path(scratch) / "run/metrics.jsonl")[WARM_UP:]
     communicate = [min(each["communicate_s"] for each in line.get("processes", [line])) for line in lines]
     iteration_s = statistics.median(line["iteration_s"] for line in lines)
     communicate_s = statistics.median(communicate)
     return {
-        "kind": case.kind, "processes": case.count, "groups": case.groups, "iterations": len(lines),
+        "kind": case.kind,
+        "processes": case.count,
+        "groups": case.groups,
+        "iterations": len(lines),
         "iteration_s": iteration_s,
         "images_per_s": statistics.median(line["images_per_s"] for line in lines),
-        "communicate_s": communicate_s, "communicate_fraction": communicate_s / iteration_s,
+        "communicate_s": communicate_s,
+        "communicate_fraction": communicate_s / iteration_s,
         "waited_fraction": statistics.median(line.get("waited_s", 0.0) / line["iteration_s"] for line in lines),
         "imbalance": statistics.median(line.get("imbalance", 1.0) for line in lines),
-    }  # fmt: skip
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -107,11 +121,16 @@ def table(report: dict[str, Any]) -> str:
     ]
     for case in report["cases"]:
         cells = [
-            case["kind"], str(case["processes"]), str(case["groups"]), f"{case['iteration_s']:.2f} s",
-            f"{case['images_per_s']:.1f}", f"{case['efficiency']:.0%}",
+            case["kind"],
+            str(case["processes"]),
+            str(case["groups"]),
+            f"{case['iteration_s']:.2f} s",
+            f"{case['images_per_s']:.1f}",
+            f"{case['efficiency']:.0%}",
             f"{1e3 * case['communicate_s']:.1f} ms, {case['communicate_fraction']:.2%}",
-            f"{1e3 * case['model_s']:.1f} ms, {case['model_fraction']:.2%}", f"{case['waited_fraction']:.1%}",
-        ]  # fmt: skip
+            f"{1e3 * case['model_s']:.1f} ms, {case['model_fraction']:.2%}",
+            f"{case['waited_fraction']:.1%}",
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -148,11 +167,15 @@ def main() -> None:
             cases.append(found)
             print(json.dumps(found), flush=True)
     report = {
-        "recipe": RECIPE, "settings": settings, "trained_weights": parameters,
-        "links": {count: {"bytes_per_s": link.bytes_per_s, "latency_s": link.latency_s, "sums": sums[count]}
-                  for count, link in links.items()},
+        "recipe": RECIPE,
+        "settings": settings,
+        "trained_weights": parameters,
+        "links": {
+            count: {"bytes_per_s": link.bytes_per_s, "latency_s": link.latency_s, "sums": sums[count]}
+            for count, link in links.items()
+        },
         "cases": cases,
-    }  # fmt: skip
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, report)
     if args.out == RESULTS:

@@ -66,8 +66,20 @@ def network() -> Iterator[None]:
     try:
         for node in NODES:
             ip("netns", "add", node.namespace)
-        ip("link", "add", first.card, "netns", first.namespace, "type", "veth",
-           "peer", "name", second.card, "netns", second.namespace)  # fmt: skip
+        ip(
+            "link",
+            "add",
+            first.card,
+            "netns",
+            first.namespace,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            second.card,
+            "netns",
+            second.namespace,
+        )
         for node in NODES:
             ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", node.card)
             ip("-n", node.namespace, "link", "set", "lo", "up")
@@ -96,12 +108,38 @@ class Cluster:
     def _start(self, rank: int) -> subprocess.Popen:
         node = NODES[rank]
         command = [
-            "ip", "netns", "exec", node.namespace, sys.executable, "-m", "torch.distributed.run",
-            "--nnodes", str(len(NODES)), "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", self.name,
-            "--rdzv-endpoint", f"{NODES[0].address}:{PORT}", "--local-addr", node.address,
-            "--rdzv-conf", f"is_host={rank == 0}", "--max-restarts", "3",  # both have this machine's name
-            "-m", "dgpo_fast.train", "small.yaml", "--name", self.name, "--iterations", str(ITERATIONS), *self.settings,
-        ]  # fmt: skip
+            "ip",
+            "netns",
+            "exec",
+            node.namespace,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            str(len(NODES)),
+            "--nproc-per-node",
+            "1",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            self.name,
+            "--rdzv-endpoint",
+            f"{NODES[0].address}:{PORT}",
+            "--local-addr",
+            node.address,
+            "--rdzv-conf",
+            f"is_host={rank == 0}",
+            "--max-restarts",
+            "3",  # both have this machine's name
+            "-m",
+            "dgpo_fast.train",
+            "small.yaml",
+            "--name",
+            self.name,
+            "--iterations",
+            str(ITERATIONS),
+            *self.settings,
+        ]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "GLOO_SOCKET_IFNAME": node.card, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         with self.logs[rank].open("a") as log:
@@ -242,8 +280,15 @@ def main() -> None:
         print("skipped: network namespaces need root and the `ip` command")
         return
     outcomes = run_all()
-    write_json(RESULTS, {"nodes": len(NODES), "iterations": ITERATIONS, "checkpoint_every": CHECKPOINT_EVERY,
-                         "cuts": [asdict(one) for one in outcomes]})  # fmt: skip
+    write_json(
+        RESULTS,
+        {
+            "nodes": len(NODES),
+            "iterations": ITERATIONS,
+            "checkpoint_every": CHECKPOINT_EVERY,
+            "cuts": [asdict(one) for one in outcomes],
+        },
+    )
     replace_part("nodes", text(outcomes))
     print(text(outcomes))
     if not as_documented(outcomes):

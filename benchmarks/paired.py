@@ -45,10 +45,15 @@ def paired(pairs: int, iterations: int, savings: Mapping[str, Sequence[str]], se
             runs[name].append(one_run(iterations, off if name == "off" else settings))
             print(name, {key: round(value, 3) for key, value in runs[name][-1].items()}, flush=True)
     return {
-        "settings": {"off": off, "on": list(settings)}, "pairs": pairs, "iterations": iterations, "runs": runs,
-        "ratio": {key: ratio([run[key] for run in runs["off"]], [run[key] for run in runs["on"]])
-                  for key in ("iteration_s", "iteration_cpu_s")},
-    }  # fmt: skip
+        "settings": {"off": off, "on": list(settings)},
+        "pairs": pairs,
+        "iterations": iterations,
+        "runs": runs,
+        "ratio": {
+            key: ratio([run[key] for run in runs["off"]], [run[key] for run in runs["on"]])
+            for key in ("iteration_s", "iteration_cpu_s")
+        },
+    }
 
 
 def ratio(off: Sequence[float], on: Sequence[float]) -> dict[str, Any]:

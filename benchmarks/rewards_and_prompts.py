@@ -33,8 +33,12 @@ KEPT = ("iteration_s", "reward_busy_s", "reward_wait_s")
 def alternate(trainer: Trainer, workers: list[int], iterations: int) -> dict[str, dict[str, float]]:
     """Workers → medians of seconds, over `iterations` of each after one that starts the processes."""
     config, lines = trainer.config, dict[int, list[dict[str, Any]]]()
-    pools = {count: RewardPool(trainer.reward, workers=count, deadline_s=config.reward_deadline_s,
-                               device=trainer.device, note=print) for count in workers}  # fmt: skip
+    pools = {
+        count: RewardPool(
+            trainer.reward, workers=count, deadline_s=config.reward_deadline_s, device=trainer.device, note=print
+        )
+        for count in workers
+    }
     for turn in range(iterations + 1):
         for count, pool in pools.items():
             trainer.source.worker.rewards = pool  # type: ignore[attr-defined]
@@ -43,8 +47,9 @@ def alternate(trainer: Trainer, workers: list[int], iterations: int) -> dict[str
                 lines.setdefault(count, []).append(read_metrics(Path(trainer.metrics.file.name))[-1])
     for pool in pools.values():
         pool.close()
-    return {str(count): {name: statistics.median(line[name] for line in of) for name in KEPT}
-            for count, of in lines.items()}  # fmt: skip
+    return {
+        str(count): {name: statistics.median(line[name] for line in of) for name in KEPT} for count, of in lines.items()
+    }
 
 
 def encoding(trainer: Trainer, folder: Path) -> dict[str, float]:

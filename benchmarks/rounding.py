@@ -82,10 +82,13 @@ def run(arm: str, lr: float, options: argparse.Namespace) -> dict[str, Any]:
     heldout = trainer._evaluate(trainer.models.weights, on_step=None).summary()
     trainer.close()
     found = {
-        "arm": arm, "lr": lr, "reward_mean": [line["reward_mean"] for line in lines],
-        "heldout_reward_mean": heldout["reward_mean"], "heldout_reward_ci95": heldout["reward_ci95"],
+        "arm": arm,
+        "lr": lr,
+        "reward_mean": [line["reward_mean"] for line in lines],
+        "heldout_reward_mean": heldout["reward_mean"],
+        "heldout_reward_ci95": heldout["reward_ci95"],
         "unchanged_share": counted.lost / counted.updates if counted else 0.0,
-    }  # fmt: skip
+    }
     return {"positions": positions, **found}
 
 

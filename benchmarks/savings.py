@@ -4,9 +4,24 @@ from collections.abc import Iterable
 
 SAVINGS: dict[str, list[str]] = {
     "all settings of the engine": [
-        "--engine.compile", "off", "--engine.cuda-graphs", "off", "--engine.attention", "native", "--engine.linear",
-        "torch", "--engine.decoder", "plain", "--engine.overlap", "False", "--engine.batch-timesteps", "False",
-        "--engine.skip-equal-groups", "False", "--engine.keep-memory", "False",
+        "--engine.compile",
+        "off",
+        "--engine.cuda-graphs",
+        "off",
+        "--engine.attention",
+        "native",
+        "--engine.linear",
+        "torch",
+        "--engine.decoder",
+        "plain",
+        "--engine.overlap",
+        "False",
+        "--engine.batch-timesteps",
+        "False",
+        "--engine.skip-equal-groups",
+        "False",
+        "--engine.keep-memory",
+        "False",
     ],
     "engine.compile": ["--engine.compile", "off"],
     "engine.cuda_graphs": ["--engine.cuda-graphs", "off"],
@@ -17,7 +32,7 @@ SAVINGS: dict[str, list[str]] = {
     "engine.batch_timesteps": ["--engine.batch-timesteps", "False"],
     "engine.skip_equal_groups": ["--engine.skip-equal-groups", "False"],
     "policy.behaviour": ["--policy.behaviour", "adapter"],
-}  # fmt: skip
+}
 """Name of a saving → what switches it off."""
 EQUAL_GROUPS = "engine.skip_equal_groups"
 CHANGES: dict[str, list[str]] = {
@@ -26,9 +41,12 @@ CHANGES: dict[str, list[str]] = {
 }
 """What is not on by default. fp8 is inexact: other images are drawn."""
 FOR_DEVICE = {
-    "engine.cuda_graphs": "cuda", "engine.overlap": "cuda", "engine.linear": "cpu", "policy.micro_batch auto": "cuda",
+    "engine.cuda_graphs": "cuda",
+    "engine.overlap": "cuda",
+    "engine.linear": "cpu",
+    "policy.micro_batch auto": "cuda",
     "engine.rollout_precision fp8": "cuda",
-}  # fmt: skip
+}
 
 
 def names(settings: Iterable[str], device: str) -> list[str]:

@@ -121,8 +121,10 @@ def sharded_table() -> str:
 
 def table() -> str:
     """Markdown."""
-    rows = ["| GPUs | LoRA: sent by each | time | of an iteration | full: sent by each | time | of an iteration |",
-            "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    rows = [
+        "| GPUs | LoRA: sent by each | time | of an iteration | full: sent by each | time | of an iteration |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for gpus in COUNTS:
         cells = [str(gpus)]
         for parameters in (LORA_PARAMETERS, FULL_PARAMETERS):

@@ -90,9 +90,7 @@ def fit(hours: Sequence[float], values: Sequence[float]) -> Line:
 def sample(process: psutil.Process) -> dict[str, float]:
     """What a process and its children hold now, and the processor seconds that they have taken so far."""
     ended = process.cpu_times()
-    held = {
-        "rss_mib": 0.0, "open_files": 0.0, "threads": 0.0, "taken_s": ended.children_user + ended.children_system,
-    }  # fmt: skip
+    held = {"rss_mib": 0.0, "open_files": 0.0, "threads": 0.0, "taken_s": ended.children_user + ended.children_system}
     for one in [process, *process.children(recursive=True)]:
         try:
             with one.oneshot():
@@ -127,10 +125,20 @@ def soak(folder: Path, recipe: str, minutes: float, every_s: float, settings: li
     iteration_s = seconds_per_iteration(folder, recipe, settings)
     checkpoint_every = max(1, round(CHECKPOINT_EVERY_S / iteration_s))
     iterations = int(10 * minutes * 60 / iteration_s)  # more than there is time for
-    run = train(folder, recipe, "soak", [
-        "--iterations", str(iterations), "--checkpoint.every", str(checkpoint_every), "--optimizer.lr-decay", "none",
-        *settings,
-    ])  # fmt: skip
+    run = train(
+        folder,
+        recipe,
+        "soak",
+        [
+            "--iterations",
+            str(iterations),
+            "--checkpoint.every",
+            str(checkpoint_every),
+            "--optimizer.lr-decay",
+            "none",
+            *settings,
+        ],
+    )
     process, metrics = psutil.Process(run.pid), folder / "soak/metrics.jsonl"
     while run.poll() is None and not (metrics.is_file() and read_metrics(metrics)):
         time.sleep(1)
@@ -225,11 +233,16 @@ def main() -> None:
     lines = {name: fit(*series(seen, name)) for name in NAMES}
     flat = all(line.flat for name, line in lines.items() if not (args.busy and name == "iteration_s"))
     report = {
-        "recipe": args.recipe, "settings": settings, "minutes": args.minutes, "busy": args.busy, "flat": flat,
+        "recipe": args.recipe,
+        "settings": settings,
+        "minutes": args.minutes,
+        "busy": args.busy,
+        "flat": flat,
         "fits": {name: {**asdict(line), "flat": line.flat} for name, line in lines.items()},
-        "iterations_count": len(seen["iterations"]), **seen,
+        "iterations_count": len(seen["iterations"]),
+        **seen,
         **{name: thinned(seen[name]) for name in ("iterations", "samples", "work")},
-    }  # fmt: skip
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"{args.name}.json", report)
     draw(seen, lines, args.out / f"{args.name}.png")

@@ -86,11 +86,12 @@ class Ours:
             sigmas=[float(trainer.schedule.sigmas[step]) for step in steps],
             timesteps=[float(trainer.schedule.timesteps[step]) for step in steps],
             training_noise=[
-                philox_normal(trainer.sampler.shape, samples // size, seed=seed, draw=iteration * count + slot,
-                              device=self.device)
+                philox_normal(
+                    trainer.sampler.shape, samples // size, seed=seed, draw=iteration * count + slot, device=self.device
+                )
                 for slot in range(count)
             ],
-        )  # fmt: skip
+        )
 
     def gradient(self, batch: Batch, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of `batch`, by name."""
@@ -274,10 +275,14 @@ class Comparison:
         seconds = by_phase(measured)
         flops, middle = self.ours.flops(images), seconds["iteration"][1]
         return {
-            "rounds": len(measured), "warmup_s": times[0]["wall"], "seconds": seconds,
-            "images_per_s": images / middle, "tflop": flops / 1e12, "tflops": flops / middle / 1e12,
+            "rounds": len(measured),
+            "warmup_s": times[0]["wall"],
+            "seconds": seconds,
+            "images_per_s": images / middle,
+            "tflop": flops / 1e12,
+            "tflops": flops / middle / 1e12,
             "beyond_mib": max(beyond) if self.device.type == "cuda" else None,
-        }  # fmt: skip
+        }
 
     def _parts(self, name: str, system: Any, inputs: Inputs) -> dict[str, list[float]]:
         """Milliseconds per image of the decoder, and of one forward of the reference with a group in it."""
@@ -304,10 +309,12 @@ def _gradient(system: Baseline, batch: tuple[Any, ...]) -> dict[str, Tensor]:
 def _flat(gradient: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
     """All of it, or enough, as one fp64 vector on the CPU; 0 where a weight has no gradient."""
     every = -(-sum(weight.numel() for weight in weights.values()) // COMPARED_NUMEL)
-    return torch.cat([
-        gradient.get(name, torch.zeros_like(weight)).detach().flatten()[::every].to("cpu", torch.float64)
-        for name, weight in weights.items()
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            gradient.get(name, torch.zeros_like(weight)).detach().flatten()[::every].to("cpu", torch.float64)
+            for name, weight in weights.items()
+        ]
+    )
 
 
 def _verdict(found: Mapping[str, Tensor], exact: Tensor, dtype: torch.dtype, wanted: Sequence[str]) -> dict[str, Any]:
@@ -320,9 +327,11 @@ def _verdict(found: Mapping[str, Tensor], exact: Tensor, dtype: torch.dtype, wan
     return {
         "same": OURS in found and all(error <= budget for error in errors.values()),
         "missing": [name for name in wanted if name not in found],
-        "dtype": str(dtype).removeprefix("torch."), "budget": budget, "relative_error": errors,
+        "dtype": str(dtype).removeprefix("torch."),
+        "budget": budget,
+        "relative_error": errors,
         "largest_difference_from_ours": apart,
-    }  # fmt: skip
+    }
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

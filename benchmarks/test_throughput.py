@@ -32,10 +32,7 @@ def actions(name: str) -> dict[str, Callable[[], Any]]:
     found = comparison()
     with found._built(["B", OURS]):
         system, inputs = found.systems[name], found.ours.inputs(0, groups=1)
-    return {
-        "decode": lambda: system.decode(inputs.noise),
-        "iteration": lambda: system.iteration(inputs, Brightness()),
-    }
+    return {"decode": lambda: system.decode(inputs.noise), "iteration": lambda: system.iteration(inputs, Brightness())}
 
 
 def test_gradients_are_the_same() -> None:

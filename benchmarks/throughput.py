@@ -89,9 +89,17 @@ class Bench:
     """
 
     def __init__(
-        self, device: str, *, groups: int, rounds: int, minutes: float, only: Sequence[str], path: Path,
-        systems: Sequence[str] = tuple(BASELINES), settings: Sequence[str] = (),
-    ):  # fmt: skip
+        self,
+        device: str,
+        *,
+        groups: int,
+        rounds: int,
+        minutes: float,
+        only: Sequence[str],
+        path: Path,
+        systems: Sequence[str] = tuple(BASELINES),
+        settings: Sequence[str] = (),
+    ):
         self.device, self.groups, self.rounds, self.only = torch.device(device), groups, rounds, only
         self.systems, self.settings = systems, list(settings)
         self.until = time.monotonic() + 60 * minutes
@@ -235,11 +243,14 @@ class Bench:
                 break
         ratios = [b["iteration"] / a["iteration"] for a, b in zip(*times.values(), strict=True)]
         return {
-            "settings": [*args, *change], "ratio": quantiles(ratios), "rounds": len(ratios), "warmup_s": warmup,
+            "settings": [*args, *change],
+            "ratio": quantiles(ratios),
+            "rounds": len(ratios),
+            "warmup_s": warmup,
             "seconds": {name: by_phase(of) for name, of in times.items()},
             "choices": {name: system.trainer.engine.choices.to_dict() for name, system in pair.items()},
             "peak_memory_mib": {name: system.peak_mib for name, system in pair.items()},
-        }  # fmt: skip
+        }
 
 
 def main() -> int:
@@ -265,8 +276,16 @@ def main() -> int:
         DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
         return 0
     groups = options.groups or (2 if options.device.startswith("cuda") else 4)
-    bench = Bench(options.device, groups=groups, rounds=options.rounds, minutes=options.minutes, only=options.only,
-                  path=path, systems=options.systems, settings=settings)  # fmt: skip
+    bench = Bench(
+        options.device,
+        groups=groups,
+        rounds=options.rounds,
+        minutes=options.minutes,
+        only=options.only,
+        path=path,
+        systems=options.systems,
+        settings=settings,
+    )
     if options.what == "paired":
         bench.only = []
         name = bench.machine["name"]

@@ -10,8 +10,12 @@ from benchmarks.savings import CHANGES, SAVINGS, names
 
 NOT_MEASURED = "not measured"
 SYSTEMS = {"A": "A, reference-style", "B": "B, eager", "C": "C, compiled", "ours": "ours"}
-CASES = [f"{train}, {guided}, G {size}" for train in ("LoRA", "full") for size in (16, 24)
-         for guided in ("guided", "unguided")]  # fmt: skip
+CASES = [
+    f"{train}, {guided}, G {size}"
+    for train in ("LoRA", "full")
+    for size in (16, 24)
+    for guided in ("guided", "unguided")
+]
 HEADLINE = CASES[0]
 FP8 = "engine.rollout_precision fp8"
 Report = Mapping[str, Any]
@@ -50,10 +54,14 @@ def write_tables(path: Path) -> None:
 def document(report: Report) -> str:
     """All tables."""
     machine = report.get("machine")
-    about = "Nothing was measured yet." if machine is None else (
-        f"{machine['name']}, {machine['dtype']}; a matmul of {machine['matmul_size']}² reached "
-        f"{machine['matmul_tflops']:.3g} TFLOP/s, a copy {machine['copy_gb_per_s']:.3g} GB/s."
-    )  # fmt: skip
+    about = (
+        "Nothing was measured yet."
+        if machine is None
+        else (
+            f"{machine['name']}, {machine['dtype']}; a matmul of {machine['matmul_size']}² reached "
+            f"{machine['matmul_tflops']:.3g} TFLOP/s, a copy {machine['copy_gb_per_s']:.3g} GB/s."
+        )
+    )
     parts = [
         "# Throughput",
         "Made by `python benchmarks/throughput.py`; medians, with the 20 and 80 % quantiles in brackets. "
@@ -77,8 +85,21 @@ def document(report: Report) -> str:
 
 def cases_table(report: Report) -> str:
     """A row for each case and system."""
-    columns = ["case", "system", "iteration, s", "rollout, s", "train, s", "decode, ms an image", "images/s", "TFLOP/s",
-               "of the matmul rate", "of the datasheet", "memory, GiB", "warm-up, s", "over ours"]  # fmt: skip
+    columns = [
+        "case",
+        "system",
+        "iteration, s",
+        "rollout, s",
+        "train, s",
+        "decode, ms an image",
+        "images/s",
+        "TFLOP/s",
+        "of the matmul rate",
+        "of the datasheet",
+        "memory, GiB",
+        "warm-up, s",
+        "over ours",
+    ]
     rows, machine = [], report.get("machine") or {}
     for case, row in _rows(report, "cases", CASES):
         systems, note = row.get("systems", {}), row.get("note")
@@ -95,14 +116,23 @@ def cases_table(report: Report) -> str:
             seconds = system["seconds"]
             beyond = system.get("beyond_mib")
             warmup_s = system["warmup_s"] + system.get("first_gradient_s", 0.0)
-            rows.append([
-                case, title, _spread(seconds["iteration"]), _spread(seconds["rollout"]), _spread(seconds["train"]),
-                _spread(system.get("decode_ms")), f"{system['images_per_s']:.3g}", f"{system['tflops']:.3g}",
-                _share(system["tflops"], machine.get("matmul_tflops") if machine.get("kind") == "cuda" else None),
-                _share(system["tflops"], machine.get("datasheet_tflops")),
-                NOT_MEASURED if beyond is None else f"{(system['own_mib'] + beyond) / 1024:.1f}",
-                f"{warmup_s:.3g}", f"{seconds['iteration'][1] / ours[1]:.2f}×" if ours else "",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    case,
+                    title,
+                    _spread(seconds["iteration"]),
+                    _spread(seconds["rollout"]),
+                    _spread(seconds["train"]),
+                    _spread(system.get("decode_ms")),
+                    f"{system['images_per_s']:.3g}",
+                    f"{system['tflops']:.3g}",
+                    _share(system["tflops"], machine.get("matmul_tflops") if machine.get("kind") == "cuda" else None),
+                    _share(system["tflops"], machine.get("datasheet_tflops")),
+                    NOT_MEASURED if beyond is None else f"{(system['own_mib'] + beyond) / 1024:.1f}",
+                    f"{warmup_s:.3g}",
+                    f"{seconds['iteration'][1] / ours[1]:.2f}×" if ours else "",
+                ]
+            )
     return _table(columns, rows)
 
 
@@ -116,10 +146,15 @@ def gradients_table(report: Report) -> str:
         verdict = "the same" if found.get("same") else found.get("error", "NOT THE SAME: void")
         verdict = verdict if found else NOT_MEASURED
         verdict += f", without {', '.join(found['missing'])}" if found.get("missing") else ""
-        rows.append([
-            case, *(_scientific(errors.get(name)) for name in SYSTEMS), _scientific(found.get("budget")),
-            _scientific(max(apart.values()) if apart else None), verdict,
-        ])  # fmt: skip
+        rows.append(
+            [
+                case,
+                *(_scientific(errors.get(name)) for name in SYSTEMS),
+                _scientific(found.get("budget")),
+                _scientific(max(apart.values()) if apart else None),
+                verdict,
+            ]
+        )
     return _table(columns, rows)
 
 
@@ -171,8 +206,15 @@ def paired_table(report: Report) -> str:
             times = f"{found['median']:.2f}× ({low:.2f} to {high:.2f})"
             middle = f"{off[len(off) // 2]:.2f}", f"{on[len(on) // 2]:.2f}"
             rows.append([machine, rate, title, *middle, times, str(row["pairs"])])
-    columns = ["machine", "its matmul, TFLOP/s", "of an iteration", "savings off", "savings on",
-               "off over on, 95 % interval", "pairs of runs"]  # fmt: skip
+    columns = [
+        "machine",
+        "its matmul, TFLOP/s",
+        "of an iteration",
+        "savings off",
+        "savings on",
+        "off over on, 95 % interval",
+        "pairs of runs",
+    ]
     return _table(columns, rows) if rows else NOT_MEASURED
 
 
@@ -181,8 +223,10 @@ def targets_table(report: Report) -> str:
     on_gpu = (report.get("machine") or {}).get("kind") == "cuda"
     systems = report.get("cases", {}).get(HEADLINE, {}).get("systems", {}) if on_gpu else {}
     seconds = {name: system["seconds"]["iteration"][1] for name, system in systems.items() if "seconds" in system}
-    parts = {name: {part: system[part][1] for part in ("forward_ms", "decode_ms") if part in system}
-             for name, system in systems.items()}  # fmt: skip
+    parts = {
+        name: {part: system[part][1] for part in ("forward_ms", "decode_ms") if part in system}
+        for name, system in systems.items()
+    }
 
     def over(name: str, part: str | None = None) -> float | None:
         of = seconds if part is None else {system: found.get(part) for system, found in parts.items()}
@@ -252,9 +296,13 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 TABLES = {
-    "cases": cases_table, "gradients": gradients_table, "savings": savings_table, "paired": paired_table,
-    "targets": targets_table, "float8": float8_table,
-}  # fmt: skip
+    "cases": cases_table,
+    "gradients": gradients_table,
+    "savings": savings_table,
+    "paired": paired_table,
+    "targets": targets_table,
+    "float8": float8_table,
+}
 
 
 def with_tables(text: str, results: Path) -> str:

@@ -42,10 +42,25 @@ Options beside the settings below: --resume RUN takes the settings from the run,
 
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.
 MAY_CHANGE = (
-    "iterations", "device", "precision", "optimizer.", "engine.", "checkpoint.", "distributed.", "log.",
-    "evaluation.every", "rollout.batch_size", "policy.micro_batch", "policy.behaviour", "ema.offload",
-    "max_lost_iterations", "reward_workers", "reward_deadline_s", "prompt_cache", "low_memory",
-)  # fmt: skip
+    "iterations",
+    "device",
+    "precision",
+    "optimizer.",
+    "engine.",
+    "checkpoint.",
+    "distributed.",
+    "log.",
+    "evaluation.every",
+    "rollout.batch_size",
+    "policy.micro_batch",
+    "policy.behaviour",
+    "ema.offload",
+    "max_lost_iterations",
+    "reward_workers",
+    "reward_deadline_s",
+    "prompt_cache",
+    "low_memory",
+)
 MUST_STAY = ("optimizer.name",)  # its state is another's
 
 

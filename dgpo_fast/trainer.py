@@ -72,13 +72,17 @@ class Trainer:
             self.reward.check_processes(processes.count, config.rollout.groups)
         model = read_model(config)
         self.reward.try_out(
-            [*self.prompts.train, *self.prompts.held_out], (config.rollout.group_size, 1),
+            [*self.prompts.train, *self.prompts.held_out],
+            (config.rollout.group_size, 1),
             config.rollout.resolution or model.side,
-        )  # fmt: skip
+        )
         self.reward_pool = RewardPool(
-            self.reward, workers=count_workers(config.reward_workers, self.device),
-            deadline_s=config.reward_deadline_s, device=self.device, note=self.console.note,
-        )  # fmt: skip
+            self.reward,
+            workers=count_workers(config.reward_workers, self.device),
+            deadline_s=config.reward_deadline_s,
+            device=self.device,
+            note=self.console.note,
+        )
         dtype = pick_dtype(config.precision, self.device)
         self.memory = MemoryPlan(model, self.device, dtype, processes, self.console.note)
         config = self.memory.predict(config)
@@ -114,9 +118,15 @@ class Trainer:
 
     def _make_sampler(self, transformer: SD3Transformer2DModel, batch_size: int) -> Sampler:
         return Sampler(
-            self.pipeline, transformer, self.encoder, resolution=self.config.rollout.resolution, batch_size=batch_size,
-            solve=self.engine.solve, decode=self.engine.decoder.start, decodes_ahead=int(self.engine.decoder.overlaps),
-        )  # fmt: skip
+            self.pipeline,
+            transformer,
+            self.encoder,
+            resolution=self.config.rollout.resolution,
+            batch_size=batch_size,
+            solve=self.engine.solve,
+            decode=self.engine.decoder.start,
+            decodes_ahead=int(self.engine.decoder.overlaps),
+        )
 
     def _shards(self, config: Config) -> Shards | None:
         how = f"distributed.shard {config.distributed.shard}"
@@ -137,9 +147,15 @@ class Trainer:
     def _make_source(self) -> Source:
         config = self.config
         worker = RolloutWorker(
-            config.rollout, self.models, self.sampler, self.schedule, self.reward_pool,
-            keep_transitions=self.learner.objective.needs_transitions, phases=self.phases, work=self.work,
-        )  # fmt: skip
+            config.rollout,
+            self.models,
+            self.sampler,
+            self.schedule,
+            self.reward_pool,
+            keep_transitions=self.learner.objective.needs_transitions,
+            phases=self.phases,
+            work=self.work,
+        )
         if config.data.source == "offline":
             return OfflineSource(config, worker, self.prompts.train, self.processes)
         prompts = GroupSampler(self.prompts.train, config.rollout.groups, config.seed)
@@ -333,10 +349,15 @@ class Trainer:
         first = int(valid[: share.start].sum())
         everyone = advantages(scores.rewards[scores.valid], self.config.advantage)
         part = BatchPart(
-            first, int(scores.valid.sum()), size, everyone, any(not other.whole for other in self._shares(groups)),
-            self.processes, f"the group scores of iteration {self.iteration + 1}",
+            first,
+            int(scores.valid.sum()),
+            size,
+            everyone,
+            any(not other.whole for other in self._shares(groups)),
+            self.processes,
+            f"the group scores of iteration {self.iteration + 1}",
             None if self.models.shards is None else self._edges(groups, valid),
-        )  # fmt: skip
+        )
         return Batch(
             iteration=self.iteration,
             x0=groups.x0[rows],
@@ -430,9 +451,15 @@ class Trainer:
             return  # the first process has it, and writes
         with written_to(folder):
             write_results(
-                folder, before, after, self.config, self.source.summary(), self.iteration, self.console,
+                folder,
+                before,
+                after,
+                self.config,
+                self.source.summary(),
+                self.iteration,
+                self.console,
                 self.prompts.evaluated,
-            )  # fmt: skip
+            )
 
     def _save_weights(self, folder: Path) -> None:
         """Writes what was trained into the run's folder. All processes must call it together."""

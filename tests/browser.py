@@ -46,8 +46,9 @@ class Browser:
 
     def open(self, page: Path, width: int, height: int) -> None:
         """Shows a file in a window of so many pixels."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 600)  # fmt: skip
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.call("Page.navigate", url=page.as_uri())
         while self.run("document.readyState") != "complete" or not self.run("location.href.startsWith('file:')"):
             time.sleep(0.02)
@@ -102,8 +103,15 @@ def browser(profile: Path) -> Iterator[Browser]:
         for number, one in enumerate(high, start=3):
             os.dup2(one, number)
 
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-               f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--remote-debugging-pipe",
+        f"--user-data-dir={profile}",
+        "about:blank",
+    ]
     process = subprocess.Popen(
         command, preexec_fn=as_3_and_4, pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -34,11 +34,19 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
         "name": "run",
         "device": "cpu",
         "rollout": {
-            "group_size": 4, "groups": 3, "num_inference_steps": 4, "max_sequence_length": 9, "batch_size": 6,
+            "group_size": 4,
+            "groups": 3,
+            "num_inference_steps": 4,
+            "max_sequence_length": 9,
+            "batch_size": 6,
             "guidance_scale": 2.0,
         },
         "dgpo": {
-            "timesteps": 2, "high_noise_steps": 3, "beta": 1000.0, "kl_weight": 0.001, "kl_guidance_scale": 1.0,
+            "timesteps": 2,
+            "high_noise_steps": 3,
+            "beta": 1000.0,
+            "kl_weight": 0.001,
+            "kl_guidance_scale": 1.0,
             "clip_range": 0.01,
         },
         "policy": {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 8},
@@ -46,7 +54,7 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
         "ema": {"eval_every": 1, "switch_ema_ref": 3},
         "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
         "checkpoint": {"every": 1, "keep": 9},
-    }  # fmt: skip
+    }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
 

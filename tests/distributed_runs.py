@@ -27,7 +27,11 @@ SETTINGS = {
     "iterations": 2,
     "device": "cpu",
     "rollout": {
-        "group_size": 4, "groups": 3, "num_inference_steps": 4, "max_sequence_length": 9, "batch_size": 2,
+        "group_size": 4,
+        "groups": 3,
+        "num_inference_steps": 4,
+        "max_sequence_length": 9,
+        "batch_size": 2,
         "guidance_scale": 2.0,
     },
     "dgpo": {"timesteps": 2, "high_noise_steps": 3, "beta": 30.0, "kl_weight": 0.001, "clip_range": 0.01},
@@ -39,7 +43,7 @@ SETTINGS = {
     # Their rounding depends less on the number of rows than that of the fastest ones.
     "engine": {"attention": "native", "linear": "torch"},
     "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
-}  # fmt: skip
+}
 # Adam steps by the learning rate where a gradient is nothing but rounding, unless `eps` is well above that.
 SHARDED = ["--policy.train", "full", "--optimizer.lr", "3e-4", "--optimizer.eps", "1e-3", "--distributed.shard", "full"]
 SCENARIOS: dict[str, list[str]] = {
@@ -47,27 +51,55 @@ SCENARIOS: dict[str, list[str]] = {
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
     "small micro-batches, std of the iteration": ["--policy.micro-batch", "3", "--advantage.std", "global"],
     "samples one by one, uneven shares": [
-        "--rollout.batch-size", "1", "--policy.micro-batch", "1", "--rollout.group-size", "3",
+        "--rollout.batch-size",
+        "1",
+        "--policy.micro-batch",
+        "1",
+        "--rollout.group-size",
+        "3",
     ],
     "groups dropped": ["--rewards", "tests.distributed_runs:Flaky", "--iterations", "4"],
     "pairs": ["--objective", "diffusion_dpo"],
     "policy gradient": [
-        "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
-        "--flow-grpo.clip-range", "0.1", "--ema.switch-ema-ref", "none",
+        "--objective",
+        "flow_grpo",
+        "--rollout.solver",
+        "euler",
+        "--rollout.noise-level",
+        "0.7",
+        "--flow-grpo.clip-range",
+        "0.1",
+        "--ema.switch-ema-ref",
+        "none",
     ],
     "sharded": [*SHARDED, "--iterations", "10", "--policy.micro-batch", "4", "--evaluation.every", "10"],
     "sharded, groups split": [
-        *SHARDED, "--rollout.groups", "1", "--rollout.group-size", "3", "--policy.micro-batch", "1",
+        *SHARDED,
+        "--rollout.groups",
+        "1",
+        "--rollout.group-size",
+        "3",
+        "--policy.micro-batch",
+        "1",
     ],
     "sharded, groups dropped": [*SHARDED, "--rewards", "tests.distributed_runs:Flaky", "--iterations", "3"],
     "sharded, pairs": [*SHARDED, "--objective", "diffusion_dpo"],
     "sharded, policy gradient": [
-        *SHARDED, "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
-        "--flow-grpo.clip-range", "0.1", "--ema.switch-ema-ref", "none",
+        *SHARDED,
+        "--objective",
+        "flow_grpo",
+        "--rollout.solver",
+        "euler",
+        "--rollout.noise-level",
+        "0.7",
+        "--flow-grpo.clip-range",
+        "0.1",
+        "--ema.switch-ema-ref",
+        "none",
     ],
     "hybrid shards": [*SHARDED[:-1], "hybrid"],
     "offline": ["--data.source", "offline", "--data.offline-groups", "7"],
-}  # fmt: skip
+}
 
 
 class Brightness:

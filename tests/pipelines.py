@@ -22,25 +22,49 @@ def save_random_pipeline(folder: Path, seed: int = 0) -> None:
     QK."""
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, caption_projection_dim=32, pooled_projection_dim=32, out_channels=16,
-        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        out_channels=16,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(16, 32), layers_per_block=1,
-        norm_num_groups=8, sample_size=16, scaling_factor=1.5305, shift_factor=0.0609,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     _randomise(transformer)
     clips = [_clip(), _clip()]
     t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=48, d_kv=8, d_ff=64, num_layers=1, num_heads=2)).eval()
     StableDiffusion3Pipeline(
-        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.eval(),
-        text_encoder=clips[0], tokenizer=_clip_tokenizer(folder / "build"),
-        text_encoder_2=clips[1], tokenizer_2=_clip_tokenizer(folder / "build"),
-        text_encoder_3=t5, tokenizer_3=_t5_tokenizer(),
-    ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=clips[0],
+        tokenizer=_clip_tokenizer(folder / "build"),
+        text_encoder_2=clips[1],
+        tokenizer_2=_clip_tokenizer(folder / "build"),
+        text_encoder_3=t5,
+        tokenizer_3=_t5_tokenizer(),
+    ).save_pretrained(folder, safe_serialization=True)
 
 
 def _randomise(transformer: SD3Transformer2DModel) -> None:
@@ -52,10 +76,16 @@ def _randomise(transformer: SD3Transformer2DModel) -> None:
 
 def _clip() -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
-        vocab_size=len(_clip_vocabulary()), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=CLIP_TOKENS, projection_dim=16,
-        bos_token_id=len(_clip_vocabulary()) - 2, eos_token_id=len(_clip_vocabulary()) - 1,
-    )  # fmt: skip
+        vocab_size=len(_clip_vocabulary()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_TOKENS,
+        projection_dim=16,
+        bos_token_id=len(_clip_vocabulary()) - 2,
+        eos_token_id=len(_clip_vocabulary()) - 1,
+    )
     return CLIPTextModelWithProjection(config).eval()
 
 

@@ -26,10 +26,14 @@ def environments(count: int, machines: int = 1) -> list[dict[str, str]]:
     """What torchrun would put into the environment of each of `count` processes, as if on so many machines."""
     local = count // machines
     shared = {
-        **os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(local),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(local),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+    }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(count)]
 
 

@@ -39,16 +39,24 @@ def result(run: Run, reward: float, patch: float = 4.0, **more: Any) -> dict[str
         return {"run": asdict(run), "source": "offline", "drawing_s": 10.0, "drawn_images": 160}
     points = [
         {
-            "iteration": round(10 * mark), "training_s": mark * run.seconds, "training_wall_s": mark * run.seconds,
-            "trained_images": round(100 * mark), "reward_mean": reward, "reward_ci95": [reward - 0.1, reward + 0.1],
+            "iteration": round(10 * mark),
+            "training_s": mark * run.seconds,
+            "training_wall_s": mark * run.seconds,
+            "trained_images": round(100 * mark),
+            "reward_mean": reward,
+            "reward_ci95": [reward - 0.1, reward + 0.1],
             "patch_distance": patch,
         }
         for mark in run.marks
-    ]  # fmt: skip
+    ]
     return {
-        "run": asdict(run), "points": points, "failure": None, "out_of_task": {"diversity": 50.0, "signs": 0.3},
-        "source": {"drawing_s": 0.0}, **more,
-    }  # fmt: skip
+        "run": asdict(run),
+        "points": points,
+        "failure": None,
+        "out_of_task": {"diversity": 50.0, "signs": 0.3},
+        "source": {"drawing_s": 0.0},
+        **more,
+    }
 
 
 def carry_out(plan: Plan, reward: Any = lambda run: 0.6) -> tuple[list[Run], dict[str, dict]]:
@@ -87,11 +95,15 @@ def test_systems_differ_in_what_they_are_and_in_nothing_else() -> None:
         "dpo": {"objective", "diffusion_dpo.beta"},
         "dpo-offline": {"objective", "diffusion_dpo.beta", "data.source"},
         "flow-grpo": {
-            "objective", "rollout.solver", "rollout.noise_level", "ema.switch_ema_ref", "flow_grpo.clip_range",
+            "objective",
+            "rollout.solver",
+            "rollout.noise_level",
+            "ema.switch_ema_ref",
+            "flow_grpo.clip_range",
         },
         "dgpo-sde": {"rollout.solver", "rollout.noise_level"},
         "dgpo-no-clip": {"dgpo.high_noise_steps"},
-    }  # fmt: skip
+    }
     asked = {"lr": 1e-4, "groups": 4, "seed": 3, "evaluation_seed": 1, "device": "cpu"}
     dgpo = flat(configuration(SYSTEMS["dgpo"], QUICK, **asked))
     for name, expected in own.items():
@@ -206,10 +218,15 @@ def test_findings_say_what_the_numbers_are() -> None:
 def test_findings_are_honest_about_what_does_not_hold() -> None:
     open_, against = [0.60, 0.75, 0.66], [0.7, 0.69, 0.71]
     runs = final_runs(
-        {"dgpo": [0.6, 0.6, 0.6], "dgpo-sde": against, "dgpo-offline": open_, "flow-grpo": [0.65] * 3,
-         "dgpo-no-clip": [0.6] * 3},
+        {
+            "dgpo": [0.6, 0.6, 0.6],
+            "dgpo-sde": against,
+            "dgpo-offline": open_,
+            "flow-grpo": [0.65] * 3,
+            "dgpo-no-clip": [0.6] * 3,
+        },
         {"dgpo": [4.0, 4.1, 4.2], "dgpo-no-clip": [6.0, 6.2, 6.1]},
-    )  # fmt: skip
+    )
     found = {finding.claim: finding for finding in Findings(runs, BASE).all()}
     assert found["ODE rollouts beat SDE rollouts"].verdict == "does not hold"
     assert found["online data beat offline data"].verdict == "open"
@@ -230,9 +247,10 @@ def test_the_report(tmp_path: Path) -> None:
     plan = make_plan(("dgpo", "dgpo-sde"), trials=2)
     _, results = carry_out(plan, lambda run: 0.6 + run.lr * 100 + 0.01 * (run.seed % 7))
     base = {
-        "points": [{**BASE, "iteration": 0}], "out_of_task": {"diversity": 51.0, "signs": 0.2},
+        "points": [{**BASE, "iteration": 0}],
+        "out_of_task": {"diversity": 51.0, "signs": 0.2},
         "rendered_pictures": {"patch_distance": 0.8},
-    }  # fmt: skip
+    }
     machine = {"device": "cpu", "cpu_count": 2, "processes": 2, "torch": "2", "date": "2026-01-01", "wall_s": 5400.0}
     write_report(plan, results, base, machine, tmp_path)
     expected = {"compare.json", "table.md", "search.md", "findings.md", "about.md", "ode_sde.png"}
@@ -321,8 +339,16 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     """SIGKILL to it and its workers after the first run; the same command repeats nothing and ends with the figures.
     With more seeds it does what is new, with fewer or other settings nothing."""
     all_seeds = [
-        sys.executable, "-m", "benchmarks.compare", "--quick", "--systems", "dgpo", "flow-grpo", "--runs-dir", "runs",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "benchmarks.compare",
+        "--quick",
+        "--systems",
+        "dgpo",
+        "flow-grpo",
+        "--runs-dir",
+        "runs",
+    ]
     command = [*all_seeds, "--seeds", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300

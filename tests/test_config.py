@@ -30,10 +30,20 @@ def test_released_values() -> None:
     for name, values in table.items():
         c = get_recipe(name)
         found = (
-            c.rollout.group_size, c.rollout.groups, c.rollout.guidance_scale, c.dgpo.beta, c.dgpo.kl_weight,
-            c.dgpo.kl_guidance_scale, c.dgpo.clip_range, c.dgpo.timesteps, c.dgpo.high_noise_steps, c.advantage.std,
-            c.ema.switch_ema_ref, c.dgpo.reference, c.evaluation.num_inference_steps,
-        )  # fmt: skip
+            c.rollout.group_size,
+            c.rollout.groups,
+            c.rollout.guidance_scale,
+            c.dgpo.beta,
+            c.dgpo.kl_weight,
+            c.dgpo.kl_guidance_scale,
+            c.dgpo.clip_range,
+            c.dgpo.timesteps,
+            c.dgpo.high_noise_steps,
+            c.advantage.std,
+            c.ema.switch_ema_ref,
+            c.dgpo.reference,
+            c.evaluation.num_inference_steps,
+        )
         assert found == values, name
         shared = (c.optimizer.lr, c.optimizer.weight_decay, c.policy.lora_rank, c.policy.lora_alpha, c.rollout.shift)
         assert shared == (3e-4, 1e-4, 64, 128.0, 3.0), name

@@ -176,8 +176,10 @@ def test_equal_groups_are_skipped_exactly(variant: str, random_pipeline: Path) -
     timesteps, without_kl = 3, variant == "nothing but groups"
     skipped = {name: (count - rows[name]) // (timesteps * SIZE) for name, count in all_rows.items()}
     assert skipped == {
-        "base": int(without_kl), "policy": int(without_kl), "behaviour": int(variant != "nothing but groups")
-    }  # fmt: skip
+        "base": int(without_kl),
+        "policy": int(without_kl),
+        "behaviour": int(variant != "nothing but groups"),
+    }
 
 
 def _count_rows(rows: dict[str, int], name: str, module: object, args: object, kwargs: dict) -> None:

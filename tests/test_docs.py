@@ -61,8 +61,10 @@ def test_evaluation_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
 def test_settings_named_in_the_docs_exist() -> None:
     names = set(setting_names())
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for group, field in re.findall(r"`(rollout|dgpo|policy|engine|optimizer|ema|evaluation|checkpoint)\.(\w+)`",
-                                       path.read_text(encoding="utf-8")):  # fmt: skip
+        for group, field in re.findall(
+            r"`(rollout|dgpo|policy|engine|optimizer|ema|evaluation|checkpoint)\.(\w+)`",
+            path.read_text(encoding="utf-8"),
+        ):
             assert field in ("py", "yaml") or f"{group}.{field}" in names, f"{path.name}: {group}.{field}"
 
 

@@ -39,8 +39,22 @@ from tests.processes import heed_ctrl_c
 from tests.servers import answering
 
 PROMPTS = ["a cat", "a dog on a hill", "two birds", "a red house", "a boat", "a river"]
-DRAWING = ["--prompts", "prompts.txt", "--num-inference-steps", "2", "--guidance-scale", "2",
-           "--resolution", "none", "--max-sequence-length", "9", "--batch-size", "4", "--device", "cpu"]  # fmt: skip
+DRAWING = [
+    "--prompts",
+    "prompts.txt",
+    "--num-inference-steps",
+    "2",
+    "--guidance-scale",
+    "2",
+    "--resolution",
+    "none",
+    "--max-sequence-length",
+    "9",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+]
 SMALL = [*DRAWING, "--rewards", "jpeg"]
 
 
@@ -76,8 +90,13 @@ def test_what_an_evaluation_writes(workspace: Path, capsys: pytest.CaptureFixtur
     assert evaluate(["model", *DRAWING, *rewards, "--images-per-prompt", "2", "--output", "out"]) == 0
     out = workspace / "out"
     assert {path.name for path in out.iterdir()} == {
-        "images", "index.jsonl", "results.json", "contact_sheet.png", "evaluation.yaml", ".lock",
-    }  # fmt: skip
+        "images",
+        "index.jsonl",
+        "results.json",
+        "contact_sheet.png",
+        "evaluation.yaml",
+        ".lock",
+    }
     lines = index(out)
     assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert [line["image"] for line in lines] == [f"images/{number:06d}.png" for number in range(12)]
@@ -194,15 +213,24 @@ def test_geneval_by_hand_on_the_shipped_pipeline(workspace: Path, capsys: pytest
 
 
 TRAINING = {
-    "prompts": "prompts.txt", "rewards": ["jpeg"], "iterations": 2, "device": "cpu",
-    "rollout": {"group_size": 2, "groups": 2, "num_inference_steps": 2, "max_sequence_length": 9, "batch_size": 4,
-                "guidance_scale": 2.0},
+    "prompts": "prompts.txt",
+    "rewards": ["jpeg"],
+    "iterations": 2,
+    "device": "cpu",
+    "rollout": {
+        "group_size": 2,
+        "groups": 2,
+        "num_inference_steps": 2,
+        "max_sequence_length": 9,
+        "batch_size": 4,
+        "guidance_scale": 2.0,
+    },
     "dgpo": {"timesteps": 1, "high_noise_steps": 2, "beta": 1000.0},
     "policy": {"lora_rank": 4, "lora_alpha": 8.0, "micro_batch": 4},
     "optimizer": {"lr": 0.03, "lr_decay": "none"},
     "ema": {"eval_every": 1},
     "evaluation": {"images": 6, "num_inference_steps": 3, "guidance_scale": 2.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ["lora", "full"])
@@ -297,8 +325,10 @@ def test_a_torn_line_or_a_lost_picture_is_drawn_again_with_its_batch(workspace: 
     args = ["model", *SMALL, "--images-per-prompt", "2", "--output", "out"]
     evaluate(args)
     whole, lines = pictures(workspace / "out"), (workspace / "out/index.jsonl").read_text()
-    for damage in (lambda: (workspace / "out/index.jsonl").write_text(lines[: len(lines) * 6 // 10]),
-                   lambda: (workspace / "out/images/000006.png").unlink()):  # fmt: skip
+    for damage in (
+        lambda: (workspace / "out/index.jsonl").write_text(lines[: len(lines) * 6 // 10]),
+        lambda: (workspace / "out/images/000006.png").unlink(),
+    ):
         damage()
         evaluate(args)
         assert (workspace / "out/index.jsonl").read_text() == lines
@@ -419,8 +449,17 @@ def test_scores_of_another_reward_of_the_same_name_are_refused(
 @pytest.mark.parametrize("trained", ["lora_sha256", "weights_sha256"])
 def test_a_run_that_was_trained_further_is_said_to_be(trained: str, tmp_path: Path) -> None:
     folder = EvaluationFolder(tmp_path / "evaluations/colour")
-    made_with = {"model": "runs/colour", "lora": None, "weights": "after", "rewards": ["jpeg"], "seed": 0,
-                 "num_inference_steps": 2, "guidance_scale": 1.0, "images_count": 1, "weights_sha256": "a"}  # fmt: skip
+    made_with = {
+        "model": "runs/colour",
+        "lora": None,
+        "weights": "after",
+        "rewards": ["jpeg"],
+        "seed": 0,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "images_count": 1,
+        "weights_sha256": "a",
+    }
     made_with[trained] = "b"
     folder.begin(made_with).release()
     with pytest.raises(UserError) as caught:

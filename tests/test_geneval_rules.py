@@ -86,8 +86,11 @@ def test_relations_by_hand():
 def test_keep_by_hand():
     found = [seen("cat", confidence=c) for c in (0.2, 0.3, 0.31, 0.9, 0.91)] + [seen("dog", confidence=0.5)]
     assert [(d.name, d.confidence) for d in keep(found, "two_object")] == [
-        ("cat", 0.91), ("cat", 0.9), ("dog", 0.5), ("cat", 0.31),
-    ]  # fmt: skip
+        ("cat", 0.91),
+        ("cat", 0.9),
+        ("dog", 0.5),
+        ("cat", 0.31),
+    ]
     assert [d.confidence for d in keep(found, "counting")] == [0.91]
     crowd = [seen(name, confidence=0.5 + i / 100) for i in range(20) for name in ("cat", "dog")]
     kept = keep(crowd, "")
@@ -154,10 +157,7 @@ def official(found: list[Detection], metadata: dict) -> bool:
 
 
 detections = st.builds(
-    seen,
-    st.sampled_from(["cat", "dog"]),
-    st.sampled_from(["red", "blue"]),
-    st.sampled_from([10.0, 13.0, 50.0, 90.0]),
+    seen, st.sampled_from(["cat", "dog"]), st.sampled_from(["red", "blue"]), st.sampled_from([10.0, 13.0, 50.0, 90.0])
 )
 cat = st.fixed_dictionaries(
     {"class": st.just("cat"), "count": st.integers(1, 3)}, optional={"color": st.sampled_from(["red", "blue"])}

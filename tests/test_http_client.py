@@ -210,8 +210,7 @@ def test_a_secret_that_cannot_be_sent_is_not_shown_either(secret: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["", "127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://a:99999", "http://a?b=c", "http://a#b"],
+    "url", ["", "127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://a:99999", "http://a?b=c", "http://a#b"]
 )
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(UserError, match="write http://host:port"):

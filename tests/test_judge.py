@@ -95,8 +95,7 @@ def test_order_and_size_of_the_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "score"),
-    [("Score: 4", 4), ("The Score: 2 or so. Score: 3.25", 3.25), ("Score: 1.0\n", 1)],
+    ("text", "score"), [("Score: 4", 4), ("The Score: 2 or so. Score: 3.25", 3.25), ("Score: 1.0\n", 1)]
 )
 def test_the_last_score_in_the_answer_counts(text: str, score: float) -> None:
     with answering(lambda *_: completion(text)) as url:
@@ -420,8 +419,14 @@ def test_another_judge_of_the_same_file_is_told_by_its_settings() -> None:
     reached = {"deadline_s": 1.0, "attempts": 3, "requests_at_once": 2, "self_test": "answer"}
     assert judge("http://127.0.0.1:2", **reached).fingerprint == first
     other: list[dict[str, Any]] = [
-        {"model": "n"}, {"prompt": "Rate it: {prompt}"}, {"score": r"Rating: (\S+)"}, {"divisor": 10.0},
-        {"image_size": 512}, {"temperature": 1.0}, {"extra": '{"seed": 1}'}, {"image_first": False},
-    ]  # fmt: skip
+        {"model": "n"},
+        {"prompt": "Rate it: {prompt}"},
+        {"score": r"Rating: (\S+)"},
+        {"divisor": 10.0},
+        {"image_size": 512},
+        {"temperature": 1.0},
+        {"extra": '{"seed": 1}'},
+        {"image_first": False},
+    ]
     found = {judge("http://127.0.0.1:1", **settings).fingerprint for settings in other}
     assert len(found) == len(other) and first not in found

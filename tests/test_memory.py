@@ -157,11 +157,20 @@ RUNS = {
     "bf16 LoRA, second adapter": [*BF16, *LORA, "--policy.behaviour", "adapter"],
     "checkpointed blocks": [*LORA, "--engine.checkpointing", "blocks"],
     "steps of a rollout with noise": [
-        *LORA, "--objective", "flow_grpo", "--rollout.solver", "euler", "--rollout.noise-level", "0.7",
-        "--ema.switch-ema-ref", "none", "--rollout.guidance-scale", "3",
+        *LORA,
+        "--objective",
+        "flow_grpo",
+        "--rollout.solver",
+        "euler",
+        "--rollout.noise-level",
+        "0.7",
+        "--ema.switch-ema-ref",
+        "none",
+        "--rollout.guidance-scale",
+        "3",
     ],
     "low memory": [*LORA, "--low-memory"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -202,8 +211,14 @@ def test_what_is_held_is_what_the_parts_of_a_run_hold(workspace: Path) -> None:
 
 
 FULL_ON_80_GB = [
-    "sd35m-geneval", "--policy.train", "full", "--optimizer.name", "adamw8bit", "--policy.micro-batch", "8",
-]  # fmt: skip
+    "sd35m-geneval",
+    "--policy.train",
+    "full",
+    "--optimizer.name",
+    "adamw8bit",
+    "--policy.micro-batch",
+    "8",
+]
 
 
 @pytest.mark.parametrize("weights", ["bf16_master", "bf16_stochastic"])

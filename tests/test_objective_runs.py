@@ -260,9 +260,14 @@ def test_the_objective_of_the_guide(workspace: Path, monkeypatch: pytest.MonkeyP
     (workspace / "my_recipe.yaml").write_text(recipe[1], encoding="utf-8")
     monkeypatch.syspath_prepend(str(workspace))
     small = [
-        "--rollout.groups=2", "--rollout.group-size=4", "--rollout.num-inference-steps=2", "--evaluation.images=8",
-        "--evaluation.num-inference-steps=2", "--iterations=3", "--policy.micro-batch=3",
-    ]  # fmt: skip
+        "--rollout.groups=2",
+        "--rollout.group-size=4",
+        "--rollout.num-inference-steps=2",
+        "--evaluation.images=8",
+        "--evaluation.num-inference-steps=2",
+        "--iterations=3",
+        "--policy.micro-batch=3",
+    ]
     assert train(["my_recipe.yaml", *small, "--name", "own"]) == 0
     losses = [line["loss"] for line in untimed(workspace / "runs/own")]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)

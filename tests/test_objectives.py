@@ -219,9 +219,15 @@ def grpo_case(folder: Path, **flow_grpo: object) -> Case:
     case.models.load_behaviour(case.old)
     step_noise = StepNoise(torch.arange(GROUPS * SIZE), seed=5, draw=7, keep=True)
     x0 = sample_latents(
-        case.models.behaviour, case.batch.x0, case.batch.text, case.batch.empty, schedule,
-        guidance_scale=rollout.guidance_scale, batch_size=5, step_noise=step_noise,
-    )  # fmt: skip
+        case.models.behaviour,
+        case.batch.x0,
+        case.batch.text,
+        case.batch.empty,
+        schedule,
+        guidance_scale=rollout.guidance_scale,
+        batch_size=5,
+        step_noise=step_noise,
+    )
     case.batch = replace(case.batch, x0=x0, schedule=schedule, transitions=step_noise.transitions)
     return case
 
@@ -294,24 +300,34 @@ def test_flow_grpo_by_hand() -> None:
         return lambda hidden_states, **_: ((weight * torch.tensor(v)).reshape(1, 2, 1, 1).expand_as(hidden_states),)
 
     models: Any = SimpleNamespace(
-        policy=transformer([1.0, 2.0], theta), base=transformer([2.0, 2.0], torch.ones(())), weights={"theta": theta},
-        device=torch.device("cpu"), mixed=False,
-    )  # fmt: skip
+        policy=transformer([1.0, 2.0], theta),
+        base=transformer([2.0, 2.0], torch.ones(())),
+        weights={"theta": theta},
+        device=torch.device("cpu"),
+        mixed=False,
+    )
     x = torch.tensor([2.0, 4.0]).expand(3, 2)
     after = torch.tensor([[1.5, 1.5], [0.0, 1.5], [0.75, 2.0]])
     log_prob = torch.tensor([-1.25, -0.5, -0.0625]) - 0.2257914
     batch = Batch(
-        iteration=0, x0=after.reshape(3, 2, 1, 1), text=TextEmbeds(torch.zeros(3, 1, 1), torch.zeros(3, 1)),
-        empty=TextEmbeds(torch.zeros(1, 1, 1), torch.zeros(1, 1)), advantage=torch.tensor([1.0, -2.0, 1.0]),
-        group_index=torch.zeros(3, dtype=torch.int64), group_size=3,
+        iteration=0,
+        x0=after.reshape(3, 2, 1, 1),
+        text=TextEmbeds(torch.zeros(3, 1, 1), torch.zeros(3, 1)),
+        empty=TextEmbeds(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
+        advantage=torch.tensor([1.0, -2.0, 1.0]),
+        group_index=torch.zeros(3, dtype=torch.int64),
+        group_size=3,
         schedule=Schedule(
-            "euler", torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1000.0, 500.0]), torch.tensor([[-0.5], [-0.5]]),
+            "euler",
+            torch.tensor([1.0, 0.5, 0.0]),
+            torch.tensor([1000.0, 500.0]),
+            torch.tensor([[-0.5], [-0.5]]),
             torch.tensor([[-0.25, 0.5], [-0.25, 0.5]]),
         ),
         transitions=Transitions(
             torch.stack([x, after, after]).reshape(3, 3, 2, 1, 1), torch.stack([log_prob, log_prob])
         ),
-    )  # fmt: skip
+    )
     metrics = load_objective(config).accumulate(batch, models, {})
     assert float(metrics["kl"]) == pytest.approx(0.125, rel=1e-6)
     assert float(metrics["loss"]) == pytest.approx(-0.1 + 0.04 * 0.125, rel=1e-5)
@@ -353,11 +369,16 @@ def make_batch(advantage: np.ndarray) -> Batch:
     count = groups * size
     number = torch.arange(count, dtype=torch.float32)
     return Batch(
-        iteration=0, x0=number.reshape(-1, 1, 1, 1), text=TextEmbeds(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
-        empty=TextEmbeds(torch.zeros(1, 1, 1), torch.zeros(1, 1)), advantage=torch.from_numpy(advantage).flatten(),
-        group_index=torch.arange(groups).repeat_interleave(size), group_size=size,
-        schedule=make_schedule("euler", 2, 3.0, 0.7), transitions=Transitions(number.reshape(1, -1), number[None]),
-    )  # fmt: skip
+        iteration=0,
+        x0=number.reshape(-1, 1, 1, 1),
+        text=TextEmbeds(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
+        empty=TextEmbeds(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
+        advantage=torch.from_numpy(advantage).flatten(),
+        group_index=torch.arange(groups).repeat_interleave(size),
+        group_size=size,
+        schedule=make_schedule("euler", 2, 3.0, 0.7),
+        transitions=Transitions(number.reshape(1, -1), number[None]),
+    )
 
 
 @settings(deadline=None)

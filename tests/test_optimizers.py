@@ -156,10 +156,7 @@ def test_eight_bit_states_take_what_is_said_and_train_alike() -> None:
     plain, small = parameters(), parameters()
     stream = gradients()
     steps = [next(stream) for _ in range(20)]
-    optimizers = [
-        make_optimizer(plain, config),
-        make_optimizer(small, OptimizerConfig(lr=1e-2, name="adamw8bit")),
-    ]
+    optimizers = [make_optimizer(plain, config), make_optimizer(small, OptimizerConfig(lr=1e-2, name="adamw8bit"))]
     for optimizer, weights in zip(optimizers, (plain, small), strict=True):
         take_steps(optimizer, weights, steps)
     for name, optimizer in zip(("adamw", "adamw8bit"), optimizers, strict=True):

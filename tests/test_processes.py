@@ -225,9 +225,13 @@ def test_nothing_is_unpickled() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "dist.all_gather_object(a, b)", "dist.broadcast_object_list(a)", "import pickle", "from pickle import loads",
-        "torch.load(path)", "np.load(path, allow_pickle=True)",
+        "dist.all_gather_object(a, b)",
+        "dist.broadcast_object_list(a)",
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path)",
+        "np.load(path, allow_pickle=True)",
     ],
-)  # fmt: skip
+)
 def test_the_search_finds(line: str) -> None:
     assert any(UNPICKLING.search(name) for name in names_in(line))

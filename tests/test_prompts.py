@@ -326,11 +326,7 @@ COLUMNS_LEFT = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category"
         ("u.txt", b"good\nbad \xff here\n", ":2: not UTF-8 at byte 9 of the file: save the file as UTF-8"),
         ("u.txt", "größe".encode("latin-1"), ":1: not UTF-8 at byte 2 of the file: save the file as UTF-8"),
         ("u.txt", "a cat".encode("utf-16"), ":1: not UTF-8 at byte 0 of the file: save the file as UTF-8"),
-        (
-            "l.txt",
-            "ok\n" + "x" * (MAX_LINE_BYTES + 1),
-            ":2: line longer than 100000 bytes: is this a prompt file?",
-        ),
+        ("l.txt", "ok\n" + "x" * (MAX_LINE_BYTES + 1), ":2: line longer than 100000 bytes: is this a prompt file?"),
         (
             "j.jsonl",
             '{"prompt": "a"}\n\n{"prompt": "b"\n',
@@ -343,16 +339,8 @@ COLUMNS_LEFT = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category"
         ("j.jsonl", '{"text": "a"}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
         ("j.jsonl", '{"prompt": 3}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
         ("j.jsonl", '{"prompt": " "}', ':1: lacks "prompt", a non-empty string: write {"prompt": "…", …}'),
-        (
-            "j.jsonl",
-            '{"prompt": "\\ud83d"}',
-            ":1: holds half a character (\\ud83d): write the letter itself",
-        ),
-        (
-            "j.jsonl",
-            '{"prompt": "a\\u0000b"}',
-            ':1: "prompt" holds a NUL character: leave it out',
-        ),
+        ("j.jsonl", '{"prompt": "\\ud83d"}', ":1: holds half a character (\\ud83d): write the letter itself"),
+        ("j.jsonl", '{"prompt": "a\\u0000b"}', ':1: "prompt" holds a NUL character: leave it out'),
         ("n.txt", b"a cat\na\0dog\n", ":2: holds a NUL character: save the file as UTF-8 text"),
         ("n.txt", "a cat".encode("utf-16-le"), ":1: holds a NUL character: save the file as UTF-8 text"),
         (
@@ -365,11 +353,7 @@ COLUMNS_LEFT = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category"
             '{"prompt": "a", "include": [{"class": "cat", "count": 1, "count": 2}]}',
             ":1: broken JSON (the key 'count' occurs twice): write one JSON object a line",
         ),
-        (
-            "j.jsonl",
-            '{"prompt": "a", "weight": NaN}',
-            ":1: broken JSON (NaN is no JSON): write one JSON object a line",
-        ),
+        ("j.jsonl", '{"prompt": "a", "weight": NaN}', ":1: broken JSON (NaN is no JSON): write one JSON object a line"),
         (
             "j.jsonl",
             '{"prompt": "a"}\n{"prompt": "a", "include": [{"class": "cat", "count": -1e999}]}',

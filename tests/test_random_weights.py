@@ -36,12 +36,18 @@ def shallow() -> Architecture:
         "text_encoder_3": type(t5).from_dict(
             {**t5.to_dict(), "d_model": 48, "d_ff": 32, "num_layers": 1, "num_heads": 2}
         ),
-    }  # fmt: skip
+    }
     transformer = {
-        **whole.transformer, "num_layers": 3, "num_attention_heads": 2, "caption_projection_dim": 128,
-        "dual_attention_layers": (0, 1), "joint_attention_dim": 48, "pooled_projection_dim": 32,
-        "pos_embed_max_size": 16, "sample_size": 8,
-    }  # fmt: skip
+        **whole.transformer,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 128,
+        "dual_attention_layers": (0, 1),
+        "joint_attention_dim": 48,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+        "sample_size": 8,
+    }
     vae = {**whole.vae, "block_out_channels": (32, 32, 32, 32)}
     return replace(whole, transformer=transformer, vae=vae, text_encoders=encoders)
 

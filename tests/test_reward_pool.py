@@ -348,9 +348,13 @@ except KeyboardInterrupt:
 def test_no_worker_outlives_the_trainer(number: signal.Signals, own_rewards: str) -> None:
     """Not even one that is stuck in a call that holds Python's lock; and Ctrl-C, which reaches all, is quiet."""
     trainer = subprocess.Popen(
-        [sys.executable, "-c", START], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
+        [sys.executable, "-c", START],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+    )
     assert trainer.stdout is not None and trainer.stderr is not None
     worker = int(trainer.stdout.readline())
     assert is_running(worker)

@@ -29,9 +29,16 @@ from tests.servers import Process, answering, free_port, reward_server, wait_for
 
 # A run of four pictures an iteration that takes about a second.
 SMALL = [
-    "--name=run", "--iterations=3", "--rollout.groups=4", "--rollout.group-size=2", "--rollout.num-inference-steps=2",
-    "--dgpo.timesteps=1", "--dgpo.high-noise-steps=2", "--evaluation.images=8", "--evaluation.num-inference-steps=2",
-]  # fmt: skip
+    "--name=run",
+    "--iterations=3",
+    "--rollout.groups=4",
+    "--rollout.group-size=2",
+    "--rollout.num-inference-steps=2",
+    "--dgpo.timesteps=1",
+    "--dgpo.high-noise-steps=2",
+    "--evaluation.images=8",
+    "--evaluation.num-inference-steps=2",
+]
 
 
 @pytest.fixture
@@ -143,8 +150,15 @@ def test_a_run_on_a_reward_server(workspace: Path, slow_server: Process) -> None
 def test_64_other_clients_change_nothing_for_a_run_but_its_time(workspace: Path, slow_server: Process) -> None:
     """A run in the queue with 64 clients ends with the scores of an undisturbed one, and they get theirs."""
     # Chosen here, not by measurements that 64 neighbours disturb: both runs are to compute the same.
-    settings = ["--rewards", f"far={slow_server.url}", *SMALL, "--engine.attention=native", "--engine.linear=torch",
-                "--iterations=2", "--evaluation.images=4"]  # fmt: skip
+    settings = [
+        "--rewards",
+        f"far={slow_server.url}",
+        *SMALL,
+        "--engine.attention=native",
+        "--engine.linear=torch",
+        "--iterations=2",
+        "--evaluation.images=4",
+    ]
     assert train([*settings, "--name=alone"]) == 0
     prompt = Prompt(*data.shape_prompts("train")[0])
     pictures = np.random.default_rng(0).integers(0, 256, (64, 1, 32, 32, 3), dtype=np.uint8)

@@ -67,8 +67,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path):
-    with reward_server("--reward", "slow=own:Slow", "--max-images", "8", "--max-megapixels", "1", "--max-body-mib", "4",
-                       "--max-waiting", "80", folder=folder) as running:  # fmt: skip
+    with reward_server(
+        "--reward",
+        "slow=own:Slow",
+        "--max-images",
+        "8",
+        "--max-megapixels",
+        "1",
+        "--max-body-mib",
+        "4",
+        "--max-waiting",
+        "80",
+        folder=folder,
+    ) as running:
         yield running
         status, _, errors = running.stop()
         assert (status, errors) == (0, ""), "nothing that was sent surprised it"
@@ -451,12 +462,13 @@ REFUSED = {
     "sizes": (request(images=[as_text(picture()), as_text(picture(size=9))]), 400, "the images differ in size"),
     "too many": (request(images=[as_text(picture())] * 9), 413, "9 images, more than --max-images 8"),
     "too large": (
-        request(images=[base64.b64encode(bomb(50_000, 50_000)).decode()]), 413,
+        request(images=[base64.b64encode(bomb(50_000, 50_000)).decode()]),
+        413,
         "image 0: 50000 × 50000 pixels, more than 1000000 that are left of --max-megapixels 1",
     ),
     "too large together": (request(images=[as_text(picture(size=600))] * 3), 413, "image 2: 600 × 600 pixels, more"),
     "empty picture": (request(images=[base64.b64encode(bomb(0, 5)).decode()]), 400, "image 0: "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -468,10 +480,7 @@ def test_a_request_that_cannot_be_scored_is_told_why(server: Process, kind: str)
 
 
 def test_addresses_that_are_none(server: Process) -> None:
-    assert post(server, request(), "/scores") == (
-        404,
-        "no such address '/scores': there are /health, /score, /check",
-    )
+    assert post(server, request(), "/scores") == (404, "no such address '/scores': there are /health, /score, /check")
     assert post(server, request(), "/../../etc/passwd")[0] == 404
     assert post(server, {"prompts": ["p"]}, "/check") == (400, '"prompts" is no list of objects')
     assert post(server, {}, "/check") == {"queue": 0}
@@ -488,9 +497,7 @@ BAD_HEADS = {
     "plus": (HEAD + b"Content-Length: +2\r\n\r\n{}", b"HTTP/1.1 400 "),
     "huge": (HEAD + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n", b"HTTP/1.1 400 "),
     "a web page's type": (HEAD + b"Content-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", b"HTTP/1.1 415 "),
-    "too long": (
-        HEAD + b"Content-Type: application/json\r\nContent-Length: 5000000\r\n\r\n", b"HTTP/1.1 413 ",
-    ),
+    "too long": (HEAD + b"Content-Type: application/json\r\nContent-Length: 5000000\r\n\r\n", b"HTTP/1.1 413 "),
     "ends early": (HEAD + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{}", b"HTTP/1.1 400 "),
     "long line": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b"HTTP/1.1 414 "),
     "long header": (b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000 + b"\r\n\r\n", b"HTTP/1.1 431 "),
@@ -498,7 +505,7 @@ BAD_HEADS = {
     "another method": (b"DELETE /score HTTP/1.1\r\nHost: a\r\n\r\n", b"HTTP/1.1 501 "),
     "another version": (b"GET /health HTTP/9.9\r\n\r\n", b'{"error": "Invalid HTTP version (9.9)"}'),
     "another page": (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 404 "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD_HEADS)

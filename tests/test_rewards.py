@@ -223,11 +223,7 @@ TRIED += "cannot score such pictures (docs/rewards.md)"
     ("own", "count", "reason"),
     [
         (lambda i, p, m: [i[0].mean() / 255], 6, "returned 1 score for 6 pictures"),
-        (
-            lambda i, p, m: [np.nan if len(i) == 1 else 0.5] * len(i),
-            1,
-            f"returned NaN for picture 1 of 1: {FINITE}",
-        ),
+        (lambda i, p, m: [np.nan if len(i) == 1 else 0.5] * len(i), 1, f"returned NaN for picture 1 of 1: {FINITE}"),
         (lambda i, p, m: None, 6, "returned None instead of 6 scores"),
         (lambda i, p, m: [one["tag"] for one in m], 6, "KeyError: 'tag' (HERE)"),
     ],

@@ -36,9 +36,13 @@ def test_same_pictures_as_diffusers(pipeline: object, solver: str, guidance_scal
     ours = sampler.decode(x0)
     original, pipeline.scheduler = pipeline.scheduler, make_scheduler(solver, 3.0)  # type: ignore[attr-defined]
     call = {
-        "latents": initial_noise(sampler.shape, samples, seed=5, draw=1), "num_inference_steps": 7,
-        "guidance_scale": guidance_scale, "max_sequence_length": 9, "height": 16, "width": 16,
-    }  # fmt: skip
+        "latents": initial_noise(sampler.shape, samples, seed=5, draw=1),
+        "num_inference_steps": 7,
+        "guidance_scale": guidance_scale,
+        "max_sequence_length": 9,
+        "height": 16,
+        "width": 16,
+    }
     theirs_x0 = pipeline(PROMPTS, output_type="latent", **call).images  # type: ignore[operator]
     theirs = pipeline(PROMPTS, output_type="np", **call).images * 255  # type: ignore[operator]
     pipeline.scheduler = original  # type: ignore[attr-defined]

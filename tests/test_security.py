@@ -47,16 +47,22 @@ def test_malicious_settings(content: str, reason: str, tmp_path: Path, monkeypat
 
 
 HOSTILE = {
-    "100MB line": b"x" * 100_000_000, "pickle": pickle.dumps({"prompt": "a cat"}), "binary": b"\x00\xff\xfe" * 100,
+    "100MB line": b"x" * 100_000_000,
+    "pickle": pickle.dumps({"prompt": "a cat"}),
+    "binary": b"\x00\xff\xfe" * 100,
     "deep JSON": b'{"prompt": ' * 5_000,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("prompts.txt", "100MB line"), ("prompts.txt", "pickle"), ("prompts.txt", "binary"),
-     *(("prompts.jsonl", what) for what in HOSTILE)],
-)  # fmt: skip
+    [
+        ("prompts.txt", "100MB line"),
+        ("prompts.txt", "pickle"),
+        ("prompts.txt", "binary"),
+        *(("prompts.jsonl", what) for what in HOSTILE),
+    ],
+)
 def test_malicious_prompts(name: str, what: str, tmp_path: Path) -> None:
     """Refused in one line."""
     (tmp_path / name).write_bytes(HOSTILE[what])

@@ -111,8 +111,7 @@ def test_a_checkpoint_of_shards_resumes_on(count: int, outcomes: dict) -> None:
 
 
 def test_the_saved_pipeline_has_the_trained_weights(outcomes: dict) -> None:
-    np.testing.assert_array_equal(outcomes[2]["saved"],
-                                  np.array(outcomes[2]["sharded"]["weights"], np.float32))  # fmt: skip
+    np.testing.assert_array_equal(outcomes[2]["saved"], np.array(outcomes[2]["sharded"]["weights"], np.float32))
 
 
 @pytest.mark.parametrize(

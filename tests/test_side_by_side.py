@@ -18,9 +18,14 @@ from dgpo_fast.prompts import Prompt
 from tests.browser import browser
 
 MADE_WITH = {
-    "model": "tiny", "lora": None, "weights": None, "rewards": ["shapes"], "seed": 0, "num_inference_steps": 8,
+    "model": "tiny",
+    "lora": None,
+    "weights": None,
+    "rewards": ["shapes"],
+    "seed": 0,
+    "num_inference_steps": 8,
     "guidance_scale": 1.0,
-}  # fmt: skip
+}
 HOSTILE = [
     "</script><script>document.title = 'owned'</script>",
     "<img src=x onerror=\"document.title='owned'\">",
@@ -116,8 +121,14 @@ def test_the_page_holds_what_the_evaluations_hold(tmp_path: Path) -> None:
 def test_no_interval_is_shown_of_fewer_than_five_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither in the table nor on the page, however many pictures there are of them."""
     for prompts, shown in ((4, False), (5, True)):
-        folders = [save(tmp_path / f"{name}{prompts}", [Prompt(f"prompt {n % prompts}") for n in range(10)],
-                        [value + 0.01 * n for n in range(10)]) for name, value in (("a", 0.1), ("b", 0.3))]  # fmt: skip
+        folders = [
+            save(
+                tmp_path / f"{name}{prompts}",
+                [Prompt(f"prompt {n % prompts}") for n in range(10)],
+                [value + 0.01 * n for n in range(10)],
+            )
+            for name, value in (("a", 0.1), ("b", 0.3))
+        ]
         page = tmp_path / f"{prompts}.html"
         assert evaluate(["--side-by-side", *map(str, folders), "--output", str(page)]) == 0
         assert isinstance(Page(page).data["scores"][0]["totals"][0]["low"], float) == shown
@@ -167,8 +178,10 @@ def test_many_pairs_leave_the_worst_and_the_best_of_every_score(tmp_path: Path) 
 def test_equal_differences_of_another_score_are_ordered_by_the_first(tmp_path: Path) -> None:
     """Of many pairs that are equally wrong by a part that is 0 or 1, the worst ones by the score are shown."""
     b = [0.1 * n for n in (3, 1, 4, 0, 5, 2)]
-    folders = [save(tmp_path / "a", numbered(6), [1.0] * 6, parts={"correct": [1.0] * 6}),
-               save(tmp_path / "b", numbered(6), b, parts={"correct": [0.0] * 4 + [1.0] * 2})]  # fmt: skip
+    folders = [
+        save(tmp_path / "a", numbered(6), [1.0] * 6, parts={"correct": [1.0] * 6}),
+        save(tmp_path / "b", numbered(6), b, parts={"correct": [0.0] * 4 + [1.0] * 2}),
+    ]
     assert choose_pairs(read_comparison(*folders), 3) == [3, 1, 4]
 
 

@@ -81,9 +81,13 @@ def test_two_processes_give_the_weights_of_one(whole, tmp_path: Path):
 
 def test_losses_fall(tmp_path: Path):
     config = pretrain.Pretraining(
-        pictures=64, autoencoder_steps=25, transformer_steps=25, misspelling_steps=0, autoencoder_batch=8,
+        pictures=64,
+        autoencoder_steps=25,
+        transformer_steps=25,
+        misspelling_steps=0,
+        autoencoder_batch=8,
         transformer_batch=32,
-    )  # fmt: skip
+    )
     losses: dict[str, list[float]] = {"autoencoder": [], "transformer": []}
 
     def report(stage: pretrain.Stage, step: int, loss: torch.Tensor) -> None:

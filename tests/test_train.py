@@ -48,9 +48,17 @@ def test_what_a_run_writes(workspace: Path) -> None:
     assert train(["small.yaml", "--evaluation.every", "3"]) == 0
     run = workspace / "runs" / "run"
     expected = {
-        "config.yaml", "metrics.jsonl", "summary.json", "before_after.png", "reward_curve.png", "checkpoints",
-        "pytorch_lora_weights.safetensors", "evaluation_before.npz", "evaluation_after.npz", ".lock",
-    }  # fmt: skip
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "before_after.png",
+        "reward_curve.png",
+        "checkpoints",
+        "pytorch_lora_weights.safetensors",
+        "evaluation_before.npz",
+        "evaluation_after.npz",
+        ".lock",
+    }
     assert {path.name for path in run.iterdir()} == expected
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -100,7 +108,9 @@ def test_cached_prompts_give_the_same_run_without_text_encoders(
     short = ["small.yaml", "--iterations", "3"]
     train([*short, "--name", "uncached", "--prompt-cache", "off"])
     train([*short, "--name", "first", "--prompt-cache", "cache"])
-    monkeypatch.setattr("dgpo_fast.models.prompt_encoder.load_text_encoders", lambda *args: pytest.fail("text encoders were loaded"))
+    monkeypatch.setattr(
+        "dgpo_fast.models.prompt_encoder.load_text_encoders", lambda *args: pytest.fail("text encoders were loaded")
+    )
     train([*short, "--name", "second", "--prompt-cache", "cache"])
     runs = [workspace / "runs" / name for name in ("uncached", "first", "second")]
     assert untimed(runs[0]) == untimed(runs[1]) == untimed(runs[2])
@@ -305,9 +315,12 @@ class Varies:
 
 @pytest.mark.parametrize(("differs", "told_after"), [((), 3), ((2,), 5), ((3, 6), None), ((4,), 3)])
 def test_equal_rewards_are_told_while_the_run_goes_on(
-    differs: tuple[int, ...], told_after: int | None, workspace: Path, monkeypatch: pytest.MonkeyPatch,
+    differs: tuple[int, ...],
+    told_after: int | None,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Once, after three iterations in a row."""
     monkeypatch.setattr(Varies, "differs", differs)
     told: list[int] = []
@@ -330,9 +343,13 @@ def test_equal_rewards_are_told_while_the_run_goes_on(
     ids=["none held out", "one"],
 )
 def test_a_run_says_what_it_is_evaluated_on(
-    prompts: str, evaluated: str, described: str, workspace: Path, monkeypatch: pytest.MonkeyPatch,
+    prompts: str,
+    evaluated: str,
+    described: str,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """In its lines, its table, its summary and its curve."""
     (workspace / "prompts.txt").write_text(prompts)
     labels: list[str] = []
@@ -495,9 +512,17 @@ def test_a_dead_reward_beside_a_live_one_stops_the_run(workspace: Path) -> None:
 
 # Learning rate and clip enlarge rounding: the kernels that are chosen by their speed have another one.
 GOLDEN = [
-    "--iterations", "4", "--optimizer.lr", "0.003", "--dgpo.clip-range", "1e-5",
-    "--engine.attention", "native", "--engine.linear", "torch",
-]  # fmt: skip
+    "--iterations",
+    "4",
+    "--optimizer.lr",
+    "0.003",
+    "--dgpo.clip-range",
+    "1e-5",
+    "--engine.attention",
+    "native",
+    "--engine.linear",
+    "torch",
+]
 
 
 @pytest.mark.parametrize("train_what", ["lora", "full"])

@@ -125,9 +125,14 @@ class Comparison:
         Raises UserError where the earlier one had other settings.
         """
         wanted = {
-            "kind": self.kind, "systems": list(self.systems), "seeds": self.seeds, "trials": self.trials,
-            "minutes": self.minutes, "processes": self.processes, "device": str(self.device),
-        }  # fmt: skip
+            "kind": self.kind,
+            "systems": list(self.systems),
+            "seeds": self.seeds,
+            "trials": self.trials,
+            "minutes": self.minutes,
+            "processes": self.processes,
+            "device": str(self.device),
+        }
         path = self.home / PLAN
         if path.is_file():
             try:
@@ -141,8 +146,10 @@ class Comparison:
                 write_json(path, {"settings": wanted, "plan": planning.to_json(more)})
                 return more
             if differs:
-                raise UserError(f"{self.home}: a comparison with another {differs[0]} was begun there; remove it, or "
-                                "choose another --runs-dir")  # fmt: skip
+                raise UserError(
+                    f"{self.home}: a comparison with another {differs[0]} was begun there; remove it, or "
+                    "choose another --runs-dir"
+                )
             return plan
         base = self.results[base_run(self.scale.groups).name]
         draw = self.results.get(draw_run(SEARCH_SEED, self.scale.groups).name, {"drawing_s": 0.0})

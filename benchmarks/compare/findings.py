@@ -74,17 +74,22 @@ class Findings:
         low, high = self._ratio_interval(dgpo, flow)
         same_time = float(np.interp(dgpo.x[-1], flow.x, flow.mean))
         numbers |= {
-            "ratio": ratio, "ratio_interval": [low, high], "ratio_on_the_wall": on_the_wall,
-            "ratio_in_images": in_images, "flow_grpo_after_dgpos_time": same_time,
-        }  # fmt: skip
+            "ratio": ratio,
+            "ratio_interval": [low, high],
+            "ratio_on_the_wall": on_the_wall,
+            "ratio_in_images": in_images,
+            "flow_grpo_after_dgpos_time": same_time,
+        }
         verdict = "holds" if low > 1 else "does not hold" if high < 1 else "open"
         return Finding(
-            claim, verdict,
+            claim,
+            verdict,
             f"{start}. DGPO is there after {ours_s:.0f} s: {ratio:.1f} times sooner "
             f"(95 % of resampled seeds: {low:.1f} to {high:.1f}), {on_the_wall:.1f} times by seconds on the wall, and "
             f"from {in_images:.1f} times fewer images. After DGPO's {dgpo.x[-1]:.0f} s, where DGPO has "
-            f"{dgpo.mean[-1]:.3f}, Flow-GRPO has {same_time:.3f}.", numbers,
-        )  # fmt: skip
+            f"{dgpo.mean[-1]:.3f}, Flow-GRPO has {same_time:.3f}.",
+            numbers,
+        )
 
     def better(self, first: str, second: str, claim: str) -> Finding:
         """Whether `first` ends with more reward than `second`, seed by seed."""

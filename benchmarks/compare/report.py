@@ -35,15 +35,18 @@ def write_report(
     seconds = "s" if machine["device"] != "cpu" else "s of the run's thread at work"
     figures = draw_figures(runs, scores, folder, seconds)
     search = {name: result for name, result in results.items() if result["run"]["kind"] == "search"}
-    write_json(folder / "compare.json", {
-        "machine": dict(machine),
-        "plan": to_json(plan),
-        "base": dict(base),
-        "findings": [asdict(finding) for finding in findings],
-        "figures": figures,
-        "final": runs,
-        "search": search,
-    })  # fmt: skip
+    write_json(
+        folder / "compare.json",
+        {
+            "machine": dict(machine),
+            "plan": to_json(plan),
+            "base": dict(base),
+            "findings": [asdict(finding) for finding in findings],
+            "figures": figures,
+            "final": runs,
+            "search": search,
+        },
+    )
     return findings
 
 

@@ -120,9 +120,14 @@ def finished_result(run: Run, home: Path) -> dict[str, Any] | None:
 
 class _Performance:
     def __init__(
-        self, run: Run, home: Path, scale: Scale, device: str, report: Callable[[float], None],
+        self,
+        run: Run,
+        home: Path,
+        scale: Scale,
+        device: str,
+        report: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ):  # fmt: skip
+    ):
         self.run, self.folder, self.scale, self.report, self.should_stop = (
             run,
             home / run.name,
@@ -131,9 +136,14 @@ class _Performance:
             should_stop,
         )
         config = configuration(
-            SYSTEMS[run.system], scale, lr=run.lr, groups=run.groups, seed=run.seed,
-            evaluation_seed=run.evaluation_seed, device=device,
-        )  # fmt: skip
+            SYSTEMS[run.system],
+            scale,
+            lr=run.lr,
+            groups=run.groups,
+            seed=run.seed,
+            evaluation_seed=run.evaluation_seed,
+            device=device,
+        )
         self.drawing_s = 0.0
         if SYSTEMS[run.system].offline:
             drawn = home / Run("draw", run.system, run.seed, run.lr, run.groups).name
@@ -268,9 +278,13 @@ class _Performance:
         trainer = self.trainer
         samples = torch.arange(len(texts), device=trainer.device)
         x0, _ = trainer.sampler.latents(
-            texts, samples, trainer.eval_schedule, guidance_scale=trainer.config.evaluation.guidance_scale,
-            seed=stream_seed(0, stream), draw=0,
-        )  # fmt: skip
+            texts,
+            samples,
+            trainer.eval_schedule,
+            guidance_scale=trainer.config.evaluation.guidance_scale,
+            seed=stream_seed(0, stream),
+            draw=0,
+        )
         return trainer.sampler.decode(x0)
 
     def _write_points(self) -> None:

@@ -86,18 +86,28 @@ def configuration(
         seed=seed,
         reward_workers=0,
         rollout=replace(
-            config.rollout, groups=groups, group_size=scale.group_size, num_inference_steps=scale.steps,
+            config.rollout,
+            groups=groups,
+            group_size=scale.group_size,
+            num_inference_steps=scale.steps,
             guidance_scale=1.0,
         ),
         data=replace(config.data, offline_groups=offline_groups),
         dgpo=replace(
-            config.dgpo, kl_weight=0.02, kl_guidance_scale=1.0, timesteps=min(config.dgpo.timesteps, scale.steps - 1),
+            config.dgpo,
+            kl_weight=0.02,
+            kl_guidance_scale=1.0,
+            timesteps=min(config.dgpo.timesteps, scale.steps - 1),
             high_noise_steps=None if config.dgpo.high_noise_steps is None else scale.steps - 1,
         ),
         optimizer=replace(config.optimizer, lr=lr, lr_decay="none"),
         evaluation=replace(
-            config.evaluation, images=scale.images, num_inference_steps=scale.steps, guidance_scale=1.0,
-            seed=evaluation_seed, every=0,
+            config.evaluation,
+            images=scale.images,
+            num_inference_steps=scale.steps,
+            guidance_scale=1.0,
+            seed=evaluation_seed,
+            every=0,
         ),
         checkpoint=replace(config.checkpoint, keep=1),
-    )  # fmt: skip
+    )

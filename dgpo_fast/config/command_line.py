@@ -18,8 +18,15 @@ from dgpo_fast.errors import UserError
 BAD_INPUT = 2
 INTERRUPTED = 130
 DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EFBIG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+}
 
 
 def run_command(command: Callable[[list[str]], int | None]) -> int:

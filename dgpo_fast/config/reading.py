@@ -57,9 +57,14 @@ def _setting(location: tuple[str | int, ...], settings: Any) -> str:
 
 
 def _merge(
-    settings: dict[str, Any], overrides: dict[str, Any], origin: str, *, known: dict[str, Any], given: set[str],
+    settings: dict[str, Any],
+    overrides: dict[str, Any],
+    origin: str,
+    *,
+    known: dict[str, Any],
+    given: set[str],
     prefix: str = "",
-) -> None:  # fmt: skip
+) -> None:
     """Puts `overrides` into `settings`; `given` has the names that were there already."""
     for key, value in overrides.items():
         group, dot, rest = str(key).partition(".")
@@ -76,14 +81,18 @@ def _merge(
         elif isinstance(value, dict):
             _merge(settings[key], value, origin, known=known, given=given, prefix=f"{name}.")
         else:
-            raise UserError(f"{origin}: '{name}' is a group of settings; name one of them, as in "
-                            f"'{name}.{next(iter(settings[key]))}'")  # fmt: skip
+            raise UserError(
+                f"{origin}: '{name}' is a group of settings; name one of them, as in "
+                f"'{name}.{next(iter(settings[key]))}'"
+            )
 
 
 USUAL_NAMES = {
-    "learning_rate": "optimizer.lr", "num_generations": "rollout.group_size", "max_steps": "iterations",
+    "learning_rate": "optimizer.lr",
+    "num_generations": "rollout.group_size",
+    "max_steps": "iterations",
     "lora_r": "policy.lora_rank",
-}  # fmt: skip
+}
 """What other trainers call a setting, where its name here is not like that."""
 
 

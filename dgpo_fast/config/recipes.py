@@ -26,12 +26,7 @@ def tiny_shapes() -> Config:
         rewards=("shapes",),
         iterations=70,
         rollout=Rollout(
-            group_size=16,
-            groups=16,
-            num_inference_steps=8,
-            guidance_scale=1.0,
-            max_sequence_length=0,
-            batch_size=128,
+            group_size=16, groups=16, num_inference_steps=8, guidance_scale=1.0, max_sequence_length=0, batch_size=128
         ),
         # The KL term's guided reference teaches the unguided policy what guidance knows, as in the cfg-free recipes.
         dgpo=DGPO(beta=30.0, kl_weight=0.1, kl_guidance_scale=3.0, clip_range=None, timesteps=4, high_noise_steps=7),
@@ -257,8 +252,10 @@ def get_recipe(name: str, origin: str | None = None) -> Config:
     """The recipe called `name`. Raises UserError with the nearest name, and with the file `origin` that asks for it."""
     if name not in RECIPES:
         if name.endswith(YAML):
-            raise UserError(f"{origin + ': ' if origin else ''}recipe '{name}': only a shipped recipe may stand there, "
-                            f"one of {', '.join(RECIPES)}")  # fmt: skip
+            raise UserError(
+                f"{origin + ': ' if origin else ''}recipe '{name}': only a shipped recipe may stand there, "
+                f"one of {', '.join(RECIPES)}"
+            )
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}"
         raise UserError(f"{origin + ': ' if origin else ''}unknown recipe '{name}': {hint}")
@@ -277,27 +274,41 @@ def prompts_note(config: Config) -> str:
 
 def markdown_table() -> str:
     """The recipes side by side, as the README shows them: `python -m dgpo_fast.recipes`."""
-    columns = ["recipe", "objective", "prompts", "rewards", "P × G", "steps, guidance", "trained on", "β",
-               "KL weight, guidance", "clip", "std", "lr"]  # fmt: skip
+    columns = [
+        "recipe",
+        "objective",
+        "prompts",
+        "rewards",
+        "P × G",
+        "steps, guidance",
+        "trained on",
+        "β",
+        "KL weight, guidance",
+        "clip",
+        "std",
+        "lr",
+    ]
     rows = [columns, ["---"] * len(columns)]
     for name, recipe in RECIPES.items():
         c = recipe()
         trained_on, beta, kl, clip = _objective_cells(c)
-        rows.append([
-            f"`{name}`",
-            f"`{c.objective}`" + (", offline" if c.data.source == "offline" else ""),
-            f"`{c.prompts}`" + (" in place of Pick-a-Pic" if prompts_note(c) else ""),
-            ", ".join(f"`{reward}`" for reward in c.rewards),
-            f"{c.rollout.groups} × {c.rollout.group_size}",
-            f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}"
-            + (f", noise {c.rollout.noise_level:g}" if c.rollout.noise_level else ""),
-            f"{trained_on}, {c.policy.train}" + (f" r{c.policy.lora_rank}" if c.policy.train == "lora" else ""),
-            beta,
-            kl,
-            clip,
-            c.advantage.std,
-            f"{c.optimizer.lr:g}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{c.objective}`" + (", offline" if c.data.source == "offline" else ""),
+                f"`{c.prompts}`" + (" in place of Pick-a-Pic" if prompts_note(c) else ""),
+                ", ".join(f"`{reward}`" for reward in c.rewards),
+                f"{c.rollout.groups} × {c.rollout.group_size}",
+                f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}"
+                + (f", noise {c.rollout.noise_level:g}" if c.rollout.noise_level else ""),
+                f"{trained_on}, {c.policy.train}" + (f" r{c.policy.lora_rank}" if c.policy.train == "lora" else ""),
+                beta,
+                kl,
+                clip,
+                c.advantage.std,
+                f"{c.optimizer.lr:g}",
+            ]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

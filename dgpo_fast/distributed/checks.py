@@ -24,8 +24,10 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256("\n".join(tensors).encode())
     if tensors:
-        sums = [tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
-                for tensor in tensors.values()]  # fmt: skip
+        sums = [
+            tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+            for tensor in tensors.values()
+        ]
         digest.update(torch.stack(sums).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -64,18 +64,24 @@ class Shards:
         All processes must call it together.
         """
         local = DTensor.from_local(
-            shard.detach().to(weight.device), self.mesh, weight.placements, run_check=False,
-            shape=weight.shape, stride=weight.stride(),
-        )  # fmt: skip
+            shard.detach().to(weight.device),
+            self.mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
         with self.processes.waiting("the shards of the others", counted=False):
             whole = local.full_tensor()
         return whole.to("cpu", copy=True) if self.processes.first else torch.empty(0)
 
     def part(self, whole: Tensor, weight: DTensor) -> Tensor:
         """This process's shard of `whole`, cut as `weight` is, on its device. Nothing is sent."""
-        return distribute_tensor(
-            whole.to(weight.device), self.mesh, weight.placements, src_data_rank=None
-        ).to_local().clone()  # fmt: skip
+        return (
+            distribute_tensor(whole.to(weight.device), self.mesh, weight.placements, src_data_rank=None)
+            .to_local()
+            .clone()
+        )
 
     def gradient_norm(self, weights: Mapping[str, nn.Parameter]) -> Tensor:
         """The norm of the whole gradient, the same on every process; not finite where any shard's is not."""

@@ -47,9 +47,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, models: PolicyModels, pipeline: StableDiffusion3Pipeline, text_tokens: int,
-        note: Callable[[str], None], processes: int = 1,
-    ):  # fmt: skip
+        self,
+        config: Config,
+        models: PolicyModels,
+        pipeline: StableDiffusion3Pipeline,
+        text_tokens: int,
+        note: Callable[[str], None],
+        processes: int = 1,
+    ):
         self.config, self.models, self.sizes = config, models, batch_sizes(config, processes)
         if config.engine.keep_memory and models.device.type == "cpu":
             keep_freed_memory()
@@ -65,10 +70,13 @@ class Engine:
         self.solve: Solve = RecordedRollouts(CudaGraphs(models.device)) if self.choices.cuda_graphs else sample_latents
         pictures = decode_batch(config, latent)
         self.decoder = Decoder(
-            pipeline.vae, min(pictures, self.sizes.rollout) if self.choices.compile else pictures,
-            fast=self.choices.decoder == "fast", compiled=self.choices.compile, overlap=config.engine.overlap,
+            pipeline.vae,
+            min(pictures, self.sizes.rollout) if self.choices.compile else pictures,
+            fast=self.choices.decoder == "fast",
+            compiled=self.choices.compile,
+            overlap=config.engine.overlap,
             note=note,
-        )  # fmt: skip
+        )
 
     def _float8(self) -> SD3Transformer2DModel:
         if self.models.shards is not None:
@@ -111,26 +119,42 @@ class Engine:
     def attention_rows(self) -> list[dict[str, Any]]:
         """The attention kernels that were timed, for a report: a dictionary each (`profiling.build.candidates`)."""
         return [
-            {"for": f"attention of {purpose}", "name": t.name, "forward_ms": t.forward_ms, "backward_ms": t.backward_ms,
-             "obstacle": t.obstacle, "chosen": t.name == getattr(self.choices, attribute)}
+            {
+                "for": f"attention of {purpose}",
+                "name": t.name,
+                "forward_ms": t.forward_ms,
+                "backward_ms": t.backward_ms,
+                "obstacle": t.obstacle,
+                "chosen": t.name == getattr(self.choices, attribute),
+            }
             for purpose, attribute in (("rollouts", "attention"), ("training", "train_attention"))
             for t in self.reasons.timings.get(purpose, ())
-        ]  # fmt: skip
+        ]
 
     def decoder_rows(self, latent: tuple[int, ...]) -> list[dict[str, Any]]:
         """The plain and the fast decoder, timed now with a whole batch of (C, H, W) latents: as `attention_rows`."""
         used, count = self.decoder, self.decoder.batch_size
         other = Decoder(
-            used.original, count, fast=self.choices.decoder == "plain", compiled=self.choices.compile, overlap=False,
+            used.original,
+            count,
+            fast=self.choices.decoder == "plain",
+            compiled=self.choices.compile,
+            overlap=False,
             note=used.note,
-        )  # fmt: skip
+        )
         latents = torch.randn(count, *latent, device=self.models.device)
         names = (self.choices.decoder, "plain" if self.choices.decoder == "fast" else "fast")
         return [
-            {"for": f"decoding {count} images", "name": name, "forward_ms": milliseconds, "backward_ms": None,
-             "obstacle": "", "chosen": name == self.choices.decoder}
+            {
+                "for": f"decoding {count} images",
+                "name": name,
+                "forward_ms": milliseconds,
+                "backward_ms": None,
+                "obstacle": "",
+                "chosen": name == self.choices.decoder,
+            }
             for name, milliseconds in zip(names, decoder_ms((used, other), latents), strict=True)
-        ]  # fmt: skip
+        ]
 
     def _transformers(self) -> tuple[SD3Transformer2DModel, ...]:
         models = self.models

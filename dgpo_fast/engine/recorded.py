@@ -87,9 +87,13 @@ class RecordedRollouts:
 
 
 def _solve(
-    transformer: SD3Transformer2DModel, static: Mapping[str, Tensor], schedule: Schedule, guidance_scale: float,
-    seed: int, keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    transformer: SD3Transformer2DModel,
+    static: Mapping[str, Tensor],
+    schedule: Schedule,
+    guidance_scale: float,
+    seed: int,
+    keep: bool,
+) -> tuple[Tensor, ...]:
     """x0; and the steps, with the batch in front, where they are kept."""
     step_noise = None
     if "samples" in static:

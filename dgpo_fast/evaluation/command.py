@@ -64,8 +64,10 @@ def run_evaluation(settings: EvaluationSettings, args: list[str]) -> int:
         return INTERRUPTED
     if drawing.failures:
         failed = sum(row.failed for row in rows)
-        console.note(f"not scored: {failed} of {len(rows)} images, which the same command tries again; "
-                     f"the first failure: {drawing.failures[0]}")  # fmt: skip
+        console.note(
+            f"not scored: {failed} of {len(rows)} images, which the same command tries again; "
+            f"the first failure: {drawing.failures[0]}"
+        )
     facts = {"drawn_count": drawing.drawn, "wall_s": time.monotonic() - started_s}
     write_report(drawing.folder, rows, console, facts)
     return 0
@@ -99,8 +101,9 @@ def side_by_side(args: list[str]) -> int:
 
     if output:
         require_writable(Path(output))
-    made_with = [EvaluationFolder(Path(one)).made_with() if isinstance(one, str) else to_dict(one)
-                 for one in evaluations]  # fmt: skip
+    made_with = [
+        EvaluationFolder(Path(one)).made_with() if isinstance(one, str) else to_dict(one) for one in evaluations
+    ]
     require_comparable([sources[0], sources[-1]], made_with)
     for evaluation in evaluations:
         if isinstance(evaluation, EvaluationSettings):

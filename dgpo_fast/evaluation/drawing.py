@@ -64,17 +64,23 @@ class Drawing:
         reward = load_rewards(settings.rewards, self.device)
         reward.check_prompts(list({id(prompt): prompt for prompt in self.prompts}.values()))
         self.pool = RewardPool(
-            reward, workers=count_workers(settings.reward_workers, self.device), deadline_s=settings.reward_deadline_s,
-            device=self.device, note=console.note,
-        )  # fmt: skip
+            reward,
+            workers=count_workers(settings.reward_workers, self.device),
+            deadline_s=settings.reward_deadline_s,
+            device=self.device,
+            note=console.note,
+        )
         dtype = pick_dtype(settings.precision, self.device)
         pipeline, config, digests = load_evaluated(settings, device=self.device, dtype=dtype)
         try:
             self.encoder = make_prompt_encoder(pipeline, config, console.note)
             self.sampler = Sampler(
-                pipeline, pipeline.transformer, self.encoder,
-                resolution=settings.resolution, batch_size=settings.batch_size,
-            )  # fmt: skip
+                pipeline,
+                pipeline.transformer,
+                self.encoder,
+                resolution=settings.resolution,
+                batch_size=settings.batch_size,
+            )
         except UserError as error:  # a run's settings have longer names
             raise UserError(str(error).replace("rollout.", "")) from None
         reward.try_out(self.prompts, (1,), self.sampler.shape[1] * pipeline.vae_scale_factor)
@@ -83,8 +89,9 @@ class Drawing:
         self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests, **reward.contents}
         self.folder.require_same(self.made_with, renew=self.renew)
         if self.folder.is_outdated(self.made_with):
-            console.note(f"{settings.model} has been trained further since {self.folder.path} was made: "
-                         "it is made again")  # fmt: skip
+            console.note(
+                f"{settings.model} has been trained further since {self.folder.path} was made: it is made again"
+            )
         self.failures: list[str] = []
         self.drawn = 0
 
@@ -122,9 +129,14 @@ class Drawing:
     def _draw(self, start: int, on_images: Callable[[float], None]) -> np.ndarray:
         prompts = self.prompts[start : start + self.settings.batch_size]
         return draw_images(
-            self.sampler, prompts, self.schedule, first=start, guidance_scale=self.settings.guidance_scale,
-            seed=self.settings.seed, on_step=lambda share: on_images(start + share * len(prompts)),
-        )  # fmt: skip
+            self.sampler,
+            prompts,
+            self.schedule,
+            first=start,
+            guidance_scale=self.settings.guidance_scale,
+            seed=self.settings.seed,
+            on_step=lambda share: on_images(start + share * len(prompts)),
+        )
 
     def _finish(self, start: int, images: np.ndarray, *, is_first: bool) -> list[Row]:
         """Writes one batch's pictures, then, with its scores, their lines of the index."""
@@ -175,11 +187,7 @@ def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], dict[str
     Raises UserError where the folder was made with something else.
     """
     prompts = choose_prompts(settings)
-    made_with = {
-        **lasting(settings),
-        "images_count": len(prompts),
-        "prompts_sha256": _digest_of_prompts(prompts),
-    }
+    made_with = {**lasting(settings), "images_count": len(prompts), "prompts_sha256": _digest_of_prompts(prompts)}
     EvaluationFolder(Path(str(settings.output))).require_same(made_with)
     return prompts, made_with
 

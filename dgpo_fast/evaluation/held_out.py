@@ -94,12 +94,7 @@ class Evaluation:
 def _scores(rewards: np.ndarray, prompts: Sequence[Prompt]) -> dict:
     """Their mean with its interval, and how many prompts and images it is of."""
     found = Mean.of(rewards, prompts)
-    return {
-        "reward_mean": found.mean,
-        "reward_ci95": found.ci95,
-        "prompts": found.prompts,
-        "images": found.images,
-    }
+    return {"reward_mean": found.mean, "reward_ci95": found.ci95, "prompts": found.prompts, "images": found.images}
 
 
 def _first_images(images: np.ndarray, start: int, total: int, processes: Processes) -> np.ndarray:
@@ -142,9 +137,14 @@ def evaluate(
     ranges = even_ranges(len(chosen), processes.count, unit)
     start, stop = ranges[processes.rank]
     images = draw_images(
-        sampler, chosen[start:stop], schedule, first=start, guidance_scale=config.guidance_scale, seed=config.seed,
+        sampler,
+        chosen[start:stop],
+        schedule,
+        first=start,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
         on_step=on_step,
-    )  # fmt: skip
+    )
     if sharded:
         most = max(end - first for first, end in ranges)
         sampler.keep_up(stop - start, most, chosen[start].text, schedule, config.guidance_scale)
@@ -180,7 +180,12 @@ def draw_images(
     """
     samples = torch.arange(first, first + len(prompts), device=next(sampler.transformer.parameters()).device)
     x0, _ = sampler.latents(
-        [prompt.text for prompt in prompts], samples, schedule, guidance_scale=guidance_scale,
-        seed=stream_seed(seed, "evaluation"), draw=0, on_step=on_step,
-    )  # fmt: skip
+        [prompt.text for prompt in prompts],
+        samples,
+        schedule,
+        guidance_scale=guidance_scale,
+        seed=stream_seed(seed, "evaluation"),
+        draw=0,
+        on_step=on_step,
+    )
     return sampler.decode(x0)

@@ -39,9 +39,15 @@ def earlier_evaluation(path: Path, contents: dict[str, str], note: Callable[[str
 
 
 def write_results(
-    folder: Path, before: Evaluation, after: Evaluation, config: Config, source: dict[str, Any], iteration: int,
-    console: Console, evaluated: str,
-) -> None:  # fmt: skip
+    folder: Path,
+    before: Evaluation,
+    after: Evaluation,
+    config: Config,
+    source: dict[str, Any],
+    iteration: int,
+    console: Console,
+    evaluated: str,
+) -> None:
     """Writes scores, summary and pictures, and shows them.
 
     Args:
@@ -71,8 +77,11 @@ def write_results(
     write_json(folder / "summary.json", summary)
     console.before_after(summary["before"], summary["after"], summary["gain"], evaluated)
     before_after_grid(before, after, folder / "before_after.png")
-    middle = [(line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
-              for line in lines if "heldout_reward_mean" in line]  # fmt: skip
+    middle = [
+        (line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
+        for line in lines
+        if "heldout_reward_mean" in line
+    ]
     evaluations = [(0, summary["before"]), *middle, (iteration, summary["after"])]
     reward_curve(lines, evaluations, evaluated, folder / "reward_curve.png")
     for line in last_lines(summary, lines, config.rollout.group_size, folder):

@@ -150,8 +150,10 @@ def lasting(settings: EvaluationSettings) -> dict[str, Any]:
 def _require_what_fits(settings: EvaluationSettings) -> None:
     run = is_run(settings.model)
     if settings.lora and run:
-        raise UserError(f"--lora {settings.lora}: {settings.model} is a run, which brings its own weights; "
-                        "give --lora beside a plain model")  # fmt: skip
+        raise UserError(
+            f"--lora {settings.lora}: {settings.model} is a run, which brings its own weights; "
+            "give --lora beside a plain model"
+        )
     if settings.weights and not run:
         raise UserError(f"--weights {settings.weights}: {settings.model} is no run's folder; leave it out")
     if settings.prompts is None and not run:
@@ -183,10 +185,21 @@ def _of_recipe(model: str, recipe: str | None) -> EvaluationSettings:
 def _from_config(config: Config, *, model: str, prompts: str | None) -> EvaluationSettings:
     rollout, evaluation = config.rollout, config.evaluation
     return EvaluationSettings(
-        model=model, revision=config.revision, prompts=prompts, rewards=config.rewards, images=evaluation.images,
-        seed=evaluation.seed, solver=evaluation.solver, num_inference_steps=evaluation.num_inference_steps,
-        guidance_scale=evaluation.guidance_scale, shift=rollout.shift, resolution=rollout.resolution,
-        max_sequence_length=rollout.max_sequence_length, precision=config.precision, device=config.device,
-        batch_size=rollout.batch_size, reward_workers=config.reward_workers,
+        model=model,
+        revision=config.revision,
+        prompts=prompts,
+        rewards=config.rewards,
+        images=evaluation.images,
+        seed=evaluation.seed,
+        solver=evaluation.solver,
+        num_inference_steps=evaluation.num_inference_steps,
+        guidance_scale=evaluation.guidance_scale,
+        shift=rollout.shift,
+        resolution=rollout.resolution,
+        max_sequence_length=rollout.max_sequence_length,
+        precision=config.precision,
+        device=config.device,
+        batch_size=rollout.batch_size,
+        reward_workers=config.reward_workers,
         reward_deadline_s=config.reward_deadline_s,
-    )  # fmt: skip
+    )

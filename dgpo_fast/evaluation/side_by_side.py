@@ -107,8 +107,10 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     pairs = list(zip(*rows, strict=False))
     other = next((pair for pair in pairs if pair[0].prompt.text != pair[1].prompt.text), None)
     if other is not None:
-        raise UserError(f"{where}: picture {other[0].sample} was drawn for other prompts; evaluate both with the same "
-                        "--prompts, --images and --images-per-prompt")  # fmt: skip
+        raise UserError(
+            f"{where}: picture {other[0].sample} was drawn for other prompts; evaluate both with the same "
+            "--prompts, --images and --images-per-prompt"
+        )
     contents = [{key: value for key, value in made.items() if key.startswith(CONTENT)} for made in made_with]
     changed = next((key for key, value in contents[0].items() if contents[1].get(key, value) != value), None)
     if changed is not None:
@@ -158,8 +160,11 @@ def print_totals(comparison: Comparison, console: Console) -> None:
         table.add_column(name, justify="right")
     all_pairs, *tags = comparison.totals(score)
     for total in [*tags, all_pairs]:
-        shown = {"score_mean": total["difference"], "score_ci95": [total["low"], total["high"]],
-                 "prompts_count": total["prompts"]}  # fmt: skip
+        shown = {
+            "score_mean": total["difference"],
+            "score_ci95": [total["low"], total["high"]],
+            "prompts_count": total["prompts"],
+        }
         cells = [number(total[side]) if total[side] is not None else "–" for side in "ab"]
         counts = str(total["prompts"]), str(total["count"])
         style = "bold" if total is all_pairs else None

@@ -43,9 +43,14 @@ class Learner:
     """
 
     def __init__(
-        self, config: Config, models: PolicyModels, processes: Processes, phases: Phases, work: WorkMeter,
+        self,
+        config: Config,
+        models: PolicyModels,
+        processes: Processes,
+        phases: Phases,
+        work: WorkMeter,
         note: Callable[[str], None],
-    ):  # fmt: skip
+    ):
         self.config, self.models, self.processes, self.phases, self.work = config, models, processes, phases, work
         self.objective = load_objective(config)
         self.optimizer = make_optimizer(

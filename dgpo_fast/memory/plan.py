@@ -51,9 +51,13 @@ class MemoryPlan:
         note: Callable[[str], None],
     ):
         self.predictor = Predictor(
-            architecture, dtype, processes=processes.count, local_processes=processes.local_count,
-            on_gpu=device.type == "cuda", graphs=room_for_graphs(device),
-        )  # fmt: skip
+            architecture,
+            dtype,
+            processes=processes.count,
+            local_processes=processes.local_count,
+            on_gpu=device.type == "cuda",
+            graphs=room_for_graphs(device),
+        )
         self.device, self.processes, self.note = device, processes, note
         self.auto = False
 

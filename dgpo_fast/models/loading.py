@@ -75,9 +75,12 @@ def make_pipeline(
     if not config.random_weights:
         return load_pipeline(config.model, revision=config.revision, device=device, dtype=dtype, with_text=with_text)
     return random_pipeline(
-        find_architecture(config.model), device=device, dtype=dtype, seed=stream_seed(config.seed, "random weights"),
+        find_architecture(config.model),
+        device=device,
+        dtype=dtype,
+        seed=stream_seed(config.seed, "random weights"),
         text_encoders=config.random_text_encoders,
-    )  # fmt: skip
+    )
 
 
 def read_model(config: Config) -> Architecture:

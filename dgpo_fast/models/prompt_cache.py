@@ -111,8 +111,11 @@ class PromptCache:
             staged.replace(path)
         except OSError as error:
             self.writable = False
-            self._note_once("unwritable", f"prompt cache {self.folder} cannot be written ({error.strerror}): "
-                            "newly encoded prompts stay in memory")  # fmt: skip
+            self._note_once(
+                "unwritable",
+                f"prompt cache {self.folder} cannot be written ({error.strerror}): "
+                "newly encoded prompts stay in memory",
+            )
             with contextlib.suppress(OSError):
                 staged.unlink()
 

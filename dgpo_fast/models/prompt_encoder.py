@@ -70,8 +70,10 @@ class PromptEncoder:
         memory_mib: int = 2048,
     ):
         if max_sequence_length == 0 and has_t5(pipeline):
-            raise UserError("rollout.max_sequence_length 0: this pipeline has a T5 encoder; give it tokens, as in "
-                            "--rollout.max-sequence-length 128")  # fmt: skip
+            raise UserError(
+                "rollout.max_sequence_length 0: this pipeline has a T5 encoder; give it tokens, as in "
+                "--rollout.max-sequence-length 128"
+            )
         self.pipeline = pipeline
         self.encoders = None if lacks_text_encoders(pipeline) else pipeline
         self.device, self.dtype = pipeline.transformer.device, pipeline.transformer.dtype
@@ -147,9 +149,13 @@ class PromptEncoder:
         if self.encoders is None:
             self.encoders = load_text_encoders(self.pipeline, self.device, self.dtype)
         prompt, _, pooled, _ = self.encoders.encode_prompt(
-            text, text, text, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
+            text,
+            text,
+            text,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
             device=self.device,
-        )  # fmt: skip
+        )
         row = prompt[0].cpu(), pooled[0].cpu()
         self.encoded_count += 1
         if self.cache:

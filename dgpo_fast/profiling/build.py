@@ -53,10 +53,14 @@ def iteration_rows(recordings: Sequence[Recording]) -> list[Iteration]:
     """The recorded iterations, from the start of the first."""
     zero = recordings[0].start_s
     return [
-        Iteration(start_s=r.start_s - zero, seconds=r.end_s - r.start_s, images=r.metrics["images_count"],
-                  spans=sorted(r.spans, key=lambda span: span.start_s))
+        Iteration(
+            start_s=r.start_s - zero,
+            seconds=r.end_s - r.start_s,
+            images=r.metrics["images_count"],
+            spans=sorted(r.spans, key=lambda span: span.start_s),
+        )
         for r in recordings
-    ]  # fmt: skip
+    ]
 
 
 def phase_rows(recordings: Sequence[Recording]) -> list[Phase]:
@@ -111,10 +115,18 @@ def work_rows(
         flops, moved = _work(model_work, batches, dict(zip(parts, samples, strict=True)))
         total, moved_total = sum(flops.values()), sum(moved.values())
         rate = total / spent / 1e12
-        rows.append(Work(
-            name=name, seconds=spent, samples=samples[0], tflop=total / 1e12, tflops=rate,
-            of_matmul_percent=100 * rate / matmul_tflops, gbytes=moved_total / 1e9, flop_per_byte=total / moved_total,
-        ))  # fmt: skip
+        rows.append(
+            Work(
+                name=name,
+                seconds=spent,
+                samples=samples[0],
+                tflop=total / 1e12,
+                tflops=rate,
+                of_matmul_percent=100 * rate / matmul_tflops,
+                gbytes=moved_total / 1e9,
+                flop_per_byte=total / moved_total,
+            )
+        )
     return rows
 
 
@@ -144,11 +156,17 @@ def operation_rows(
     for name in ("matmul", "attention", "convolution", OTHER):
         seconds = sum(operation.total_ms for operation in operations if operation.kind == name) / 1e3
         if seconds > 0:
-            rows.append(Operations(
-                kind=name, seconds=seconds, share_percent=1e5 * seconds / total_ms,
-                tflop=flops.get(name, 0.0) / 1e12, tflops=flops.get(name, 0.0) / 1e12 / seconds,
-                gbytes=moved.get(name, 0.0) / 1e9, gb_per_s=moved.get(name, 0.0) / 1e9 / seconds,
-            ))  # fmt: skip
+            rows.append(
+                Operations(
+                    kind=name,
+                    seconds=seconds,
+                    share_percent=1e5 * seconds / total_ms,
+                    tflop=flops.get(name, 0.0) / 1e12,
+                    tflops=flops.get(name, 0.0) / 1e12 / seconds,
+                    gbytes=moved.get(name, 0.0) / 1e9,
+                    gb_per_s=moved.get(name, 0.0) / 1e9 / seconds,
+                )
+            )
     return rows
 
 
@@ -156,10 +174,11 @@ def hottest_rows(operations: Sequence[tracing.Operation]) -> list[Operation]:
     """The twenty that took longest."""
     total_ms = sum(operation.total_ms for operation in operations)
     return [
-        Operation(name=o.name, kind=o.kind, calls=o.calls, total_ms=o.total_ms,
-                  share_percent=100 * o.total_ms / total_ms)
+        Operation(
+            name=o.name, kind=o.kind, calls=o.calls, total_ms=o.total_ms, share_percent=100 * o.total_ms / total_ms
+        )
         for o in operations[:HOTTEST]
-    ]  # fmt: skip
+    ]
 
 
 def gpu_trace(events: list[tracing.Event]) -> GpuTrace:
@@ -173,11 +192,18 @@ def gpu_trace(events: list[tracing.Event]) -> GpuTrace:
         counts = [tracing.launches(events, part) for part in windows]
         length = sum(end - start for start, end in windows)
         idle = sum(sum(tracing.idle_gaps(events, part)) for part in windows)
-        launched = {key: sum(count[key] for count in counts)
-                    for key in ("kernels", "kernel_launches", "graph_launches", "synchronisations")}  # fmt: skip
-        phases.append((windows[0][0], PhaseLaunches(
-            name=name.removeprefix(tracing.PHASE), busy_percent=100 * (1 - idle / length), **launched
-        )))  # fmt: skip
+        launched = {
+            key: sum(count[key] for count in counts)
+            for key in ("kernels", "kernel_launches", "graph_launches", "synchronisations")
+        }
+        phases.append(
+            (
+                windows[0][0],
+                PhaseLaunches(
+                    name=name.removeprefix(tracing.PHASE), busy_percent=100 * (1 - idle / length), **launched
+                ),
+            )
+        )
     return GpuTrace(
         busy_percent=tracing.busy_percent(events, window),
         idle_ms=sum(gaps) / 1e3,
@@ -242,8 +268,11 @@ def held_mib(trainer: Any) -> dict[str, float]:
     seen: set[int] = set()
     held = {}
     for name, tensors in owners.items():
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                    for t in tensors if t.device.type == trainer.device.type}  # fmt: skip
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors
+            if t.device.type == trainer.device.type
+        }
         held[name] = sum(size for pointer, size in storages.items() if pointer not in seen) / 2**20
         seen |= set(storages)
     return {name: mib for name, mib in held.items() if mib > 0}
@@ -313,8 +342,13 @@ def candidates(timings: Iterable[dict[str, Any]]) -> dict[str, list[Candidate]]:
     """
     tables: dict[str, list[Candidate]] = {}
     for timing in timings:
-        tables.setdefault(timing["for"], []).append(Candidate(
-            name=timing["name"], forward_ms=timing["forward_ms"], backward_ms=timing["backward_ms"],
-            chosen=timing["chosen"], note=timing["obstacle"] or "",
-        ))  # fmt: skip
+        tables.setdefault(timing["for"], []).append(
+            Candidate(
+                name=timing["name"],
+                forward_ms=timing["forward_ms"],
+                backward_ms=timing["backward_ms"],
+                chosen=timing["chosen"],
+                note=timing["obstacle"] or "",
+            )
+        )
     return tables

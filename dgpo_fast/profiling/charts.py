@@ -12,10 +12,21 @@ from dgpo_fast.profiling.report import Iteration, Report, Span
 from dgpo_fast.profiling.units import digits, flop, gbytes, mebibytes, percent, seconds, short
 
 COLOURS = {
-    "encode": "encode", ROLLOUT: "rollout", BOTH: "rollout", DECODE: "decode", "reward": "reward", "train": "train",
-    "optimizer": "optimizer", REFERENCE: "reference", OLD: "old", POLICY: "policy", BACKWARD: "backward",
-    "matmul": "matmul", "attention": "attention", "convolution": "convolution",
-}  # fmt: skip
+    "encode": "encode",
+    ROLLOUT: "rollout",
+    BOTH: "rollout",
+    DECODE: "decode",
+    "reward": "reward",
+    "train": "train",
+    "optimizer": "optimizer",
+    REFERENCE: "reference",
+    OLD: "old",
+    POLICY: "policy",
+    BACKWARD: "backward",
+    "matmul": "matmul",
+    "attention": "attention",
+    "convolution": "convolution",
+}
 MARGIN_DECADES = 0.3
 # The charts' width on a wide page and on the narrowest, and that of a letter in them.
 WIDE_PX, NARROW_PX, LETTER_PX = 1000, 330, 7.5
@@ -69,8 +80,11 @@ def stacked(report: Report, width: float = 1.0) -> str:
         share = phase.share_percent / total
         tip = f"{phase.name}: {seconds(phase.times.median_s)}, {percent(phase.share_percent)} of the iteration"
         outer.append(_labelled(phase.name, share * width, tip, share))
-        inner.append(_parts_of_training(report, share, width) if phase.name == "train" else
-                     f'<i class="none" style="width:{_pc(share)}"></i>')  # fmt: skip
+        inner.append(
+            _parts_of_training(report, share, width)
+            if phase.name == "train"
+            else f'<i class="none" style="width:{_pc(share)}"></i>'
+        )
     bars = f'<div class="stack">{"".join(outer)}</div><div class="stack inner">{"".join(inner)}</div>'
     body = bars if width == 1 else f'<div style="width:{_pc(width)}">{bars}</div>'
     return chart("Seconds per phase of the median iteration", body)
@@ -144,9 +158,15 @@ def over_time(label: str, samples: list[tuple[float, float]], unit: str) -> str:
 
 
 def _curve(
-    label: str, samples: list[tuple[float, float]], end_s: float, most: float, show: Callable[[float], str],
-    over: str = "", classes: str = "", base: float = 1.0,
-) -> str:  # fmt: skip
+    label: str,
+    samples: list[tuple[float, float]],
+    end_s: float,
+    most: float,
+    show: Callable[[float], str],
+    over: str = "",
+    classes: str = "",
+    base: float = 1.0,
+) -> str:
     points = " ".join(f"{100 * t / end_s:.2f},{100 * (1 - value / most):.2f}" for t, value in samples)
     levels = [level * base for level in ticks(most / base, 4)]
     rules = "".join(f'<i class="rule" style="top:{_pc(1 - level / most)}"></i>' for level in levels[1:])
@@ -174,8 +194,10 @@ def roofline(report: Report) -> str:
     y = _LogScale([*(y for _, y in points), top])
     marks = "".join(_roofline_marks(report, x, y))
     slope_x = max(x.low, y.low / device.copy_gb_per_s * 1e3)
-    lines = [_line(x(slope_x), y(slope_x * device.copy_gb_per_s / 1e3), x(ridge), y(device.matmul_tflops)),
-             _line(x(ridge), y(device.matmul_tflops), 1, y(device.matmul_tflops))]  # fmt: skip
+    lines = [
+        _line(x(slope_x), y(slope_x * device.copy_gb_per_s / 1e3), x(ridge), y(device.matmul_tflops)),
+        _line(x(ridge), y(device.matmul_tflops), 1, y(device.matmul_tflops)),
+    ]
     notes = [_note("right:4px", y(device.matmul_tflops), f"measured matmul {flop(device.matmul_tflops, True)}")]
     if device.datasheet_tflops:
         lines.append(_line(x(ridge), y(device.datasheet_tflops), 1, y(device.datasheet_tflops), dashed=True))

@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_fast.config import Config, Log
-from dgpo_fast.config.command_line import (
-    configure,
-    launched_with_others,
-    print_help,
-    take_count,
-    take_option,
-)
+from dgpo_fast.config.command_line import configure, launched_with_others, print_help, take_count, take_option
 from dgpo_fast.config.reading import resolve, to_dict
 from dgpo_fast.errors import UserError
 

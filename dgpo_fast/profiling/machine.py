@@ -57,8 +57,10 @@ def cpu_name() -> str:
 def versions(device: torch.device, driver: str | None) -> dict[str, str]:
     """What ran, by name: code, interpreter, libraries and, where it is known, the GPU's driver."""
     found: dict[str, str | None] = {
-        "dgpo_fast": code_version(), "commit": commit(), "python": platform.python_version(),
-    }  # fmt: skip
+        "dgpo_fast": code_version(),
+        "commit": commit(),
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -134,16 +134,28 @@ def _phase_table(report: Report) -> str:
     for phase in report.phases:
         times = phase.times
         peak = mebibytes(phase.peak_memory_mib) if phase.peak_memory_mib else ""
-        rows.append(row(
-            chip(phase.name), seconds(times.median_s),
-            percent(phase.share_percent) + charts.bar(phase.share_percent / 100, phase.name),
-            f"{seconds(times.low_s)} – {seconds(times.high_s)}", peak,
-        ))  # fmt: skip
+        rows.append(
+            row(
+                chip(phase.name),
+                seconds(times.median_s),
+                percent(phase.share_percent) + charts.bar(phase.share_percent / 100, phase.name),
+                f"{seconds(times.low_s)} – {seconds(times.high_s)}",
+                peak,
+            )
+        )
         if phase.name == "train":
             rows += [_part_row(report, name) for name in PARTS_OF_TRAINING]
     whole = report.throughput.iteration
-    rows.append(row("iteration", seconds(whole.median_s), "", f"{seconds(whole.low_s)} – {seconds(whole.high_s)}",
-                    mebibytes(report.memory.peak_mib), classes="total"))  # fmt: skip
+    rows.append(
+        row(
+            "iteration",
+            seconds(whole.median_s),
+            "",
+            f"{seconds(whole.low_s)} – {seconds(whole.high_s)}",
+            mebibytes(report.memory.peak_mib),
+            classes="total",
+        )
+    )
     return table(("phase", "median", "share", "20 – 80 % quantile", "peak memory"), rows, "Seconds per phase")
 
 
@@ -187,19 +199,33 @@ def _compute(report: Report) -> str:
     rows = []
     for number, work in enumerate(report.work, 1):
         floor = work.tflop / device.matmul_tflops
-        rows.append(row(
-            f"{number} {chip(work.name)}", seconds(work.seconds), f"{work.samples:,}", flop(work.tflop),
-            flop(work.tflops, per_second=True),
-            percent(work.of_matmul_percent) + charts.bar(min(1, work.of_matmul_percent / 100), work.name),
-            seconds(max(0.0, work.seconds - floor)), gbytes(work.gbytes), digits(work.flop_per_byte),
-        ))  # fmt: skip
+        rows.append(
+            row(
+                f"{number} {chip(work.name)}",
+                seconds(work.seconds),
+                f"{work.samples:,}",
+                flop(work.tflop),
+                flop(work.tflops, per_second=True),
+                percent(work.of_matmul_percent) + charts.bar(min(1, work.of_matmul_percent / 100), work.name),
+                seconds(max(0.0, work.seconds - floor)),
+                gbytes(work.gbytes),
+                digits(work.flop_per_byte),
+            )
+        )
     work_head = ("kind of work", "time", "samples", "FLOP", "rate", "of matmul rate", "lost", "moved", "FLOP/B")
     operations = [
-        row(chip(o.kind), seconds(o.seconds), percent(o.share_percent) + charts.bar(o.share_percent / 100, o.kind),
-            flop(o.tflop) if o.tflop else "", flop(o.tflops, per_second=True) if o.tflop else "",
-            gbytes(o.gbytes), gbytes(o.gb_per_s, per_second=True), percent(100 * o.gb_per_s / device.copy_gb_per_s))
+        row(
+            chip(o.kind),
+            seconds(o.seconds),
+            percent(o.share_percent) + charts.bar(o.share_percent / 100, o.kind),
+            flop(o.tflop) if o.tflop else "",
+            flop(o.tflops, per_second=True) if o.tflop else "",
+            gbytes(o.gbytes),
+            gbytes(o.gb_per_s, per_second=True),
+            percent(100 * o.gb_per_s / device.copy_gb_per_s),
+        )
         for o in report.operations
-    ]  # fmt: skip
+    ]
     head = ("operations, traced iteration", "time", "share", "FLOP", "rate", "moved", "bandwidth", "of copy")
     sheet = (
         f" The datasheet ({device.datasheet_source}) gives {flop(device.datasheet_tflops, per_second=True)} dense."
@@ -240,19 +266,34 @@ def _gpu(report: Report) -> str:
     if gpu is None:
         return ""
     facts = [
-        row("GPU busy", percent(gpu.busy_percent)), row("idle", seconds(gpu.idle_ms / 1e3)),
-        row("kernels", f"{gpu.kernels:,}"), row("kernel launches", f"{gpu.kernel_launches:,}"),
-        row("graph launches", f"{gpu.graph_launches:,}"), row("copies and fills", f"{gpu.copies + gpu.fills:,}"),
+        row("GPU busy", percent(gpu.busy_percent)),
+        row("idle", seconds(gpu.idle_ms / 1e3)),
+        row("kernels", f"{gpu.kernels:,}"),
+        row("kernel launches", f"{gpu.kernel_launches:,}"),
+        row("graph launches", f"{gpu.graph_launches:,}"),
+        row("copies and fills", f"{gpu.copies + gpu.fills:,}"),
         row("host waits", f"{gpu.synchronisations:,}"),
-    ]  # fmt: skip
+    ]
     most = max((gap.total_ms for gap in gpu.gaps), default=0.0) or 1.0
-    gaps = [row(_gap_name(gap.from_us, gap.to_us), f"{gap.count:,}",
-                seconds(gap.total_ms / 1e3) + charts.bar(gap.total_ms / most)) for gap in gpu.gaps]  # fmt: skip
+    gaps = [
+        row(
+            _gap_name(gap.from_us, gap.to_us),
+            f"{gap.count:,}",
+            seconds(gap.total_ms / 1e3) + charts.bar(gap.total_ms / most),
+        )
+        for gap in gpu.gaps
+    ]
     phases = [
-        row(chip(p.name), percent(p.busy_percent) + charts.bar(p.busy_percent / 100, p.name), f"{p.kernels:,}",
-            f"{p.kernel_launches:,}", f"{p.graph_launches:,}", f"{p.synchronisations:,}")
+        row(
+            chip(p.name),
+            percent(p.busy_percent) + charts.bar(p.busy_percent / 100, p.name),
+            f"{p.kernels:,}",
+            f"{p.kernel_launches:,}",
+            f"{p.graph_launches:,}",
+            f"{p.synchronisations:,}",
+        )
         for p in gpu.phases
-    ]  # fmt: skip
+    ]
     head = ("phase", "busy", "kernels", "kernel launches", "graph launches", "host waits")
     return (
         f'<p class="soft">One traced iteration of {seconds(report.traced_iteration_s)}; tracing slows it down, so gaps '
@@ -289,10 +330,14 @@ def _candidates(report: Report) -> str:
     tables = []
     for what, candidates in report.candidates.items():
         rows = [
-            row(escape(c.name), _milliseconds(c.forward_ms), _milliseconds(c.backward_ms),
-                "chosen" if c.chosen else escape(c.note))
+            row(
+                escape(c.name),
+                _milliseconds(c.forward_ms),
+                _milliseconds(c.backward_ms),
+                "chosen" if c.chosen else escape(c.note),
+            )
             for c in candidates
-        ]  # fmt: skip
+        ]
         tables.append(table((what, "forward", "backward", ""), rows, f"Candidates for {what}"))
     return "".join(tables)
 
@@ -306,7 +351,8 @@ def _power(report: Report) -> str:
     if power is None:
         return ""
     facts = [
-        ("energy an image", f"{digits(power.energy_per_image_j)} J"), ("mean power", f"{digits(power.mean_w)} W"),
+        ("energy an image", f"{digits(power.energy_per_image_j)} J"),
+        ("mean power", f"{digits(power.mean_w)} W"),
         ("highest power", f"{digits(power.max_w)} W"),
         ("limit", f"{digits(power.limit_w)} W" if power.limit_w else ""),
         ("SM clock, median", f"{digits(power.sm_clock_median_mhz)} MHz"),
@@ -316,7 +362,7 @@ def _power(report: Report) -> str:
         ("highest temperature", f"{digits(power.temperature_max_c)} °C"),
         ("held back by the power cap", percent(power.power_capped_percent)),
         ("held back by heat", percent(power.heat_limited_percent)),
-    ]  # fmt: skip
+    ]
     rows = [row(name, value) for name, value in facts if value]
     watts = charts.over_time("Power over time", [(t, w) for t, w, _, _ in power.samples], "W")
     clocks = charts.over_time("SM clock over time", [(t, mhz) for t, _, mhz, _ in power.samples], "MHz")

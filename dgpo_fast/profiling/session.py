@@ -109,9 +109,15 @@ class Session:
         return events, (end_us - start_us) / 1e6
 
     def _report(
-        self, warmup: int, args: list[str], recorder: Recorder, meter: PowerMeter, events: list[tracing.Event],
-        traced_s: float, rates: Any,
-    ) -> Report:  # fmt: skip
+        self,
+        warmup: int,
+        args: list[str],
+        recorder: Recorder,
+        meter: PowerMeter,
+        events: list[tracing.Event],
+        traced_s: float,
+        rates: Any,
+    ) -> Report:
         trainer, config, recordings = self.trainer, self.trainer.config, recorder.recordings
         device = device_row(trainer.device, trainer.models.dtype, rates)
         model_work = trainer.work.model_work()

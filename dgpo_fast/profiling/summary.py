@@ -9,8 +9,17 @@ NEGLIGIBLE_PERCENT = 1.0
 
 def sentences(report: Report) -> list[str]:
     """The report in a few sentences, the most important first. What was not measured has none."""
-    lines = [_speed(report), _phases(report), _processes(report), _compute(report), _loss(report), _gpu(report),
-             _rewards(report), _memory(report), _power(report)]  # fmt: skip
+    lines = [
+        _speed(report),
+        _phases(report),
+        _processes(report),
+        _compute(report),
+        _loss(report),
+        _gpu(report),
+        _rewards(report),
+        _memory(report),
+        _power(report),
+    ]
     return [line for line in lines if line]
 
 
@@ -73,8 +82,11 @@ def _gpu(report: Report) -> str:
     line = f"The GPU was busy {percent(report.gpu.busy_percent)} of the traced iteration"
     if not longest.total_ms:
         return f"{line}."
-    length = f"at least {short(seconds(longest.from_us / 1e6))}" if longest.to_us is None else (
-        f"{short(seconds(longest.from_us / 1e6))} to {short(seconds(longest.to_us / 1e6))}")  # fmt: skip
+    length = (
+        f"at least {short(seconds(longest.from_us / 1e6))}"
+        if longest.to_us is None
+        else (f"{short(seconds(longest.from_us / 1e6))} to {short(seconds(longest.to_us / 1e6))}")
+    )
     return (
         f"{line}; of {seconds(report.gpu.idle_ms / 1e3)} idle, {seconds(longest.total_ms / 1e3)} lie in "
         f"{longest.count} gaps of {length}."

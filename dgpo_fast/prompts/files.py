@@ -44,8 +44,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise UserError(f"{path}: no such prompt file: check the path (the working folder is {Path.cwd()})")
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown kind of prompt file: use .txt (one prompt a line), .jsonl (GenEval) or .csv "
-                        "(DrawBench)")  # fmt: skip
+        raise UserError(
+            f"{path}: unknown kind of prompt file: use .txt (one prompt a line), .jsonl (GenEval) or .csv (DrawBench)"
+        )
     lines = ((line, f"{path}:{number}") for number, line in _numbered_lines(path))
     parse: Callable[[str, str], Prompt] = _parse_json if path.suffix == ".jsonl" else _parse_text
     if path.suffix == ".csv":

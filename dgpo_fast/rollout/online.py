@@ -77,9 +77,14 @@ class RolloutWorker:
                 samples = torch.arange(share.start + rows.start, share.start + rows.stop, device=self.models.device)
                 noises.append(self._step_noise(samples, seed, draw))
                 x0, _ = self.sampler.latents(
-                    texts[rows], samples, self.schedule, guidance_scale=self.rollout.guidance_scale,
-                    seed=stream_seed(seed, "initial noise"), draw=draw, step_noise=noises[-1],
-                )  # fmt: skip
+                    texts[rows],
+                    samples,
+                    self.schedule,
+                    guidance_scale=self.rollout.guidance_scale,
+                    seed=stream_seed(seed, "initial noise"),
+                    draw=draw,
+                    step_noise=noises[-1],
+                )
             latents.append(x0)
             self.work.sampled(text[rows], forwards=self.schedule.steps * (2 if self.rollout.guidance_scale > 1 else 1))
             waiting.append(self.sampler.start_decoding(x0))

@@ -161,9 +161,16 @@ class Sampler:
         text = self.encoder(prompts)
         noise = initial_noise(self.shape, samples, seed=seed, draw=draw)
         x0 = self.solve(
-            self.transformer, noise, text, self.encoder([""]), schedule,
-            guidance_scale=guidance_scale, batch_size=self.batch_size, step_noise=step_noise, on_step=on_step,
-        )  # fmt: skip
+            self.transformer,
+            noise,
+            text,
+            self.encoder([""]),
+            schedule,
+            guidance_scale=guidance_scale,
+            batch_size=self.batch_size,
+            step_noise=step_noise,
+            on_step=on_step,
+        )
         return x0, text
 
     def keep_up(self, mine: int, most: int, prompt: str, schedule: Schedule, guidance_scale: float) -> None:

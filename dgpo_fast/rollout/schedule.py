@@ -51,9 +51,15 @@ def make_scheduler(solver: str, shift: float) -> SchedulerMixin:
     if solver == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     return DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction", algorithm_type="dpmsolver++",
-        solver_order=2, solver_type="midpoint", lower_order_final=True, final_sigmas_type="zero",
-    )  # fmt: skip
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        prediction_type="flow_prediction",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
 
 
 def make_schedule(solver: str, num_inference_steps: int, shift: float, noise_level: float = 0.0) -> Schedule:

@@ -92,13 +92,7 @@ def philox_normal(
 
 
 def group_noise(
-    x0: Tensor,
-    sigma: Tensor,
-    group_index: Tensor,
-    *,
-    seed: int | Tensor,
-    draw: int | Tensor,
-    impl: str = "auto",
+    x0: Tensor, sigma: Tensor, group_index: Tensor, *, seed: int | Tensor, draw: int | Tensor, impl: str = "auto"
 ) -> Tensor:
     """x_t = (1 − σ)·x0 + σ·ε with one ε per group: the rectified-flow forward process (Liu et al., 2023, Eq. 1).
 
@@ -281,11 +275,7 @@ def guided_dpmpp_2m_step(
 
 
 def _staged_loss(
-    impl: str,
-    inputs: tuple,
-    advantage: Tensor,
-    options: tuple,
-    reduce_group_scores: Callable[[Tensor], Tensor] | None,
+    impl: str, inputs: tuple, advantage: Tensor, options: tuple, reduce_group_scores: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, reference.SampleLosses, Tensor, Tensor]:
     """The loss from its three stages, eager or each compiled, so that the hook between them may be any Python."""
     beta, _, _, _, group_size = options

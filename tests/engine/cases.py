@@ -25,9 +25,15 @@ PROMPTS = ["a cat", "two birds", "a house"]
 GROUPS, SIZE = 3, 4
 
 OFF: dict[str, Any] = {
-    "compile": "off", "cuda_graphs": "off", "attention": "native", "linear": "torch", "decoder": "plain",
-    "batch_timesteps": False, "skip_equal_groups": False, "checkpointing": "none",
-}  # fmt: skip
+    "compile": "off",
+    "cuda_graphs": "off",
+    "attention": "native",
+    "linear": "torch",
+    "decoder": "plain",
+    "batch_timesteps": False,
+    "skip_equal_groups": False,
+    "checkpointing": "none",
+}
 
 
 def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> Config:
@@ -36,8 +42,13 @@ def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> 
     return Config(
         objective=objective,
         rollout=Rollout(
-            group_size=SIZE, groups=GROUPS, num_inference_steps=4, max_sequence_length=9, batch_size=5,
-            guidance_scale=3.0, **noise,
+            group_size=SIZE,
+            groups=GROUPS,
+            num_inference_steps=4,
+            max_sequence_length=9,
+            batch_size=5,
+            guidance_scale=3.0,
+            **noise,
         ),
         dgpo=DGPO(beta=100.0, clip_range=0.01, kl_weight=0.5, kl_guidance_scale=2.0, timesteps=2, high_noise_steps=3),
         diffusion_dpo=DiffusionDPO(beta=10.0, timesteps=3),
@@ -45,7 +56,7 @@ def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> 
         ema=EMA(switch_ema_ref=None),
         policy=Policy(train=train, lora_rank=4, lora_alpha=8.0, micro_batch=8),  # type: ignore[arg-type]
         engine=Engine(**{**OFF, **engine}),
-    )  # fmt: skip
+    )
 
 
 class EngineCase:
@@ -81,9 +92,14 @@ class EngineCase:
         rollout = config.rollout
         self.schedule = make_schedule(rollout.solver, 4, 3.0, rollout.noise_level).to(device)
         self.sampler = Sampler(
-            self.pipeline, self.engine.rollout_transformer, self.encoder, resolution=None,
-            batch_size=rollout.batch_size, solve=self.engine.solve, decode=self.engine.decoder.start,
-        )  # fmt: skip
+            self.pipeline,
+            self.engine.rollout_transformer,
+            self.encoder,
+            resolution=None,
+            batch_size=rollout.batch_size,
+            solve=self.engine.solve,
+            decode=self.engine.decoder.start,
+        )
         self._move_weights()
 
     def _move_weights(self) -> None:
@@ -100,9 +116,14 @@ class EngineCase:
         prompts = prompts or PROMPTS
         texts = [prompts[n % len(prompts)] for n in range(7)]
         x0, _ = self.sampler.latents(
-            texts, torch.arange(7, device=self.device), self.schedule,
-            guidance_scale=self.config.rollout.guidance_scale, seed=3, draw=draw, step_noise=step_noise,
-        )  # fmt: skip
+            texts,
+            torch.arange(7, device=self.device),
+            self.schedule,
+            guidance_scale=self.config.rollout.guidance_scale,
+            seed=3,
+            draw=draw,
+            step_noise=step_noise,
+        )
         return x0
 
     def batch(self) -> Batch:

@@ -23,9 +23,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # `.item()`, branches on a tensor, sizes that depend on data, `torch.tensor(numbers)`.
 FORBIDDEN = (
-    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
-    "lift_fresh", "_pin_memory", "repeat_interleave.Tensor",
-)  # fmt: skip
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "lift_fresh",
+    "_pin_memory",
+    "repeat_interleave.Tensor",
+)
 
 
 T = TypeVar("T")

@@ -20,10 +20,7 @@ from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.rollout.step_noise import StepNoise
 from tests.engine.cases import EngineCase, make_config
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CUDA = torch.device("cuda")
 ATTENTION = ("native", "native_flash", "native_cudnn", "flash", "flash3", "xformers", "matmul")
 

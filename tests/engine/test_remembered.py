@@ -22,8 +22,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_measured_once() -> None:
     values = iter([{"torch": 1.0}, {"torch": 2.0}, {"torch": 3.0}])
     assert [remembered({"width": width}, lambda: next(values)) for width in (1, 1, 2)] == [
-        {"torch": 1.0}, {"torch": 1.0}, {"torch": 2.0},
-    ]  # fmt: skip
+        {"torch": 1.0},
+        {"torch": 1.0},
+        {"torch": 2.0},
+    ]
 
 
 def test_all_who_measure_at_once_get_the_same() -> None:

@@ -29,14 +29,23 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "-</w>", "<|startoftext|>", "<|endoftext|>"]
     text = {
-        "vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": CLIP_TOKENS,
-        "bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1,
-    }  # fmt: skip
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": CLIP_TOKENS,
+        "bos_token_id": len(vocabulary) - 2,
+        "eos_token_id": len(vocabulary) - 1,
+    }
     vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     torch.manual_seed(seed)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
     model.logit_scale.data.fill_(math.log(100))
@@ -50,14 +59,26 @@ def save_mask2former(folder: Path, labels: int = 80, seed: int = 0) -> Path:
     """A Mask2Former on a Swin, as a transformers folder."""
     torch.manual_seed(seed)
     swin = SwinConfig(
-        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    )
     config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=10,
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        num_queries=10,
         num_labels=labels,
-    )  # fmt: skip
+    )
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     return folder
 
@@ -88,11 +109,17 @@ def open_clip_weights(
     (v, depth, patches), (t, text_depth, length, vocabulary) = vision, text
     mlp = 4 if v == 1280 else 2
     shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (length, t), "text_projection": (t, projection),
-        "token_embedding.weight": (vocabulary, t), "ln_final.weight": (t,), "ln_final.bias": (t,), "logit_scale": (),
-        "visual.class_embedding": (v,), "visual.positional_embedding": (patches, v), "visual.proj": (v, projection),
+        "positional_embedding": (length, t),
+        "text_projection": (t, projection),
+        "token_embedding.weight": (vocabulary, t),
+        "ln_final.weight": (t,),
+        "ln_final.bias": (t,),
+        "logit_scale": (),
+        "visual.class_embedding": (v,),
+        "visual.positional_embedding": (patches, v),
+        "visual.proj": (v, projection),
         "visual.conv1.weight": (v, 3, 14, 14),
-    }  # fmt: skip
+    }
     for norm in ("ln_pre", "ln_post"):
         shapes |= {f"visual.{norm}.weight": (v,), f"visual.{norm}.bias": (v,)}
     for tower, width, layers in (("transformer", t, text_depth), ("visual.transformer", v, depth)):
@@ -133,15 +160,21 @@ def image_reward_weights(
     vision, text = "blip.visual_encoder.", "blip.text_encoder."
     (v, depth, patches), (t, text_depth, places, vocabulary) = vision_size, text_size
     shapes: dict[str, tuple[int, ...]] = {
-        f"{vision}cls_token": (1, 1, v), f"{vision}pos_embed": (1, patches, v),
-        f"{vision}patch_embed.proj.weight": (v, 3, 16, 16), f"{vision}patch_embed.proj.bias": (v,),
-        f"{vision}norm.weight": (v,), f"{vision}norm.bias": (v,),
+        f"{vision}cls_token": (1, 1, v),
+        f"{vision}pos_embed": (1, patches, v),
+        f"{vision}patch_embed.proj.weight": (v, 3, 16, 16),
+        f"{vision}patch_embed.proj.bias": (v,),
+        f"{vision}norm.weight": (v,),
+        f"{vision}norm.bias": (v,),
         f"{text}embeddings.word_embeddings.weight": (vocabulary, t),
         f"{text}embeddings.position_embeddings.weight": (places, t),
-        f"{text}embeddings.LayerNorm.weight": (t,), f"{text}embeddings.LayerNorm.bias": (t,),
-        "blip.vision_proj.weight": (16, v), "blip.vision_proj.bias": (16,),
-        "blip.text_proj.weight": (16, t), "blip.text_proj.bias": (16,),
-    }  # fmt: skip
+        f"{text}embeddings.LayerNorm.weight": (t,),
+        f"{text}embeddings.LayerNorm.bias": (t,),
+        "blip.vision_proj.weight": (16, v),
+        "blip.vision_proj.bias": (16,),
+        "blip.text_proj.weight": (16, t),
+        "blip.text_proj.bias": (16,),
+    }
     for layer in range(depth):
         block = f"{vision}blocks.{layer}."
         shapes |= _linear(f"{block}attn.qkv", 3 * v, v) | _linear(f"{block}attn.proj", v, v)

@@ -72,21 +72,30 @@ def test_the_published_files_have_the_published_sizes():
             projection_dim=768,
             text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
             vision_config={
-                "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
                 "patch_size": 14,
             },
-        )  # fmt: skip
+        )
         assert millions(CLIPModel(openai)) == 428
         swin = SwinConfig(
-            embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7,
+            embed_dim=96,
+            depths=[2, 2, 18, 2],
+            num_heads=[3, 6, 12, 24],
+            window_size=7,
             out_features=["stage1", "stage2", "stage3", "stage4"],
-        )  # fmt: skip
+        )
         detector = Mask2FormerConfig(backbone_config=swin, num_labels=80)
         assert millions(Mask2FormerForUniversalSegmentation(detector)) == 69
     for published, found in (
-        (hpsv2.PUBLISHED, config), (clip_module.PICKSCORE, config), (clip_module.OPENAI, openai),
-        (imagereward.PUBLISHED, blip), (geneval.DETECTOR, detector),
-    ):  # fmt: skip
+        (hpsv2.PUBLISHED, config),
+        (clip_module.PICKSCORE, config),
+        (clip_module.OPENAI, openai),
+        (imagereward.PUBLISHED, blip),
+        (geneval.DETECTOR, detector),
+    ):
         published.require("a", published.source, found)
     # Siblings: CLIP ViT-L/14 for ViT-H/14 and the reverse, L/14 for 336 pixels, and Mask2Former on Swin-T, -B and -L.
     large, clips = clip_module.OPENAI, "vision_config.hidden_size is"
@@ -110,9 +119,12 @@ PUBLISHED = {
     "geneval-hf": (GenevalReward, geneval.DETECTOR, "mask2former", "backbone_config.embed_dim is 8 and not 96"),
     "hpsv2": (HpsReward, hpsv2.PUBLISHED, "HPS.pt", "vision_config.image_size is 56 and not 224"),
     "imagereward": (
-        ImageRewardReward, imagereward.PUBLISHED, "BLIP.pt", "vision_config.hidden_size is 128 and not 1024"
+        ImageRewardReward,
+        imagereward.PUBLISHED,
+        "BLIP.pt",
+        "vision_config.hidden_size is 128 and not 1024",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNTRAINED)

@@ -100,8 +100,9 @@ def test_detector_agrees_with_transformers_own_reading(folder):
         outputs = model(pixel_values=torch.randn(3, 3, 384, 384))
         # Untrained, it is sure of nothing.
         outputs.class_queries_logits, outputs.masks_queries_logits = (
-            50 * outputs.class_queries_logits, 10 * outputs.masks_queries_logits
-        )  # fmt: skip
+            50 * outputs.class_queries_logits,
+            10 * outputs.masks_queries_logits,
+        )
         theirs = Mask2FormerImageProcessor().post_process_instance_segmentation(
             outputs, threshold=THRESHOLD, return_binary_maps=True
         )
@@ -264,20 +265,30 @@ def test_geneval_takes_its_own_prompts(untrained):
     ("line", "problem"),
     [
         ('{"prompt": "a cat"}', 'no list "include" of what to draw: write GenEval metadata such as {"prompt": "…"'),
-        ('{"prompt": "a", "include": [{"class": "unicorn", "count": 1}]}',
-         "reward 'geneval-hf' has no class 'unicorn': use one of COCO's 80 classes in GenEval's spelling"),
-        ('{"prompt": "a", "include": [{"class": "mouse", "count": 1}]}',
-         "reward 'geneval-hf' has no class 'mouse': use one of COCO's 80 classes in GenEval's spelling"),
-        ('{"prompt": "a", "include": [{"class": "cat", "count": 1, "color": "teal"}]}',
-         "reward 'geneval-hf' has no color 'teal': use one of red, orange, yellow, green, blue, purple, pink, brown, "
-         "black, white"),
-        ('{"prompt": "a", "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": '
-         '["inside", 0]}]}',
-         "reward 'geneval-hf' has no position 'inside': use one of left of, right of, above, below"),
-        ('{"prompt": "a", "include": [{"class": "cat", "count": 1}], "exclude": [{"class": "orc", "count": 1}]}',
-         "reward 'geneval-hf' has no class 'orc': use one of COCO's 80 classes in GenEval's spelling"),
+        (
+            '{"prompt": "a", "include": [{"class": "unicorn", "count": 1}]}',
+            "reward 'geneval-hf' has no class 'unicorn': use one of COCO's 80 classes in GenEval's spelling",
+        ),
+        (
+            '{"prompt": "a", "include": [{"class": "mouse", "count": 1}]}',
+            "reward 'geneval-hf' has no class 'mouse': use one of COCO's 80 classes in GenEval's spelling",
+        ),
+        (
+            '{"prompt": "a", "include": [{"class": "cat", "count": 1, "color": "teal"}]}',
+            "reward 'geneval-hf' has no color 'teal': use one of red, orange, yellow, green, blue, purple, pink, brown, "
+            "black, white",
+        ),
+        (
+            '{"prompt": "a", "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": '
+            '["inside", 0]}]}',
+            "reward 'geneval-hf' has no position 'inside': use one of left of, right of, above, below",
+        ),
+        (
+            '{"prompt": "a", "include": [{"class": "cat", "count": 1}], "exclude": [{"class": "orc", "count": 1}]}',
+            "reward 'geneval-hf' has no class 'orc': use one of COCO's 80 classes in GenEval's spelling",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_metadata_is_refused_with_its_line(untrained, tmp_path, line, problem):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "include": [{"class": "cat", "count": 1}]}\n' + line)
     prompts = load_prompts(str(tmp_path / "p.jsonl")).train
@@ -291,12 +302,20 @@ def test_bad_metadata_is_refused_with_its_line(untrained, tmp_path, line, proble
 @pytest.mark.parametrize(
     ("tag", "meant"),
     [
-        ("Counting", "counting"), ("COUNTING", "counting"), (" counting", "counting"), ("countings", "counting"),
-        ("single-object", "single_object"), ("Two objects", "two_object"), ("twoObject", "two_object"),
-        ("color", "colors"), ("Colours", "colors"), ("positions", "position"), ("color-attr", "color_attr"),
+        ("Counting", "counting"),
+        ("COUNTING", "counting"),
+        (" counting", "counting"),
+        ("countings", "counting"),
+        ("single-object", "single_object"),
+        ("Two objects", "two_object"),
+        ("twoObject", "two_object"),
+        ("color", "colors"),
+        ("Colours", "colors"),
+        ("positions", "position"),
+        ("color-attr", "color_attr"),
         ("colors_attrs", "color_attr"),
     ],
-)  # fmt: skip
+)
 def test_a_tag_that_is_nearly_genevals_is_refused_with_its_line(untrained, tmp_path, tag, meant):
     """Misspelt, `counting` would be scored by another threshold. The six themselves and tags of one's own are taken."""
     fine = [{"tag": one} for one in (*TAGS, "mine", "counting_hard", "objects", "")] + [{}]

@@ -26,10 +26,13 @@ def recording(start_s: float, train_s: float) -> Recording:
         Span(name="reference forward", start_s=3.5, end_s=3.75, inside="train"),
     ]
     return Recording(
-        start_s, start_s + 4.0 + train_s,
+        start_s,
+        start_s + 4.0 + train_s,
         {"images_count": 8, "reward_busy_s": 3.0, "reward_wait_s": 1.0},
-        {"rollout": 64}, spans, {"rollout": 100.0 + start_s, "train": 300.0},
-    )  # fmt: skip
+        {"rollout": 64},
+        spans,
+        {"rollout": 100.0 + start_s, "train": 300.0},
+    )
 
 
 RECORDINGS = [recording(10, 2.0), recording(16, 3.0), recording(23, 4.0)]
@@ -50,9 +53,13 @@ def test_phases_by_hand() -> None:
 def test_backward_is_what_forwards_leave_of_training() -> None:
     kinds = build.kind_seconds(RECORDINGS[0])
     assert kinds == {
-        "rollout": 2.0, "decode": 0.0, "reference forward": 0.25, "old forward": 0, "policy forward": 0.5,
+        "rollout": 2.0,
+        "decode": 0.0,
+        "reference forward": 0.25,
+        "old forward": 0,
+        "policy forward": 0.5,
         "backward": 1.25,
-    }  # fmt: skip
+    }
 
 
 def test_iterations_are_counted_from_the_first() -> None:
@@ -77,8 +84,9 @@ def test_processes_by_hand() -> None:
     found = build.processes_row(recordings)
     assert found is not None and found.imbalance == pytest.approx(2.1)
     assert [(row.number, row.waited_s, row.phases) for row in found.rows] == [
-        (0, 0.5, {"train": 1.0}), (1, 0.0, {"train": 3.0}),
-    ]  # fmt: skip
+        (0, 0.5, {"train": 1.0}),
+        (1, 0.0, {"train": 3.0}),
+    ]
     assert build.processes_row(RECORDINGS) is None
 
 
@@ -115,13 +123,28 @@ def test_decoding_beside_the_rollout_is_one_kind_of_work(random_pipeline: Path) 
 
 
 def test_candidates_become_tables() -> None:
-    rows = build.candidates([
-        {"for": "attention of rollouts", "name": "native", "forward_ms": 1.5, "backward_ms": None, "obstacle": None,
-         "chosen": True},
-        {"for": "attention of rollouts", "name": "cudnn", "forward_ms": None, "backward_ms": None,
-         "obstacle": "needs a GPU", "chosen": False},
-    ])  # fmt: skip
+    rows = build.candidates(
+        [
+            {
+                "for": "attention of rollouts",
+                "name": "native",
+                "forward_ms": 1.5,
+                "backward_ms": None,
+                "obstacle": None,
+                "chosen": True,
+            },
+            {
+                "for": "attention of rollouts",
+                "name": "cudnn",
+                "forward_ms": None,
+                "backward_ms": None,
+                "obstacle": "needs a GPU",
+                "chosen": False,
+            },
+        ]
+    )
     assert [(c.name, c.forward_ms, c.chosen, c.note) for c in rows["attention of rollouts"]] == [
-        ("native", 1.5, True, ""), ("cudnn", None, False, "needs a GPU"),
-    ]  # fmt: skip
+        ("native", 1.5, True, ""),
+        ("cudnn", None, False, "needs a GPU"),
+    ]
     assert build.candidates([]) == {}

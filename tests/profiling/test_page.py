@@ -55,9 +55,16 @@ def cpu_report() -> Report:
     device = dataclasses.replace(report.device, kind="cpu", name="a CPU", datasheet_tflops=None, datasheet_source=None)
     speed = dataclasses.replace(report.throughput, mfu_percent=None)
     return dataclasses.replace(
-        report, device=device, throughput=speed, gpu=None, power=None, candidates={}, rewards=None, notes=[],
+        report,
+        device=device,
+        throughput=speed,
+        gpu=None,
+        power=None,
+        candidates={},
+        rewards=None,
+        notes=[],
         memory=dataclasses.replace(report.memory, reserved_mib=None, predicted_mib=None),
-    )  # fmt: skip
+    )
 
 
 def hostile_report() -> Report:
@@ -66,13 +73,19 @@ def hostile_report() -> Report:
     quotes = "\" onmouseover=alert(1) '"
     return dataclasses.replace(
         report,
-        recipe=HOSTILE, model=HOSTILE, command=HOSTILE + quotes, created=HOSTILE, trace_file=HOSTILE,
-        settings={HOSTILE: quotes + HOSTILE, "rewards": [HOSTILE, quotes]}, versions={HOSTILE: quotes},
-        notes=[HOSTILE], candidates={HOSTILE: [dataclasses.replace(report.candidates["attention"][0], name=HOSTILE)]},
+        recipe=HOSTILE,
+        model=HOSTILE,
+        command=HOSTILE + quotes,
+        created=HOSTILE,
+        trace_file=HOSTILE,
+        settings={HOSTILE: quotes + HOSTILE, "rewards": [HOSTILE, quotes]},
+        versions={HOSTILE: quotes},
+        notes=[HOSTILE],
+        candidates={HOSTILE: [dataclasses.replace(report.candidates["attention"][0], name=HOSTILE)]},
         hottest=[dataclasses.replace(report.hottest[0], name=quotes + HOSTILE)],
         phases=[dataclasses.replace(report.phases[0], name=quotes + HOSTILE), *report.phases[1:]],
         device=dataclasses.replace(report.device, name=HOSTILE),
-    )  # fmt: skip
+    )
 
 
 PAGES = {
@@ -109,8 +122,9 @@ def test_text_from_outside_stays_text(name: str) -> None:
 
 def test_what_a_device_cannot_measure_is_left_out() -> None:
     gpu, cpu = Reader(PAGES["gpu"]), Reader(PAGES["cpu"])
-    sections = [{value for tag, name, value in page.attributes if (tag, name) == ("section", "id")}
-                for page in (gpu, cpu)]  # fmt: skip
+    sections = [
+        {value for tag, name, value in page.attributes if (tag, name) == ("section", "id")} for page in (gpu, cpu)
+    ]
     assert sections[0] - sections[1] == {"gpu", "power", "candidates"}
     assert "MFU" in "".join(gpu.text) and "MFU" not in "".join(cpu.text)
 
@@ -195,11 +209,22 @@ def test_in_a_browser(name: str, width: int, tmp_path: Path) -> None:
     frame, log = tmp_path / "frame.html", tmp_path / "net.json"
     frame.write_text(FRAME.replace("WIDTH", str(width)))
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
-        "--enable-logging=stderr", "--window-size=1400,900", f"--user-data-dir={tmp_path / 'browser'}",
-        f"--log-net-log={log}", "--dump-dom", frame.as_uri(),
-    ]  # fmt: skip
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+        "--window-size=1400,900",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        f"--log-net-log={log}",
+        "--dump-dom",
+        frame.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
     seen = json.loads(html.unescape(re.search('data-seen="([^"]*)"', done.stdout).group(1)))  # type: ignore[union-attr]

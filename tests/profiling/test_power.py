@@ -83,11 +83,14 @@ class Driver(types.SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         answers = {
-            "nvmlSystemGetDriverVersion": "580.1", "nvmlDeviceGetPowerManagementLimit": 700_000,
-            "nvmlDeviceGetPowerUsage": 250_000, "nvmlDeviceGetClockInfo": 1700, "nvmlDeviceGetTemperature": 50,
+            "nvmlSystemGetDriverVersion": "580.1",
+            "nvmlDeviceGetPowerManagementLimit": 700_000,
+            "nvmlDeviceGetPowerUsage": 250_000,
+            "nvmlDeviceGetClockInfo": 1700,
+            "nvmlDeviceGetTemperature": 50,
             "nvmlDeviceGetUtilizationRates": types.SimpleNamespace(gpu=97),
             "nvmlDeviceGetCurrentClocksThrottleReasons": 0,
-        }  # fmt: skip
+        }
         return lambda *_: answers[name]
 
 

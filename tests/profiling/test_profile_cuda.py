@@ -12,10 +12,7 @@ from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import ForwardClock
 from dgpo_fast.profiling.report import read_report
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 def test_a_whole_profile(workspace: Path) -> None:

@@ -42,24 +42,35 @@ def test_gaps_and_busy_share_by_hand() -> None:
     assert tracing.busy_percent(GPU, (0, 1000)) == 65.9
     bins = tracing.gap_bins([100, 1, 50, 140, 50])
     assert [(b.from_us, b.to_us, b.count, b.total_ms) for b in bins] == [
-        (0, 2, 1, 0.001), (2, 10, 0, 0), (10, 100, 2, 0.1), (100, 1000, 2, 0.24), (1000, 10_000, 0, 0),
+        (0, 2, 1, 0.001),
+        (2, 10, 0, 0),
+        (10, 100, 2, 0.1),
+        (100, 1000, 2, 0.24),
+        (1000, 10_000, 0, 0),
         (10_000, None, 0, 0),
-    ]  # fmt: skip
+    ]
 
 
 def test_launches_by_hand() -> None:
     """What lies outside the window does not count, nor does an allocation."""
     assert tracing.launches(GPU, (0, 1000)) == {
-        "kernels": 4, "copies": 1, "fills": 0, "kernel_launches": 2, "graph_launches": 1, "synchronisations": 1,
-    }  # fmt: skip
+        "kernels": 4,
+        "copies": 1,
+        "fills": 0,
+        "kernel_launches": 2,
+        "graph_launches": 1,
+        "synchronisations": 1,
+    }
 
 
 def test_kernels_by_class_and_time() -> None:
     rows = tracing.kernels(GPU, (0, 1000))
     assert [(row.name, row.kind, row.calls, row.total_ms) for row in rows] == [
-        ("nvjet_tst_128x256", "matmul", 2, 0.299), ("vectorized_elementwise_kernel", "other", 1, 0.25),
-        ("fmha_cutlassF_bf16", "attention", 1, 0.15), ("Memcpy DtoH", "other", 1, 0.01),
-    ]  # fmt: skip
+        ("nvjet_tst_128x256", "matmul", 2, 0.299),
+        ("vectorized_elementwise_kernel", "other", 1, 0.25),
+        ("fmha_cutlassF_bf16", "attention", 1, 0.15),
+        ("Memcpy DtoH", "other", 1, 0.01),
+    ]
 
 
 def test_kernel_classes() -> None:
@@ -77,12 +88,18 @@ def test_kernel_classes() -> None:
 
 def test_operation_classes() -> None:
     names = {
-        "aten::addmm": "matmul", "aten::linear": "matmul", "mkldnn::_linear_pointwise": "matmul",
-        "aten::_scaled_mm": "matmul", "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
-        "flash_attn::_flash_attn_forward": "attention", "aten::mkldnn_convolution": "convolution",
-        "dgpo_fast::linear_weight_gradient": "matmul", "aten::upsample_bilinear2d": "other",
-        "aten::gelu": "other", "aten::native_layer_norm": "other",
-    }  # fmt: skip
+        "aten::addmm": "matmul",
+        "aten::linear": "matmul",
+        "mkldnn::_linear_pointwise": "matmul",
+        "aten::_scaled_mm": "matmul",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "flash_attn::_flash_attn_forward": "attention",
+        "aten::mkldnn_convolution": "convolution",
+        "dgpo_fast::linear_weight_gradient": "matmul",
+        "aten::upsample_bilinear2d": "other",
+        "aten::gelu": "other",
+        "aten::native_layer_norm": "other",
+    }
     assert {name: operation_class(name) for name in names} == names
 
 
@@ -108,8 +125,10 @@ def test_own_times_of_nested_operations() -> None:
     ]
     rows = tracing.cpu_operations(events, (0, 1000))
     assert [(row.name, row.kind, row.calls, row.total_ms) for row in rows] == [
-        ("aten::addmm", "matmul", 3, 0.085), ("aten::linear", "matmul", 1, 0.03), ("aten::copy_", "other", 1, 0.02),
-    ]  # fmt: skip
+        ("aten::addmm", "matmul", 3, 0.085),
+        ("aten::linear", "matmul", 1, 0.03),
+        ("aten::copy_", "other", 1, 0.02),
+    ]
 
 
 def test_reads_what_torch_writes(tmp_path: Path) -> None:

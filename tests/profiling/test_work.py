@@ -32,16 +32,29 @@ def test_bytes_of_an_expanded_tensor_are_its_storages() -> None:
 
 
 SD35_MEDIUM = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
-}  # fmt: skip
+}
 SD3_VAE = {
-    "latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "use_quant_conv": False, "use_post_quant_conv": False,
-}  # fmt: skip
+    "latent_channels": 16,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 
 
 def test_sd35_medium_has_its_known_flops() -> None:
@@ -79,9 +92,13 @@ def test_samples_of_an_iteration(micro_batch: int, policy_forwards: int, workspa
     trainer.step()
     samples = trainer.work.last
     assert samples == {
-        "rollout": 12 * 4 * 2, "decode": 12, "reference forward": 24, "old forward": 24,
-        "policy forward": policy_forwards, "backward": 24,
-    }  # fmt: skip
+        "rollout": 12 * 4 * 2,
+        "decode": 12,
+        "reference forward": 24,
+        "old forward": 24,
+        "policy forward": policy_forwards,
+        "backward": 24,
+    }
     per_sample = trainer.work.flops_per_sample
     flops = sum(per_sample[kind] * count for kind, count in samples.items())
     line = read_metrics(workspace / "metrics.jsonl")[0]
@@ -102,9 +119,15 @@ def test_flops_are_counted_once(workspace: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_datasheets_are_found_by_torchs_names() -> None:
     names = {
-        "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312,
-        "NVIDIA GH200 480GB": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10": 125,
-    }  # fmt: skip
+        "NVIDIA H200": 989,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA GH200 480GB": 989,
+        "NVIDIA L4": 121,
+        "NVIDIA L40S": 362,
+        "NVIDIA A10": 125,
+    }
     for name, peak in names.items():
         sheet = find_datasheet(name)
         assert sheet and sheet.peak_tflops(torch.bfloat16) == peak, name

@@ -330,5 +330,8 @@ def joined(portions: Sequence[Answer]) -> Answer:
     scored = [portion for portion in portions if isinstance(portion, dict)]
     if len(scored) < len(portions):
         return next(portion for portion in portions if isinstance(portion, str))
-    return {name: np.concatenate([portion[name] for portion in scored])
-            for name in scored[0] if all(name in portion for portion in scored)}  # fmt: skip
+    return {
+        name: np.concatenate([portion[name] for portion in scored])
+        for name in scored[0]
+        if all(name in portion for portion in scored)
+    }

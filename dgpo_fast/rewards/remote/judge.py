@@ -94,11 +94,7 @@ _UNIFIED_REWARD = (
 
 # Facts of the models: what they are asked, and what their answers look like.
 PRESETS: dict[str, dict[str, Any]] = {
-    "unifiedreward": {
-        "prompt": _UNIFIED_REWARD,
-        "score": r"Final Score:\W*([0-9]+(?:\.[0-9]+)?)",
-        "image_size": 512,
-    },
+    "unifiedreward": {"prompt": _UNIFIED_REWARD, "score": r"Final Score:\W*([0-9]+(?:\.[0-9]+)?)", "image_size": 512},
     # DeQA-Score answers "The quality of the image is good."; its score is the mean over the five words.
     "deqa": {
         "prompt": "How would you rate the quality of this image?",

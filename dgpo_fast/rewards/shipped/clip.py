@@ -44,11 +44,7 @@ class Clip:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        square: Callable[[torch.Tensor, int], torch.Tensor] = models.crop_square,
+        self, model: Any, tokenizer: Any, *, square: Callable[[torch.Tensor, int], torch.Tensor] = models.crop_square
     ) -> None:
         """`square` makes images square: `models.crop_square` or `models.pad_square`."""
         self.model, self._tokenizer, self._square = model, tokenizer, square

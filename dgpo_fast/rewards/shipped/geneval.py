@@ -49,11 +49,7 @@ class GenevalReward:
     independent_images = True
 
     def __init__(
-        self,
-        detector: str | Path = DETECTOR.source,
-        clip: str | Path = OPENAI.source,
-        *,
-        rule: Rule = "fixed",
+        self, detector: str | Path = DETECTOR.source, clip: str | Path = OPENAI.source, *, rule: Rule = "fixed"
     ) -> None:
         """
         Args:

@@ -53,9 +53,7 @@ class HpsReward(CosineReward):
     """
 
     def __init__(
-        self,
-        weights: str | Path = PUBLISHED.source,
-        tokenizer: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        self, weights: str | Path = PUBLISHED.source, tokenizer: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     ) -> None:
         """
         Args:
