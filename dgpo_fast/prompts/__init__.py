@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import KINDS, SUFFIXES, in_hash_order, read_prompts, split_held_out
-from dgpo_fast.prompts.geneval import geneval_prompts, require_geneval_metadata
+from dgpo_fast.prompts.geneval import require_geneval_metadata
 from dgpo_fast.prompts.prompt import (
     TRAINING_PROMPTS,
     Prompt,
     PromptSets,
-    in_proportion,
     in_turn,
     quoted_text,
     require_quoted_text,
     without,
 )
-from dgpo_fast.prompts.signs import sign_prompts
 
 __all__ = [
     "TRAINING_PROMPTS",
@@ -33,6 +31,15 @@ __all__ = [
     "require_geneval_metadata",
     "require_quoted_text",
 ]
+
+
+# One line per generator: a function of the number of held-out prompts, whose module is imported when first asked for.
+GENERATORS = {
+    "geneval": "dgpo_fast.prompts.geneval:geneval_prompts",
+    "signs": "dgpo_fast.prompts.signs:sign_prompts",
+    "tiny-shapes": "dgpo_fast.tiny.prompts:shape_prompts",
+    "tiny-signs": "dgpo_fast.tiny.prompts:sign_prompts",
+}
 
 
 def load_prompts(source: str, *, eval_source: str | None = None, held_out: int = 256) -> PromptSets:
@@ -55,7 +62,7 @@ def load_prompts(source: str, *, eval_source: str | None = None, held_out: int =
         raise UserError(f"held_out must be at least 1, got {held_out}")
     if eval_source is None:
         if source in GENERATORS:
-            return GENERATORS[source](held_out)
+            return _generated(source, held_out)
         return split_held_out(_read(source), held_out)
     return _with_evaluation_from(source, eval_source, held_out)
 
@@ -73,13 +80,13 @@ def evaluation_prompts(source: str, count: int | None) -> list[Prompt]:
         return _read(source)
     if count is None:
         raise UserError(f"--prompts {source}: a generator has no end: say how many, as in --images 512")
-    return GENERATORS[source](count).held_out
+    return _generated(source, count).held_out
 
 
 def _with_evaluation_from(source: str, eval_source: str, held_out: int) -> PromptSets:
-    training = GENERATORS[source](held_out).train if source in GENERATORS else _read(source)
+    training = _generated(source, held_out).train if source in GENERATORS else _read(source)
     if eval_source in GENERATORS:
-        evaluation = GENERATORS[eval_source](held_out).held_out
+        evaluation = _generated(eval_source, held_out).held_out
     else:
         evaluation = in_hash_order(_read(eval_source))
     train = without(training, evaluation)
@@ -91,30 +98,9 @@ def _with_evaluation_from(source: str, eval_source: str, held_out: int) -> Promp
     return PromptSets(train=train, held_out=evaluation[:held_out], note=note)
 
 
-def _tiny_shapes(held_out: int) -> PromptSets:
-    """Shapes of the shipped small pipeline, trained in its mix of tags and evaluated with every tag equally often."""
-    from dgpo_fast.tiny import data
-
-    train = [Prompt(text, metadata) for text, metadata in data.shape_prompts("train")]
-    evaluation = [Prompt(text, metadata) for text, metadata in data.balanced(data.shape_prompts("heldout"), held_out)]
-    return PromptSets(train=in_proportion(train, data.TAG_MIX), held_out=evaluation)
-
-
-def _tiny_signs(held_out: int) -> PromptSets:
-    """Words on signs for the shipped small pipeline."""
-    from dgpo_fast.tiny import data
-
-    train = [Prompt(text, metadata) for text, metadata in data.sign_prompts("train")]
-    evaluation = [Prompt(text, metadata) for text, metadata in data.sign_prompts("heldout")]
-    return PromptSets(train=train, held_out=in_hash_order(evaluation)[:held_out])
-
-
-GENERATORS: dict[str, Callable[[int], PromptSets]] = {
-    "geneval": geneval_prompts,
-    "signs": sign_prompts,
-    "tiny-shapes": _tiny_shapes,
-    "tiny-signs": _tiny_signs,
-}
+def _generated(name: str, held_out: int) -> PromptSets:
+    module, _, function = GENERATORS[name].partition(":")
+    return getattr(importlib.import_module(module), function)(held_out)
 
 
 def _read(source: str) -> list[Prompt]:
