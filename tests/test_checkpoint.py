@@ -142,7 +142,8 @@ def test_a_malicious_manifest_is_passed_over_in_one_line(manifest: str, tmp_path
 
 
 def test_a_folder_is_locked_by_one_process_and_free_after_its_death(tmp_path: Path) -> None:
-    holding = f"from pathlib import Path; from dgpo_fast.run.folder import FolderLock; l = FolderLock(Path({str(tmp_path)!r}))"
+    imports = "from pathlib import Path; from dgpo_fast.run.folder import FolderLock"
+    holding = f"{imports}; lock = FolderLock(Path({str(tmp_path)!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", f"{holding}; print('held', flush=True); input()"],
         stdin=subprocess.PIPE,

@@ -275,8 +275,8 @@ def test_geneval_takes_its_own_prompts(untrained):
         ),
         (
             '{"prompt": "a", "include": [{"class": "cat", "count": 1, "color": "teal"}]}',
-            "reward 'geneval-hf' has no color 'teal': use one of red, orange, yellow, green, blue, purple, pink, brown, "
-            "black, white",
+            "reward 'geneval-hf' has no color 'teal': use one of red, orange, yellow, green, blue, purple, pink, "
+            "brown, black, white",
         ),
         (
             '{"prompt": "a", "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": '
