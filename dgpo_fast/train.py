@@ -30,14 +30,14 @@ from dgpo_fast.wording import resume_command
 
 USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization.
 
-  python -m dgpo_fast.train                               coloured shapes on the shipped pipeline
-  python -m dgpo_fast.train tiny-ocr --iterations 100     another recipe, another length
-  python -m dgpo_fast.train sd35m-ocr --prompts my.txt    Stable Diffusion 3.5-Medium
-  python -m dgpo_fast.train my.yaml --optimizer.lr 1e-4   your own settings
-  python -m dgpo_fast.train --resume runs/NAME            go on after Ctrl-C, a kill or a full disk
+  python -m dgpo_fast.train                               coloured shapes, with the shipped small pipeline
+  python -m dgpo_fast.train tiny-ocr --iterations 100     another recipe, for 100 iterations
+  python -m dgpo_fast.train sd35m-ocr --prompts my.txt    Stable Diffusion 3.5-Medium, on your own prompts
+  python -m dgpo_fast.train my.yaml --optimizer.lr 1e-4   your own settings, with another learning rate
+  python -m dgpo_fast.train --resume runs/NAME            resume a run after Ctrl-C, a kill or a full disk
 
-Options beside the settings below: --resume RUN takes the settings from the run, of which some may change
-(docs/recipes.md): --iterations 200 trains a finished run further. --config FILE.yaml is another way to name a file."""
+--resume RUN reads the settings from the run's folder. Some of them can be changed on the command line
+(docs/recipes.md): --iterations 200 trains a finished run further. --config FILE.yaml also names a settings file."""
 
 
 # What a resumed run may do otherwise. Anything else would compare before and after of different things.

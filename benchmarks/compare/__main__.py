@@ -1,18 +1,18 @@
-"""`python -m benchmarks.compare`: tunes every system alike, trains it for the same time, and says what came of it."""
+"""`python -m benchmarks.compare`: tunes every system the same way and trains each for the same time."""
 
 from benchmarks.compare.settings import CompareSettings
 from dgpo_fast.config.command_line import print_settings, run_command
 from dgpo_fast.config.reading import parse_overrides, resolve
 from dgpo_fast.errors import UserError
 
-USAGE = """Compare DGPO, Diffusion-DPO and Flow-GRPO on the shipped pipeline, online and offline, and DGPO's ablations.
+USAGE = """Compare DGPO, Diffusion-DPO, Flow-GRPO and ablations of DGPO on the shipped pipeline.
 
   python -m benchmarks.compare                     under two hours on two CPU cores
-  python -m benchmarks.compare --quick             two minutes, to see that it works
-  python -m benchmarks.compare --long              larger and longer, for a GPU
-  python -m benchmarks.compare --systems dgpo dpo  only these
+  python -m benchmarks.compare --quick             two minutes, only to check that it works
+  python -m benchmarks.compare --long              six hours on a GPU, with more images and seeds
+  python -m benchmarks.compare --systems dgpo dpo  only these two
 
-The same command goes on where it was stopped."""
+If a comparison was stopped, the same command continues it."""
 
 
 def compare(args: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Settings of the command."""
+"""Settings of `python -m benchmarks.compare`."""
 
 from typing import Annotated
 
@@ -10,29 +10,32 @@ from dgpo_fast.config import STRICT, Count, Positive
 
 @dataclass(kw_only=True, config=STRICT)
 class CompareSettings:
-    """A comparison."""
+    """A comparison of training methods."""
 
     quick: bool = False
-    """Tiny runs of seconds: it shows that everything works, and nothing else."""
+    """Train each system for a few seconds, only to check that everything works."""
     long: bool = False
-    """More images and seeds and six hours, one run at a time: for a GPU."""
+    """A longer comparison for a GPU: six hours, more images and seeds, one run at a time."""
     systems: tuple[str, ...] = ()
-    """What is compared. Default: everything."""
+    """Systems to compare. Default: all."""
     minutes: Positive | None = None
-    """Time for all of it. Default: 110; long: 360; quick: what it takes."""
+    """Time for the whole comparison, in minutes. Default: 110; with --long 360; with --quick no limit."""
     seeds: Count | None = None
-    """Final runs of each system. Default: 3; quick: 2; long: 5. A finished comparison goes on with more of them."""
+    """Number of final runs per system, each with its own seed. Default: 3; with --quick 2; with --long 5. If you
+    raise it after a comparison has finished, only the additional runs are trained."""
     trials: Annotated[int, Field(ge=1, le=5)] | None = None
-    """Settings tried for each system. Default: 5; quick: 1. A finished comparison goes on with more of them too; final
-    runs are made again where another setting turns out best."""
+    """Number of settings tried per system. Default: 5; with --quick 1. If you raise it after a comparison has
+    finished, the additional settings are tried. If one of them is the best, that system's final runs are trained
+    again."""
     processes: Count | None = None
-    """Runs at a time, each with its share of the cores. Default: 2 on a CPU, 1 on a GPU."""
+    """Number of runs at a time. They share the CPU cores evenly. Default: 2 on a CPU, 1 on a GPU."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
     runs_dir: str = "runs/compare"
-    """Where the runs are, and go on."""
+    """Folder of the runs. A comparison that was stopped continues from what is in it."""
     output: str | None = None
-    """Where figures, tables and compare.json go. Default: benchmarks/results/<cpu or gpu>/compare; quick: beside the
-    runs."""
+    """Folder for figures, tables and compare.json. Default: benchmarks/results/cpu/compare or
+    benchmarks/results/gpu/compare; with --quick the folder of the runs."""
     document: str = "docs/comparison.md"
-    """A Markdown file whose marked parts become the tables and findings, where there is one; not after --quick."""
+    """Markdown file whose marked parts are replaced by the new tables and findings, if it exists. Unused with
+    --quick."""

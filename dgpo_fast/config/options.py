@@ -27,50 +27,52 @@ Rewards = Annotated[tuple[str, ...], BeforeValidator(_as_list_of_rewards)]
 
 @dataclass(kw_only=True, config=STRICT)
 class Rollout:
-    """How a group of images is drawn: a few-step ODE from the behaviour weights, or an SDE in its place."""
+    """How images are drawn: a few-step ODE from the behaviour weights, or an SDE (`noise_level`)."""
 
     group_size: Annotated[int, Field(ge=2)] = 16
-    """G: images per prompt. The advantage compares these with one another."""
+    """G: images per prompt. The advantage compares the images of one group with each other."""
     groups: Count = 8
-    """P: prompts per iteration."""
+    """P: prompts per iteration. Each prompt gets one group of images."""
     solver: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
-    """ODE solver on flow sigmas: DPM-Solver++(2M) or Euler."""
+    """Solver. dpmpp_2m: DPM-Solver++(2M) on flow sigmas. euler: Euler steps; required if `noise_level` is above 0."""
     noise_level: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Noise added at every step, with the `euler` solver (Flow-GRPO: 0.7). 0: the deterministic ODE."""
+    """Noise added at every step; needs the `euler` solver. 0: a deterministic ODE. Flow-GRPO uses 0.7."""
     num_inference_steps: Count = 10
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
-    """Classifier-free guidance. 1 is unguided and costs half."""
+    """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
     shift: Annotated[float, Field(gt=0, le=100)] = 3.0
-    """Timestep shift of the sigma grid: s·t / (1 + (s − 1)·t)."""
+    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t)."""
     resolution: Annotated[int, Field(ge=16)] | None = None
-    """Height and width in pixels. Default: what the model was trained at."""
+    """Height and width of the images in pixels. Default: the resolution that the model was trained at."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 128
-    """Tokens of the T5 prompt encoder. 0 leaves its slots out, for a pipeline without one."""
+    """Number of T5 tokens per prompt. 0: no T5 tokens, for a pipeline without that encoder."""
     batch_size: Count = 32
-    """Images per forward of the rollout and of the decoder. Speed and memory only; the images stay the same."""
+    """Images per forward pass of the rollout and the decoder. Affects speed and memory, not the images."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Data:
-    """Where the groups that are trained on come from."""
+    """Where the training groups come from."""
 
     source: Literal["online", "offline"] = "online"
-    """online: the behaviour weights draw them in every iteration. offline: the reference model draws them once."""
+    """online: the behaviour weights draw new groups in every iteration. offline: the reference model draws all
+    groups once, before training."""
     offline_groups: Count = 1024
-    """How many groups an offline run draws; training goes through them again and again."""
+    """Number of groups that an offline run draws. Training repeats them as often as needed."""
     folder: str | None = None
-    """Where offline groups are, or are drawn to; other runs may use them. Default: a folder in the run's own."""
+    """Folder of the offline groups. Other runs can reuse them. Default: a folder inside the run's folder."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Advantage:
-    """How rewards become advantages (they sum to zero within each group)."""
+    """How rewards become advantages. The advantages of a group sum to zero."""
 
     std: Literal["group", "global"] = "group"
-    """Divide by the standard deviation of the group, or of the whole iteration."""
+    """Standard deviation that rewards are divided by. group: that of the prompt's own group. global: that of all
+    images of the iteration."""
     clamp: Positive = 5.0
-    """Bound on the absolute advantage."""
+    """Advantages are clamped to [−clamp, clamp]."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -78,63 +80,69 @@ class DGPO:
     """The DGPO objective."""
 
     beta: Positive = 100.0
-    """β, the strength of the preference: large values saturate groups that are already well separated."""
+    """β, the strength of the preference. With a large β, groups that are already well separated add little to the
+    gradient."""
     kl_weight: NonNegative = 0.02
-    """Weight of the squared distance between policy and frozen reference velocities."""
+    """Weight of the KL term: the mean squared distance between the velocities of the policy and the frozen base
+    model."""
     kl_guidance_scale: Guidance = 1.0
-    """Guidance on the reference of the KL term (`kl_cfg`); above 1 it distils guidance into the policy."""
+    """Guidance scale of the base model in the KL term (`kl_cfg` in the released code). Above 1, guidance is
+    distilled into the policy."""
     clip_range: Positive | None = 0.01
-    """PPO-like clip on exp(d_old − d_policy). None switches it off, and the old forward with it."""
+    """PPO-style clip on exp(d_old − d_policy). None: no clip, and no forward pass of θ_old for it."""
     timesteps: Count = 4
-    """M: training timesteps per iteration, drawn without replacement from the rollout's own grid."""
+    """M: training timesteps per iteration, drawn without replacement from the rollout's sigma grid."""
     high_noise_steps: Count | None = 5
-    """Timestep clip: train on the first so many (noisiest) steps of the rollout's grid. None: on all of them."""
+    """Timestep clip: train only on the N noisiest steps of the rollout's sigma grid. None: train on all steps."""
     reference: Literal["frozen", "ema"] = "frozen"
-    """Reference in the group score: the frozen base model, or θ_old (the fast EMA)."""
+    """Reference in the group score. frozen: the base model. ema: θ_old, the fast moving average of the policy."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class DiffusionDPO:
-    """The Diffusion-DPO objective: the best and the worst image of each group as a pair."""
+    """The Diffusion-DPO objective: the best and the worst image of each group form a pair."""
 
     beta: Positive = 100.0
-    """β, how far the policy may leave the reference: large values saturate pairs that are already well separated."""
+    """β, the strength of the preference. With a large β, pairs that are already well separated add little to the
+    gradient."""
     timesteps: Count = 4
-    """Noise levels per pair and iteration."""
+    """Noise levels per pair and iteration, drawn from a logit-normal distribution."""
     logit_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """Mean of logit(σ), which is normal."""
+    """Mean of logit(σ)."""
     logit_std: Positive = 1.0
     """Standard deviation of logit(σ)."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class FlowGRPO:
-    """The Flow-GRPO objective: a policy gradient over the steps of a rollout with noise."""
+    """The Flow-GRPO objective: a policy gradient over the steps of a stochastic rollout (`rollout.noise_level` > 0)."""
 
     clip_range: Positive = 1e-4
-    """PPO clip on each step's ratio, whose log-probabilities are means over the latent's elements."""
+    """PPO clip on the probability ratio of each step. Log-probabilities are means over the latent's elements, so
+    ratios stay close to 1."""
     kl_weight: NonNegative = 0.04
-    """Weight of the divergence between the steps of policy and reference."""
+    """Weight of the KL divergence between the policy's and the reference's steps."""
     optimizer_steps: Count = 2
-    """Optimizer steps per iteration; its groups are split evenly over them."""
+    """Optimizer steps per iteration. The iteration's groups are split evenly over them."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Policy:
-    """What is trained."""
+    """Which weights are trained, and how they are stored."""
 
     train: Literal["lora", "full"] = "lora"
-    """LoRA adapters through PEFT, or all weights of the transformer."""
+    """lora: LoRA adapters, through PEFT. full: all weights of the transformer."""
     weights: Literal["auto", "fp32", "bf16_master", "bf16_stochastic"] = "auto"
-    """How trained weights are kept: fp32, cast at each forward of a bf16 run; bf16 with the lower half of an fp32
-    master beside it (4 bytes a weight); bf16 rounded stochastically (2 bytes). auto: bf16_master in a bf16 run."""
+    """Storage of the trained weights. fp32: cast in each forward pass of a bf16 run. bf16_master: bf16, with the
+    lower 16 bits of an fp32 master stored separately (4 bytes per weight). bf16_stochastic: bf16 with stochastic
+    rounding (2 bytes per weight). auto: bf16_master in a bf16 run, else fp32."""
     behaviour: Literal["merged", "adapter"] = "merged"
-    """With LoRA, what draws the rollouts: a merged copy of the model, or the model itself with a second adapter, which
-    saves the copy and makes each forward slower by the adapter's share."""
+    """Weights that draw the rollouts when LoRA is trained. merged: a copy of the model with the LoRA merged in.
+    adapter: the base model with a second adapter; needs no copy, but each forward pass is slower."""
     lora_rank: Count = 64
-    """Rank of the adapters."""
+    """Rank of the LoRA adapters."""
     lora_alpha: Positive = 128.0
-    """The adapters are scaled by alpha / rank."""
+    """The adapters are scaled by lora_alpha / lora_rank."""
     lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "attn.to_q",
         "attn.to_k",
@@ -145,9 +153,10 @@ class Policy:
         "attn.add_v_proj",
         "attn.to_add_out",
     )
-    """Linear layers that get an adapter, by the end of their name."""
+    """Linear layers that get an adapter, given by the end of their names."""
     micro_batch: Count | Literal["auto"] = 16
-    """Images per training forward and backward. Any size gives the same gradient. auto: the largest that fits."""
+    """Images per training forward and backward pass. The gradient does not depend on it. auto: the largest size that
+    fits in memory."""
 
     @property
     def micro_batch_size(self) -> int:
@@ -162,24 +171,25 @@ class Optimizer:
     """AdamW."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """States in fp32, or in 8 bits by bitsandbytes (a quarter of the memory; paged: moved to the CPU by a full GPU)."""
+    """adamw: optimizer states in fp32. adamw8bit: states in 8 bits, through bitsandbytes, for a quarter of the
+    memory. paged_adamw8bit: as adamw8bit, and states move to the CPU when GPU memory runs out."""
     lr: Positive = 3e-4
     """Learning rate."""
     lr_decay: Literal["none", "linear", "cosine"] = "none"
-    """How the learning rate falls to 0 over the run's `iterations`."""
+    """Learning rate schedule over the run's `iterations`. none: constant. linear, cosine: decays to 0."""
     beta1: Decay = 0.9
     """Decay of the first moment."""
     beta2: Decay = 0.999
     """Decay of the second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: NonNegative = 1e-4
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
-    """The gradient's norm is clipped to this."""
+    """Maximum norm of the gradient; larger gradients are scaled down to it."""
     max_skipped_steps: Count = 3
-    """Stop, with a checkpoint and a dump, after so many steps in a row that were skipped for a gradient that is not
-    finite."""
+    """A step is skipped if its gradient is not finite. Stop the run, with a checkpoint and a dump, after N skipped
+    steps in a row."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -187,105 +197,119 @@ class EMA:
     """Moving averages of the trained weights."""
 
     old_decay_per_step: NonNegative = 0.001
-    """θ_old, the fast average: decay = min(old_decay_max, old_decay_per_step · iteration)."""
+    """Decay of θ_old, the fast average: min(old_decay_max, old_decay_per_step · iteration)."""
     old_decay_max: Decay = 0.3
     """Upper bound of θ_old's decay."""
     switch_ema_ref: Annotated[int, Field(ge=0)] | None = 500
-    """From this iteration on the rollouts use θ_old instead of the policy itself. None: never."""
+    """From iteration N on, θ_old draws the rollouts instead of the policy. None: the policy always draws them."""
     eval_decay_max: Decay = 0.9
-    """The slow average, which is evaluated and saved: decay = min(this, (1 + s) / (10 + s)). 0: no average."""
+    """Upper bound of the decay of the slow average, which is evaluated and saved: min(eval_decay_max, (1 + i) / (10
+    + i)) in iteration i. 0: no averaging."""
     eval_every: Count = 8
-    """Iterations between updates of the slow average."""
+    """Update the slow average every N iterations."""
     offload: bool = False
-    """Keep the slow average in the CPU's memory."""
+    """Keep the slow average in CPU memory."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Evaluation:
-    """Before and after, on held-out prompts with the same initial noise."""
+    """Evaluation before and after training, on held-out prompts and with the same initial noise."""
 
     images: Annotated[int, Field(ge=2)] = 256
     """Images per evaluation, spread evenly over tags and held-out prompts."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Also evaluate every so many iterations. 0: only before and after."""
+    """Also evaluate every N iterations during training. 0: evaluate only before and after."""
     solver: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
-    """ODE solver; evaluations are without noise, whatever the rollouts have."""
+    """ODE solver. dpmpp_2m: DPM-Solver++(2M). euler: Euler. Evaluations never add noise, even if rollouts do."""
     num_inference_steps: Count = 14
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
-    """Classifier-free guidance."""
+    """Classifier-free guidance scale. 1 turns guidance off."""
     seed: int = 0
-    """Seed of the initial noise, the same for every run so that runs can be compared."""
+    """Seed of the initial noise. It is separate from the run's `seed`, so that runs with different seeds can be
+    compared."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Checkpoint:
-    """What `--resume` goes on from."""
+    """Checkpoints, from which `--resume` continues."""
 
     every: Count = 20
-    """Iterations between checkpoints. One more is written at the end and on Ctrl-C."""
+    """Save a checkpoint every N iterations, at the end, and on Ctrl-C."""
     keep: Count = 2
-    """How many of the newest to keep."""
+    """Number of checkpoints to keep. Older ones are deleted."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Distributed:
-    """A run on several processes, started by torchrun. One process alone reads none of this."""
+    """Training on several processes, started by torchrun. A single process ignores these settings."""
 
     timeout_s: Positive = 600.0
-    """How long a process waits for the others before it gives up and says what it waited for."""
+    """Seconds to wait for the other processes before the run stops with an error."""
     check_every: Annotated[int, Field(ge=0)] = 20
-    """Every so many iterations the processes compare checksums of their weights and counters. 0: never."""
+    """Compare checksums of weights and counters between processes every N iterations. 0: never."""
     shard: Literal["none", "full", "hybrid"] = "none"
-    """Full fine-tuning with all copies of the weights, gradients and optimizer states cut over all processes (full), or
-    over those of a machine, with a copy on each machine (hybrid). Needs fp32 weights and `--optimizer.name adamw`."""
+    """Sharding of weights, gradients and optimizer states in full fine-tuning (FSDP2). none: every process holds all
+    of them. full: sharded over all processes. hybrid: sharded over the processes of each machine, and replicated on
+    every machine. Sharding needs fp32 weights and `--optimizer.name adamw`."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Log:
-    """Where metrics go besides `metrics.jsonl`."""
+    """Where metrics are logged, in addition to `metrics.jsonl`."""
 
     tensorboard: bool = False
-    """Write TensorBoard events into the run's folder."""
+    """Write TensorBoard events to the run's folder."""
     wandb: str | None = None
-    """Weights & Biases project to log to."""
+    """Weights & Biases project to log to. None: do not log there."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Engine:
-    """Where the speed comes from. Each saving can be switched alone, and none but fp8 rollouts changes what is learnt.
+    """Speed and memory. Each saving can be switched off alone. Only `rollout_precision: fp8` changes what is learned.
 
-    "auto" chooses by the device and by short measurements at the run's own shapes, and says what it chose and why.
+    For "auto", the engine decides by the device and by short measurements at the run's own shapes, and prints its
+    choice and the reason.
     """
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, one graph for each kind of transformer block. auto: on a GPU, and on a CPU in long runs."""
+    """torch.compile of the transformer blocks and the decoder. auto: on for GPUs, and for CPU runs of 50,000 images
+    or more; shorter runs do not win back the time it takes to compile."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Record the whole ODE of a rollout once and replay it. auto: on a GPU with 40 GiB or more."""
+    """Record all steps of a rollout as one CUDA graph and replay it. auto: on for GPUs with 40 GiB or more, since a
+    recording keeps its memory."""
     attention: Literal["auto", "native", "native_flash", "native_cudnn", "flash", "flash3", "xformers", "matmul"] = (
         "auto"
     )
-    """Attention kernel: torch's own choice or one of its two, a package, or plain matrix products. auto: the fastest
-    that computes the same."""
+    """Attention kernel. native: PyTorch's scaled_dot_product_attention. native_flash, native_cudnn: only its flash
+    or cuDNN kernel. flash, flash3: the packages FlashAttention 2 and 3. xformers: the package xFormers. matmul:
+    plain matrix products, fast for few tokens on a CPU. auto: the fastest kernel that passes a check against
+    float64."""
     linear: Literal["auto", "torch", "onednn"] = "auto"
-    """Matrix products of fp32 runs on a CPU: torch's or oneDNN's, which is faster on some. auto: the faster one."""
+    """Linear layers of fp32 runs on a CPU. torch: PyTorch's default library. onednn: oneDNN, which is faster on some
+    processors. auto: whichever is faster here, timed once per machine."""
     decoder: Literal["auto", "plain", "fast"] = "auto"
-    """fast: channels_last, and compiled where the blocks are; checked against fp32 on the first images. auto: fast."""
+    """Image decoder. plain: as diffusers runs it. fast: in channels_last, and compiled if the blocks are; its first
+    images are checked against fp32. auto: fast."""
     decode_batch: Count | None = None
-    """Images decoded at a time; fewer take less memory. Default: rollout.batch_size, at most 16 of 512 × 512."""
+    """Images decoded at a time. A smaller number takes less memory. Default: rollout.batch_size, but at most 16
+    images of 512 × 512."""
     overlap: bool = True
-    """On a GPU, decode and score one batch of a rollout while the next one is drawn."""
+    """On a GPU, decode and score one batch while the next one is drawn."""
     batch_timesteps: bool = True
-    """Predict with the reference and with θ_old for all training timesteps at once, in full batches."""
+    """Predict with the reference and θ_old for all training timesteps together, in full batches."""
     keep_memory: bool = True
-    """On a CPU, keep up to a GiB of freed memory for the next tensors, where the C library can (glibc)."""
+    """On a CPU with glibc, keep up to 1 GiB of freed memory for later tensors."""
     skip_equal_groups: bool = True
-    """Leave out what a group of equal rewards adds nothing to the gradient by."""
+    """If all rewards of a group are equal, skip the computations that cannot change the gradient."""
     checkpointing: Literal["none", "selective", "blocks"] = "none"
-    """Activations made again in the backward pass, for memory: none, the cheap ones, or all inside each block."""
+    """Activation checkpointing: recompute activations in the backward pass to save memory. none: store all.
+    selective: store only those that are expensive to recompute. blocks: store only the input of each transformer
+    block."""
     rollout_precision: Literal["same", "fp8"] = "same"
-    """fp8: rollouts in float8 by torchao, on GPUs that have it. Inexact: other images are drawn and learnt from. The
-    gradient and evaluations stay in the run's precision."""
+    """same: rollouts in the run's precision. fp8: rollouts in float8 through torchao, on GPUs that support it. fp8
+    draws slightly different images and so changes what is learned; gradients and evaluations keep the run's
+    precision."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -293,54 +317,57 @@ class Config:
     """Reinforce a text-to-image diffusion model with Direct Group Preference Optimization (DGPO)."""
 
     recipe: str = "tiny-shapes"
-    """Where the settings below start from."""
+    """Recipe that the settings start from."""
     model: str = "tiny"
-    """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the hub."""
+    """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the Hugging Face
+    hub."""
     revision: str | None = None
-    """Branch, tag or commit of a model on the hub."""
+    """Branch, tag or commit of a model on the hub. None: its default branch."""
     random_weights: bool = False
-    """Build the model from its configuration with random weights: for benchmarks, without a download."""
+    """Build the model from its configuration with random weights, without downloading them. For benchmarks."""
     random_text_encoders: bool = False
-    """With random weights, build the text encoders too. Without them, random embeddings stand in."""
+    """If `random_weights` is set, also build the text encoders. Otherwise, random embeddings replace them."""
     prompts: str = "tiny-shapes"
-    """A generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with a prompt a line, a GenEval .jsonl or a
-    .csv."""
+    """Training prompts: a generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with one prompt per line,
+    a GenEval .jsonl file, or a .csv file with prompts and tags."""
     eval_prompts: str | None = None
-    """Held-out prompts. Default: a part of `prompts` that training never sees."""
+    """Held-out prompts for evaluations, given as `prompts` are. None: a part of `prompts` that is never trained on."""
     rewards: Rewards = ("shapes",)
-    """What to raise, with `=weight`: names (shapes, ocr, geneval-hf, pickscore, …), your own `my_module:MyReward`, a
-    judge's file or a reward server's address."""
+    """Rewards to maximise, each with an optional weight (`NAME=0.5`, default 1): names (shapes, ocr, geneval-hf,
+    pickscore, …), your own `my_module:MyReward`, a judge's .yaml file, or the address of a reward server."""
     prompt_cache: Annotated[str, Field(min_length=1)] = "auto"
-    """Where encoded prompts are kept for all runs: auto (the user's cache folder, or $DGPO_FAST_CACHE), off, or a
-    folder."""
+    """Where encoded prompts are stored for later runs. auto: $DGPO_FAST_CACHE, or the user's cache folder. off: in
+    memory only. Anything else: a folder."""
     prompt_cache_gib: Positive = 50.0
-    """Most disk space for encoded prompts, in GiB; the least recently used ones go beyond it."""
+    """Maximum size of the prompt cache, in GiB. Above it, the least recently used prompts are deleted."""
     reward_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    """Processes that score groups beside the rollout, for rewards that run on the CPU. auto: as many as there are cores
-    but one, eight at most, on a GPU; none on a CPU, where they would share the rollout's cores."""
+    """Number of processes that score images during the rollout, for rewards that run on the CPU. auto: on a GPU, one
+    less than the CPU cores per training process, at most 8; on a CPU 0, because rewards and rollout would share the
+    cores."""
     reward_deadline_s: Positive = 300.0
-    """Seconds within which a reward must have scored a group. One that takes longer in a worker process, which is then
-    stopped, or waits for another machine loses the group; any other, in the trainer's own process, ends the run."""
+    """Seconds that a reward may take to score a group. If a reward in a worker process or on another machine takes
+    longer, its group is dropped. If a reward in the trainer's own process takes longer, the run stops."""
     max_lost_iterations: Count = 3
-    """Stop, with a checkpoint, after so many iterations in a row in which a reward was asked and scored nothing, or in
-    which no group could be scored."""
+    """Stop the run, with a checkpoint, if a reward fails on all its images in N iterations in a row, or if no group
+    can be scored in N iterations in a row."""
     iterations: Count = 60
-    """Rounds of drawing groups and learning from them."""
+    """Number of iterations. Each draws groups of images, scores them and trains on them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of prompts, initial noise, training noise and timesteps."""
+    """Seed of the prompt order, initial noise, training noise and timesteps."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
     low_memory: bool = False
-    """Trade speed for memory, for small cards: no merged copy, checkpointed blocks, pictures decoded one by one,
-    averages in the CPU's memory, micro-batches of what fits."""
+    """Use less memory at the cost of speed, for small GPUs: no merged copy of the model (policy.behaviour adapter),
+    checkpointed blocks, images decoded one at a time, the slow average in CPU memory, the largest micro-batch that
+    fits, smaller rollout batches and no CUDA graphs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, fp32 elsewhere."""
+    """Precision of the model. auto: bf16 on a GPU that supports it, else fp32."""
     runs_dir: str = "runs"
-    """Where the run's folder is made."""
+    """Folder in which the run's folder is created."""
     name: str | None = None
-    """The run's folder. Default: recipe, date and time."""
+    """Name of the run's folder. Default: recipe, date and time."""
     objective: str = "dgpo"
-    """What the groups are used for: dgpo, diffusion_dpo, flow_grpo, or your own `my_module:MyObjective`."""
+    """Training objective: dgpo, diffusion_dpo, flow_grpo, or your own `my_module:MyObjective`."""
     rollout: Rollout = Field(default_factory=Rollout)
     data: Data = Field(default_factory=Data)
     advantage: Advantage = Field(default_factory=Advantage)

@@ -20,20 +20,20 @@ from dgpo_fast.run.console import Console
 PAIRS = 400
 """Pairs of pictures in a page, unless --pairs says otherwise; a page of that many 512 px pictures has some 50 MB."""
 
-USAGE = f"""Draw and score images of a Stable Diffusion 3 pipeline, or of what a run trained.
+USAGE = f"""Draw and score images of a Stable Diffusion 3 pipeline or of a training run.
 
-  python -m dgpo_fast.evaluate runs/NAME                          a run's held-out prompts and rewards
-  python -m dgpo_fast.evaluate runs/NAME --weights before         the same before training
-  python -m dgpo_fast.evaluate tiny --images 64                   a plain model
+  python -m dgpo_fast.evaluate runs/NAME                          a run, on its held-out prompts and with its rewards
+  python -m dgpo_fast.evaluate runs/NAME --weights before         the same with the weights before training
+  python -m dgpo_fast.evaluate tiny --images 64                   a model that was not trained here
   python -m dgpo_fast.evaluate ./my_sd3 --lora my_lora.safetensors --prompts my.txt --rewards pickscore aesthetic
-  python -m dgpo_fast.evaluate --side-by-side A B                 two evaluations or runs as one page to click through
-  python -m dgpo_fast.evaluate --side-by-side runs/NAME           a run before and after training
+  python -m dgpo_fast.evaluate --side-by-side A B                 compare two evaluations or runs, image by image
+  python -m dgpo_fast.evaluate --side-by-side runs/NAME           compare a run before and after training
 
---side-by-side writes one page, evaluations/A-and-B.html or the file that --output names; it holds {PAIRS} pairs of
-pictures, or as many as --pairs says.
+--side-by-side writes one HTML page: evaluations/A-and-B.html, or the file given by --output. The page holds {PAIRS}
+pairs of images, or the number given by --pairs.
 
---recipe NAME gives a plain model's defaults: tiny-shapes for tiny, sd35m-geneval for any other. The same command goes
-on after Ctrl-C or a kill."""
+For a model that is not a run, the defaults are those of a recipe: tiny-shapes for `tiny`, else sd35m-geneval, or the
+one given by --recipe. After Ctrl-C or a kill, the same command continues the evaluation."""
 
 
 def evaluate(args: list[str]) -> int:

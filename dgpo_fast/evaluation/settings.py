@@ -23,51 +23,54 @@ FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
 
 @dataclass(kw_only=True, config=STRICT)
 class EvaluationSettings:
-    """Images and scores of a diffusers Stable Diffusion 3 pipeline, or of what a run trained."""
+    """An evaluation: draw and score images of a Stable Diffusion 3 pipeline, or of a training run."""
 
     model: str = "tiny"
-    """`tiny` (shipped), a pipeline's folder, a name on the hub, or a run's folder."""
+    """What to evaluate: `tiny` (shipped), a pipeline's folder, a name on the Hugging Face hub, or a run's folder."""
     revision: str | None = None
-    """Branch, tag or commit of a model on the hub."""
+    """Branch, tag or commit of a model on the hub. None: its default branch."""
     lora: str | None = None
-    """A LoRA for the model: a .safetensors file, or the folder it lies in."""
+    """A LoRA to load into the model: a .safetensors file, or the folder that contains it. None: no LoRA."""
     weights: Literal["after", "before"] | None = None
-    """Of a run: what it trained, or what it started from. None: after."""
+    """Weights of a run to evaluate. after: the trained weights. before: the weights that training started from.
+    None: after."""
     prompts: str | None = None
-    """A .txt, .jsonl or .csv file (all its prompts), or a generator (what it holds out). None: what a run held out."""
+    """All prompts of a .txt, .jsonl or .csv file, or the held-out prompts of a generator. None: the run's held-out
+    prompts."""
     images: Count | None = None
-    """Images in all, dealt out evenly over tags and prompts. None: `images_per_prompt` of every prompt of a file."""
+    """Number of images, spread evenly over tags and prompts. None: `images_per_prompt` for every prompt of a file."""
     images_per_prompt: Count = 1
-    """Images of each prompt, each from noise of its own."""
+    """Images per prompt, each from its own initial noise."""
     rewards: Rewards = ("shapes",)
-    """What scores the images, each a column of its own: names, or your own `my_module:MyReward`. Weights (`=0.5`) only
-    count in the sum that a run trained on."""
+    """Rewards that score the images: names, or your own `my_module:MyReward`. Each gets a column in the results.
+    Weights (`=0.5`) only affect the weighted sum that a run was trained on."""
     seed: int = 0
-    """Seed of the initial noise. Evaluations of one seed and one list of prompts start from the same noise."""
+    """Seed of the initial noise. Evaluations with the same seed and the same prompts start from the same noise."""
     solver: Literal["dpmpp_2m", "euler"] = "dpmpp_2m"
-    """ODE solver on flow sigmas."""
+    """ODE solver on flow sigmas. dpmpp_2m: DPM-Solver++(2M). euler: Euler."""
     num_inference_steps: Count = 14
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
-    """Classifier-free guidance. 1 is unguided and costs half."""
+    """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
     shift: Annotated[float, Field(gt=0, le=100)] = 3.0
-    """Timestep shift of the sigma grid."""
+    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t)."""
     resolution: Annotated[int, Field(ge=16)] | None = None
-    """Height and width in pixels. None: what the model was trained at."""
+    """Height and width of the images in pixels. None: the resolution that the model was trained at."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 128
-    """Tokens of the T5 prompt encoder. 0 leaves its slots out, for a pipeline without one."""
+    """Number of T5 tokens per prompt. 0: no T5 tokens, for a pipeline without that encoder."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, fp32 elsewhere."""
+    """Precision of the model. auto: bf16 on a GPU that supports it, else fp32."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
     batch_size: Count = 32
-    """Images per forward, and what a killed evaluation draws again at most."""
+    """Images per forward pass. If an evaluation is killed, at most this many images are drawn again."""
     reward_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    """Processes that score images beside the drawing, for rewards that run on the CPU. auto: on a GPU, up to eight."""
+    """Number of processes that score images while others are drawn, for rewards that run on the CPU. auto: on a GPU,
+    one less than the number of CPU cores, at most 8; on a CPU 0."""
     reward_deadline_s: Positive = 300.0
-    """Seconds within which a reward must have scored an image."""
+    """Seconds that a reward may take to score an image."""
     output: str | None = None
-    """The folder to write. Default: evaluations/, by the names of model, LoRA and prompts."""
+    """Folder to write. Default: a folder in evaluations/, named after the model, the LoRA and the prompts."""
 
 
 def read_settings(args: list[str]) -> EvaluationSettings:

@@ -4,14 +4,14 @@ import torch
 
 from dgpo_fast.config.command_line import configure, print_help, run_command, take_count
 
-USAGE = """Predict the memory of a run on a GPU, and on which cards it fits. Needs no GPU and allocates nothing.
+USAGE = """Predict how much GPU memory a run needs, and which cards it fits on. Needs no GPU and allocates no memory.
 
-  python -m dgpo_fast.memory sd35m-geneval --random-weights                       LoRA, as the recipe has it
-  python -m dgpo_fast.memory sd35m-geneval --random-weights --low-memory          the least that LoRA takes
+  python -m dgpo_fast.memory sd35m-geneval --random-weights                       LoRA, with the recipe's settings
+  python -m dgpo_fast.memory sd35m-geneval --random-weights --low-memory          LoRA, with as little as possible
   python -m dgpo_fast.memory sd35m-geneval --random-weights --policy.train full --optimizer.name adamw8bit
-  python -m dgpo_fast.memory my.yaml --processes 8                                on each of eight GPUs
+  python -m dgpo_fast.memory my.yaml --processes 8                                each of eight GPUs
 
---random-weights spares the download of SD3.5-Medium's configuration: its sizes are known."""
+With --random-weights, the configuration of SD3.5-Medium is not downloaded; its sizes are known."""
 
 
 def memory(args: list[str]) -> int:

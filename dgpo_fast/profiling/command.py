@@ -15,11 +15,13 @@ from dgpo_fast.errors import UserError
 
 USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
 
-  python -m dgpo_fast.profile                                      coloured shapes on the shipped pipeline
-  python -m dgpo_fast.profile sd35m-geneval --random-weights       SD3.5-Medium's size, without a download
-  python -m dgpo_fast.profile my.yaml --measured 10 --warmup 3     more iterations
-  torchrun --standalone --nproc-per-node 8 -m dgpo_fast.profile sd35m-geneval     process 0, and how even all are
-  python -m dgpo_fast.profile --compare A B                        two profiles side by side, with ratios"""
+  python -m dgpo_fast.profile                                      coloured shapes, with the shipped small pipeline
+  python -m dgpo_fast.profile sd35m-geneval --random-weights       a model of SD3.5-Medium's size, without a download
+  python -m dgpo_fast.profile my.yaml --measured 10 --warmup 3     your own settings, over more iterations
+  torchrun --standalone --nproc-per-node 8 -m dgpo_fast.profile sd35m-geneval     eight processes; only process 0 traces
+  python -m dgpo_fast.profile --compare A B                        compare two profiles, with ratios
+
+--warmup N iterations (1) are run but not measured. --measured N iterations (3) are timed. One more is traced."""
 
 
 def profile(args: list[str]) -> int:
