@@ -3,13 +3,13 @@
 Learning rates of the small recipes with other objectives or data are those of an earlier search; docs/comparison.md
 has the present one.
 
-The `sd35m-*` recipes carry the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. Where the
+The `sd35m-*` recipes carry the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. If the
 release's README and its configuration disagree, the configuration counts. Those for Flow-GRPO carry the values of that
 method's release; for Diffusion-DPO none were released, and they share DGPO's.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dgpo_fast.config import DGPO, EMA, Advantage, Config, Data, Evaluation, FlowGRPO, Optimizer, Policy, Rollout
@@ -263,7 +263,7 @@ def get_recipe(name: str, origin: str | None = None) -> Config:
 
 
 def prompts_note(config: Config) -> str:
-    """What to know of the prompts that a run takes from its recipe, in one line; empty where there is nothing."""
+    """What to know of the prompts that a run takes from its recipe, in one line; empty if there is nothing."""
     if not config.recipe.startswith("sd35m-pickscore") or config.prompts != "geneval":
         return ""
     return (
@@ -272,48 +272,63 @@ def prompts_note(config: Config) -> str:
     )
 
 
-def markdown_table() -> str:
-    """The recipes side by side, as the README shows them: `python -m dgpo_fast.recipes`."""
-    columns = [
-        "recipe",
-        "objective",
-        "prompts",
-        "rewards",
-        "P × G",
-        "steps, guidance",
-        "trained on",
-        "β",
-        "KL weight, guidance",
-        "clip",
-        "std",
-        "lr",
-    ]
-    rows = [columns, ["---"] * len(columns)]
-    for name, recipe in RECIPES.items():
-        c = recipe()
-        trained_on, beta, kl, clip = _objective_cells(c)
-        rows.append(
-            [
-                f"`{name}`",
-                f"`{c.objective}`" + (", offline" if c.data.source == "offline" else ""),
-                f"`{c.prompts}`" + (" in place of Pick-a-Pic" if prompts_note(c) else ""),
-                ", ".join(f"`{reward}`" for reward in c.rewards),
-                f"{c.rollout.groups} × {c.rollout.group_size}",
-                f"{c.rollout.num_inference_steps}, {c.rollout.guidance_scale:g}"
-                + (f", noise {c.rollout.noise_level:g}" if c.rollout.noise_level else ""),
-                f"{trained_on}, {c.policy.train}" + (f" r{c.policy.lora_rank}" if c.policy.train == "lora" else ""),
-                beta,
-                kl,
-                clip,
-                c.advantage.std,
-                f"{c.optimizer.lr:g}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+MOST_USED = (
+    "tiny-shapes",
+    "tiny-ocr",
+    "tiny-shapes-offline",
+    "tiny-shapes-diffusion-dpo",
+    "tiny-shapes-flow-grpo",
+    "sd35m-geneval",
+    "sd35m-ocr",
+    "sd35m-pickscore",
+    "sd35m-cfgfree",
+    "sd35m-cfgfree-ema",
+)
+SHORT = ("recipe", "objective", "prompts", "rewards", "P × G", "rollout steps, guidance", "training timesteps, weights")
+
+
+def markdown_table(names: Iterable[str] = RECIPES, columns: Sequence[str] | None = None) -> str:
+    """Recipes side by side, as docs/recipes.md shows them: `python -m dgpo_fast.recipes`.
+
+    Args:
+        names: of the recipes, one a row.
+        columns: some of them, by their titles; all by default.
+    """
+    rows = [_cells(name, RECIPES[name]()) for name in names]
+    columns = columns or list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def short_table() -> str:
+    """The recipes that are used most, as the README shows them."""
+    return markdown_table(MOST_USED, SHORT)
+
+
+def _cells(name: str, config: Config) -> dict[str, str]:
+    """A recipe's row by the titles of its columns."""
+    rollout, policy = config.rollout, config.policy
+    timesteps, beta, kl, clip = _objective_cells(config)
+    rank = f" r{policy.lora_rank}" if policy.train == "lora" else ""
+    noise = f", noise {rollout.noise_level:g}" if rollout.noise_level else ""
+    return {
+        "recipe": f"`{name}`",
+        "objective": f"`{config.objective}`" + (", offline" if config.data.source == "offline" else ""),
+        "prompts": f"`{config.prompts}`" + (" in place of Pick-a-Pic" if prompts_note(config) else ""),
+        "rewards": ", ".join(f"`{reward}`" for reward in config.rewards),
+        "P × G": f"{rollout.groups} × {rollout.group_size}",
+        "rollout steps, guidance": f"{rollout.num_inference_steps}, {rollout.guidance_scale:g}{noise}",
+        "training timesteps, weights": f"{timesteps}, {policy.train}" + rank,
+        "β": beta,
+        "KL weight, guidance": kl,
+        "clip": clip,
+        "std": config.advantage.std,
+        "lr": f"{config.optimizer.lr:g}",
+    }
 
 
 def _objective_cells(config: Config) -> tuple[str, str, str, str]:
-    """Trained on, β, KL weight and guidance, clip."""
+    """Training timesteps, β, KL weight and guidance, clip."""
     if config.objective == "diffusion_dpo":
         dpo = config.diffusion_dpo
         return f"{dpo.timesteps} logit-normal levels", f"{dpo.beta:g}", "", ""
