@@ -40,11 +40,10 @@ setup(
         "scipy>=1.13",
         "pillow>=10",
         "matplotlib>=3.9",
-        "pydantic>=2.9",
+        "pydantic>=2.11",
         "pyyaml>=6",
         "rich>=13",
         "psutil>=5.9",
-        "tyro>=1.0",
     ],
     extras_require={
         "gpu": [

@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_fast.config import Config
-from dgpo_fast.config.command_line import (
-    INTERRUPTED,
-    configure,
-    launched_with_others,
-    leave,
-    print_help,
-    run_command,
-    take_option,
-)
+from dgpo_fast.config.command_line import INTERRUPTED, configure, launched_with_others, leave, run_command, take_option
+from dgpo_fast.config.help import print_help
 from dgpo_fast.config.reading import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.folder import LOCK, FolderLock, read_lock
@@ -138,7 +131,7 @@ def _require_effect(folder: Path, before: Config, after: Config) -> None:
 def train(args: list[str]) -> int:
     """Trains as the command line says; returns the exit status."""
     if {"-h", "--help"} & set(args):
-        print_help("dgpo_fast.train", USAGE, args)
+        print_help(USAGE, args)
         return 0
     # Alone, a wrong command line is refused before the imports below, which take seconds.
     start = None if launched_with_others() else read_start(args)

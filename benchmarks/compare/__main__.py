@@ -1,7 +1,8 @@
 """`python -m benchmarks.compare`: tunes every system the same way and trains each for the same time."""
 
 from benchmarks.compare.settings import CompareSettings
-from dgpo_fast.config.command_line import print_settings, run_command
+from dgpo_fast.config.command_line import run_command
+from dgpo_fast.config.help import print_settings
 from dgpo_fast.config.reading import parse_overrides, resolve
 from dgpo_fast.errors import UserError
 
@@ -18,7 +19,7 @@ If a comparison was stopped, the same command continues it."""
 def compare(args: list[str]) -> int:
     """Compares as the command line says; returns the exit status."""
     if {"-h", "--help"} & set(args):
-        print_settings("benchmarks.compare", USAGE, CompareSettings())
+        print_settings(USAGE, CompareSettings())
         return 0
     settings = resolve(CompareSettings(), parse_overrides(args, CompareSettings()), "command line")
     if settings.quick and settings.long:

@@ -6,9 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
-
-import tyro
+from typing import NoReturn
 
 from dgpo_fast.config import Config
 from dgpo_fast.config.reading import YAML, parse_overrides, read_yaml, resolve
@@ -122,27 +120,3 @@ def configure(args: list[str]) -> Config:
     name = given or settings.get("recipe") or next(iter(RECIPES))
     config = resolve(get_recipe(str(name), None if given else file), {**settings, "recipe": name}, file or "recipe")
     return resolve(config, overrides, "command line")
-
-
-def print_help(command: str, usage: str, args: list[str]) -> None:
-    """Prints what the command does, the recipes and every setting with the value that `args` would give it."""
-    recipes = "\n".join(f"  {name:<34} {_first_line(function)}" for name, function in RECIPES.items())
-    shown = [arg for arg in args if arg not in ("-h", "--help")]
-    description = f"{usage}\n\nRecipes:\n\n{recipes}\n\nSettings (defaults: those of the chosen recipe)"
-    print_settings(command, description, configure(shown))
-
-
-def print_settings(command: str, description: str, defaults: Any) -> None:
-    """Prints what the command does and every setting of the dataclass `defaults` with its value."""
-    tyro.cli(
-        type(defaults),
-        default=defaults,
-        args=["--help"],
-        prog=f"python -m {command}",
-        description=description,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-
-
-def _first_line(function: Callable[..., Any]) -> str:
-    return (function.__doc__ or "").strip().splitlines()[0]

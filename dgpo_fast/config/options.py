@@ -10,7 +10,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the docstrings are what `--help` prints
 
 
 def _as_list_of_rewards(given: Any) -> Any:

@@ -4,7 +4,8 @@ import shlex
 import time
 from pathlib import Path
 
-from dgpo_fast.config.command_line import INTERRUPTED, print_settings, take_option
+from dgpo_fast.config.command_line import INTERRUPTED, take_option
+from dgpo_fast.config.help import print_settings
 from dgpo_fast.config.reading import to_dict
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.settings import (
@@ -40,7 +41,7 @@ def evaluate(args: list[str]) -> int:
     """Evaluates as the command line says; returns the exit status."""
     args = list(args)
     if {"-h", "--help"} & set(args):
-        print_settings("dgpo_fast.evaluate", f"{USAGE}\n\nSettings", EvaluationSettings())
+        print_settings(USAGE, EvaluationSettings())
         return 0
     if "--side-by-side" in args:
         return side_by_side(args)

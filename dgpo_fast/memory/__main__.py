@@ -2,7 +2,8 @@
 
 import torch
 
-from dgpo_fast.config.command_line import configure, print_help, run_command, take_count
+from dgpo_fast.config.command_line import configure, run_command, take_count
+from dgpo_fast.config.help import print_help
 
 USAGE = """Predict how much GPU memory a run needs, and which cards it fits on. Needs no GPU and allocates no memory.
 
@@ -17,7 +18,7 @@ With --random-weights, the configuration of SD3.5-Medium is not downloaded; its 
 def memory(args: list[str]) -> int:
     """Predicts as the command line says; returns the exit status."""
     if {"-h", "--help"} & set(args):
-        print_help("dgpo_fast.memory", USAGE, [arg for arg in args if arg in ("-h", "--help")])
+        print_help(USAGE, [])
         return 0
     args = list(args)
     processes = take_count(args, "processes", 1)

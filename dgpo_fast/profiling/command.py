@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_fast.config import Config, Log
-from dgpo_fast.config.command_line import configure, launched_with_others, print_help, take_count, take_option
+from dgpo_fast.config.command_line import configure, launched_with_others, take_count, take_option
+from dgpo_fast.config.help import print_help
 from dgpo_fast.config.reading import resolve, to_dict
 from dgpo_fast.errors import UserError
 
@@ -28,7 +29,7 @@ def profile(args: list[str]) -> int:
     """Profiles as the command line says; returns the exit status."""
     given, args = list(args), list(args)
     if {"-h", "--help"} & set(args):
-        print_help("dgpo_fast.profile", USAGE, [arg for arg in args if arg in ("-h", "--help")])
+        print_help(USAGE, [])
         return 0
     if "--compare" in args:
         return compare(args)

@@ -25,7 +25,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from dgpo_fast.config import STRICT, Count, Positive
-from dgpo_fast.config.command_line import BAD_INPUT, print_settings
+from dgpo_fast.config.command_line import BAD_INPUT
+from dgpo_fast.config.help import print_settings
 from dgpo_fast.config.reading import parse_overrides, resolve
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.serving.service import Limits, Refused, RewardService
@@ -316,7 +317,7 @@ def _is_loopback(host: str) -> bool:
 def serve(args: list[str]) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit status."""
     if {"-h", "--help"} & set(args):
-        print_settings("dgpo_fast.reward_server", f"{USAGE}\n\nSettings", ServerSettings())
+        print_settings(USAGE, ServerSettings())
         return 0
     settings = resolve(ServerSettings(), parse_overrides(args, ServerSettings()), "command line")
     if not settings.reward:
