@@ -43,6 +43,7 @@ setup(
         "pydantic>=2.11",
         "pyyaml>=6",
         "rich>=13",
+        "filelock>=3.30",
         "psutil>=5.9",
     ],
     extras_require={

@@ -96,6 +96,7 @@ def test_what_an_evaluation_writes(workspace: Path, capsys: pytest.CaptureFixtur
         "contact_sheet.png",
         "evaluation.yaml",
         ".lock",
+        ".lock.json",
     }
     lines = index(out)
     assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]

@@ -58,6 +58,7 @@ def test_what_a_run_writes(workspace: Path) -> None:
         "evaluation_before.npz",
         "evaluation_after.npz",
         ".lock",
+        ".lock.json",
     }
     assert {path.name for path in run.iterdir()} == expected
     lines = read_metrics(run / "metrics.jsonl")

@@ -14,7 +14,7 @@ from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards.weighted import CONTENT
-from dgpo_fast.run.folder import LOCK, FolderLock
+from dgpo_fast.run.folder import HOLDER, LOCK, FolderLock
 from dgpo_fast.run.metrics import json_line, read_metrics
 
 MADE_WITH, INDEX, RESULTS, CONTACT_SHEET = "evaluation.yaml", "index.jsonl", "results.json", "contact_sheet.png"
@@ -121,6 +121,7 @@ class EvaluationFolder:
             if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {
                 "images",
                 LOCK,
+                HOLDER,
                 f".{MADE_WITH}",
             }:
                 return

@@ -1,42 +1,50 @@
 """One run's folder, one process that trains in it."""
 
-import fcntl
+import errno
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from dgpo_fast.errors import UserError
 
 LOCK = ".lock"
+HOLDER = ".lock.json"
+"""Who holds the lock, beside it: Windows lets nobody read a file that is locked."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class FolderLock:
     """Holds `folder` until this process ends, however it ends: the kernel lets go of the lock.
 
+    If the file system has no locks, says so on stderr and holds nothing.
+
     Args:
         folder: the run's folder.
-        note: JSON values to leave in the lock, for whoever comes next; see `read_lock`.
+        note: JSON values to leave beside the lock, for whoever comes next; see `read_lock`.
 
-    Raises UserError where another process holds it.
+    Raises:
+        UserError: another process holds the folder, or its lock cannot be written.
     """
 
     def __init__(self, folder: Path, note: dict[str, Any] | None = None):
-        self.file = (folder / LOCK).open("a+", encoding="utf-8")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = read_lock(folder)
-            self.file.close()
-            raise UserError(
-                f"{folder}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is at work in it; "
-                "wait for it, or stop it, before you go on"
-            ) from None
-        content = {"pid": os.getpid(), "host": socket.gethostname(), **(note or {})}
-        self.file.truncate(0)
-        self.file.write(json.dumps(content) + "\n")
-        self.file.flush()
+            self.file = (folder / LOCK).open("ab")
+            if not _lock(self.file.fileno(), folder):
+                self.file.close()
+                holder = read_lock(folder)
+                raise UserError(
+                    f"{folder}: process {holder.get('pid', '?')} on {holder.get('host', '?')} is at work in it; "
+                    "wait for it, or stop it, before you go on"
+                )
+            content = {"pid": os.getpid(), "host": socket.gethostname(), **(note or {})}
+            (folder / HOLDER).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder / LOCK}: cannot be written ({error.strerror}): mend it, or its folder") from None
 
     def release(self) -> None:
         """Lets go before the process ends."""
@@ -44,9 +52,25 @@ class FolderLock:
 
 
 def read_lock(folder: Path) -> dict[str, Any]:
-    """What the process that holds or held `folder` left in its lock; empty where there is nothing to read."""
+    """What the process that holds or held `folder` left beside its lock; empty if there is nothing to read."""
+    for name in (HOLDER, LOCK):  # earlier versions wrote it into the lock itself
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Whether nobody else holds the lock. The descriptor is closed, and the lock free, when the process ends."""
     try:
-        content = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"note: {folder}: its file system has no locks ({error.strerror}): let no other process work in it",
+            file=sys.stderr,
+        )
+        return True
