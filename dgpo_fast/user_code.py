@@ -21,7 +21,7 @@ def import_attribute(what: str, path: str, example: str) -> Any:
     """The attribute that `path`, written `module:attribute`, names.
 
     Args:
-        what: what it is for, as errors name it: "reward 'my_rewards:Brightness'".
+        what: what it is for, as errors name it: "reward 'my_reward:Brightness'".
         path: the module is looked for in the working folder and among installed packages.
         example: a path as it should be, for the error.
 
@@ -53,7 +53,7 @@ def call(what: str, failed: str, function: Callable[..., Any], *arguments: Any) 
 
 
 def told(error: BaseException, limit: int | None = None) -> str:
-    """An error of code that may be a user's, in one line: `KeyError: 'tag' (my_rewards.py, line 18)`.
+    """An error of code that may be a user's, in one line: `KeyError: 'tag' (my_reward.py, line 18)`.
 
     The place is the last one in the user's own code; there is none where the error comes from elsewhere.
 

@@ -20,8 +20,7 @@ from dgpo_fast.evaluation.command import take_sources
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
-from dgpo_fast.tiny.data import all_prompts
-from dgpo_fast.train import MAY_CHANGE, MUST_STAY, train
+from dgpo_fast.train import MAY_CHANGE, MUST_STAY
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,44 +70,6 @@ def test_settings_named_in_the_docs_exist() -> None:
             path.read_text(encoding="utf-8"),
         ):
             assert field in ("py", "yaml") or f"{group}.{field}" in names, f"{path.name}: {group}.{field}"
-
-
-def test_the_documented_recipe_is_understood(tmp_path: Path) -> None:
-    """The file in docs/recipes.md, and the error that it says a misspelt setting gives."""
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    file = tmp_path / "my_recipe.yaml"
-    file.write_text(block)
-    config = configure([str(file)])
-    assert (config.recipe, config.rollout.groups, config.optimizer.lr) == ("tiny-shapes", 8, 1e-4)
-    assert configure([str(file), "--optimizer.lr", "3e-4", "--name", "faster"]).optimizer.lr == 3e-4
-    file.write_text(block.replace("groups:", "group:"))
-    with pytest.raises(UserError) as caught:
-        configure([str(file)])
-    assert f"error: {caught.value}".replace(str(file), "my_recipe.yaml") in page
-
-
-def test_what_the_documents_say_to_save_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An own reward, prompt file and recipe, copied from the pages as they are, make a run."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    pages = {name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("rewards", "prompts", "recipes")}
-    reward = re.search(r"Save this as `my_rewards\.py`.*?```python\n(.*?)```", pages["rewards"], re.DOTALL)
-    prompts = re.search(r"\*\*`\.txt`\*\*: one prompt a line.*?\n((?:    .*\n)+)", pages["prompts"], re.DOTALL)
-    recipe = re.search(r"```yaml\n(.*?)```", pages["recipes"], re.DOTALL)
-    assert reward and prompts and recipe
-    (tmp_path / "my_rewards.py").write_text(reward[1])
-    (tmp_path / "my_prompts.txt").write_text("".join(line[4:] for line in prompts[1].splitlines(keepends=True)))
-    (tmp_path / "my_recipe.yaml").write_text(recipe[1])
-    assert train(["my_recipe.yaml", "--iterations", "1", "--evaluation.images", "2", "--name", "mine"]) == 0
-    summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
-    assert {"jpeg", "bright", "bright/too_bright"} <= set(summary["after"]["parts"])
-
-
-def test_the_documented_prompts_of_the_small_pipeline_are_of_its_world() -> None:
-    page = (ROOT / "docs/prompts.md").read_text(encoding="utf-8")
-    found = re.search(r"The shipped small pipeline knows prompts.*?\n\n((?:    .*\n)+)", page)
-    assert found and {line.strip() for line in found[1].splitlines()} <= {text for text, _ in all_prompts()}
 
 
 def test_the_documented_use_of_metadata_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -249,27 +248,3 @@ def test_a_judge_that_comes_back_costs_a_drawing_no_group(workspace: Path, monke
     assert train(["--resume", "runs/stopped"]) == 0
     assert kept.stat().st_mtime_ns == written
     assert same(contents("stopped"), undisturbed)
-
-
-def test_the_objective_of_the_guide(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File and recipe copied from docs/objectives.md train from outside the package, and resume."""
-    guide = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
-    code, recipe = (re.search(rf"```{kind}\n(.*?)```", guide, re.S) for kind in ("python", "yaml"))
-    assert code and recipe
-    (workspace / "my_objectives.py").write_text(code[1], encoding="utf-8")
-    (workspace / "my_recipe.yaml").write_text(recipe[1], encoding="utf-8")
-    monkeypatch.syspath_prepend(str(workspace))
-    small = [
-        "--rollout.groups=2",
-        "--rollout.group-size=4",
-        "--rollout.num-inference-steps=2",
-        "--evaluation.images=8",
-        "--evaluation.num-inference-steps=2",
-        "--iterations=3",
-        "--policy.micro-batch=3",
-    ]
-    assert train(["my_recipe.yaml", *small, "--name", "own"]) == 0
-    losses = [line["loss"] for line in untimed(workspace / "runs/own")]
-    assert len(losses) == 3 and all(loss > 0 for loss in losses)
-    assert train(["--resume", "runs/own", "--iterations", "4"]) == 0
-    assert len(untimed(workspace / "runs/own")) == 4

@@ -17,7 +17,7 @@ def _as_list_of_rewards(given: Any) -> Any:
     """A single reward stands for a list of one; what YAML makes of other forms is refused with the right one."""
     rewards = [given] if isinstance(given, str) else given
     if not rewards or not isinstance(rewards, list | tuple) or not all(isinstance(one, str) for one in rewards):
-        raise ValueError("write rewards: [jpeg=0.1, red=my_rewards:Name]")
+        raise ValueError("write rewards: [jpeg=0.1, red=my_reward:Name]")
     return rewards
 
 

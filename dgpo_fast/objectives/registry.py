@@ -76,7 +76,7 @@ def _make(config: Config) -> Objective:
         known = ", ".join(BUILT_IN)
         raise UserError(f"no objective {name!r}: name one of {known}, or your own as my_module:MyObjective")
     what = f"objective {name!r}"
-    make = import_attribute(what, BUILT_IN.get(name, name), example="my_objectives:MyObjective")
+    make = import_attribute(what, BUILT_IN.get(name, name), example="my_objective:MyObjective")
     objective = call(what, "cannot be made", make, config)
     parts = ("needs_transitions", "optimizer_batches", "accumulate")
     missing = [part for part in parts if not hasattr(objective, part)]

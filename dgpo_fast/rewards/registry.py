@@ -126,12 +126,12 @@ def _load(what: str, source: str) -> Reward:
         raise UserError(
             f"no reward {source!r}: {hint}Name one of {', '.join(BUILT_IN)}, or your own as module:attribute"
         )
-    attribute = import_attribute(what, BUILT_IN.get(source, source), example="my_rewards:Brightness")
+    attribute = import_attribute(what, BUILT_IN.get(source, source), example="my_reward:Brightness")
     return _make(what, attribute)
 
 
 def _as_import(source: str) -> list[str]:
-    """`my_rewards.Brightness` with the colon that it lacks."""
+    """`my_reward.Brightness` with the colon that it lacks."""
     module, _, attribute = source.rpartition(".")
     is_path = all(part.isidentifier() for part in source.split(".")) and attribute != "py"
     return [f"{module}:{attribute}"] if module and is_path else []
