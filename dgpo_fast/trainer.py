@@ -22,7 +22,7 @@ from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import load_optimizer, optimizer_tensors, state_bytes
-from dgpo_fast.memory import MemoryPlan
+from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder

@@ -17,13 +17,14 @@ from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
-from dgpo_fast.memory import MemoryPlan, plan, simulate
+from dgpo_fast.memory import plan, simulate
 from dgpo_fast.memory.__main__ import memory
 from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.cards import CARDS_GB, fit_on
 from dgpo_fast.memory.live import LiveBytes, tensors_alive
 from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import Line, fit
+from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained
 from dgpo_fast.models.architecture import read_architecture, sd35_medium

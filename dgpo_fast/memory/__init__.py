@@ -9,7 +9,3 @@
 * `plan.py`: what a run uses of these;
 * `cards.py`: on which GPUs a run fits (`python -m dgpo_fast.memory`).
 """
-
-from dgpo_fast.memory.plan import MemoryPlan
-
-__all__ = ["MemoryPlan"]

@@ -1,18 +1,16 @@
 """`python -m dgpo_fast.memory`: what a run will hold on a GPU, and on which cards it fits, before there is one."""
 
-import torch
-
 from dgpo_fast.config.command_line import configure, run_command, take_count
 from dgpo_fast.config.help import print_help
 
 USAGE = """Predict how much GPU memory a run needs, and which cards it fits on. Needs no GPU and allocates no memory.
 
-  python -m dgpo_fast.memory sd35m-geneval --random-weights                       LoRA, with the recipe's settings
-  python -m dgpo_fast.memory sd35m-geneval --random-weights --low-memory          LoRA, with as little as possible
-  python -m dgpo_fast.memory sd35m-geneval --random-weights --policy.train full --optimizer.name adamw8bit
-  python -m dgpo_fast.memory my.yaml --processes 8                                each of eight GPUs
+  python -m dgpo_fast.memory sd35m-geneval                  LoRA, with the recipe's settings
+  python -m dgpo_fast.memory sd35m-geneval --low-memory     LoRA, with as little as possible
+  python -m dgpo_fast.memory sd35m-geneval --policy.train full --optimizer.name adamw8bit
+  python -m dgpo_fast.memory my.yaml --processes 8          each of eight GPUs
 
-With --random-weights, the configuration of SD3.5-Medium is not downloaded; its sizes are known."""
+The sizes of SD3.5-Medium are known. Any other model on the hub is downloaded first."""
 
 
 def memory(args: list[str]) -> int:
@@ -24,10 +22,16 @@ def memory(args: list[str]) -> int:
     processes = take_count(args, "processes", 1)
     config = configure(args)
 
-    from dgpo_fast.memory.cards import CARDS_GB, fit_on  # after the command line is known to be good
-    from dgpo_fast.models.loading import read_model
+    import torch  # after the command line is known to be good
 
-    architecture = read_model(config)
+    from dgpo_fast.memory.cards import CARDS_GB, fit_on
+    from dgpo_fast.models.loading import known_architecture, read_model
+
+    architecture = known_architecture(config)
+    if architecture is None:
+        architecture = read_model(config)
+    elif not config.random_weights:
+        print(f"{config.model} is not downloaded: its sizes are known")
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     fits = [fit_on(config, architecture, dtype, card_gb, processes) for card_gb in CARDS_GB]
     print(fits[-1].prediction.line())

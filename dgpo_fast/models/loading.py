@@ -12,14 +12,14 @@ import torch
 import transformers
 from accelerate import cpu_offload
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from dgpo_fast import tiny
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.architecture import TEXT_ENCODERS, Architecture, read_architecture
+from dgpo_fast.models.architecture import SD35_MEDIUM, TEXT_ENCODERS, Architecture, read_architecture, sd35_medium
 from dgpo_fast.models.prompt_cache import content_digest, default_folder
 from dgpo_fast.models.random_weights import find_architecture, random_pipeline
 from dgpo_fast.seeds import stream_seed
@@ -88,6 +88,14 @@ def read_model(config: Config) -> Architecture:
     if config.random_weights:
         return find_architecture(config.model)
     return read_architecture(_find_model(config.model, config.revision))
+
+
+def known_architecture(config: Config) -> Architecture | None:
+    """That of a model which is known by its name alone, if it has not been downloaded; None for any other."""
+    known = config.model == SD35_MEDIUM and not Path(config.model).exists()
+    if not known or isinstance(try_to_load_from_cache(config.model, "transformer/config.json"), str):
+        return None
+    return sd35_medium()
 
 
 def load_pipeline(
