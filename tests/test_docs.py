@@ -1,6 +1,6 @@
 """The documents say what the code does."""
 
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -101,6 +101,30 @@ def test_links_lead_somewhere() -> None:
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_files_and_modules_named_in_the_documents_exist() -> None:
+    """Files by their path in the checkout or in a package; those that a reader is asked to write are called `my_…`."""
+    homes = (ROOT, ROOT / "dgpo_fast", ROOT / "kernels/dgpo_kernels")
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w/.]+\.(?:py|sh))`|(?:python|bash) ([\w/.]+\.(?:py|sh))\b", text):
+            file = "".join(name)
+            assert file.startswith("my_") or any((home / file).is_file() for home in homes), f"{path.name}: {file}"
+        for module in re.findall(r"-m ((?:dgpo_fast|dgpo_kernels|benchmarks)[\w.]*\w)", text):
+            assert importlib.util.find_spec(module), f"{path.name}: {module}"
+
+
+def test_the_readme_s_tree_is_the_package_s() -> None:
+    """Every room of the package, and nothing that is not there."""
+    (tree,) = re.findall(r"```\n(dgpo_fast/\n.*?)```", README, re.DOTALL)
+    names = [name for line in re.findall(r"^  (\S.*?)(?:  |$)", tree, re.MULTILINE) for name in line.split()]
+    named = {name.rstrip("/") for name in names if name != "…"}
+    there = {path.name for path in (ROOT / "dgpo_fast").iterdir()}
+    rooms = {path.parent.name for path in (ROOT / "dgpo_fast").glob("*/__init__.py")}
+    assert rooms <= named <= there, (rooms - named, named - there)
+    outside = [name for line in tree.splitlines() if not line.startswith(" ") for name in line.split("  ")[0].split()]
+    assert len(outside) > 4 and all((ROOT / name).is_dir() for name in outside), outside
 
 
 def test_readme_results_are_those_of_the_file() -> None:
