@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -60,7 +61,7 @@ def reward_server(*args: str, port: int = 0, folder: Path | None = None) -> Iter
 
 
 @contextlib.contextmanager
-def answering(answer: Answer) -> Iterator[str]:
+def answering(answer: Answer, host: str = "127.0.0.1") -> Iterator[str]:
     """The address of a server of this process: `answer(path, body, handler)` gives a value for JSON, raw bytes, a pair
     of status and value, or None after it has written what it likes itself."""
 
@@ -88,12 +89,13 @@ def answering(answer: Answer) -> Iterator[str]:
     class Server(ThreadingHTTPServer):
         daemon_threads = True
         request_queue_size = 128
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             if not isinstance(sys.exception(), OSError):
                 super().handle_error(request, client_address)
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server((host, 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -104,8 +106,6 @@ def answering(answer: Answer) -> Iterator[str]:
 
 def free_port() -> int:
     """A port that nothing listens at."""
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

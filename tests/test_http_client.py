@@ -182,12 +182,19 @@ def test_a_truncated_answer_is_asked_for_again() -> None:
         assert JsonClient(url).get("/").content == [1, 2] and len(calls) == 2
 
 
-def test_what_is_no_http() -> None:
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "Server disconnected without sending a response"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "illegal status line: bytearray(b'SSH-2.0-OpenSSH')"),
+    ],
+)
+def test_what_is_no_http(said: bytes, reason: str) -> None:
     def answer(path: str, body: bytes, handler: Any) -> None:
-        handler.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+        handler.wfile.write(said)
 
     with answering(answer) as url:
-        assert str(failure(JsonClient(url, attempts=2))) == f"{url}: SSH-2.0-OpenSSH (2 attempts)"
+        assert str(failure(JsonClient(url, attempts=2))) == f"{url}: {reason} (2 attempts)"
 
 
 def test_the_secret_is_sent_and_never_shown() -> None:
@@ -220,6 +227,70 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_an_address_with_a_password_is_refused_without_it() -> None:
     with pytest.raises(UserError, match=r"^address of 'host': holds a name or password: secrets") as caught:
         JsonClient("http://me:hunter2@host:80")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_address_with_a_password_and_a_bad_port_is_refused_without_it() -> None:
+    with pytest.raises(UserError, match=r"^address 'host:port': Invalid port: 'port': write http://host:port$"):
+        JsonClient("http://me:hunter2@host:port")
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine names is not named."""
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
+def test_another_machine_is_asked_through_the_proxy(
+    name: str, no_proxies: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which sees the whole address and the token; NO_PROXY goes without it."""
+
+    def proxy(path: str, body: bytes, handler: Any) -> Any:
+        return {"path": path, "body": body.decode(), "token": handler.headers["Authorization"]}
+
+    with answering(proxy) as url:
+        monkeypatch.setenv(name, url if name == "HTTP_PROXY" else url.removeprefix("http://"))
+        reply = JsonClient("http://gpu2.invalid:8000/base", secret="sk-12345").post("/score", b"[1]")
+        assert reply.content == {
+            "path": "http://gpu2.invalid:8000/base/score",
+            "body": "[1]",
+            "token": "Bearer sk-12345",
+        }
+        for without in ("a.invalid,gpu2.invalid", ".invalid", "gpu2.invalid:8000", "*"):
+            monkeypatch.setenv("NO_PROXY", without)
+            error = failure(JsonClient("http://gpu2.invalid:8000", attempts=1))
+            assert error.status is None and "proxy" not in str(error)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "[::1]"])
+def test_this_machine_is_asked_directly(host: str, no_proxies: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though every proxy that is named is dead."""
+    for name in PROXIES[:3]:
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with answering(lambda path, *_: path, host="::1" if host == "[::1]" else "") as url:
+        port = url.rpartition(":")[2]
+        assert JsonClient(f"http://{host}:{port}").get("/health").content == "/health"
+
+
+def test_a_dead_proxy_is_named_without_its_password(no_proxies: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://me:hunter2@127.0.0.1:{free_port()}")
+    assert str(failure(JsonClient("http://gpu2.invalid:8000", attempts=1))) == (
+        "http://gpu2.invalid:8000 (by way of the proxy 127.0.0.1; NO_PROXY goes without): Connection refused"
+    )
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:hunter2@a:1", "http://me:hunter2@a:port", "http://", "a b\n"])
+def test_proxies_that_are_none(proxy: str, no_proxies: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(UserError, match=r"^the environment's proxy for http://gpu2: .*: mend HTTP_PROXY$") as caught:
+        JsonClient("http://gpu2")
     assert "hunter2" not in str(caught.value)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
+import io
+import ipaddress
 import json
 import random
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+
+import httpx
 
 from dgpo_fast.errors import UserError
 
@@ -44,6 +48,9 @@ class Reply(NamedTuple):
 class JsonClient:
     """Asks one server, from any number of threads at a time. It opens a connection per request and follows no redirect.
 
+    It goes through the proxy that the environment names (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), but to this
+    machine directly.
+
     A server that could not be reached is asked once per call, without waiting, until it answers again, so that a dead
     one costs a run no more than one round of retries.
     """
@@ -57,14 +64,23 @@ class JsonClient:
             attempts: how often a call is tried where trying again may help.
 
         Raises:
-            UserError: an address that is none, or a secret that cannot be sent.
+            UserError: an address or a proxy that is none, or a secret that cannot be sent.
         """
         if secret is not None and not (secret.isascii() and secret.isprintable() and " " not in secret):
             raise UserError(f"the secret for {url} holds blanks, line ends or letters beyond ASCII: write it anew")
         self.url = url.rstrip("/")
         self._secret, self._deadline_s, self._attempts = secret, deadline_s, attempts
         self._reachable = True
-        self._connect, self._host, self._port, self._path = _address(url)
+        address = _address(url)
+        proxy = _proxy(address)
+        self._via = f" (by way of the proxy {proxy.host}; NO_PROXY goes without)" if proxy else ""
+        is_tls = address.scheme == "https"
+        self._client = httpx.Client(
+            proxy=proxy,
+            trust_env=False,  # `_proxy` and OpenSSL read the environment
+            verify=ssl.create_default_context() if is_tls else False,  # certificates take 0.1 s to load
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        )
 
     def get(self, path: str) -> Reply:
         """The JSON at `path` below the address. Raises Unanswered."""
@@ -81,7 +97,7 @@ class JsonClient:
         for attempt in range(1, attempts + 1):
             try:
                 content = self._once(method, path, body, ends)
-            except (OSError, http.client.HTTPException, _Passing) as error:
+            except (httpx.TransportError, _Passing) as error:
                 late = time.monotonic() >= ends
                 wait_s = _wait_s(attempt, error)
                 if late or attempt == attempts or time.monotonic() + wait_s >= ends:
@@ -94,34 +110,32 @@ class JsonClient:
         raise AssertionError("at least one attempt is made")
 
     def _once(self, method: str, path: str, body: bytes | None, ends: float) -> Any:
-        connection = self._connect(self._host, self._port, timeout=max(ends - time.monotonic(), 0.001))
-        connection.connect()
-        # Timeouts of sockets are for each read; this one is for all of them, however slowly an answer trickles in.
-        timer = threading.Timer(max(ends - time.monotonic(), 0), _shut, (connection.sock,))
-        timer.daemon = True
-        timer.start()
-        try:
-            # A server that refuses a body may hang up before it has all of it; its answer, with the reason, is there.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, self._path + path, body, self._headers())
-            response = connection.getresponse()
-            data = response.read(MAX_REPLY_BYTES + 1)
-        finally:
-            timer.cancel()
-            connection.close()
-        if len(data) > MAX_REPLY_BYTES:
-            raise Unanswered(f"{self.url} answers with more than {MAX_REPLY_BYTES} bytes", response.status)
-        if response.length:
-            raise http.client.IncompleteRead(data, response.length)
-        if response.status in PASSING:
-            raise _Passing(response.status, self._shown(_error_in(data)), response.getheader("Retry-After"))
-        if response.status != 200:
-            raise Unanswered(self._shown(_error_in(data)) or f"status {response.status}", response.status)
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
+        if self._secret:
+            headers["Authorization"] = f"Bearer {self._secret}"
+        received = bytearray()
+        with (
+            _shut_at(ends) as trace,
+            self._client.stream(
+                method,
+                self.url + path,
+                content=None if body is None else io.BytesIO(body),  # in pieces: httpx copies what a send leaves
+                headers=headers,
+                timeout=max(ends - time.monotonic(), 0.001),
+                extensions={"trace": trace},
+            ) as response,
+        ):
+            for piece in response.iter_raw():
+                received += piece
+                if len(received) > MAX_REPLY_BYTES:
+                    raise Unanswered(f"{self.url} answers with more than {MAX_REPLY_BYTES} bytes", response.status_code)
+        data = bytes(received)
+        if response.status_code in PASSING:
+            raise _Passing(response.status_code, self._shown(_error_in(data)), response.headers.get("Retry-After"))
+        if response.status_code != 200:
+            reason = self._shown(_error_in(data)) or f"status {response.status_code}"
+            raise Unanswered(reason, response.status_code)
         return self._parsed(data)
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        return headers | ({"Authorization": f"Bearer {self._secret}"} if self._secret else {})
 
     def _parsed(self, data: bytes) -> Any:
         try:
@@ -132,12 +146,12 @@ class JsonClient:
     def _unanswered(self, error: Exception, attempts: int, late: bool) -> Unanswered:
         if isinstance(error, _Passing):
             reason = str(error)
-        elif late or isinstance(error, TimeoutError):
+        elif late or isinstance(error, httpx.TimeoutException):
             reason = f"no answer within {self._deadline_s:g} s"
         else:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = _reason(error)
         times = f" ({attempts} attempts)" if attempts > 1 else ""
-        return Unanswered(f"{self.url}: {self._shown(reason)}{times}", getattr(error, "status", None))
+        return Unanswered(f"{self.url}{self._via}: {self._shown(reason)}{times}", getattr(error, "status", None))
 
     def _shown(self, text: str) -> str:
         """`text` from the server, fit for one line of a message; a server may repeat the secret it was sent."""
@@ -153,20 +167,79 @@ class _Passing(Exception):
         self.status, self.retry_after = status, retry_after
 
 
-def _address(url: str) -> tuple[type[http.client.HTTPConnection], str, int, str]:
-    """Kind of connection, host, port and path of an address."""
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an IP address, is this machine itself."""
     try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise UserError(f"address {url!r}: {error}: write http://host:port") from None
-    if parts.username or parts.password:
-        raise UserError(f"address of {parts.hostname!r}: holds a name or password: secrets go into the environment")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _address(url: str) -> httpx.URL:
+    """`url`, if it is an address that can be asked."""
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        shown = url.rpartition("@")[2]  # not the password before it
+        raise UserError(f"address {shown!r}: {error}: write http://host:port") from None
+    if address.userinfo:
+        raise UserError(f"address of {address.host!r}: holds a name or password: secrets go into the environment")
+    is_complete = address.scheme in ("http", "https") and address.host and (address.port or 0) < 2**16
+    if not is_complete or address.query or address.fragment:
         raise UserError(f"address {url!r}: write http://host:port or https://host:port")
-    is_tls = parts.scheme == "https"
-    connect = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
-    return connect, parts.hostname, port or (443 if is_tls else 80), parts.path.rstrip("/")
+    return address
+
+
+def _proxy(address: httpx.URL) -> httpx.URL | None:
+    """The proxy that the environment names for `address`; None for this machine itself."""
+    named = urllib.request.getproxies()
+    proxy = named.get(address.scheme) or named.get("all")
+    if not proxy or is_loopback(address.host) or urllib.request.proxy_bypass(address.netloc.decode()):
+        return None
+    try:
+        url = httpx.URL(proxy if "://" in proxy else f"http://{proxy}")
+    except httpx.InvalidURL as error:
+        raise UserError(f"the environment's proxy for {address}: {error}: mend HTTP_PROXY") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UserError(f"the environment's proxy for {address}: no http:// or https:// address: mend HTTP_PROXY")
+    return url
+
+
+@contextlib.contextmanager
+def _shut_at(ends: float) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    """A `trace` for httpx that shuts each connection down at `ends`, in `time.monotonic()` seconds.
+
+    Timeouts of httpx are for each read; this one is for all of them, however slowly an answer trickles in.
+    """
+    timers: list[threading.Timer] = []
+
+    def trace(event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            connection = info["return_value"].get_extra_info("socket")
+            timers.append(threading.Timer(max(ends - time.monotonic(), 0), _shut, (connection,)))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+    try:
+        yield trace
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed in the meantime
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _reason(error: BaseException) -> str:
+    """Why there is no answer: as the operating system says, if it is the cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).rstrip(".") or type(error).__name__
 
 
 def _wait_s(attempt: int, error: Exception) -> float:
@@ -190,8 +263,3 @@ def _error_in(data: bytes) -> str:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
-
-
-def _shut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # closed in the meantime
-        sock.shutdown(socket.SHUT_RDWR)
