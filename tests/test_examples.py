@@ -4,18 +4,26 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from dgpo_kernels import philox_normal
 
 from dgpo_fast.config.command_line import configure
+from dgpo_fast.distributed import BatchPart
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.forward import predict
+from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
 from dgpo_fast.run.metrics import read_metrics
+from dgpo_fast.seeds import stream_seed
 from dgpo_fast.tiny.data import all_prompts
 from dgpo_fast.train import train
+from tests.objective_case import GROUPS, SIZE, Case, make_config
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -54,6 +62,27 @@ def test_all_of_them_train_together_and_resume(tmp_path: Path, monkeypatch: pyte
     lines = read_metrics(tmp_path / "mine/metrics.jsonl")
     assert len(lines) == 3 and all(line["loss"] > 0 for line in lines)
     assert {"reward/jpeg_mean", "reward/bright_mean", "reward/bright/too_bright_mean"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, GROUPS * SIZE])
+def test_the_gradient_of_my_objective_is_that_of_its_loss(
+    micro_batch: int, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Σ softmax(advantage)·|v − (ε − x0)|², written out over whole groups: the same at any micro-batch."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    case = Case(random_pipeline, replace(make_config(), objective="my_objective:RewardWeighted"))
+    case.batch = batch = replace(case.batch, part=BatchPart(0, GROUPS, SIZE, case.batch.advantage))
+    [step] = draw_training_steps(batch.iteration, count=1, among=batch.schedule.steps, seed=case.config.seed)
+    sigma, timestep = batch.schedule.sigmas[step], batch.schedule.timesteps[step]
+    seed = stream_seed(case.config.seed, "training noise")
+    noise = philox_normal(batch.x0.shape[1:], batch.group_index, seed=seed, draw=batch.iteration)
+    policy_v = predict(case.models.policy, (1 - sigma) * batch.x0 + sigma * noise, timestep, batch.text)
+    error = (policy_v - (noise - batch.x0)).square().mean((1, 2, 3)).reshape(GROUPS, SIZE)
+    loss = (torch.softmax(batch.advantage.reshape(GROUPS, SIZE), dim=1) * error).sum(1).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(case.models.weights.values()))])
+    found, metrics = case.gradient(micro_batch)
+    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+    assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_my_reward_prefers_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

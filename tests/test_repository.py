@@ -73,6 +73,23 @@ def test_a_bug_is_told_with_command_output_and_versions() -> None:
     assert {"command", "output", "versions"} <= required
 
 
+def test_the_guide_s_checks_are_the_readme_s() -> None:
+    assert f"```bash\n{' && '.join(checks())}\n```" in text("CONTRIBUTING.md")
+
+
+def test_what_the_guide_names_is_there() -> None:
+    """Files by their paths (in the package, where they have none) and functions and tables by their names."""
+    guide = text("CONTRIBUTING.md")
+    for path in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", guide):
+        assert (ROOT / path).exists() or (ROOT / "dgpo_fast" / path).exists(), path
+    files = [path for folder in ("dgpo_fast", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
+    named = re.findall(r"`(test_\w+|[A-Z_]{3,}|_FUNCTIONS|stream_seed)`", guide)
+    assert len(named) > 6
+    for name in set(named) - {"NAME"}:
+        assert re.search(rf"^(?:def )?{name}\b", code, re.MULTILINE), name
+
+
 def test_a_change_is_asked_for_the_readme_s_checks_and_proof() -> None:
     template = text(".github/pull_request_template.md")
     assert f"`{' && '.join(checks())}`" in template and "python -m benchmarks.same_metrics" in template
