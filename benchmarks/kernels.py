@@ -43,8 +43,10 @@ def run_pytest(*arguments: str) -> int:
 
 def tune(folder: Path) -> None:
     """Times block sizes of the three kernels over tiles at B = 96 and stores all that are measured, fastest first."""
-    from dgpo_kernels.triton import loss, noise
+    from dgpo_kernels.triton import noise
     from dgpo_kernels.triton.launch import TileConfig
+    from dgpo_kernels.triton.loss_partials import loss_partials
+    from dgpo_kernels.triton.policy_gradient import policy_gradient
 
     from benchmarks.test_kernel_speed import DTYPE, GROUP_SIZE, LATENT, gpu_times_us
 
@@ -59,8 +61,8 @@ def tune(folder: Path) -> None:
     )
     kernels = {
         "group noise": lambda config: noise._launch(x0, sigma, *given, out, 0, config),
-        "loss forward": lambda config: loss.loss_partials(policy, ref, x0, old, ref, True, *given, config),
-        "loss backward": lambda config: loss.policy_gradient(one, policy, x0, ref, *given, weights, one, 0.1, config),
+        "loss forward": lambda config: loss_partials(policy, ref, x0, old, ref, True, *given, config),
+        "loss backward": lambda config: policy_gradient(one, policy, x0, ref, *given, weights, one, 0.1, config),
     }
     tried = []
     for name, kernel in kernels.items():

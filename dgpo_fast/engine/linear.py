@@ -5,10 +5,12 @@ which PyTorch has for convolutions and bf16, does not. The result differs in rou
 """
 
 import functools
+from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from dgpo_fast.engine.timing import best_ms
@@ -43,31 +45,32 @@ def _linear_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("dgpo_fast::linear", lib=_LIBRARY)
-def _(x, weight, bias, activation):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("dgpo_fast::linear_input_gradient", lib=_LIBRARY)
-def _(gradient, weight):
+def _(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.new_empty((*gradient.shape[:-1], weight.shape[1]))
 
 
 @torch.library.register_fake("dgpo_fast::linear_weight_gradient", lib=_LIBRARY)
-def _(gradient, x):
+def _(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.new_empty((gradient.shape[-1], x.shape[-1]))
 
 
+# PyTorch types nothing of the backward pass's ctx.
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.dgpo_fast.linear(x, weight, bias, "none")
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0], inputs[1])
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (

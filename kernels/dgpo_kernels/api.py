@@ -8,26 +8,15 @@ Shapes: B samples; N elements in a sample; P groups. ``impl`` is one of
 * ``"auto"``: ``"triton"`` where it can run, else ``"eager"``; the choice is logged once for each op and device.
 """
 
-import functools
-import importlib.util
-import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgpo_kernels import ops, reference
-
-IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_logger = logging.getLogger("dgpo_kernels")
+from dgpo_kernels import checks, ops, reference
+from dgpo_kernels.dispatch import function, resolve
 
 
 class DGPOLoss(NamedTuple):
@@ -48,6 +37,29 @@ class DGPOLoss(NamedTuple):
     kl: Tensor | None
     clipped: Tensor
     group_score: Tensor
+
+
+class LossInputs(NamedTuple):
+    """What :func:`dgpo_loss` takes a sample's losses from, in the order of ``reference.sample_losses``."""
+
+    policy_v: Tensor
+    ref_v: Tensor
+    x0: Tensor
+    group_index: Tensor
+    seed: Tensor
+    draw: Tensor
+    old_v: Tensor | None
+    kl_v: Tensor | None
+
+
+class LossOptions(NamedTuple):
+    """How :func:`dgpo_loss` weights them, in the order of ``reference.loss_from_scores``."""
+
+    beta: float
+    clip_range: float | None
+    kl_weight: float
+    num_groups: int | None
+    group_size: int | None
 
 
 def philox_normal(
@@ -81,14 +93,14 @@ def philox_normal(
     shape = tuple(shape)
     device = group_index.device if device is None else torch.device(device)
     group_index = group_index.to(device)
-    _check_group_index(group_index)
-    _check_sample_size(math.prod(shape), "shape")
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype: expected one of {_names(FLOAT_DTYPES)}, got {dtype}")
-    impl = _resolve(impl, "philox_normal", device, (dtype,))
-    seed, draw = _seed_tensor(seed, device), _draw_tensor(draw, device)
+    checks.check_group_index(group_index)
+    checks.check_sample_size(math.prod(shape), "shape")
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected one of {checks.dtype_names(checks.FLOAT_DTYPES)}, got {dtype}")
+    impl = resolve(impl, "philox_normal", device, (dtype,))
+    seed, draw = checks.seed_tensor(seed, device), checks.draw_tensor(draw, device)
     with torch.no_grad():
-        return _function("philox_normal", impl)(shape, group_index, seed, draw, dtype)
+        return function("philox_normal", impl)(shape, group_index, seed, draw, dtype)
 
 
 def group_noise(
@@ -110,16 +122,16 @@ def group_noise(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
     """
-    _check_samples(x0, "x0")
-    _check_float(sigma, "sigma")
+    checks.check_samples(x0, "x0")
+    checks.check_float(sigma, "sigma")
     if sigma.shape not in ((), (x0.shape[0],)):
         raise ValueError(f"sigma: expected shape () or ({x0.shape[0]},), got {tuple(sigma.shape)}")
-    _check_group_index(group_index, x0)
-    _check_device(sigma, "sigma", x0)
-    impl = _resolve(impl, "group_noise", x0.device, (x0.dtype,))
-    seed, draw = _seed_tensor(seed, x0.device), _draw_tensor(draw, x0.device)
+    checks.check_group_index(group_index, x0)
+    checks.check_device(sigma, "sigma", x0)
+    impl = resolve(impl, "group_noise", x0.device, (x0.dtype,))
+    seed, draw = checks.seed_tensor(seed, x0.device), checks.draw_tensor(draw, x0.device)
     with torch.no_grad():
-        return _function("group_noise", impl)(x0, sigma, group_index, seed, draw)
+        return function("group_noise", impl)(x0, sigma, group_index, seed, draw)
 
 
 def dgpo_loss(
@@ -175,26 +187,25 @@ def dgpo_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
     """
-    _check_samples(policy_v, "policy_v")
+    checks.check_samples(policy_v, "policy_v")
     predictions = {"ref_v": ref_v, "x0": x0, "old_v": old_v, "kl_v": kl_v}
     for name, tensor in predictions.items():
         if tensor is not None:
-            _check_like(tensor, name, policy_v, "policy_v")
-    _check_float(advantage, "advantage")
+            checks.check_like(tensor, name, policy_v, "policy_v")
+    checks.check_float(advantage, "advantage")
     if advantage.shape != (policy_v.shape[0],):
         raise ValueError(f"advantage: expected shape ({policy_v.shape[0]},), got {tuple(advantage.shape)}")
-    _check_device(advantage, "advantage", policy_v)
-    _check_group_index(group_index, policy_v)
-    _check_loss_options(beta, old_v, clip_range, kl_v, kl_weight, num_groups, group_size)
+    checks.check_device(advantage, "advantage", policy_v)
+    checks.check_group_index(group_index, policy_v)
+    checks.check_loss_options(beta, old_v, clip_range, kl_v, kl_weight, num_groups, group_size)
     dtypes = tuple(t.dtype for t in (policy_v, *predictions.values()) if t is not None)
-    impl = _resolve(impl, "dgpo_loss", policy_v.device, dtypes)
-    seed, draw = _seed_tensor(seed, policy_v.device), _draw_tensor(draw, policy_v.device)
-    # The KL reference is most often the reference itself: then the kernel reads it once.
-    kl_is_ref = kl_v is ref_v
-    inputs = (policy_v, _detach(ref_v), _detach(x0), group_index, seed, draw, _detach(old_v), _detach(kl_v))
-    options = (float(beta), clip_range, float(kl_weight), num_groups, group_size)
+    impl = resolve(impl, "dgpo_loss", policy_v.device, dtypes)
+    seed, draw = checks.seed_tensor(seed, policy_v.device), checks.draw_tensor(draw, policy_v.device)
+    inputs = LossInputs(policy_v, ref_v.detach(), x0.detach(), group_index, seed, draw, _detach(old_v), _detach(kl_v))
+    options = LossOptions(float(beta), clip_range, float(kl_weight), num_groups, group_size)
     if impl == "triton":
-        stages = _fused_loss(inputs, kl_is_ref, advantage.detach(), options, reduce_group_scores)
+        # The KL reference is most often the reference itself: then the kernel reads it once.
+        stages = _fused_loss(inputs, kl_v is ref_v, advantage.detach(), options, reduce_group_scores)
     else:
         stages = _staged_loss(impl, inputs, advantage.detach(), options, reduce_group_scores)
     loss, losses, clipped, score = stages
@@ -237,7 +248,7 @@ def guided_euler_step(
     """
     impl = _check_step(x, v_cond, v_uncond, None, coefficients, 1, impl, "guided_euler_step")
     with torch.no_grad():
-        return _function("guided_euler_step", impl)(x, v_cond, v_uncond, float(guidance_scale), coefficients)
+        return function("guided_euler_step", impl)(x, v_cond, v_uncond, float(guidance_scale), coefficients)
 
 
 def guided_dpmpp_2m_step(
@@ -269,215 +280,69 @@ def guided_dpmpp_2m_step(
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
     """
     impl = _check_step(x, v_cond, v_uncond, x0_prev, coefficients, 4, impl, "guided_dpmpp_2m_step")
-    step = _function("guided_dpmpp_2m_step", impl)
+    step = function("guided_dpmpp_2m_step", impl)
     with torch.no_grad():
         return step(x, v_cond, v_uncond, x0_prev, float(guidance_scale), coefficients)
 
 
 def _staged_loss(
-    impl: str, inputs: tuple, advantage: Tensor, options: tuple, reduce_group_scores: Callable[[Tensor], Tensor] | None
+    impl: str,
+    inputs: LossInputs,
+    advantage: Tensor,
+    options: LossOptions,
+    reduce_group_scores: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, reference.SampleLosses, Tensor, Tensor]:
     """The loss from its three stages, eager or each compiled, so that the hook between them may be any Python."""
-    beta, _, _, _, group_size = options
-    group_index = inputs[3]
-    losses = _function("sample_losses", impl)(*inputs)
-    score = _function("group_scores", impl)(losses, advantage, group_index, beta, group_size)
+    losses = function("sample_losses", impl)(*inputs)
+    score = function("group_scores", impl)(losses, advantage, inputs.group_index, options.beta, options.group_size)
     if reduce_group_scores is not None:
-        score = _check_scores(reduce_group_scores(score), score)
-    loss, clipped = _function("loss_from_scores", impl)(losses, score, advantage, group_index, *options)
+        score = checks.check_scores(reduce_group_scores(score), score)
+    loss, clipped = function("loss_from_scores", impl)(losses, score, advantage, inputs.group_index, *options)
     return loss, losses, clipped, score
 
 
 def _fused_loss(
-    inputs: tuple,
+    inputs: LossInputs,
     kl_is_ref: bool,
     advantage: Tensor,
-    options: tuple,
+    options: LossOptions,
     reduce_group_scores: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, reference.SampleLosses, Tensor, Tensor]:
     """The loss from the Triton operators: partial sums, the hook's scores if there is one, and the loss."""
     policy_v, ref_v, x0, group_index, seed, draw, old_v, kl_v = inputs
     beta, clip_range, kl_weight, num_groups, group_size = options
     partials = ops.loss_partials(policy_v.detach(), ref_v, x0, old_v, kl_v, kl_is_ref, group_index, seed, draw)
-    score = None
+    scores = None
     if reduce_group_scores is not None:
         numel = math.prod(x0.shape[1:])
         part = ops.group_scores(partials, numel, advantage, group_index, beta, group_size)
-        score = _check_scores(reduce_group_scores(part), part)
-    batch = num_groups * group_size if num_groups and group_size else max(x0.shape[0], 1)
-    loss, losses, score, clipped, _, _ = ops.group_loss(
-        policy_v,
-        x0,
-        kl_v,
-        group_index,
-        seed,
-        draw,
-        partials,
-        advantage,
-        score,
-        old_v is not None,
-        beta,
-        clip_range,
-        kl_weight,
-        batch,
-        num_groups,
-        group_size,
+        scores = checks.check_scores(reduce_group_scores(part), part)
+    group_inputs = ops.GroupLossInputs(
+        policy_v=policy_v,
+        x0=x0,
+        kl_v=kl_v,
+        group_index=group_index,
+        seed=seed,
+        draw=draw,
+        partials=partials,
+        advantage=advantage,
+        scores=scores,
+        has_old=old_v is not None,
+        beta=beta,
+        clip_range=clip_range,
+        kl_weight=kl_weight,
+        kl_batch=num_groups * group_size if num_groups and group_size else max(x0.shape[0], 1),
+        num_groups=num_groups,
+        group_size=group_size,
     )
-    old = losses[2] if old_v is not None else None
-    kl = losses[-1] if kl_v is not None else None
-    return loss, reference.SampleLosses(losses[0], losses[1], old, kl), clipped, score
-
-
-@functools.cache
-def _compiled(name: str) -> Callable:
-    return torch.compile(getattr(reference, name), fullgraph=True)
-
-
-def _function(name: str, impl: str) -> Callable:
-    """The function of a resolved implementation."""
-    if impl == "triton":
-        return getattr(ops, name)
-    return getattr(reference, name) if impl == "eager" else _compiled(name)
-
-
-def _resolve(impl: str, op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """Turns "auto" into an implementation and refuses one that cannot run here."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
-    if impl not in ("auto", "triton"):
-        return impl
-    obstacle = _triton_obstacle(device, dtypes)
-    if impl == "triton":
-        if obstacle is not None:
-            raise RuntimeError(f"impl='triton' of {op} cannot run: {obstacle}; use impl='eager' or 'compile'")
-        return impl
-    # The interpreter is for tests: it is used where asked for, never chosen.
-    chosen = "triton" if obstacle is None and device.type == "cuda" else "eager"
-    if not torch.compiler.is_compiling():
-        _announce(op, device.type, chosen, obstacle or "")
-    return chosen
-
-
-def _triton_obstacle(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-    if not _HAS_TRITON:
-        return "the triton package is not installed"
-    if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
-        return f"it needs CUDA tensors, got {device.type}"
-    for dtype in dtypes:
-        if dtype not in TRITON_DTYPES:
-            return f"it needs {_names(TRITON_DTYPES)}, got {_names((dtype,))}"
-    return None
-
-
-@functools.cache
-def _announce(op: str, device: str, chosen: str, why: str) -> None:
-    _logger.info("%s on %s: impl='auto' chose %r%s", op, device, chosen, f" ({why})" if why else "")
-
-
-def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    if isinstance(seed, int):
-        if not -(1 << 63) <= seed < 1 << 64:
-            raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-        return torch.full((), seed - (1 << 64) if seed >= 1 << 63 else seed, dtype=torch.int64, device=device)
-    return _check_scalar(seed, "seed", device)
-
-
-def _draw_tensor(draw: int | Tensor, device: torch.device) -> Tensor:
-    if isinstance(draw, int):
-        if not 0 <= draw < 1 << 32:
-            raise ValueError(f"draw: expected 0 <= draw < 2**32, got {draw}")
-        return torch.full((), draw, dtype=torch.int64, device=device)
-    return _check_scalar(draw, "draw", device)
-
-
-def _check_scalar(value: Tensor, name: str, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {type(value).__name__}")
-    if value.dtype != torch.int64 or value.dim() != 0:
-        raise TypeError(f"{name}: expected a 0-dim int64 tensor, got {value.dtype} of shape {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-    return value
-
-
-def _check_float(tensor: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected one of {_names(FLOAT_DTYPES)}, got {tensor.dtype}")
-
-
-def _check_samples(tensor: Tensor, name: str) -> None:
-    _check_float(tensor, name)
-    if tensor.dim() < 2:
-        raise ValueError(
-            f"{name}: expected shape (B, ...) with at least one element dimension, got {tuple(tensor.shape)}"
-        )
-    _check_sample_size(math.prod(tensor.shape[1:]), name)
-
-
-def _check_sample_size(numel: int, name: str) -> None:
-    if not 0 < numel <= 1 << 34:
-        raise ValueError(f"{name}: expected 1 to 2**34 elements in a sample, got {numel}")
-
-
-def _check_like(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
-    _check_float(tensor, name)
-    if tensor.shape != other.shape:
-        raise ValueError(f"{name}: expected {other_name}'s shape {tuple(other.shape)}, got {tuple(tensor.shape)}")
-    _check_device(tensor, name, other)
-
-
-def _check_device(tensor: Tensor, name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name}: expected a tensor on {other.device}, got one on {tensor.device}")
-
-
-def _check_group_index(group_index: Tensor, samples: Tensor | None = None) -> None:
-    if not isinstance(group_index, Tensor) or group_index.dtype != torch.int64 or group_index.dim() != 1:
-        got = (
-            f"{group_index.dtype} of shape {tuple(group_index.shape)}"
-            if isinstance(group_index, Tensor)
-            else group_index
-        )
-        raise TypeError(f"group_index: expected an int64 tensor of shape (B,), got {got}")
-    if samples is not None:
-        if group_index.shape[0] != samples.shape[0]:
-            raise ValueError(f"group_index: expected shape ({samples.shape[0]},), got {tuple(group_index.shape)}")
-        _check_device(group_index, "group_index", samples)
-
-
-def _check_loss_options(
-    beta: float,
-    old_v: Tensor | None,
-    clip_range: float | None,
-    kl_v: Tensor | None,
-    kl_weight: float,
-    num_groups: int | None,
-    group_size: int | None,
-) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta: expected a positive number, got {beta}")
-    if clip_range is not None and not clip_range > 0:
-        raise ValueError(f"clip_range: expected a positive number or None, got {clip_range}")
-    if clip_range is not None and old_v is None:
-        raise ValueError("clip_range: needs old_v, got None")
-    if not kl_weight >= 0:
-        raise ValueError(f"kl_weight: expected a number >= 0, got {kl_weight}")
-    if kl_weight and kl_v is None:
-        raise ValueError(f"kl_weight: {kl_weight} needs kl_v, got None")
-    for name, count in (("num_groups", num_groups), ("group_size", group_size)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name}: expected a positive integer or None, got {count}")
-
-
-def _check_scores(scores: Tensor, part: Tensor) -> Tensor:
-    if scores.shape != part.shape or scores.device != part.device:
-        raise ValueError(
-            f"reduce_group_scores: expected a tensor of shape {tuple(part.shape)} on {part.device}, "
-            f"got {tuple(scores.shape)} on {scores.device}"
-        )
-    return scores.detach().to(part.dtype)
+    results = ops.GroupLossResults(*ops.group_loss(*group_inputs))
+    losses = reference.SampleLosses(
+        policy=results.losses[0],
+        ref=results.losses[1],
+        old=results.losses[2] if old_v is not None else None,
+        kl=results.losses[-1] if kl_v is not None else None,
+    )
+    return results.loss, losses, results.clipped, results.scores
 
 
 def _check_step(
@@ -494,22 +359,18 @@ def _check_step(
     for name, state in (("x", x), ("x0_prev", x0_prev)):
         if state is None:
             continue
-        _check_float(state, name)
+        checks.check_float(state, name)
         if state.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: the state is kept in float32, got {state.dtype}")
     for name, tensor in (("v_cond", v_cond), ("v_uncond", v_uncond), ("x0_prev", x0_prev)):
         if tensor is not None:
-            _check_like(tensor, name, x, "x")
-    _check_float(coefficients, "coefficients")
+            checks.check_like(tensor, name, x, "x")
+    checks.check_float(coefficients, "coefficients")
     if coefficients.shape != (count,):
         raise ValueError(f"coefficients: expected shape ({count},), got {tuple(coefficients.shape)}")
-    _check_device(coefficients, "coefficients", x)
-    return _resolve(impl, op, x.device, (x.dtype, v_cond.dtype))
+    checks.check_device(coefficients, "coefficients", x)
+    return resolve(impl, op, x.device, (x.dtype, v_cond.dtype))
 
 
 def _detach(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

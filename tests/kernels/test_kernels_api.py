@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from dgpo_kernels import api, dgpo_loss, group_noise, guided_dpmpp_2m_step, guided_euler_step, philox_normal
+from dgpo_kernels import dgpo_loss, dispatch, group_noise, guided_dpmpp_2m_step, guided_euler_step, ops, philox_normal
 
 INDEX = torch.tensor([0, 0, 1])
 X = torch.randn(3, 4, 2, 2)
@@ -81,17 +81,23 @@ def test_philox_normal_refuses_other_dtypes():
 
 @pytest.mark.parametrize("function", [noise, loss, euler, dpmpp])
 def test_triton_never_falls_back(function, monkeypatch):
-    monkeypatch.setattr(api, "_INTERPRETED", False)
-    monkeypatch.setattr(api, "_HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
     with pytest.raises(RuntimeError, match=r"impl='triton' of .* cannot run: it needs CUDA tensors, got cpu"):
         function(impl="triton")
-    monkeypatch.setattr(api, "_HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="cannot run: the triton package is not installed; use impl='eager'"):
         function(impl="triton")
 
 
+def test_the_operators_positions_are_named_in_its_schemas_order():
+    arguments = [argument.name for argument in ops.group_loss._schema.arguments]
+    assert arguments == list(ops.GroupLossInputs._fields)
+    assert len(ops.group_loss._schema.returns) == len(ops.GroupLossResults._fields)
+
+
 def test_auto_says_once_what_it_chose(caplog):
-    api._announce.cache_clear()
+    dispatch._announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="dgpo_kernels"):
         noise()
         noise()

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dgpo_kernels.triton import loss, noise, step
+from dgpo_kernels.triton import group_loss, loss_partials, noise, policy_gradient, step
 from dgpo_kernels.triton.launch import BACKWARD_CONFIG, COMPILER_OPTIONS, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
 
 ARCHITECTURES = (80, 90, 100)
@@ -119,12 +119,12 @@ def variants() -> Iterator[Variant]:
             flags = {"HAS_OLD": old, "KL": kl, **tile}
             flags |= ({} if old else {"old": None}) | ({} if kl == 2 else {"kl": None})
             if numel == 65536 or kl == 2:
-                yield variant(f"loss{name}, N = {numel}", loss._partials_kernel, flags, warps)
+                yield variant(f"loss{name}, N = {numel}", loss_partials._partials_kernel, flags, warps)
         tile, warps = _tile(BACKWARD_CONFIG, numel)
         for name, has_kl in (("", False), (", kl", True)):
             flags = {"HAS_KL": has_kl, **tile} | ({} if has_kl else {"kl": None})
             if numel == 65536 or has_kl:
-                yield variant(f"gradient{name}, N = {numel}", loss._gradient_kernel, flags, warps)
+                yield variant(f"gradient{name}, N = {numel}", policy_gradient._gradient_kernel, flags, warps)
     tile, warps = _tile(NOISE_CONFIG, 65536, itemsize=4)
     x0 = {"SIGMA_STRIDE": 1, "HAS_X0": True, **tile}
     yield variant("group_noise, float32", noise._group_noise_kernel, x0, warps, tensor_type="*fp32")
@@ -132,32 +132,32 @@ def variants() -> Iterator[Variant]:
     yield variant("philox_normal, float32", noise._group_noise_kernel, store, warps, tensor_type="*fp32")
     tile, warps = _tile(FORWARD_CONFIG, 65536, itemsize=4)
     flags = {"HAS_OLD": True, "KL": 2, **tile}
-    yield variant("loss, old, kl, float32", loss._partials_kernel, flags, warps, tensor_type="*fp32")
+    yield variant("loss, old, kl, float32", loss_partials._partials_kernel, flags, warps, tensor_type="*fp32")
     tile, warps = _tile(FORWARD_CONFIG, 65536)
     flags = {"HAS_OLD": True, "KL": 2, **tile}
-    yield variant("loss, old, kl, x0 float32", loss._partials_kernel, flags, warps, float32=("x0",))
+    yield variant("loss, old, kl, x0 float32", loss_partials._partials_kernel, flags, warps, float32=("x0",))
     tile, warps = _tile(FORWARD_CONFIG, 65536, channels=16)
     flags = {"HAS_OLD": True, "KL": 2, **tile}
-    yield variant("loss, old, kl, channels_last", loss._partials_kernel, flags, warps, wide=False)
+    yield variant("loss, old, kl, channels_last", loss_partials._partials_kernel, flags, warps, wide=False)
     # Sizes that Triton treats apart: odd ones, one (a constant to it), and those beyond 32 bits.
     tile, warps = _tile(FORWARD_CONFIG, 1031)
     odd = {"HAS_OLD": True, "KL": 2, **tile}
-    yield variant("loss, old, kl, odd N", loss._partials_kernel, odd, warps, wide=False, aligned=False)
+    yield variant("loss, old, kl, odd N", loss_partials._partials_kernel, odd, warps, wide=False, aligned=False)
     tile, warps = _tile(FORWARD_CONFIG, 1)
     strides = dict.fromkeys(("policy_stride", "ref_stride", "x0_stride", "old_stride", "kl_stride"), 1)
     single = {"HAS_OLD": True, "KL": 2, "numel": 1, "quarter": 1, **strides, **tile}
-    yield variant("loss, old, kl, N = 1", loss._partials_kernel, single, warps, wide=False, aligned=False)
+    yield variant("loss, old, kl, N = 1", loss_partials._partials_kernel, single, warps, wide=False, aligned=False)
     tile, warps = _tile(BACKWARD_CONFIG, 2**32)
     huge = {"HAS_KL": True, **tile}
-    yield variant("gradient, kl, N = 2³²", loss._gradient_kernel, huge, warps, integers="i64")
+    yield variant("gradient, kl, N = 2³²", policy_gradient._gradient_kernel, huge, warps, integers="i64")
     whole = {
         **{"HAS_OLD": True, "HAS_KL": True, "CLIP": True, "COUNT_GROUPS": True, "COUNT_SIZES": True},
-        **{"SCORES_GIVEN": False, "SCORES_ONLY": False, "given_scores": None, **loss.GROUP_BLOCKS},
+        **{"SCORES_GIVEN": False, "SCORES_ONLY": False, "given_scores": None, **group_loss.GROUP_BLOCKS},
     }
-    yield variant("group loss", loss._group_loss_kernel, whole, loss.GROUP_WARPS, wide=False)
+    yield variant("group loss", group_loss._group_loss_kernel, whole, group_loss.GROUP_WARPS, wide=False)
     given = whole | {"SCORES_GIVEN": True, "COUNT_GROUPS": False, "COUNT_SIZES": False}
     del given["given_scores"]
-    yield variant("group loss, scores given", loss._group_loss_kernel, given, loss.GROUP_WARPS, wide=False)
+    yield variant("group loss, scores given", group_loss._group_loss_kernel, given, group_loss.GROUP_WARPS, wide=False)
     block = {"GUIDED": True, "BLOCK": step.BLOCK}
     yield variant("guided Euler step", step._euler_kernel, block, step.NUM_WARPS, max_registers=None)
     block |= {"HAS_PREV": True}

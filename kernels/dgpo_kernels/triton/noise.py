@@ -5,6 +5,8 @@ the tile's noise once for each run of equal groups, so that groups that lie toge
 correct.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +73,7 @@ def group_noise(x0: Tensor, sigma: Tensor, group_index: Tensor, seed: Tensor, dr
     return out
 
 
-def philox_normal(shape: list[int], group_index: Tensor, seed: Tensor, draw: Tensor, dtype: torch.dtype) -> Tensor:
+def philox_normal(shape: Sequence[int], group_index: Tensor, seed: Tensor, draw: Tensor, dtype: torch.dtype) -> Tensor:
     """The noise of :func:`dgpo_kernels.philox_normal`."""
     out = torch.empty((group_index.shape[0], *shape), dtype=dtype, device=group_index.device)
     _launch(None, None, group_index, seed, draw, out, 0)
