@@ -189,7 +189,7 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
 UNPICKLING = re.compile(r"(gather|broadcast|scatter|send|recv)_object(_list)?$|pickle|^torch\.load$")
 """Collectives that send pickles, and what reads them."""
 HARMLESS = {
-    "tiny/pretrain.py": {"torch.load": "with weights_only, of a file that this project has written"},
+    "tiny/optimise.py": {"torch.load": "with weights_only, of a file that this project has written"},
     "rewards/models.py": {"torch.load": "with weights_only: tensors alone are read"},
     "evaluation/held_out.py": {"allow_pickle": "it is False, by which numpy refuses pickles"},
 }
