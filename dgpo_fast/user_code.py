@@ -9,11 +9,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from dgpo_fast.errors import UserError
 
 NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, os.__file__))
+Result = TypeVar("Result")
 PACKAGES = {"site-packages", "dist-packages"}
 
 
@@ -42,7 +43,7 @@ def import_attribute(what: str, path: str, example: str) -> Any:
     return getattr(module, attribute)
 
 
-def call(what: str, failed: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def call(what: str, failed: str, function: Callable[..., Result], *arguments: object) -> Result:
     """Calls code that may be a user's, and says in one line what `failed` and where."""
     try:
         return function(*arguments)

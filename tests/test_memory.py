@@ -26,9 +26,10 @@ from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import Line, fit
 from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
-from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained
+from dgpo_fast.memory.simulate import Simulation, Trained
 from dgpo_fast.models.architecture import read_architecture, sd35_medium
 from dgpo_fast.models.forward import predict
+from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import TextEmbeds
 from dgpo_fast.objectives.dgpo import DGPOObjective

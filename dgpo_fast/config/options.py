@@ -1,6 +1,7 @@
 """Every setting of a run: what it means, its unit, its bounds. A `Config` is checked when it is made."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -13,7 +14,7 @@ Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the docstrings are what `--help` prints
 
 
-def _as_list_of_rewards(given: Any) -> Any:
+def _as_list_of_rewards(given: object) -> Sequence[str]:
     """A single reward stands for a list of one; what YAML makes of other forms is refused with the right one."""
     rewards = [given] if isinstance(given, str) else given
     if not rewards or not isinstance(rewards, list | tuple) or not all(isinstance(one, str) for one in rewards):

@@ -4,6 +4,7 @@ All of them pass through `resolve`: a misspelt key or a wrong type is the same o
 """
 
 import difflib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ Settings = TypeVar("Settings")
 """A dataclass of settings: `Config`, or that of another command."""
 
 
-def to_dict(settings: Any) -> dict[str, Any]:
+def to_dict(settings: object) -> dict[str, Any]:
     """Nested plain dictionary of a dataclass of settings, ready for YAML."""
     return TypeAdapter(type(settings)).dump_python(settings, mode="json")
 
@@ -45,7 +46,7 @@ def resolve(base: Settings, overrides: dict[str, Any], origin: str) -> Settings:
         raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{got}") from None
 
 
-def _setting(location: tuple[str | int, ...], settings: Any) -> str:
+def _setting(location: tuple[str | int, ...], settings: object) -> str:
     """The dotted name of what pydantic's `location` is in, without the types that it was tried as."""
     names = []
     for part in location:
@@ -112,7 +113,7 @@ def setting_names() -> list[str]:
     return list(flat(Config()))
 
 
-def flat(settings: Any) -> dict[str, Any]:
+def flat(settings: object) -> dict[str, Any]:
     """Every setting of a dataclass of settings by its dotted name."""
     return _flat(to_dict(settings))
 
@@ -124,7 +125,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def parse_overrides(args: list[str], settings: Any = None) -> dict[str, Any]:
+def parse_overrides(args: list[str], settings: object | None = None) -> dict[str, Any]:
     """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`.
 
     A yes-or-no setting may stand alone: `--random-weights` is `--random-weights true`. A list given twice adds up.
@@ -161,7 +162,7 @@ def parse_overrides(args: list[str], settings: Any = None) -> dict[str, Any]:
     return overrides
 
 
-def _value(name: str, values: list[str], is_list: bool) -> Any:
+def _value(name: str, values: list[str], is_list: bool) -> str | list[str]:
     if is_list and values:
         return values
     if len(values) != 1:
@@ -173,13 +174,13 @@ def _value(name: str, values: list[str], is_list: bool) -> Any:
 class _PlainLoader(yaml.SafeLoader):
     """Reads plain values alone: no tags that make objects, and no aliases, which a few lines blow up to gigabytes."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; write the value out", mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         """A mapping; the second of two equal keys would silently win otherwise."""
         names: set[str] = set()
         for key, _ in node.value:

@@ -17,13 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dgpo_fast.errors import UserError
+
+Value = TypeVar("Value")
+"""Anything that JSON keeps as it is."""
 
 
 class SharedError(UserError):
@@ -62,7 +65,7 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def set_timeout(self, seconds: float, group: Any = None) -> None:
+    def set_timeout(self, seconds: float, group: dist.ProcessGroup | None = None) -> None:
         """Waits so long from now on; the settings are known only after the group was joined.
 
         `group` is one of some of the processes; by default it is that of all.
@@ -111,14 +114,14 @@ class Processes:
             with self.waiting(what):
                 dist.all_reduce(torch.zeros(1))
 
-    def gather(self, value: Any, what: str) -> list[Any]:
+    def gather(self, value: Value, what: str) -> list[Value]:
         """Everybody's `value`, in the order of ranks. A value is what JSON holds; NaN and infinity are kept."""
         if self.count == 1:
             return [value]
         self._hear_failures(what)
         return self._gather(value, what)
 
-    def _gather(self, value: Any, what: str) -> list[Any]:
+    def _gather(self, value: Value, what: str) -> list[Value]:
         text = json.dumps(value).encode()
         with self.waiting(what):
             lengths = torch.zeros(self.count, dtype=torch.int64)

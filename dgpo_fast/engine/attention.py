@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -82,7 +81,7 @@ class JointAttention:
         self._attention_backend = DISPATCHED.get(name)
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: object
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of (B, N, C) image tokens, and of (B, T, C) text tokens beside them where there are any."""
         images = hidden_states.shape[1]

@@ -48,7 +48,7 @@ def batch_sizes(config: Config, processes: int) -> BatchSizes:
     )
 
 
-def decode_batch(config: Config, latent: tuple[int, int, int]) -> int:
+def decode_batch(config: Config, latent: tuple[int, ...]) -> int:
     """Pictures that are decoded at a time, of (C, H, W) `latent`s."""
     _, height, width = latent
     return config.engine.decode_batch or min(config.rollout.batch_size, max(1, DECODED_LATENTS // (height * width)))

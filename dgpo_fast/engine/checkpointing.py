@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
+from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -41,14 +42,14 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
         yield
 
 
-def _checkpointed(forward: Callable, context: Callable, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable, context: Callable, *args: object, **kwargs: Any) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     # No block draws random numbers: the generators' states need not be kept.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context, **kwargs)
 
 
-def _keep_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keep_expensive(context: object, operation: OpOverload, *args: Any, **kwargs: object) -> CheckpointPolicy:
     """Keeps attention, and products with more columns summed over than left: they cost most for each number kept.
 
     Keeping every product would take more than no checkpointing at all where frozen layers save no inputs (LoRA).

@@ -56,7 +56,9 @@ class StaticBatches:
         missing = self.padded(rows) - rows
         return args, {name: _repeat_last(value, missing) for name, value in kwargs.items()} if missing else kwargs
 
-    def _cut(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor]) -> Any:
+    def _cut(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor] | None
+    ) -> tuple[Tensor] | None:
         rows = self._rows.pop()
         return output if output is None or len(output[0]) == rows else (output[0][:rows],)
 
@@ -84,13 +86,13 @@ class HiddenGradients:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _show(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _show(self, module: nn.Module, args: tuple, output: object) -> None:
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
         self._gradients = []
 
 
-def _repeat_last(value: Any, times: int) -> Any:
+def _repeat_last(value: object, times: int) -> object:
     """`value` with its last row `times` times more: finite numbers, whose output is cut off and has no gradient."""
     if not isinstance(value, Tensor):
         return value

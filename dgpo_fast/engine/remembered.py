@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -19,9 +19,11 @@ import torch
 from dgpo_fast.models.prompt_cache import default_folder
 
 FOLDER = "measured"
+Measured = TypeVar("Measured")
+"""Anything that JSON keeps as it is."""
 
 
-def remembered(what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+def remembered(what: Mapping[str, object], measure: Callable[[], Measured]) -> Measured:
     """What `measure` returned when it was first asked for `what` on this machine.
 
     Of two processes that measure at the same time both get the result of the one that was done first. Where the user's
@@ -43,7 +45,7 @@ def remembered(what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
     return kept
 
 
-def _machine() -> dict[str, Any]:
+def _machine() -> dict[str, object]:
     return {
         "node": platform.node(),
         "machine": platform.machine(),
@@ -61,7 +63,7 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _publish(path: Path, content: dict[str, Any]) -> bool:
+def _publish(path: Path, content: dict[str, object]) -> bool:
     """Whether `content` is now at `path`, whole; not where another process was first, or nothing can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -232,7 +232,7 @@ def _write_data(comparison: Comparison, shown: Sequence[int], file: TextIO) -> N
     file.write("\n]}")
 
 
-def _as_json(value: Any) -> str:
+def _as_json(value: object) -> str:
     """JSON that stays inside its script element, whatever a prompt says."""
     return json.dumps(finite(value), allow_nan=False).replace("<", "\\u003c")
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.memory.predict import Predictor, readable
-from dgpo_fast.memory.simulate import SampleShape
 from dgpo_fast.models.forward import predict
+from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import PolicyModels, autocast
 from dgpo_fast.models.prompt_encoder import TextEmbeds
 

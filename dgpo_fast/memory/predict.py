@@ -18,9 +18,10 @@ from dgpo_fast.distributed.placement import largest_share
 from dgpo_fast.engine.batches import decode_batch
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.learning.optimizers import CHUNK_NUMEL, state_bytes
-from dgpo_fast.memory.simulate import SampleShape, Simulation, Trained, simulation
+from dgpo_fast.memory.simulate import Simulation, Trained, simulation
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.latents import latent_shape
+from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import weight_storage
 from dgpo_fast.objectives.registry import declared
 

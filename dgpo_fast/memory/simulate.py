@@ -16,26 +16,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from dgpo_fast.config import Policy as PolicyConfig
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.memory.live import LiveBytes
+from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import with_lora
-
-
-@dataclass(frozen=True)
-class SampleShape:
-    """What one sample is made of.
-
-    Attributes:
-        latent: (C, H, W).
-        text: (T, D) of the token embeddings.
-        pooled: E of the pooled embedding.
-    """
-
-    latent: tuple[int, int, int]
-    text: tuple[int, int]
-    pooled: int
 
 
 @dataclass(frozen=True)
@@ -66,19 +53,6 @@ class Activations:
     peak: int
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention as the one operation that it is on a device, where the meta device would take it apart."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-        return func(*args, **kwargs)
-
-
 class MixedPrecision(TorchFunctionMode):
     """What autocast to bf16 does to the few operations of these models: the meta device has no autocast."""
 
@@ -87,8 +61,8 @@ class MixedPrecision(TorchFunctionMode):
         self.cast: dict[int, Tensor] = {}
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         if func in (F.linear, F.conv2d, F.scaled_dot_product_attention):
             args = tuple(self._to_bf16(value) for value in args)
             kwargs = {name: self._to_bf16(value) for name, value in (kwargs or {}).items()}
@@ -96,7 +70,7 @@ class MixedPrecision(TorchFunctionMode):
             args = (args[0].float(), *args[1:])
         return func(*args, **(kwargs or {}))
 
-    def _to_bf16(self, value: Any) -> Any:
+    def _to_bf16(self, value: object) -> object:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
         if isinstance(value, nn.Parameter):
@@ -170,7 +144,7 @@ class Simulation:
         module = self.policy if policy else self.base
         with self._counting(module) as live, torch.no_grad():
             start = live.now
-            self._predict(module, batch)
+            self.shape.predict(module, batch, self.dtype)
         return live.peak - start
 
     def _training(self, batch: int) -> Activations:
@@ -178,7 +152,7 @@ class Simulation:
         with self._counting(self.policy) as live:
             hooks = [_on_block(block, live, saved_by_block) for block in self.policy.transformer_blocks]
             start = live.now
-            out = self._predict(self.policy, batch)
+            out = self.shape.predict(self.policy, batch, self.dtype)
             shallow_saved = live.now - start
             out.backward(torch.empty_like(out))
             for handle in chain.from_iterable(hooks):
@@ -189,20 +163,8 @@ class Simulation:
     def _decoding(self, batch: int) -> int:
         with self._counting(self.vae) as live, torch.no_grad():
             start = live.now
-            self.vae.decode(self._empty(batch, *self.shape.latent), return_dict=False)
+            self.vae.decode(self.shape.latents(batch, self.dtype), return_dict=False)
         return live.peak - start
-
-    def _predict(self, transformer: SD3Transformer2DModel, batch: int) -> Tensor:
-        return transformer(
-            hidden_states=self._empty(batch, *self.shape.latent),
-            timestep=self._empty(batch),
-            encoder_hidden_states=self._empty(batch, *self.shape.text),
-            pooled_projections=self._empty(batch, self.shape.pooled),
-            return_dict=False,
-        )[0]
-
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device="meta")
 
     def _counting(self, module: nn.Module) -> "_Counting":
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
@@ -212,7 +174,10 @@ class Simulation:
 @contextmanager
 def modes(mixed: bool) -> Iterator[None]:
     """Makes the meta device do what a real one does."""
-    with FusedAttention(), MixedPrecision() if mixed else nullcontext():
+    with (
+        FusedAttention(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
+        MixedPrecision() if mixed else nullcontext(),
+    ):
         yield
 
 
@@ -238,7 +203,7 @@ def simulation(transformer: str, vae: str, trained: Trained, dtype: torch.dtype,
     return Simulation(json.loads(transformer), json.loads(vae), trained, dtype, shape)
 
 
-def _on_block(block: nn.Module, live: LiveBytes, saved: list[int]) -> list[Any]:
+def _on_block(block: nn.Module, live: LiveBytes, saved: list[int]) -> list[RemovableHandle]:
     before: list[int] = []
     return [
         block.register_forward_pre_hook(lambda *_: before.append(live.now)),

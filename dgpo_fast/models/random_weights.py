@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -32,15 +31,16 @@ class RandomTextPipeline(StableDiffusion3Pipeline):
     text_dtype: torch.dtype
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str | list[str], *args: Any, **options: Any) -> tuple:
+    def encode_prompt(
+        self, prompt: str | list[str], *args: object, max_sequence_length: int = 256, **options: object
+    ) -> tuple[Tensor, None, Tensor, None]:
         """As diffusers' own: (prompt (B, T, D), None, pooled (B, E), None), in the transformer's dtype and device.
 
         The T tokens are `clip_tokens` of CLIP's and `max_sequence_length` of T5's, in sizes like the trained
         encoders'. There are no negative prompts: the empty prompt is encoded as any other.
         """
         texts = [prompt] if isinstance(prompt, str) else prompt
-        length = options.get("max_sequence_length", 256)
-        rows = [self._embed(text, length) for text in texts]
+        rows = [self._embed(text, max_sequence_length) for text in texts]
         return torch.stack([row[0] for row in rows]), None, torch.stack([row[1] for row in rows]), None
 
     def _embed(self, text: str, max_sequence_length: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def _scale(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _tokenizers(architecture: Architecture) -> dict[str, PreTrainedTokenizerBase]:
     """The folder's tokenizers, or ones that read letter by letter where there is no folder."""
-    kinds: dict[str, tuple[Any, Callable[[], PreTrainedTokenizerBase]]] = {
+    kinds: dict[str, tuple[type[PreTrainedTokenizerBase], Callable[[], PreTrainedTokenizerBase]]] = {
         "tokenizer": (CLIPTokenizer, _clip_letters),
         "tokenizer_2": (CLIPTokenizer, _clip_letters),
         "tokenizer_3": (T5TokenizerFast, _t5_letters),

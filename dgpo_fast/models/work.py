@@ -7,23 +7,23 @@ models are not counted, nor is what a forward does again for the backward pass: 
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dgpo_fast.config import Policy as PolicyConfig
 from dgpo_fast.models.datasheet import peak_tflops
+from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import PolicyModels, with_lora
 from dgpo_fast.models.prompt_encoder import TextEmbeds
 
@@ -31,6 +31,8 @@ ROLLOUT, DECODE, BOTH = "rollout", "decode", "rollout with decode"
 REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy forward", "backward"
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "matmul")
 PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)
+FUSED_ATTENTION = FusedAttention(torch.ops.aten._scaled_dot_product_flash_attention)
+"""As on a GPU: the flop counter has a formula of it."""
 
 
 @dataclass
@@ -62,8 +64,8 @@ class WorkCounter(TorchDispatchMode):
         self.work = Work()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         kind = operation_class(func._schema.name)
@@ -85,42 +87,14 @@ def operation_class(name: str) -> str:
     return "matmul" if name in MATMULS or re.search("(^|_)linear(_|$)", name) else "other"
 
 
-def _moves_nothing(func: Any) -> bool:
+def _moves_nothing(func: OpOverload) -> bool:
     is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
     return is_view or "empty" in func._schema.name
 
 
-def _nbytes(value: Any) -> int:
+def _nbytes(value: object) -> int:
     # An expanded tensor is read from a storage smaller than itself.
     return min(value.nbytes, value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention as the one operation that it is on a device, where the meta device would take it apart."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-        return func(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What one sample is made of.
-
-    Attributes:
-        latent: (C, H, W).
-        prompt: (T, D) of the token embeddings.
-        pooled: E of the pooled embedding.
-    """
-
-    latent: tuple[int, ...]
-    prompt: tuple[int, ...]
-    pooled: int
 
 
 class ModelWork:
@@ -132,7 +106,7 @@ class ModelWork:
         policy: what is trained.
         adapted: whether the behaviour weights are an adapter too, and no merged copy.
         dtype: of weights and activations; bytes depend on it.
-        shapes: of one sample.
+        shape: of one sample.
     """
 
     def __init__(
@@ -141,10 +115,10 @@ class ModelWork:
         vae: AutoencoderKL,
         policy: PolicyConfig,
         dtype: torch.dtype,
-        shapes: Shapes,
+        shape: SampleShape,
         adapted: bool = False,
     ):
-        self.dtype, self.shapes = dtype, shapes
+        self.dtype, self.shape = dtype, shape
         self._counted: dict[tuple[str, int], Work] = {}
         with torch.device("meta"):
             self.base = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(False)
@@ -164,32 +138,20 @@ class ModelWork:
 
     def _count(self, kind: str, batch: int) -> Work:
         if kind == DECODE:
-            latent = torch.empty(batch, *self.shapes.latent, dtype=self.dtype, device="meta")
-            return _count(lambda: self.vae.decode(latent, return_dict=False)[0])[0]
+            latents = self.shape.latents(batch, self.dtype)
+            return _count(lambda: self.vae.decode(latents, return_dict=False))
         if kind == BACKWARD:
-            with _FusedAttention():
-                out = self._forward(self.policy, batch)
-            return _count(lambda: out.backward(torch.empty_like(out)))[0]
+            with FUSED_ATTENTION:
+                out = self.shape.predict(self.policy, batch, self.dtype)
+            return _count(lambda: out.backward(torch.empty_like(out)))
         transformer = {REFERENCE: self.base, POLICY: self.policy}.get(kind, self.behaviour)
-        return _count(lambda: self._forward(transformer, batch))[0]
-
-    def _forward(self, transformer: SD3Transformer2DModel, batch: int) -> Tensor:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(batch, *shape, dtype=self.dtype, device="meta")
-
-        return transformer(
-            hidden_states=empty(*self.shapes.latent),
-            timestep=empty(),
-            encoder_hidden_states=empty(*self.shapes.prompt),
-            pooled_projections=empty(self.shapes.pooled),
-            return_dict=False,
-        )[0]
+        return _count(lambda: self.shape.predict(transformer, batch, self.dtype))
 
 
-def _count(action: Callable[[], Any]) -> tuple[Work, Any]:
-    with _FusedAttention(), WorkCounter() as counter:
-        result = action()
-    return counter.work, result
+def _count(action: Callable[[], object]) -> Work:
+    with FUSED_ATTENTION, WorkCounter() as counter:
+        action()
+    return counter.work
 
 
 class WorkMeter:
@@ -213,7 +175,7 @@ class WorkMeter:
         self.last: dict[str, int] = {}
         self.batches: dict[str, int] = {}
         self.flops_per_sample: dict[str, int] = {}
-        self.shapes: Shapes | None = None
+        self.shape: SampleShape | None = None
 
     def sampled(self, text: TextEmbeds, forwards: int) -> None:
         """Notes one rollout: each prompt of `text` drawn with so many forwards of one sample."""
@@ -261,12 +223,12 @@ class WorkMeter:
 
     def model_work(self) -> ModelWork:
         """A counter for the shapes seen. There must have been a forward."""
-        assert self.shapes is not None
+        assert self.shape is not None
         models = self.models
-        return ModelWork(models.base, self.vae, self.policy, models.dtype, self.shapes, models.adapted)
+        return ModelWork(models.base, self.vae, self.policy, models.dtype, self.shape, models.adapted)
 
     def _see(self, prompt: Tensor, pooled: Tensor) -> None:
-        self.shapes = Shapes(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])
+        self.shape = SampleShape(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])
 
     def _on_forward(self, kind: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._see(kwargs["encoder_hidden_states"], kwargs["pooled_projections"])

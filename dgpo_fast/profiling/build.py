@@ -1,7 +1,7 @@
 """From what was recorded, counted and traced to a `Report`."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from dgpo_fast.profiling.report import (
     Times,
     Work,
 )
+
+if TYPE_CHECKING:
+    from dgpo_fast.trainer import Trainer
 
 OTHER = "other"
 HOTTEST = 20
@@ -231,7 +234,7 @@ def throughput(recordings: Sequence[Recording], tflop: float, device: Device) ->
     )
 
 
-def memory_row(watch: MemoryWatch, recordings: Sequence[Recording], trainer: Any) -> Memory:
+def memory_row(watch: MemoryWatch, recordings: Sequence[Recording], trainer: "Trainer") -> Memory:
     """Memory over time, thinned to what a chart can show."""
     zero = recordings[0].start_s
     on_gpu = watch.device.type == "cuda"
@@ -253,7 +256,7 @@ def thinned(samples: list[tuple[float, float]], most: int) -> list[tuple[float, 
     return [max(samples[i : i + width], key=lambda sample: sample[1]) for i in range(0, len(samples), width)]
 
 
-def held_mib(trainer: Any) -> dict[str, float]:
+def held_mib(trainer: "Trainer") -> dict[str, float]:
     """Memory that weights, averages and optimizer states take on the device; what is shared counts once."""
     models, encoders = trainer.models, trainer.encoder.encoders
     owners = {

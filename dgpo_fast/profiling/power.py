@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class PowerMeter:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _open(self, device: torch.device) -> Any:
+    def _open(self, device: torch.device) -> object | None:
         try:
             import pynvml
         except ImportError:
@@ -110,7 +110,7 @@ class PowerMeter:
                 self.note = f"power was not measured to the end: NVML says {error}"
                 return
 
-    def _sample(self, handle: Any) -> PowerSample:
+    def _sample(self, handle: object) -> PowerSample:
         nvml = self._nvml
         return PowerSample(
             time_s=time.perf_counter(),
@@ -124,7 +124,7 @@ class PowerMeter:
         )
 
 
-def _answers(nvml: Any, question: Callable[[], object]) -> bool:
+def _answers(nvml: ModuleType, question: Callable[[], object]) -> bool:
     """Whether this GPU supports what is asked; older ones have no energy counter."""
     try:
         question()

@@ -6,15 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from dgpo_fast.models.work import OLD, POLICY, REFERENCE
 from dgpo_fast.profiling.report import Span
 
+if TYPE_CHECKING:
+    from dgpo_fast.trainer import Trainer
+
 TRAIN = "train"
+Mark = torch.cuda.Event | float
+"""A moment: an event on a GPU, `time.perf_counter` on a CPU."""
 
 
 @dataclass
@@ -83,14 +89,14 @@ class ForwardClock:
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, Any, Any]] = []
-        self._started: dict[str, Any] = {}
+        self.marks: list[tuple[str, Mark, Mark]] = []
+        self._started: dict[str, Mark] = {}
         self._zero = self._mark()
         if self.on_gpu:
             torch.cuda.synchronize(device)
         self._zero_s = time.perf_counter()
 
-    def hook(self, name: str, module: torch.nn.Module) -> list[Any]:
+    def hook(self, name: str, module: torch.nn.Module) -> list[RemovableHandle]:
         """Times every forward of `module` as `name`; returns the hooks to remove."""
         return [
             module.register_forward_pre_hook(partial(self._on_start, name)),
@@ -105,24 +111,27 @@ class ForwardClock:
         self.marks = []
         return taken
 
-    def _on_start(self, name: str, *_: Any) -> None:
+    def _on_start(self, name: str, *_: object) -> None:
         # A forward that is recorded into a CUDA graph does not run yet.
         if not (self.on_gpu and torch.cuda.is_current_stream_capturing()):
             self._started[name] = self._mark()
 
-    def _on_end(self, name: str, *_: Any) -> None:
+    def _on_end(self, name: str, *_: object) -> None:
         if name in self._started:
             self.marks.append((name, self._started.pop(name), self._mark()))
 
-    def _mark(self) -> Any:
+    def _mark(self) -> Mark:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _seconds(self, mark: Any) -> float:
-        return self._zero_s + self._zero.elapsed_time(mark) / 1e3 if self.on_gpu else mark
+    def _seconds(self, mark: Mark) -> float:
+        if isinstance(mark, float):
+            return mark
+        assert isinstance(self._zero, torch.cuda.Event)
+        return self._zero_s + self._zero.elapsed_time(mark) / 1e3
 
 
 class Recorder:
@@ -132,7 +141,7 @@ class Recorder:
         trainer: its phases, transformers and work meter are watched while the recorder is.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: "Trainer"):
         self.trainer = trainer
         self.memory = MemoryWatch(trainer.device)
         self.recordings: list[Recording] = []

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import TRAINING_PROMPTS, Prompt, PromptSets, shorten, without
@@ -191,5 +191,5 @@ def _finite(number: str) -> float:
     return value
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")

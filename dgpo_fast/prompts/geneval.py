@@ -199,7 +199,7 @@ def _describe(tag: str, chosen: list[Any]) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"no such tag: {tag}")
 
 
-def _wanted(name: str, **attributes: Any) -> dict[str, Any]:
+def _wanted(name: str, **attributes: object) -> dict[str, Any]:
     return {"class": name, "count": 1, **attributes}
 
 
@@ -224,9 +224,11 @@ def _problem(metadata: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_position(value: Any, index: int) -> bool:
-    is_pair = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_int(value[1])
-    return is_pair and 0 <= value[1] < index
+def _is_position(value: object, index: int) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    relation, other = value
+    return isinstance(relation, str) and _is_int(other) and 0 <= other < index
 
 
 def _letters(tag: str) -> str:
@@ -235,5 +237,5 @@ def _letters(tag: str) -> str:
     return "".join(word.removesuffix("s") for word in words)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

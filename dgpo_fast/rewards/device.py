@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING
 
-_CHOSEN: ContextVar[Any] = ContextVar("reward device", default=None)
+if TYPE_CHECKING:
+    import torch
+
+_CHOSEN: "ContextVar[torch.device | None]" = ContextVar("reward device", default=None)
 
 
 @contextmanager
-def on_device(device: Any) -> Iterator[None]:
+def on_device(device: "torch.device | None") -> Iterator[None]:
     """Inside, rewards load their models onto the `torch.device` given; None leaves the choice to them."""
     token = _CHOSEN.set(device)
     try:
@@ -18,6 +21,6 @@ def on_device(device: Any) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def chosen_device() -> Any:
+def chosen_device() -> "torch.device | None":
     """What the innermost `on_device` was given; None outside."""
     return _CHOSEN.get()

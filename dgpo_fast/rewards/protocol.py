@@ -62,7 +62,7 @@ def not_finite(scores: np.ndarray) -> str | None:
     return f"returned {what} for picture {first + 1} of {len(scores)}"
 
 
-def require_images(name: str, images: Any) -> None:
+def require_images(name: str, images: object) -> None:
     """Raises UserError unless `images` is uint8 (B, H, W, 3): floats in 0..1 would all be scored as black."""
     dtype = getattr(images, "dtype", type(images).__name__)
     shape: tuple[int, ...] = getattr(images, "shape", ())

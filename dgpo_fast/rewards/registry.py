@@ -8,10 +8,10 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.protocol import Reward
@@ -144,7 +144,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _make(what: str, attribute: Any) -> Reward:
+def _make(what: str, attribute: Callable[..., object]) -> Reward:
     needed = _needed(attribute) if inspect.isclass(attribute) else []
     if needed:
         raise UserError(
@@ -153,12 +153,12 @@ def _make(what: str, attribute: Any) -> Reward:
         )
     is_factory = inspect.isclass(attribute) or (_accepts(attribute, 0) and not _accepts(attribute, 3))
     reward = call(what, "cannot be made", attribute) if is_factory else attribute
-    if not _accepts(reward, 3):
+    if not callable(reward) or not _accepts(reward, 3):
         raise UserError(f"{what}: must be callable as reward(images, prompts, metadata)")
     return cast(Reward, reward)
 
 
-def _needed(function: Any) -> list[str]:
+def _needed(function: Callable[..., object]) -> list[str]:
     """The names of the arguments that `function` cannot be called without, where they can be known."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -171,7 +171,7 @@ def _needed(function: Any) -> list[str]:
     ]
 
 
-def _accepts(function: Any, arguments: int) -> bool:
+def _accepts(function: Callable[..., object], arguments: int) -> bool:
     """Whether `function` can be called with so many positional arguments."""
     try:
         inspect.signature(function).bind(*range(arguments))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from dgpo_fast.rewards.protocol import REWARD_KEY, Reward, not_finite
 from dgpo_fast.rewards.registry import fingerprint, is_own, load_reward, parse_specs
 from dgpo_fast.user_code import call, told
 from dgpo_fast.wording import counted
+
+if TYPE_CHECKING:
+    import torch
 
 CONTENT = "content of "
 """Begins the key under which a folder of scores keeps the fingerprint of a reward."""
@@ -206,7 +209,7 @@ class WeightedReward:
             return np.sum(terms, axis=0).astype(np.float32)
 
 
-def load_rewards(specs: Sequence[str], device: Any = None) -> WeightedReward:
+def load_rewards(specs: Sequence[str], device: torch.device | None = None) -> WeightedReward:
     """Loads and self-tests rewards given as `name`, `name=weight`, `module:attribute=weight`… (`registry.parse_spec`).
 
     Args:
@@ -285,7 +288,7 @@ def _merge(answers: dict[str, Answer], prompt: Prompt) -> tuple[dict[str, np.nda
     return scored, failed
 
 
-def _vector(values: Any, size: int, start: str) -> np.ndarray:
+def _vector(values: object, size: int, start: str) -> np.ndarray:
     """float32 (size,). Raises _NoScores, in a phrase that begins with `start`."""
     wanted = counted(size, "score")
     if values is None:
@@ -304,7 +307,7 @@ def _vector(values: Any, size: int, start: str) -> np.ndarray:
     return vector
 
 
-def _is_text(values: Any) -> bool:
+def _is_text(values: object) -> bool:
     """Whether there is text among scores, which NumPy would read as numbers."""
     many = list(values.flat) if isinstance(values, np.ndarray) else values
     return isinstance(many, (str, bytes)) or (

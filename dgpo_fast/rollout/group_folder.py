@@ -151,7 +151,7 @@ def load(place: Place) -> Stored:
         )
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

@@ -158,7 +158,7 @@ def json_line(metrics: dict[str, Any]) -> str:
     return json.dumps(finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """`value` with NaN and infinity, which JSON lacks, as None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

@@ -187,7 +187,7 @@ def _prompt(tag: str, phrase: str, include: list[Metadata], exclude: list[Metada
     return text, {**metadata, "prompt": text}
 
 
-def _include(shape: str, count: int = 1, **more: Any) -> Metadata:
+def _include(shape: str, count: int = 1, **more: object) -> Metadata:
     return {"class": shape, "count": count, **more}
 
 

@@ -73,15 +73,7 @@ def _loss_partials(
 
 @_fake("loss_partials")
 def _(
-    policy_v: Tensor,
-    ref_v: Tensor,
-    x0: Tensor,
-    old_v: Tensor | None,
-    kl_v: Tensor | None,
-    kl_is_ref: bool,
-    group_index: Tensor,
-    seed: Tensor,
-    draw: Tensor,
+    policy_v: Tensor, ref_v: Tensor, x0: Tensor, old_v: Tensor | None, kl_v: Tensor | None, *others: object
 ) -> Tensor:
     from dgpo_kernels.triton.launch import FORWARD_CONFIG
 
@@ -104,9 +96,7 @@ def _group_scores(
 
 
 @_fake("group_scores")
-def _(
-    partials: Tensor, numel: int, advantage: Tensor, group_index: Tensor, beta: float, group_size: int | None
-) -> Tensor:
+def _(partials: Tensor, numel: int, advantage: Tensor, *others: object) -> Tensor:
     return advantage.new_empty(advantage.shape, dtype=torch.float32)
 
 
@@ -213,11 +203,11 @@ def _policy_gradient(
 
 
 @_fake("policy_gradient")
-def _(grad_loss: Tensor, policy_v: Tensor, *others: Any) -> Tensor:
+def _(grad_loss: Tensor, policy_v: Tensor, *others: object) -> Tensor:
     return layout.empty_like(policy_v, layout.channels_of(policy_v))
 
 
-# ctx is what autograd makes for the call: it takes any attribute.
+# ctx is autograd's own: it takes any attribute.
 def _save_for_gradient(ctx: Any, inputs: tuple, output: tuple) -> None:
     given, results = GroupLossInputs(*inputs), GroupLossResults(*output)
     ctx.kl_weight, ctx.kl_batch = given.kl_weight, given.kl_batch
@@ -258,7 +248,7 @@ def _guided_euler_step(
 
 
 @_fake("guided_euler_step")
-def _(x: Tensor, *others: Any) -> Tensor:
+def _(x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -281,7 +271,7 @@ def _guided_dpmpp_2m_step(
 
 
 @_fake("guided_dpmpp_2m_step")
-def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dgpo_fast.config import Policy
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.models.datasheet import find_datasheet
-from dgpo_fast.models.work import ModelWork, Shapes, WorkCounter, _FusedAttention
+from dgpo_fast.models.meta import SampleShape
+from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork, WorkCounter
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
@@ -61,7 +62,7 @@ def test_sd35_medium_has_its_known_flops() -> None:
     """TFLOP per sample at 512×512 and 205 text tokens, counted by others: 2.224, LoRA 2.270 + 2.721, decode 2.515."""
     with torch.device("meta"):
         transformer, vae = SD3Transformer2DModel(**SD35_MEDIUM), AutoencoderKL(**SD3_VAE)
-    work = ModelWork(transformer, vae, Policy(), torch.bfloat16, Shapes((16, 64, 64), (205, 4096), 2048))
+    work = ModelWork(transformer, vae, Policy(), torch.bfloat16, SampleShape((16, 64, 64), (205, 4096), 2048))
     tflop = {kind: work.count(kind).total_flops / 1e12 for kind in ("rollout", "policy forward", "backward", "decode")}
     expected = {"rollout": 2.224, "policy forward": 2.270, "backward": 2.721, "decode": 2.515}
     assert tflop == pytest.approx(expected, rel=2e-3)
@@ -71,11 +72,11 @@ def test_sd35_medium_has_its_known_flops() -> None:
 def test_torchs_flop_counter_agrees(train: str, random_pipeline: Path) -> None:
     transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
     vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
-    shapes = Shapes((16, 8, 8), (21, 48), 32)
-    work = ModelWork(transformer, vae, Policy(train=train, lora_rank=4), torch.float32, shapes)  # type: ignore[arg-type]
+    shape = SampleShape((16, 8, 8), (21, 48), 32)
+    work = ModelWork(transformer, vae, Policy(train=train, lora_rank=4), torch.float32, shape)  # type: ignore[arg-type]
     for batch in (1, 3):
-        with _FusedAttention(), FlopCounterMode(display=False) as forward:
-            out = work._forward(work.policy, batch)
+        with FUSED_ATTENTION, FlopCounterMode(display=False) as forward:
+            out = shape.predict(work.policy, batch, torch.float32)
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
         assert work.count("policy forward", batch).total_flops == forward.get_total_flops() > 0

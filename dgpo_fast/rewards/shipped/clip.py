@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.shipped import models
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerBase
 
 _AT_224 = {"vision_config.patch_size": 14, "vision_config.image_size": 224}
 VIT_L_14 = _AT_224 | {
@@ -44,7 +47,11 @@ class Clip:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, square: Callable[[torch.Tensor, int], torch.Tensor] = models.crop_square
+        self,
+        model: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        square: Callable[[torch.Tensor, int], torch.Tensor] = models.crop_square,
     ) -> None:
         """`square` makes images square: `models.crop_square` or `models.pad_square`."""
         self.model, self._tokenizer, self._square = model, tokenizer, square

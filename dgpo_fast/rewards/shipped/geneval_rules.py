@@ -183,7 +183,7 @@ def _all_met(found: Sequence[Detection], include: Sequence[Mapping[str, Any]]) -
     return True
 
 
-def share_in_relation(groups: Sequence[Sequence[Placed]], index: int, position: Sequence[Any]) -> float:
+def share_in_relation(groups: Sequence[Sequence[Placed]], index: int, position: tuple[str, int]) -> float:
     """Of the pairs of group `index` and the group that `position` names, the share in its relation; 0 without pairs."""
     relation, other = position
     holds = [relation in relations(a, b) for a in groups[index] for b in groups[other]]

@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.shipped import models
 from dgpo_fast.rewards.shipped.clip import VIT_H_14, Clip, CosineReward
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
 
 PUBLISHED = models.Published("xswu/HPSv2/HPS_v2.1_compressed.pt", VIT_H_14)
 _VISION_HEAD_WIDTH, _TEXT_HEAD_WIDTH = 80, 64  # of ViT-H-14; the weights show all other sizes
@@ -104,7 +107,7 @@ def _renamed_layer(prefix: str, layer: str, kind: str, value: torch.Tensor) -> d
     return {f"{prefix}self_attn.{part}_proj.{kind}": third for part, third in zip("qkv", value.chunk(3), strict=True)}
 
 
-def _config(weights: Mapping[str, torch.Tensor]) -> Any:
+def _config(weights: Mapping[str, torch.Tensor]) -> CLIPConfig:
     """transformers' configuration of the network that `weights` are of."""
     from transformers import CLIPConfig
 

@@ -24,10 +24,10 @@ class Published(NamedTuple):
 
     source: str
     """Where it is: `owner/name` on the Hugging Face hub, or `owner/name/file`."""
-    sizes: Mapping[str, Any]
+    sizes: Mapping[str, object]
     """What tells it from its siblings: values of its configuration by their dotted names."""
 
-    def require(self, reward: str, source: str | Path, config: Any) -> None:
+    def require(self, reward: str, source: str | Path, config: object) -> None:
         """Raises UserError where `source` has the published model's name and `config`, its configuration, other sizes.
 
         A model that goes by another name was chosen by the user, who may know better.
@@ -81,7 +81,7 @@ def load_pretrained(name: str, loader: Callable[..., Any], source: str | Path) -
     return model.to(default_device()).eval().requires_grad_(False)
 
 
-def load_weights(name: str, source: str | Path, fetch: Callable[[], Any]) -> dict[str, torch.Tensor]:
+def load_weights(name: str, source: str | Path, fetch: Callable[[], str | Path]) -> dict[str, torch.Tensor]:
     """The weights in one PyTorch file, fp32 on the CPU: the file `source` where there is one, else what `fetch` gets.
 
     Only tensors are unpickled; no code in the file is run. A dictionary below `"state_dict"` counts as the whole.

@@ -70,6 +70,7 @@ class OcrReward:
             from rapidocr import RapidOCR
         except ImportError as error:
             raise UserError("reward 'ocr' needs RapidOCR: pip install 'rapidocr<4' onnxruntime") from error
+        # RapidOCR declares four kinds of results for every call; a whole reading gives the one with texts and scores.
         self._engine: Any = RapidOCR(params=dict(_ENGINE))
         self._pool = ThreadPoolExecutor(workers or _default_threads(), thread_name_prefix="ocr")
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import JITFunction
 
 from dgpo_kernels.triton import group_loss, loss_partials, noise, policy_gradient, step
 from dgpo_kernels.triton.launch import BACKWARD_CONFIG, COMPILER_OPTIONS, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
@@ -72,7 +73,7 @@ class Variant:
     """
 
     name: str
-    kernel: Any
+    kernel: JITFunction
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     tensor_type: str = "*bf16"
@@ -106,7 +107,7 @@ def _tile(config: TileConfig, numel: int, itemsize: int = 2, channels: int = 0) 
 def variants() -> Iterator[Variant]:
     """The kernels at SD3.5's size (65,536 elements a sample), and the fullest at that of a small model (768)."""
 
-    def variant(name: str, kernel: Any, constants: dict[str, Any], warps: int, **options: Any) -> Variant:
+    def variant(name: str, kernel: JITFunction, constants: dict[str, Any], warps: int, **options: Any) -> Variant:
         return Variant(name, kernel, tuple(constants.items()), warps, **options)
 
     predictions = {"": (False, 0), ", old": (True, 0), ", old, kl = ref": (True, 1), ", old, kl": (True, 2)}
@@ -171,7 +172,7 @@ def variants() -> Iterator[Variant]:
     )
 
 
-def compile_variant(variant: Variant, architecture: int) -> Any:
+def compile_variant(variant: Variant, architecture: int) -> CompiledKernel:
     """Triton's compiled kernel for a compute capability such as 90."""
     constants = dict(variant.constants)
     kernel = variant.kernel
