@@ -53,7 +53,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Line:
+class Trend:
     """A straight line through a series.
 
     Attributes:
@@ -76,7 +76,7 @@ class Line:
         return abs(self.slope_per_hour) <= 3 * self.standard_error_per_hour or abs(self.change) < SMALL
 
 
-def fit(hours: Sequence[float], values: Sequence[float]) -> Line:
+def fit(hours: Sequence[float], values: Sequence[float]) -> Trend:
     """The line through (hours, values), by least squares through the means of at most `BLOCKS` blocks."""
     blocks = min(BLOCKS, len(values) // 2)
     if blocks < 3:
@@ -84,7 +84,7 @@ def fit(hours: Sequence[float], values: Sequence[float]) -> Line:
     x, y = (np.array([part.mean() for part in np.array_split(np.asarray(v, float), blocks)]) for v in (hours, values))
     line, mean = stats.linregress(x, y), float(np.mean(values))
     change = float(line.slope) * (hours[-1] - hours[0]) / mean if mean else 0.0
-    return Line(mean, float(line.slope), float(line.stderr), change, blocks)
+    return Trend(mean, float(line.slope), float(line.stderr), change, blocks)
 
 
 def sample(process: psutil.Process) -> dict[str, float]:
@@ -190,7 +190,7 @@ def series(seen: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
     return [row["hours"] for row in warm], [row[name] for row in warm]
 
 
-def draw(seen: dict[str, Any], lines: dict[str, Line], path: Path) -> None:
+def draw(seen: dict[str, Any], lines: dict[str, Trend], path: Path) -> None:
     """A panel for each series, with its line."""
     figure = Figure(figsize=(14, 6), layout="constrained", dpi=90)
     axes = np.ravel(figure.subplots(2, 3))

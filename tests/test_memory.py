@@ -23,7 +23,7 @@ from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.cards import CARDS_GB, fit_on
 from dgpo_fast.memory.live import LiveBytes, tensors_alive
 from dgpo_fast.memory.low import with_low_memory
-from dgpo_fast.memory.micro_batch import Line, fit
+from dgpo_fast.memory.micro_batch import MemoryLine, fit
 from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.memory.simulate import Simulation, Trained
@@ -259,7 +259,7 @@ def test_sd35_medium_saves_two_gigabytes_a_sample() -> None:
     """Activations of a LoRA micro-batch at 512 × 512 in bf16, a known figure, from one second on the meta device."""
     predictor = Predictor(sd35_medium(), torch.bfloat16)
     config = configure(["sd35m-geneval"])
-    training = Line.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
+    training = MemoryLine.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
     assert training.per_sample / GB == pytest.approx(2.0, abs=0.1)
 
 
@@ -284,7 +284,7 @@ def test_even_micro_batches_by_hand() -> None:
 
 
 def test_a_line_through_two_measurements() -> None:
-    line = Line.through(lambda size: 1000 + 7 * size, 16, 32)
+    line = MemoryLine.through(lambda size: 1000 + 7 * size, 16, 32)
     assert (line.fixed, line.per_sample) == (1000, 7)
     assert [line.largest(n) for n in (999, 1006, 1007, 1070)] == [0, 0, 1, 10]
 

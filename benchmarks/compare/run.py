@@ -70,7 +70,7 @@ class Run:
 
 
 @dataclass
-class Spent:
+class TrainingSpent:
     """Training so far: seconds as `clock` counts them, seconds on the wall, and images gone through."""
 
     seconds: float = 0.0
@@ -155,7 +155,7 @@ class _Performance:
         self.set_up_s = time.perf_counter() - started
         self.clock = partial(clock, device_of)
         self.points: list[dict[str, Any]] = []
-        self.spent = Spent()
+        self.spent = TrainingSpent()
 
     def perform(self) -> dict[str, Any]:
         try:
@@ -235,7 +235,7 @@ class _Performance:
             self.trainer.resume(self.folder)
             self.points = [point for point in kept["points"] if point["iteration"] <= self.trainer.iteration]
             last = self.points[-1]
-            self.spent = Spent(last["training_s"], last["training_wall_s"], last["trained_images"])
+            self.spent = TrainingSpent(last["training_s"], last["training_wall_s"], last["trained_images"])
         self._write_points()
 
     def _step(self) -> None:

@@ -8,7 +8,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.engine.choices import GRAPH_MEMORY_GIB
 from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.low import with_low_memory
-from dgpo_fast.memory.micro_batch import Line, fit
+from dgpo_fast.memory.micro_batch import MemoryLine, fit
 from dgpo_fast.memory.plan import headroom
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.models.architecture import Architecture
@@ -52,7 +52,7 @@ def fit_on(config: Config, architecture: Architecture, dtype: torch.dtype, card_
     available = card_gb * 2**30 - headroom(card_gb * 2**30)
     micro_batch = config.policy.micro_batch
     if micro_batch == "auto":
-        training = Line.predicted(predictor, config)
+        training = MemoryLine.predicted(predictor, config)
         most = max(training.largest(available), 1)
         micro_batch = fit(most, predictor.local_samples(config), config.rollout.group_size)
     prediction = predictor.predict(config, micro_batch)

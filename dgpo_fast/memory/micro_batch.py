@@ -18,21 +18,21 @@ MOST_ON_A_CPU = 128
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryLine:
     """Bytes of a training step as a function of its samples: fixed + per_sample · samples."""
 
     fixed: float
     per_sample: float
 
     @classmethod
-    def through(cls, measure: Callable[[int], int], first: int, second: int) -> "Line":
+    def through(cls, measure: Callable[[int], int], first: int, second: int) -> "MemoryLine":
         """The line through the measurements at two sizes."""
         low, high = measure(first), measure(second)
         per_sample = max((high - low) / (second - first), 1.0)
         return cls(low - per_sample * first, per_sample)
 
     @classmethod
-    def predicted(cls, predictor: Predictor, config: Config) -> "Line":
+    def predicted(cls, predictor: Predictor, config: Config) -> "MemoryLine":
         """Of all that the device holds in a training step of `config`, by prediction."""
         return cls.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
 

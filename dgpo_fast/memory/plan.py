@@ -11,7 +11,7 @@ from dgpo_fast.engine.choices import room_for_graphs
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.advice import remedies, sentence
 from dgpo_fast.memory.low import with_low_memory
-from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, Line, TrainingMemory, fit, in_groups
+from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, MemoryLine, TrainingMemory, fit, in_groups
 from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.loading import free_bytes
@@ -68,7 +68,7 @@ class MemoryPlan:
         free, chosen = self.free_bytes(), ""
         self.auto = config.policy.micro_batch == "auto"
         if self.auto:
-            training = Line.predicted(self.predictor, config)
+            training = MemoryLine.predicted(self.predictor, config)
             most = training.largest(free - self._headroom())
             if self.device.type == "cpu":
                 most = min(training.largest(CPU_SHARE * free), MOST_ON_A_CPU)
@@ -108,13 +108,13 @@ class MemoryPlan:
         )
         return config
 
-    def _measured(self, config: Config, models: PolicyModels) -> Line:
+    def _measured(self, config: Config, models: PolicyModels) -> MemoryLine:
         """A training step's memory from steps of one and of two groups, or of one and two samples if these are many."""
         measured, size = TrainingMemory(models, self.predictor.shape(config)), config.rollout.group_size
         try:
             for first in (size, 1):
                 try:
-                    return Line.through(measured, first, 2 * first)
+                    return MemoryLine.through(measured, first, 2 * first)
                 except torch.OutOfMemoryError as error:
                     measured.release()
                     if first == 1:

@@ -6,7 +6,7 @@
   save its memory, it can be the base's tensors with an adapter of its own instead (`policy.behaviour`).
 
 Nothing is ever switched on or off: `load_behaviour` writes the wanted weights into the behaviour copy, in fp32
-    arithmetic, once or twice an iteration.
+arithmetic, once or twice an iteration.
 """
 
 import copy

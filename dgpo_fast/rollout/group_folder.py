@@ -49,7 +49,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Place:
+class GroupPlace:
     """Where one group lies: a file and the group's position in it."""
 
     path: Path
@@ -121,21 +121,21 @@ class GroupFolder:
             staged.unlink(missing_ok=True)
             raise UserError(f"{path} could not be written ({_line(error)}): free space and --resume") from None
 
-    def index(self, drawing: Drawing) -> tuple[list[Place], float, int]:
+    def index(self, drawing: Drawing) -> tuple[list[GroupPlace], float, int]:
         """Where every group lies, the seconds that drawing took, and how many could not be scored."""
-        places: list[Place] = []
+        places: list[GroupPlace] = []
         seconds, dropped = 0.0, 0
         for number in range(len(drawing.files)):
             path = self.path(number)
             with _opened(path) as file:
                 about = file.metadata()
-            places += [Place(path, row) for row in range(len(json.loads(about["prompts"])))]
+            places += [GroupPlace(path, row) for row in range(len(json.loads(about["prompts"])))]
             seconds += float(about["seconds"])
             dropped += int(about["dropped"])
         return places, seconds, dropped
 
 
-def load(place: Place) -> Stored:
+def load(place: GroupPlace) -> Stored:
     """One group, read from its file without the others."""
     with _opened(place.path) as file:
         prompts = json.loads(file.metadata()["prompts"])

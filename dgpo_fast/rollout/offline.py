@@ -19,7 +19,7 @@ from dgpo_fast.models.loading import fingerprint
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.dealing import GroupSampler
 from dgpo_fast.rewards import GroupScores
-from dgpo_fast.rollout.group_folder import Drawing, GroupFolder, Place, Stored, load
+from dgpo_fast.rollout.group_folder import Drawing, GroupFolder, GroupPlace, Stored, load
 from dgpo_fast.rollout.online import RolloutWorker
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.run.console import Console, duration
@@ -45,7 +45,7 @@ class OfflineSource:
         self.config, self.worker, self.prompts, self.processes = config, worker, prompts, processes
         self.wanted = self._wanted()
         self.drawing_s = 0.0
-        self.places: GroupSampler[Place] | None = None
+        self.places: GroupSampler[GroupPlace] | None = None
         if config.data.folder:
             GroupFolder(Path(config.data.folder)).drawing(self.wanted)
 
