@@ -20,32 +20,13 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
+from benchmarks.rewards import Brightness
 from dgpo_fast.config import Config
 from dgpo_fast.models.policy import with_lora
 from dgpo_fast.rollout.schedule import make_scheduler
 from dgpo_fast.run.metrics import Phases
 
 RECOMPILE_LIMIT = 64
-
-
-class Brightness:
-    """A reward that takes no time worth mentioning: the mean of a picture's values."""
-
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> np.ndarray:
-        """(B,) for uint8 (B, H, W, 3)."""
-        return images.mean((1, 2, 3), dtype=np.float64)
-
-
-class HalfEqual(Brightness):
-    """Brightness for every other group that it is asked for; the groups between them get equal rewards."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> np.ndarray:
-        """(B,) for uint8 (B, H, W, 3)."""
-        self.calls += 1
-        return super().__call__(images, prompts, metadata) * (self.calls % 2)
 
 
 @dataclass(frozen=True)

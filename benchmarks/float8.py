@@ -18,7 +18,7 @@ RUNS = {
         "--random-weights",
         "True",
         "--rewards",
-        "benchmarks.baselines:Brightness",
+        "benchmarks.rewards:Brightness",
         "--evaluation.images",
         "64",
     ],

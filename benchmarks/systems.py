@@ -14,7 +14,8 @@ import torch
 from dgpo_kernels import philox_normal
 from torch import Tensor
 
-from benchmarks.baselines import BASELINES, Baseline, Brightness, Inputs, Oracle, Text
+from benchmarks.baselines import BASELINES, Baseline, Inputs, Oracle, Text
+from benchmarks.rewards import Brightness
 from dgpo_fast.config import Config
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.prompt_encoder import TextEmbeds

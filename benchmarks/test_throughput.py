@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.baselines import Brightness  # noqa: E402
+from benchmarks.rewards import Brightness  # noqa: E402
 from benchmarks.systems import OURS, Comparison, Ours  # noqa: E402
 from benchmarks.throughput import FIRST, Bench  # noqa: E402
 from dgpo_fast.config.command_line import configure  # noqa: E402

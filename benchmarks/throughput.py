@@ -185,7 +185,7 @@ class Bench:
         On a GPU it has `text_encoders` where encoding is timed.
         """
         size = str(case.group_size)
-        args = ["sd35m-geneval", "--rewards", "benchmarks.baselines:Brightness", "--rollout.group-size", size]
+        args = ["sd35m-geneval", "--rewards", "benchmarks.rewards:Brightness", "--rollout.group-size", size]
         args += ["--rollout.groups", str(self.groups), "--rollout.batch-size", size, "--policy.micro-batch", size]
         args += ["--policy.train", case.train, "--evaluation.images", "2", "--reward-workers", "0"]
         args += [] if case.guided else ["--rollout.guidance-scale", "1"]
@@ -229,7 +229,7 @@ class Bench:
         if name == EQUAL_GROUPS:
             self.kept = None
             empty_cache(self.device)
-            args += ["--rewards", "benchmarks.baselines:HalfEqual"]
+            args += ["--rewards", "benchmarks.rewards:HalfEqual"]
             ours = Ours(configure(args), self.device)
         else:
             ours = self.kept = self.kept or Ours(configure(args), self.device)

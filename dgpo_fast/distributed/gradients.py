@@ -16,37 +16,27 @@ BUCKET_NUMEL = 64 * 2**20
 
 
 @torch.no_grad()
-def sum_gradients(
-    weights: Mapping[str, nn.Parameter], numbers: Mapping[str, Tensor], processes: Processes, what: str
-) -> dict[str, Tensor]:
-    """Sums `.grad` of `weights` over all processes in place, and `numbers` with them, which are returned.
+def sum_gradients(weights: Mapping[str, nn.Parameter], processes: Processes, what: str) -> None:
+    """Sums `.grad` of `weights` over all processes in place.
 
     A weight without a gradient here (a process whose groups were all dropped) counts as zero. A NaN anywhere makes the
     sum NaN everywhere, so that all processes see the same and none has to be asked.
 
     Args:
         weights: the trained parameters.
-        numbers: 0-dim tensors; every process gives the same names.
         processes: who takes part.
-        what: named in the error where the others do not come.
+        what: named in the error if the others do not come.
     """
     if processes.count == 1:
-        return dict(numbers)
-    names = sorted(numbers)
-    device = next(iter(weights.values())).device
-    tail = torch.stack([numbers[name].float().to(device) for name in names]) if names else torch.zeros(0, device=device)
+        return
     for weight in weights.values():
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
-    buckets = list(_buckets([weight.grad for weight in weights.values() if weight.grad is not None]))
-    for index, bucket in enumerate(buckets):
-        extra = [tail] if index == len(buckets) - 1 else []
-        flat = torch.cat([tensor.reshape(-1).float() for tensor in [*bucket, *extra]])
+    for bucket in _buckets(weight.grad for weight in weights.values() if weight.grad is not None):
+        flat = torch.cat([gradient.reshape(-1).float() for gradient in bucket])
         processes.sum(flat, what)
-        parts = flat.split([tensor.numel() for tensor in [*bucket, *extra]])
-        for tensor, part in zip([*bucket, *extra], parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-    return dict(zip(names, tail.unbind(), strict=True))
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -98,7 +98,7 @@ class Learner:
             self.models.take_gradients()  # they were summed in the backward
             return torch.zeros(())  # nobody can tell any more whose part of a sum was not finite
         own_norm = gradient_norm(self.models.weights)
-        sum_gradients(self.models.weights, {}, self.processes, what)
+        sum_gradients(self.models.weights, self.processes, what)
         return own_norm
 
     def _sum(self, numbers: dict[str, float], what: str) -> dict[str, float]:
