@@ -15,8 +15,9 @@ from rich.text import Text
 
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.recipes import RECIPES
+from dgpo_fast.records import JsonObject
 
-Schema = dict[str, Any]
+Schema = JsonObject
 """A JSON schema, as pydantic makes it."""
 TYPES = {"string": "TEXT", "integer": "INT", "number": "FLOAT", "boolean": "true | false", "null": "none"}
 MOST_COLUMNS = 120

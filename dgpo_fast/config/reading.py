@@ -6,13 +6,14 @@ All of them pass through `resolve`: a misspelt key or a wrong type is the same o
 import difflib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject
 
 MAX_YAML_BYTES = 2**20
 YAML = (".yaml", ".yml")
@@ -20,12 +21,12 @@ Settings = TypeVar("Settings")
 """A dataclass of settings: `Config`, or that of another command."""
 
 
-def to_dict(settings: object) -> dict[str, Any]:
+def to_dict(settings: object) -> JsonObject:
     """Nested plain dictionary of a dataclass of settings, ready for YAML."""
     return TypeAdapter(type(settings)).dump_python(settings, mode="json")
 
 
-def resolve(base: Settings, overrides: dict[str, Any], origin: str) -> Settings:
+def resolve(base: Settings, overrides: JsonObject, origin: str) -> Settings:
     """`base` with `overrides` applied, in groups or by dotted names (`rollout.groups`), and everything checked.
 
     Raises UserError in one line naming `origin` (a file, or "command line"), the key and the remedy.
@@ -58,13 +59,7 @@ def _setting(location: tuple[str | int, ...], settings: object) -> str:
 
 
 def _merge(
-    settings: dict[str, Any],
-    overrides: dict[str, Any],
-    origin: str,
-    *,
-    known: dict[str, Any],
-    given: set[str],
-    prefix: str = "",
+    settings: JsonObject, overrides: JsonObject, origin: str, *, known: JsonObject, given: set[str], prefix: str = ""
 ) -> None:
     """Puts `overrides` into `settings`; `given` has the names that were there already."""
     for key, value in overrides.items():
@@ -97,7 +92,7 @@ USUAL_NAMES = {
 """What other trainers call a setting, where its name here is not like that."""
 
 
-def _suggest(key: str, known: dict[str, Any]) -> str:
+def _suggest(key: str, known: JsonObject) -> str:
     usual = USUAL_NAMES.get(key.rsplit(".", 1)[-1])
     if usual in _flat(known):
         return f": did you mean '{usual}'?"
@@ -113,19 +108,19 @@ def setting_names() -> list[str]:
     return list(flat(Config()))
 
 
-def flat(settings: object) -> dict[str, Any]:
+def flat(settings: object) -> JsonObject:
     """Every setting of a dataclass of settings by its dotted name."""
     return _flat(to_dict(settings))
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(settings: JsonObject, prefix: str = "") -> JsonObject:
+    found: JsonObject = {}
     for key, value in settings.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 
-def parse_overrides(args: list[str], settings: object | None = None) -> dict[str, Any]:
+def parse_overrides(args: list[str], settings: object | None = None) -> JsonObject:
     """`["--rollout.groups", "16", "--rewards", "a", "b"]` as a nested dictionary; values stay text for `resolve`.
 
     A yes-or-no setting may stand alone: `--random-weights` is `--random-weights true`. A list given twice adds up.
@@ -137,7 +132,7 @@ def parse_overrides(args: list[str], settings: object | None = None) -> dict[str
     defaults = flat(settings or Config())
     lists = {name for name, value in defaults.items() if isinstance(value, (tuple, list))}
     flags = {name for name, value in defaults.items() if isinstance(value, bool)}
-    overrides: dict[str, Any] = {}
+    overrides: JsonObject = {}
     index = 0
     while index < len(args):
         name, equals, inline = args[index].removeprefix("--").partition("=")
@@ -190,7 +185,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> JsonObject:
     """Settings from a user's YAML file. Raises UserError naming the file, and the line where there is one."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dgpo_fast.distributed.processes import Processes, SharedError
+from dgpo_fast.records import JsonObject
 
 
 class StepGuard:
@@ -57,7 +57,7 @@ def gradient_norm(weights: Mapping[str, nn.Parameter]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) if gradients else torch.zeros(())
 
 
-def damage(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def damage(weights: Mapping[str, Tensor]) -> JsonObject:
     """What a dump says of weights: how many are not finite, and the largest of the others."""
     return {
         name: {

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.wording import counted
 
 PAIRS_PER_ROW = 3
@@ -51,9 +51,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], path:
     _save(figure, path)
 
 
-def reward_curve(
-    metrics: list[dict[str, Any]], evaluations: list[tuple[int, dict[str, Any]]], evaluated: str, path: Path
-) -> None:
+def reward_curve(metrics: list[Metrics], evaluations: list[tuple[int, JsonObject]], evaluated: str, path: Path) -> None:
     """Mean reward of each iteration's images, and of the evaluations, with their 95 % intervals.
 
     Args:

@@ -5,7 +5,6 @@ import math
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from dgpo_fast.evaluation.figures import contact_sheet
 from dgpo_fast.evaluation.folder import CONTACT_SHEET, RESULTS, EvaluationFolder, Row
 from dgpo_fast.evaluation.statistics import Mean, geneval_scores
 from dgpo_fast.prompts import in_turn
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.run.console import Console
 from dgpo_fast.run.metrics import write_json
@@ -28,7 +28,7 @@ SHEET_IMAGES = 48
 COLUMNS = 4
 
 
-def summarise(rows: Sequence[Row], rewards: Sequence[str]) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], rewards: Sequence[str]) -> JsonObject:
     """Means and 95 % intervals of every score, in all and per tag, and GenEval's figures where prompts are GenEval's.
 
     Args:
@@ -64,7 +64,7 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([row.reward if name == SUM else row.scores.get(name, math.nan) for row in rows])
 
 
-def _summary(rows: Sequence[Row], name: str) -> dict[str, Any]:
+def _summary(rows: Sequence[Row], name: str) -> JsonObject:
     found = Mean.of(column(rows, name), [row.prompt for row in rows])
     return {
         "score_mean": found.mean,
@@ -74,7 +74,7 @@ def _summary(rows: Sequence[Row], name: str) -> dict[str, Any]:
     }
 
 
-def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console, facts: dict[str, Any]) -> None:
+def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console, facts: JsonObject) -> None:
     """Writes `results.json` and the contact sheet, and prints the table.
 
     Args:
@@ -100,7 +100,7 @@ def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console
     console.note(f"pictures, index, results and contact sheet are in {folder.path}")
 
 
-def print_results(results: dict[str, Any], rewards: Sequence[str], console: Console) -> None:
+def print_results(results: JsonObject, rewards: Sequence[str], console: Console) -> None:
     """The table, with tags in rows and rewards in columns; below it their parts, and GenEval's figures."""
     named = {SUM, *(parse_spec(reward).name for reward in rewards)}
     columns = [name for name in results["scores"] if name in named]
@@ -120,7 +120,7 @@ def print_results(results: dict[str, Any], rewards: Sequence[str], console: Cons
         )
 
 
-def _table(results: dict[str, Any], names: Sequence[str]) -> Table:
+def _table(results: JsonObject, names: Sequence[str]) -> Table:
     table = Table("tag", title="mean score, 95 % interval", title_justify="left")
     for name in names:
         table.add_column("weighted sum" if name == SUM else escape(name), justify="right", overflow="fold")
@@ -134,12 +134,12 @@ def _table(results: dict[str, Any], names: Sequence[str]) -> Table:
     return table
 
 
-def _cells(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
+def _cells(scores: JsonObject, names: Sequence[str]) -> list[str]:
     counts = [max(one[f"{what}_count"] for one in scores.values()) for what in ("prompts", "images")]
     return [*(with_interval(scores[name]) for name in names), *map(str, counts)]
 
 
-def with_interval(scores: dict[str, Any], sign: str = "") -> str:
+def with_interval(scores: JsonObject, sign: str = "") -> str:
     """`0.564 ± 0.053`, to two digits of the interval; with the sign "+", `+0.564 ± 0.053`.
 
     Of fewer than five prompts, `0.564` alone.

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.records import JsonObject
 
 
 def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, list[float]]:
@@ -61,7 +62,7 @@ class Mean(NamedTuple):
         return cls(*mean_with_ci95(scores, texts), count, int(known.sum()))
 
 
-def geneval_scores(correct: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def geneval_scores(correct: np.ndarray, prompts: Sequence[Prompt]) -> JsonObject:
     """GenEval's official figures: its overall score is the mean over the tags of the share of correct images.
 
     Args:
@@ -74,7 +75,7 @@ def geneval_scores(correct: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, 
     """
     tags = np.array([prompt.tag for prompt in prompts])
     texts = [prompt.text for prompt in prompts]
-    shares: dict[str, Any] = {}
+    shares: JsonObject = {}
     variance = 0.0
     for tag in dict.fromkeys(tags.tolist()):
         rows = np.flatnonzero(tags == tag)

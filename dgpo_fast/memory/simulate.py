@@ -23,6 +23,7 @@ from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import with_lora
+from dgpo_fast.records import JsonObject
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class MixedPrecision(TorchFunctionMode):
         return value.bfloat16()
 
 
-def shallow(config: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def shallow(config: JsonObject) -> tuple[JsonObject, list[int]]:
     """The transformer's configuration with one block of each kind, and how many of each kind the whole one has."""
     layers, dual = config["num_layers"], set(config["dual_attention_layers"])
     # Nothing before the first block needs a gradient with LoRA, so it saves less than the next.
@@ -101,7 +102,7 @@ class Simulation:
     """
 
     def __init__(
-        self, transformer: dict[str, Any], vae: dict[str, Any], trained: Trained, dtype: torch.dtype, shape: SampleShape
+        self, transformer: JsonObject, vae: JsonObject, trained: Trained, dtype: torch.dtype, shape: SampleShape
     ):
         small, self.counts = shallow(transformer)
         self.dtype, self.shape = dtype, shape

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -147,7 +148,7 @@ def read_architecture(folder: Path) -> Architecture:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,7 +1,7 @@
 """From what was recorded, counted and traced to a `Report`."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from dgpo_fast.profiling.report import (
     Times,
     Work,
 )
+from dgpo_fast.records import JsonObject
 
 if TYPE_CHECKING:
     from dgpo_fast.trainer import Trainer
@@ -336,7 +337,7 @@ def rewards_row(recordings: Sequence[Recording]) -> Rewards | None:
     return Rewards(busy_s=busy, wait_s=wait, hidden_s=max(0.0, busy - wait))
 
 
-def candidates(timings: Iterable[dict[str, Any]]) -> dict[str, list[Candidate]]:
+def candidates(timings: Iterable[JsonObject]) -> dict[str, list[Candidate]]:
     """Tables of the report from what the engine timed before it chose.
 
     Args:

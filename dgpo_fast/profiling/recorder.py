@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dgpo_fast.models.work import OLD, POLICY, REFERENCE
 from dgpo_fast.profiling.report import Span
+from dgpo_fast.records import Metrics
 
 if TYPE_CHECKING:
     from dgpo_fast.trainer import Trainer
@@ -29,7 +30,7 @@ class Recording:
 
     start_s: float
     end_s: float = 0.0
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     peak_mib: dict[str, float] = field(default_factory=dict)

@@ -6,13 +6,14 @@ What could not be measured on a device is None or empty, and `notes` says why wh
 import json
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dgpo_fast.config import STRICT
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject
 from dgpo_fast.run.metrics import write_json
 
 FILE = "report.json"
@@ -300,7 +301,7 @@ class Report:
     processes: Processes | None = None
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    settings: dict[str, Any]
+    settings: JsonObject
     versions: dict[str, str]
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_fast.models.work import operation_class
+from dgpo_fast.records import JsonObject
 
-Event = dict[str, Any]
+Event = JsonObject
 Interval = tuple[float, float]
 
 ITERATION = "iteration"

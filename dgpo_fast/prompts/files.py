@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import TRAINING_PROMPTS, Prompt, PromptSets, shorten, without
+from dgpo_fast.records import JsonObject
 from dgpo_fast.wording import counted
 
 MAX_LINE_BYTES = 100_000
@@ -174,7 +175,7 @@ def _cells(line: str, origin: str) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     """A JSON object; the second of two equal keys would silently win otherwise."""
     record = dict(pairs)
     if len(record) < len(pairs):

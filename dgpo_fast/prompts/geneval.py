@@ -21,6 +21,7 @@ from typing import Any
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, PromptSets, in_proportion, shorten, without
+from dgpo_fast.records import JsonObject, Metadata
 
 # Three COCO names are ambiguous in a prompt; GenEval writes "computer mouse", "tv remote" and "computer keyboard".
 CLASSES = (
@@ -177,7 +178,7 @@ def _sample(tag: str, size: int, rng: random.Random) -> list[Prompt]:
     return [geneval_prompt(tag, index) for index in rng.sample(range(total), min(size, total))]
 
 
-def _describe(tag: str, chosen: list[Any]) -> tuple[str, dict[str, Any]]:
+def _describe(tag: str, chosen: list[Any]) -> tuple[str, JsonObject]:
     """What follows "a photo of", and GenEval's `include` and `exclude`, for one choice out of each list of the tag."""
     match tag, chosen:
         case "single_object", [name]:
@@ -199,11 +200,11 @@ def _describe(tag: str, chosen: list[Any]) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"no such tag: {tag}")
 
 
-def _wanted(name: str, **attributes: object) -> dict[str, Any]:
+def _wanted(name: str, **attributes: object) -> JsonObject:
     return {"class": name, "count": 1, **attributes}
 
 
-def _problem(metadata: dict[str, Any]) -> str | None:
+def _problem(metadata: Metadata) -> str | None:
     """What is wrong with a prompt's metadata, in a few words, or None."""
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     if not isinstance(include, list) or not include:

@@ -7,9 +7,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import Metadata
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ class Prompt:
     """
 
     text: str
-    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    metadata: Metadata = field(default_factory=dict, hash=False)
     origin: str = field(default="", compare=False)
 
     @property

@@ -5,12 +5,11 @@ their own, each share has its part of each kind (`groups.spread`): they cost eve
 nothing to gain from moving pixels. How long each process took is in the metrics.
 """
 
-from typing import Any
-
 import numpy as np
 
 from dgpo_fast.distributed.placement import Share
 from dgpo_fast.distributed.processes import Processes
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import GroupScores
 
 
@@ -47,7 +46,7 @@ def gather_scores(mine: GroupScores, share: Share, groups: int, processes: Proce
     )
 
 
-def _plain(scores: GroupScores, share: Share) -> dict[str, Any]:
+def _plain(scores: GroupScores, share: Share) -> JsonObject:
     """One share's scores as JSON values."""
     return {
         "start": share.start,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import Metadata
 
 REWARD_KEY = "reward"
 """Key of a prompt's metadata that names the rewards that score it."""
@@ -35,7 +36,7 @@ class Reward(Protocol):
     """
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores B images; they are the images of one prompt when a trainer asks.
 

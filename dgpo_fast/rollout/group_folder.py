@@ -8,7 +8,6 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.run.metrics import write_json
 
@@ -36,7 +36,7 @@ class Drawing:
         seed: of prompts and noise.
     """
 
-    conditions: dict[str, Any]
+    conditions: JsonObject
     groups: int
     file_groups: int
     seed: int

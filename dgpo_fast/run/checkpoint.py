@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject
 
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -44,7 +45,7 @@ class State:
 
     iteration: int
     tensors: dict[str, Tensor]
-    info: dict[str, Any] = field(default_factory=dict)
+    info: JsonObject = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix/`, without it."""

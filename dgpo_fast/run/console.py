@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
@@ -11,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.wording import FEWEST_PROMPTS, number
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -81,7 +81,7 @@ class Console:
             self.task = self.progress.add_task("training", completed=done, total=total, status="")
             self.progress.start()
 
-    def iteration(self, metrics: dict[str, Any]) -> None:
+    def iteration(self, metrics: Metrics) -> None:
         """Shows one iteration's reward, speed, phases and what is left."""
         done, now = metrics["iteration"], time.monotonic()
         eta_s = (now - self.started_s) / max(done - self.first, 1) * (self.total - done)
@@ -103,9 +103,7 @@ class Console:
             self.progress.stop()
             self.progress = None
 
-    def before_after(
-        self, before: dict[str, Any], after: dict[str, Any], gain: dict[str, Any] | None, evaluated: str
-    ) -> None:
+    def before_after(self, before: JsonObject, after: JsonObject, gain: JsonObject | None, evaluated: str) -> None:
         """The table that ends a run: mean reward on what was evaluated, per tag, with 95 % intervals.
 
         Args:
@@ -136,13 +134,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _cells(before: dict[str, Any], after: dict[str, Any], gain: dict[str, Any] | None) -> list[str]:
+def _cells(before: JsonObject, after: JsonObject, gain: JsonObject | None) -> list[str]:
     means = number(after["reward_mean"] - before["reward_mean"], sign="+")
     shown = means if gain is None else _with_interval(gain, sign="+")
     return [_with_interval(before), _with_interval(after), shown, str(after["prompts"]), str(after["images"])]
 
 
-def _with_interval(scores: dict[str, Any], sign: str = "") -> str:
+def _with_interval(scores: JsonObject, sign: str = "") -> str:
     low, high = scores["reward_ci95"]
     interval = f" ± {number((high - low) / 2)}" if scores["prompts"] >= FEWEST_PROMPTS else ""
     return f"{number(scores['reward_mean'], sign=sign)}{interval}"

@@ -8,15 +8,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import permutations, product
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import in_turn
+from dgpo_fast.records import Metadata
 
-Metadata = dict[str, Any]
 Prompt = tuple[str, Metadata]
 Split = Literal["train", "heldout"]
 

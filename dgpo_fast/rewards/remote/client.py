@@ -26,6 +26,7 @@ import numpy as np
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, shorten
+from dgpo_fast.records import JsonObject, Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import REWARD_KEY, not_finite, require_images
 from dgpo_fast.rewards.remote import png
@@ -65,7 +66,7 @@ class RemoteReward:
         self._client = JsonClient(url, secret=self._token, deadline_s=deadline_s, attempts=attempts)
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores float32 (B,) and parts of uint8 images (B, H, W, 3), one request for each run of equal prompts.
 
@@ -142,7 +143,7 @@ class RemoteReward:
         asked = f"{len(squares)} coloured squares and the prompt {shorten(prompt.text)}"
         raise UserError(f"{self._url} failed its self-test with {asked}: {seen}: mend its /score (docs/rewards.md)")
 
-    def _check(self, request: dict[str, Any]) -> Any:
+    def _check(self, request: JsonObject) -> Any:
         """What the server says at /check, None where it has none. Raises UserError where it refuses or is lost."""
         try:
             return self._ask("/check", request).content
@@ -151,7 +152,7 @@ class RemoteReward:
                 return None
             raise UserError(str(error)) from None
 
-    def _ask(self, path: str, request: dict[str, Any]) -> Reply:
+    def _ask(self, path: str, request: JsonObject) -> Reply:
         try:
             return self._client.post(path, json.dumps(request, allow_nan=False).encode())
         except Unanswered as error:
@@ -167,14 +168,14 @@ class RemoteReward:
             raise UserError(f"reward server {self._url}: {error}" if error.status == 413 else str(error)) from None
 
 
-def _runs(prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+def _runs(prompts: Sequence[str], metadata: Sequence[Metadata]) -> Iterator[tuple[int, int]]:
     """First and one past the last index of each stretch of equal prompts."""
     for _, members in groupby(range(len(prompts)), key=lambda index: (prompts[index], metadata[index])):
         stretch = list(members)
         yield stretch[0], stretch[-1] + 1
 
 
-def _without_choice(metadata: dict[str, Any]) -> dict[str, Any]:
+def _without_choice(metadata: Metadata) -> JsonObject:
     """Metadata without the names of rewards that score the prompt: these are the run's names, not the server's."""
     return {key: value for key, value in metadata.items() if key != REWARD_KEY}
 

@@ -29,6 +29,7 @@ from pydantic.dataclasses import dataclass
 from dgpo_fast.config import STRICT, Count, Positive
 from dgpo_fast.config.reading import read_yaml, resolve
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject, Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.remote import png
@@ -93,7 +94,7 @@ _UNIFIED_REWARD = (
 )
 
 # Facts of the models: what they are asked, and what their answers look like.
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, JsonObject] = {
     "unifiedreward": {"prompt": _UNIFIED_REWARD, "score": r"Final Score:\W*([0-9]+(?:\.[0-9]+)?)", "image_size": 512},
     # DeQA-Score answers "The quality of the image is good."; its score is the mean over the five words.
     "deqa": {
@@ -143,7 +144,7 @@ class JudgeReward:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores float32 (B,) and parts of uint8 images (B, H, W, 3); metadata plays no part.
 
@@ -203,13 +204,13 @@ class JudgeReward:
             raise
         return self._read(reply.content), reply.seconds, float(reply.attempts)
 
-    def _request(self, image: np.ndarray, prompt: str) -> dict[str, Any]:
+    def _request(self, image: np.ndarray, prompt: str) -> JsonObject:
         settings = self._settings
         data = base64.b64encode(png.encode_png(_resized(image, settings.image_size))).decode("ascii")
         picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
         question = {"type": "text", "text": settings.prompt.replace("{prompt}", prompt)}
         content = [picture, question] if settings.image_first else [question, picture]
-        request: dict[str, Any] = {"model": settings.model, "messages": [{"role": "user", "content": content}]}
+        request: JsonObject = {"model": settings.model, "messages": [{"role": "user", "content": content}]}
         optional = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
         request |= {key: value for key, value in optional.items() if value is not None}
         if settings.levels:
@@ -295,7 +296,7 @@ def _check(settings: JudgeSettings) -> None:
         raise UserError("prompt lacks {prompt}, so captions cannot matter: add it, or set self_test: quality")
 
 
-def _extra(text: str) -> dict[str, Any]:
+def _extra(text: str) -> JsonObject:
     try:
         extra = json.loads(text) if text else {}
     except ValueError as error:

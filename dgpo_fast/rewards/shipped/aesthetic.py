@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.shipped import models
@@ -44,7 +44,7 @@ class AestheticReward:
         device = models.default_device()
         self._weight, self._bias = weight.to(device), bias.to(device)
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> np.ndarray:
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
         """Scores float32 (B,) of uint8 images (B, H, W, 3); prompts and metadata play no part.
 
         Raises:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.shipped import models
@@ -139,7 +140,7 @@ class CosineReward:
         self._name, self._clip, self._factor, self._expected = name, clip, factor, expected
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores float32 (B,) of uint8 images (B, H, W, 3), and the part `cosine`, float32 (B,), unscaled.
 
@@ -204,7 +205,7 @@ class PickScoreReward(CosineReward):
         super().__init__("pickscore", clip, clip.scale / divisor, (5 / divisor, 45 / divisor))
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `CosineReward`, with one part more: `raw`, float32 (B,)."""
         scores, parts = super().__call__(images, prompts, metadata)

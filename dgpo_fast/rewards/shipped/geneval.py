@@ -7,10 +7,9 @@ single pictures can come out differently, above all in counting, where only dete
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.geneval import CLASSES, COLORS, require_geneval_metadata, require_known, require_tags
 from dgpo_fast.prompts.prompt import Prompt
+from dgpo_fast.records import Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.shipped import models
@@ -69,7 +69,7 @@ class GenevalReward:
         self._colors = ColorJudge(clip)
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Graded scores float32 (B,) of uint8 images (B, H, W, 3), and `correct` and `strict`, float32 (B,), 0 or 1.
 
@@ -111,7 +111,7 @@ class GenevalReward:
         self._colors.self_test()
 
     def _with_colors(
-        self, images: np.ndarray, found: Sequence[Sequence[Detection]], metadata: Sequence[Mapping[str, Any]]
+        self, images: np.ndarray, found: Sequence[Sequence[Detection]], metadata: Sequence[Metadata]
     ) -> list[list[Detection]]:
         """`found` with colours where they can matter: classes with a colour asked for, and their count reached."""
         colored = [list(objects) for objects in found]

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from dgpo_fast.records import Metadata
+
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_PER_CLASS = 16
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -93,7 +95,7 @@ def keep(detections: Sequence[Detection], tag: str) -> list[Detection]:
     return kept
 
 
-def score(found: Sequence[Detection], metadata: Mapping[str, Any], rule: Rule = "fixed") -> Scores:
+def score(found: Sequence[Detection], metadata: Metadata, rule: Rule = "fixed") -> Scores:
     """Scores of a picture in which `found` was kept, most confident first, with colours where metadata asks for them.
 
     Correct, as GenEval's authors evaluate: every entry has at least `count` objects, the `count` most confident of them

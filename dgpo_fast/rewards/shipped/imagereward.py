@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
 from dgpo_fast.rewards.shipped import models
@@ -83,7 +83,7 @@ class ImageRewardReward:
         self._size = config.vision_config.image_size
         self._tokenizer = models.load_pretrained("imagereward", AutoTokenizer.from_pretrained, tokenizer)
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> np.ndarray:
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
         """Scores float32 (B,) of uint8 images (B, H, W, 3) for B prompts; metadata plays no part.
 
         Raises:

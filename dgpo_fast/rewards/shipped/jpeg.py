@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import Metadata
 from dgpo_fast.rewards.protocol import require_images
 
 QUALITY = 95
@@ -26,7 +26,7 @@ class JpegReward:
     independent_images = True
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores float32 (B,) for uint8 (B, H, W, 3) images; prompts and metadata play no part.
 

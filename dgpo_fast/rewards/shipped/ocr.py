@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, quoted_text, require_quoted_text
+from dgpo_fast.records import Metadata
 from dgpo_fast.rewards.protocol import require_images
 
 # Pictures lower than this are a sign and little else, so one without a detected box is read as a single line of text.
@@ -75,7 +76,7 @@ class OcrReward:
         self._pool = ThreadPoolExecutor(workers or _default_threads(), thread_name_prefix="ocr")
 
     def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores float32 (B,) in [0, 1] of uint8 RGB images (B, H, W, 3).
 
