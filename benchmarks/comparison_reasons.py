@@ -39,6 +39,7 @@ from benchmarks.compare.curves import mean_interval
 from benchmarks.compare.quality import PatchBank, diversity
 from benchmarks.compare.run import QUALITY_IMAGES, Run, perform
 from benchmarks.compare.systems import NORMAL, SYSTEMS, Scale, System, configuration
+from dgpo_fast.build import build
 from dgpo_fast.config import Config, recipes
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.trainer import Trainer
@@ -121,7 +122,7 @@ def rollouts(draws: int = 3) -> list[dict[str, Any]]:
         config = configuration(
             SYSTEMS[name], scale, lr=LR, groups=NORMAL.groups, seed=0, evaluation_seed=0, device="cpu"
         )
-        trainer = Trainer(config)
+        trainer = Trainer(build(config))
         with tempfile.TemporaryDirectory() as folder:
             trainer.prepare(Path(folder), lambda: False)
             groups = [trainer.source.collect(draw) for draw in range(draws)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.evaluation.held_out import draw_images
 from dgpo_fast.evaluation.statistics import mean_with_ci95
@@ -30,7 +31,7 @@ def difference(settings: Sequence[str]) -> dict[str, Any]:
     """Mean absolute difference of the pictures, of 255, and of their rewards, each with its 95 % interval."""
     settings = [*settings, "--engine.rollout-precision", "fp8", "--reward-workers", "0"]
     config = configure(settings)
-    trainer = Trainer(config)
+    trainer = Trainer(build(config))
     prompts = in_turn(trainer.prompts.held_out, lambda prompt: prompt.tag, config.evaluation.images)
     texts = [prompt.text for prompt in prompts]
     images, rewards = [], []

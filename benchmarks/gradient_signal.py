@@ -24,6 +24,7 @@ from first_light import RESULTS, machine
 from torch import Tensor
 
 from benchmarks.compare.systems import NORMAL, SYSTEMS, configuration
+from dgpo_fast.build import build
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.objectives.batch import Batch
@@ -44,7 +45,7 @@ class Recorded:
     """
 
     def __init__(self, inner: Objective):
-        self.inner, self.needs_transitions = inner, inner.needs_transitions
+        self.inner = inner
         self.optimizer_batches = inner.optimizer_batches
         self.gradients: dict[str, list[Tensor]] = {}
 
@@ -78,7 +79,7 @@ def gradients(system: str, batches: int, device: str) -> dict[str, Tensor]:
         dgpo=replace(config.dgpo, kl_weight=0.0),
         flow_grpo=replace(config.flow_grpo, kl_weight=0.0, optimizer_steps=1),
     )
-    trainer = Trainer(config)
+    trainer = Trainer(build(config))
     trainer.learner.objective = recorded = Recorded(trainer.learner.objective)
     with tempfile.TemporaryDirectory() as folder:
         trainer.prepare(Path(folder), lambda: False)

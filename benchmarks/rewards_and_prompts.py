@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from first_light import RESULTS, machine
 
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.models.prompt_cache import PromptCache
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.rewards import RewardPool
-from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
 PROMPTS = 64
@@ -42,9 +42,9 @@ def alternate(trainer: Trainer, workers: list[int], iterations: int) -> dict[str
     for turn in range(iterations + 1):
         for count, pool in pools.items():
             trainer.source.worker.rewards = pool  # type: ignore[attr-defined]
-            trainer.step()
+            metrics = trainer.step()
             if turn:
-                lines.setdefault(count, []).append(read_metrics(Path(trainer.metrics.file.name))[-1])
+                lines.setdefault(count, []).append(metrics)
     for pool in pools.values():
         pool.close()
     return {
@@ -84,7 +84,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine(), "settings": " ".join(settings), "recipes": {}}
     for recipe in options.recipes:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(configure([recipe, "--prompt-cache", f"{folder}/cache", *settings]))
+            trainer = Trainer(build(configure([recipe, "--prompt-cache", f"{folder}/cache", *settings])))
             trainer.open_logs(Path(folder), {})
             trainer.console.start_training(0, len(options.workers) * (options.iterations + 1))
             trainer.encode_prompts()

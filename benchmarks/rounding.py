@@ -26,6 +26,7 @@ import torch
 from first_light import RESULTS, machine
 from torch import Tensor
 
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.learning.optimizers import Bf16Optimizer
 from dgpo_fast.learning.rounding import NearestRounding, Rounding
@@ -65,7 +66,7 @@ def run(arm: str, lr: float, options: argparse.Namespace) -> dict[str, Any]:
     settings = ["tiny-shapes", "--precision", "bf16", "--policy.weights", storage, "--optimizer.lr", str(lr)]
     settings += ["--iterations", str(options.iterations), "--evaluation.images", str(options.images)]
     settings += ["--ema.eval-decay-max", "0", "--seed", str(options.seed), *options.settings]
-    trainer = Trainer(configure(settings))
+    trainer = Trainer(build(configure(settings)))
     optimizer, counted = trainer.learner.optimizer, None
     if isinstance(optimizer, Bf16Optimizer):
         counted = Counted(NearestRounding() if arm == "bf16_nearest" else optimizer.rounding)
@@ -79,7 +80,7 @@ def run(arm: str, lr: float, options: argparse.Namespace) -> dict[str, Any]:
             trainer.step()
             positions.append((kept(trainer) - start).float())
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    heldout = trainer._evaluate(trainer.models.weights, on_step=None).summary()
+    heldout = trainer.evaluations.scores(trainer.models.weights).summary()
     trainer.close()
     found = {
         "arm": arm,

@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,14 @@ from torch import Tensor
 
 from benchmarks.baselines import BASELINES, Baseline, Inputs, Oracle, Text
 from benchmarks.rewards import Brightness
+from dgpo_fast.build import build
 from dgpo_fast.config import Config
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.prompt_encoder import TextEmbeds
 from dgpo_fast.models.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.levels import draw_training_steps
-from dgpo_fast.profiling.session import Lines
 from dgpo_fast.rollout.sampler import initial_noise
-from dgpo_fast.run.metrics import Loggers
 from dgpo_fast.seeds import stream_seed
 from dgpo_fast.trainer import Trainer
 
@@ -40,9 +38,7 @@ class Ours:
 
     def __init__(self, config: Config, device: torch.device):
         before, started = _memory_mib(device), time.monotonic()
-        self.trainer = Trainer(config)
-        self.trainer.metrics = Lines()
-        self.trainer.loggers = Loggers(config.log, Path(), {}, print)
+        self.trainer = Trainer(build(config))
         self.trainer.console.rich.quiet = True
         if device.type == "cpu":
             self.trainer.phases._now = _clock(device)

@@ -6,20 +6,15 @@ from dgpo_kernels import group_noise, philox_normal
 from dgpo_fast.config import Config
 from dgpo_fast.models.forward import batch_slices, predict
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
-from dgpo_fast.objectives import Batch, add_metrics
+from dgpo_fast.objectives import Batch, Objective, add_metrics
 from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.seeds import stream_seed
 
 
-class RewardWeighted:
-    needs_transitions = False  # final images are enough
-
+class RewardWeighted(Objective):
     def __init__(self, config: Config, temperature: float = 1.0):
         self.seed, self.micro_batch, self.temperature = config.seed, config.policy.micro_batch_size, temperature
         self.noise_seed = stream_seed(config.seed, "training noise")
-
-    def optimizer_batches(self, batch: Batch) -> list[Batch]:
-        return [batch]  # one optimizer step an iteration
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, torch.Tensor]:
         [step] = draw_training_steps(batch.iteration, count=1, among=batch.schedule.steps, seed=self.seed)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 
+from dgpo_fast.build import build
 from dgpo_fast.config import Config
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import Processes, connect
@@ -133,7 +134,7 @@ class Watched(Trainer):
     latents: torch.Tensor | None = None
 
     def __init__(self, config: Config, processes: Processes):
-        super().__init__(config, processes)
+        super().__init__(build(config, processes))
         clip = self.learner._clip
 
         def kept_first() -> torch.Tensor:

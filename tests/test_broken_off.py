@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.checkpoint import load_newest
@@ -14,7 +15,7 @@ from dgpo_fast.trainer import Trainer
 def break_off(workspace: Path, monkeypatch: pytest.MonkeyPatch, where: str, part: str = "") -> tuple[list[int], int]:
     """Iterations in the metrics, and that of the newest checkpoint, of a run whose second iteration ends in `where` of
     the trainer's `part`."""
-    trainer = Trainer(configure(["small.yaml"]))
+    trainer = Trainer(build(configure(["small.yaml"])))
     trainer.open_logs(workspace, {})
     trainer.console.start_training(0, 6)
     trainer.step()

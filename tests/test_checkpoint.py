@@ -142,13 +142,13 @@ def test_a_malicious_manifest_is_passed_over_in_one_line(manifest: str, tmp_path
 
 
 def test_a_folder_is_locked_by_one_process_and_free_after_its_death(tmp_path: Path) -> None:
-    imports = "from pathlib import Path; from dgpo_fast.run.folder import FolderLock"
-    holding = f"{imports}; lock = FolderLock(Path({str(tmp_path)!r}))"
+    holding = (
+        "from pathlib import Path; from dgpo_fast.run.folder import FolderLock\n"
+        f"held = FolderLock(Path({str(tmp_path)!r}))\n"
+        "print('held', flush=True); input()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{holding}; print('held', flush=True); input()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {process.pid} on .* is at work in it"):

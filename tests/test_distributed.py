@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from dgpo_fast import trainer
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import ALONE, Processes
 from dgpo_fast.errors import UserError
@@ -115,10 +115,10 @@ def test_no_process_scores_a_part_of_a_group_unless_the_reward_allows_it(
     reward: str, settings: list[str], outcome: type[Exception], workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a reward would give four processes other scores than one. Each offline group is one process's own."""
-    monkeypatch.setattr(trainer, "MemoryPlan", Mock(side_effect=Reached))
+    monkeypatch.setattr("dgpo_fast.build.MemoryPlan", Mock(side_effect=Reached))
     config = configure(["small.yaml", "--rewards", reward, *settings])
     with pytest.raises(outcome, match=r"^reward .*Compared' may compare" if outcome is UserError else None):
-        trainer.Trainer(config, Processes(rank=1, count=4))
+        build(config, Processes(rank=1, count=4))
 
 
 def same_metrics(mine: list[dict], alone: list[dict]) -> None:

@@ -20,7 +20,7 @@ from dgpo_fast.evaluation.command import take_sources
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
-from dgpo_fast.train import MAY_CHANGE, MUST_STAY
+from dgpo_fast.run.start import MAY_CHANGE, MUST_STAY
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

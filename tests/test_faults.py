@@ -17,12 +17,13 @@ from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import connect
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.metrics import read_metrics
+from dgpo_fast.build import build
 from dgpo_fast.trainer import Trainer
 
 us = connect(120)
 
 def trainer(name, *extra):
-    made = Trainer(configure(["small.yaml", "--rollout.groups", "2", *extra]), us)
+    made = Trainer(build(configure(["small.yaml", "--rollout.groups", "2", *extra]), us))
     folder = Path("runs") / name
     if us.first:
         folder.mkdir(parents=True)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dgpo_fast.build import build
 from dgpo_fast.config import Config, Policy
 from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.config.command_line import configure
@@ -181,7 +182,7 @@ def test_predicted_is_measured(name: str, tmp_path: Path) -> None:
     small = ["--rollout.groups", "2", "--dgpo.timesteps", "1", "--evaluation.images", "2", "--device", "cpu"]
     config = configure(["tiny-shapes", *small, *RUNS[name]])
     others = tensors_alive()  # held, so that no storage of theirs makes room for one of the run's
-    trainer = Trainer(config)
+    trainer = Trainer(build(config))
     trainer.open_logs(tmp_path, {})
     trainer.console.start_training(0, 2)
     trainer.step()  # the optimizer's states are there from here on
@@ -198,7 +199,7 @@ def test_predicted_is_measured(name: str, tmp_path: Path) -> None:
 def test_what_is_held_is_what_the_parts_of_a_run_hold(workspace: Path) -> None:
     """Weights, states and averages by name, to the byte; gradients as many in fp32."""
     for what in ("lora", "full"):
-        trainer = Trainer(configure(["small.yaml", "--policy.train", what]))
+        trainer = Trainer(build(configure(["small.yaml", "--policy.train", what])))
         trainer.open_logs(workspace, {})
         trainer.console.start_training(0, 1)
         trainer.step()

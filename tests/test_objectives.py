@@ -4,6 +4,7 @@ import ast
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,8 @@ from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective, best_and_worst
 from dgpo_fast.objectives.flow_grpo import diffusion
 from dgpo_fast.objectives.levels import predict_levels
-from dgpo_fast.objectives.registry import BUILT_IN, Declared, declared, load_objective
+from dgpo_fast.objectives.protocol import Objective, Traits
+from dgpo_fast.objectives.registry import BUILT_IN, load_objective, traits
 from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.schedule import Schedule, _stochastic_steps, make_schedule
 from dgpo_fast.rollout.step_noise import StepNoise, Transitions, gaussian_log_prob
@@ -603,18 +605,19 @@ def test_any_levels_in_any_batches(samples: int, most: int, batch_size: int, lev
     assert max(forwards, default=0) <= batch_size and sum(forwards) == levels * samples
 
 
+ROOMS_WITHOUT_NAMES = ("engine", "learning", "memory", "rollout", "run")
+
+
 def test_the_loop_knows_no_objective() -> None:
     """Neither the loop nor the command, the engine or the prediction of memory names an objective, or reads one's
     settings."""
     names = {*BUILT_IN, *(cls.__name__ for cls in (DGPOObjective, DiffusionDPOObjective)), "FlowGRPOObjective"}
     for file in (
-        "trainer.py",
-        "learner.py",
         "train.py",
-        "sources/__init__.py",
-        "sources/online.py",
-        "sources/offline.py",
-        *(f"{folder}/{path.name}" for folder in ("engine", "memory") for path in (PACKAGE / folder).glob("*.py")),
+        "build.py",
+        "lifecycle.py",
+        "trainer.py",
+        *(f"{room}/{path.name}" for room in ROOMS_WITHOUT_NAMES for path in (PACKAGE / room).glob("*.py")),
     ):
         tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -623,16 +626,11 @@ def test_the_loop_knows_no_objective() -> None:
         assert not used & names, (file, used & names)
 
 
-class Outside:
-    """An objective of a user's that says nothing of itself but what it must."""
-
-    needs_transitions = False
+class Outside(Objective):
+    """An objective of a user's that says nothing of itself."""
 
     def __init__(self, config: Config):
         self.micro_batch = config.policy.micro_batch_size  # refuses "auto", which is still to be chosen
-
-    def optimizer_batches(self, batch: Batch) -> list[Batch]:
-        return [batch]
 
     def accumulate(self, batch: Batch, models: object, old: object) -> dict:
         return {}
@@ -641,15 +639,22 @@ class Outside:
 class OutsideDeclares(Outside):
     """The same, with guidance in all its forwards, at three levels at once, and on sharded weights."""
 
-    levels_at_once, guided_base, guided_policy, shardable = 3, True, True, True
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        return Traits(levels_at_once=3, guided_base=True, guided_policy=True, shardable=True)
+
+
+made_by_a_function = lambda config: OutsideDeclares(config)  # noqa: E731
+with_an_argument = partial(OutsideDeclares)
 
 
 def test_an_objective_from_outside_is_treated_as_it_declares(random_pipeline: Path) -> None:
     """What is padded, predicted and refused goes by what the objective says, and by the defaults where it is silent."""
     config = replace(make_config(), policy=Policy(micro_batch="auto"), rollout=Rollout(group_size=2, groups=5))
     silent, says = (replace(config, objective=f"{__name__}:{name}") for name in ("Outside", "OutsideDeclares"))
-    assert declared(silent) == Declared(False, 1, False, False, False)
-    assert declared(says) == Declared(False, 3, True, True, True)
+    assert traits(silent) == Traits()
+    assert traits(says) == traits(replace(says, objective=f"{__name__}:with_an_argument"))
+    assert traits(says) == Traits(levels_at_once=3, guided_base=True, guided_policy=True, shardable=True)
     chosen = replace(config.policy, micro_batch=4)
     frozen = [batch_sizes(replace(of, policy=chosen), processes=1).frozen for of in (silent, says)]
     assert frozen == [10, 30]
@@ -677,7 +682,11 @@ def test_an_objective_from_outside_is_treated_as_it_declares(random_pipeline: Pa
         ({"objective": "dgpo_fast.config:DGPO"}, "objective 'dgpo_fast.config:DGPO' cannot be made: ValidationError: "),
         (
             {"objective": "dgpo_fast.config.reading:flat"},
-            "objective 'dgpo_fast.config.reading:flat' has no `needs_transitions`",
+            "objective 'dgpo_fast.config.reading:flat' is no dgpo_fast.objectives.Objective",
+        ),
+        (
+            {"objective": f"{__name__}:made_by_a_function"},
+            f"objective '{__name__}:made_by_a_function': its traits are asked before it is made: name the class, or",
         ),
         ({"objective": "flow_grpo"}, "objective 'flow_grpo' learns from the noise of the rollout's steps and rollout."),
         (

@@ -259,8 +259,9 @@ def test_a_run_in_bf16_resumes_exactly(
 
 
 def test_bf16_weights_need_a_bf16_run() -> None:
+    from dgpo_fast.build import build
     from dgpo_fast.trainer import Trainer
 
     config = configure(["--policy.weights", "bf16_master", "--precision", "fp32", "--device", "cpu"])
     with pytest.raises(UserError, match="is for runs in bf16: give --precision bf16"):
-        Trainer(config)
+        Trainer(build(config))

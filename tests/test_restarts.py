@@ -8,7 +8,8 @@ import pytest
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.folder import FolderLock
-from dgpo_fast.train import read_start, train
+from dgpo_fast.run.start import read_start
+from dgpo_fast.train import train
 
 ARGS = ["small.yaml", "--iterations", "2"]
 Launched = Callable[[str, int], None]

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure, run_command
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
@@ -71,7 +72,7 @@ def test_rewards_of_prompts_are_spread_over_processes(monkeypatch: pytest.Monkey
     write_mixed_prompts(workspace / "mixed.jsonl")
     settings = ["tiny-shapes", "--prompts", "mixed.jsonl", "--rewards", "shapes", "ocr", "--evaluation.images", "8"]
     drawn: list[list[Prompt]] = []
-    trainer = Trainer(configure(settings))
+    trainer = Trainer(build(configure(settings)))
     source = cast(OnlineSource, trainer.source)
     monkeypatch.setattr(source.prompts, "draw", lambda iteration: dealt)
     monkeypatch.setattr(source.worker, "draw", lambda prompts, *args, **options: drawn.append(prompts))

@@ -13,6 +13,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch.distributed.device_mesh import init_device_mesh
 
+from dgpo_fast.build import build
 from dgpo_fast.config import Policy
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.distributed import ALONE
@@ -125,7 +126,18 @@ def test_the_saved_pipeline_has_the_trained_weights(outcomes: dict) -> None:
 def test_what_cannot_be_sharded_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Trainer(
-            configure(
-                ["tiny-shapes", "--device", "cpu", "--policy.train", "full", "--distributed.shard", "full", *settings]
+            build(
+                configure(
+                    [
+                        "tiny-shapes",
+                        "--device",
+                        "cpu",
+                        "--policy.train",
+                        "full",
+                        "--distributed.shard",
+                        "full",
+                        *settings,
+                    ]
+                )
             )
         )

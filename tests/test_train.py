@@ -16,6 +16,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
@@ -122,7 +123,7 @@ def test_cached_prompts_give_the_same_run_without_text_encoders(
 @pytest.mark.parametrize("train_what", ["lora", "full"])
 def test_the_reference_never_moves(train_what: str, workspace: Path, random_pipeline: Path) -> None:
     """After some steps base equals the pretrained transformer to the last bit, and the policy does not."""
-    trainer = Trainer(configure(["small.yaml", "--policy.train", train_what]))
+    trainer = Trainer(build(configure(["small.yaml", "--policy.train", train_what])))
     trainer.open_logs(workspace, {})
     trainer.console.start_training(0, 3)
     for _ in range(3):
@@ -552,7 +553,7 @@ def test_a_recipe_says_where_its_prompts_are_not_the_papers(
     """At the start of a run on what stands for Pick-a-Pic, with the remedy, and not on the user's own prompts."""
     (workspace / "pick.yaml").write_text("recipe: sd35m-pickscore\n" + (workspace / "small.yaml").read_text())
     for prompts, says in (("geneval", True), ("prompts.txt", False)):
-        Trainer(configure(["pick.yaml", "--rollout.resolution", "none", "--prompts", prompts])).close()
+        Trainer(build(configure(["pick.yaml", "--rollout.resolution", "none", "--prompts", prompts]))).close()
         output = " ".join(capsys.readouterr().out.split())
         assert ("the papers train sd35m-pickscore on Pick-a-Pic, which is not shipped" in output) == says
         assert ("use --prompts pickapic.txt" in output) == says
@@ -607,7 +608,7 @@ def first_alone(images: np.ndarray, prompts: list[str], metadata: list[dict]) ->
 
 
 def test_a_reward_is_tried_out_before_the_model_is_loaded(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgpo_fast.trainer.make_pipeline", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("dgpo_fast.build.make_pipeline", Mock(side_effect=AssertionError))
     with pytest.raises(UserError) as caught:
         train(["small.yaml", "--rewards", f"{__name__}:first_alone"])
     assert str(caught.value).startswith(

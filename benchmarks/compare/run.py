@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.compare.quality import PatchBank, diversity, rendered
 from benchmarks.compare.systems import SYSTEMS, Scale, configuration
+from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.loading import pick_device
+from dgpo_fast.lifecycle import set_up, stepping
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
 from dgpo_fast.run.metrics import write_json
@@ -99,7 +100,10 @@ def perform(
     folder = home / run.name
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
-        result = _Performance(run, home, scale, device, report, should_stop).perform()
+        started, config = time.perf_counter(), _configuration(run, home, scale, device)
+        with set_up(config) as trainer:
+            set_up_s = time.perf_counter() - started
+            result = _Performance(run, home, scale, trainer, set_up_s, report, should_stop).perform()
     if result:
         result = {"run": run.as_json(), **result}
         write_json(folder / RESULT, result)
@@ -118,50 +122,43 @@ def finished_result(run: Run, home: Path) -> dict[str, Any] | None:
     return result if result.get("run") == points.get("run") == run.as_json() else None
 
 
+def _configuration(run: Run, home: Path, scale: Scale, device: str) -> Config:
+    system = SYSTEMS[run.system]
+    config = configuration(
+        system, scale, lr=run.lr, groups=run.groups, seed=run.seed, evaluation_seed=run.evaluation_seed, device=device
+    )
+    if not system.offline:
+        return config
+    return replace(config, data=replace(config.data, folder=str(_drawn(run, home) / "groups")))
+
+
+def _drawn(run: Run, home: Path) -> Path:
+    """Where the data of an offline run are."""
+    return home / Run("draw", run.system, run.seed, run.lr, run.groups).name
+
+
 class _Performance:
     def __init__(
         self,
         run: Run,
         home: Path,
         scale: Scale,
-        device: str,
+        trainer: Trainer,
+        set_up_s: float,
         report: Callable[[float], None],
         should_stop: Callable[[], bool],
     ):
-        self.run, self.folder, self.scale, self.report, self.should_stop = (
-            run,
-            home / run.name,
-            scale,
-            report,
-            should_stop,
-        )
-        config = configuration(
-            SYSTEMS[run.system],
-            scale,
-            lr=run.lr,
-            groups=run.groups,
-            seed=run.seed,
-            evaluation_seed=run.evaluation_seed,
-            device=device,
-        )
-        self.drawing_s = 0.0
-        if SYSTEMS[run.system].offline:
-            drawn = home / Run("draw", run.system, run.seed, run.lr, run.groups).name
-            config = replace(config, data=replace(config.data, folder=str(drawn / "groups")))
-            if run.kind != "draw":
-                self.drawing_s = json.loads((drawn / RESULT).read_text(encoding="utf-8"))["drawing_s"]
-        started, device_of = time.perf_counter(), pick_device(device)
-        self.trainer = Trainer(config)
-        self.set_up_s = time.perf_counter() - started
-        self.clock = partial(clock, device_of)
+        self.run, self.folder, self.scale, self.trainer = run, home / run.name, scale, trainer
+        self.report, self.should_stop = report, should_stop
+        self.set_up_s, self.drawing_s = set_up_s, 0.0
+        if SYSTEMS[run.system].offline and run.kind != "draw":
+            self.drawing_s = json.loads((_drawn(run, home) / RESULT).read_text(encoding="utf-8"))["drawing_s"]
+        self.clock = partial(clock, trainer.device)
         self.points: list[dict[str, Any]] = []
         self.spent = TrainingSpent()
 
     def perform(self) -> dict[str, Any]:
-        try:
-            return {"base": self._base, "draw": self._draw}.get(self.run.kind, self._train)()
-        finally:
-            self.trainer.close()
+        return {"base": self._base, "draw": self._draw}.get(self.run.kind, self._train)()
 
     def _draw(self) -> dict[str, Any]:
         self._write_points()
@@ -208,19 +205,17 @@ class _Performance:
     def _train_to_the_end(self, bank: PatchBank | None) -> bool:
         """False where it was asked to stop before."""
         self._resume()
-        self.trainer.prepare(self.folder, self.should_stop)
         if not self.points:
             self.spent.seconds = self.spent.wall_s = self.drawing_s
-        self.trainer.open_logs(self.folder, {})
-        self.trainer.console.start_training(self.trainer.iteration, 1)
-        for mark in self.run.marks[len(self.points) :]:
-            while self.spent.seconds < mark * self.run.seconds:
-                if self.should_stop():
-                    return False
-                self._step()
-            self.points.append(self._point(bank))
-            self._write_points()
-            self.trainer.save(self.folder)
+        with stepping(self.trainer, self.folder, self.should_stop, settings={}):
+            for mark in self.run.marks[len(self.points) :]:
+                while self.spent.seconds < mark * self.run.seconds:
+                    if self.should_stop():
+                        return False
+                    self._step()
+                self.points.append(self._point(bank))
+                self._write_points()
+                self.trainer.save(self.folder)
         return True
 
     def _resume(self) -> None:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dgpo_fast.distributed.placement import place
 from dgpo_fast.distributed.processes import ALONE, Processes
 
 
@@ -68,3 +70,30 @@ class BatchPart:
         whole = score.new_zeros(self.groups)
         whole[groups] = score  # equal within a group
         return self.processes.sum(whole, self.what)[groups]
+
+
+def part_of(
+    scored: np.ndarray, advantage: Tensor, group_size: int, processes: Processes, what: str, *, sharded: bool
+) -> BatchPart:
+    """The part of this one of `processes` in an iteration's groups.
+
+    Args:
+        scored: (P,) bool, which groups could be scored; the others count no more.
+        advantage: (P'·G,) fp32 of the samples of those that could, on the CPU.
+        group_size: G.
+        processes: those that share the iteration.
+        what: as `BatchPart.what`.
+        sharded: whether weights are.
+    """
+    shares, samples = place(len(scored), group_size, processes.count), np.repeat(scored, group_size)
+    starts = tuple(int(samples[: share.start].sum()) for share in shares)
+    return BatchPart(
+        first=starts[processes.rank],
+        groups=int(scored.sum()),
+        group_size=group_size,
+        advantage=advantage,
+        split=any(not share.whole for share in shares),
+        processes=processes,
+        what=what,
+        edges=(*starts, int(samples.sum())) if sharded else None,
+    )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dgpo_fast.config import Config
 from dgpo_fast.distributed.placement import largest_share
-from dgpo_fast.objectives.registry import declared
+from dgpo_fast.objectives.registry import traits
 
 DECODED_LATENTS = 16 * 64 * 64
 """Latent pixels that are decoded at a time, 16 pictures of 512 × 512: the decoder then holds no tensor of 2³¹ elements,
@@ -42,7 +42,7 @@ def batch_sizes(config: Config, processes: int) -> BatchSizes:
     return BatchSizes(
         rollout=min(most, drawn),
         evaluation=min(most, -(-config.evaluation.images // processes)),
-        frozen=min(most, declared(config).levels_at_once * trained),
+        frozen=min(most, traits(config).levels_at_once * trained),
         policy=min(most, trained),
         training=min(config.policy.micro_batch_size, trained),
     )

@@ -21,7 +21,7 @@ from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.objectives.registry import declared
+from dgpo_fast.objectives.registry import traits
 from dgpo_fast.rollout.sampler import Solve, sample_latents
 
 
@@ -162,7 +162,7 @@ class Engine:
 
     def _batches(self, transformer: SD3Transformer2DModel) -> StaticBatches:
         """Sizes of the whole batches that a transformer gets; with guidance there are two rows a sample."""
-        config, sizes, objective = self.config, self.sizes, declared(self.config)
+        config, sizes, objective = self.config, self.sizes, traits(self.config)
         if transformer is self.models.policy:
             micro, group = sizes.training, config.rollout.group_size
             whole_groups = micro // group * group or micro

@@ -14,7 +14,7 @@ from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
 from dgpo_fast.learning.ema import MovingAverage
 from dgpo_fast.learning.optimizers import make_optimizer
-from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.registry import load_objective
@@ -38,8 +38,8 @@ class Learner:
         optimizer: of the policy's weights.
         old: θ_old, the fast average.
         slow: the slow average, which is evaluated and saved.
-        halfway: whether steps of an iteration are taken that is not done: no run could go on from such weights.
-        folder: where what is known goes when gradients end the run; None for nowhere.
+        iteration: how many are done.
+        halfway: whether some steps of an iteration are taken and it is not done: no run can resume from such weights.
     """
 
     def __init__(
@@ -59,11 +59,14 @@ class Learner:
         slow_device = torch.device("cpu") if config.ema.offload else None
         self.old, self.slow = MovingAverage(models.weights), MovingAverage(models.weights, slow_device)
         self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, note)
+        self.iteration = 0
         self.halfway = False
-        self.folder: Path | None = None
 
-    def learn(self, batch: Batch) -> dict[str, Any]:
-        """The optimizer steps of an iteration's batch; metrics are means over its samples."""
+    def learn(self, batch: Batch, folder: Path | None = None) -> dict[str, Any]:
+        """The optimizer steps of an iteration's batch; metrics are means over its samples.
+
+        If gradients that are not finite end the run, what is known of them is written into `folder`.
+        """
         rate = learning_rate(self.config.optimizer, batch.iteration, self.config.iterations)
         number = batch.iteration + 1
         totals: dict[str, Any] = {}
@@ -74,7 +77,7 @@ class Learner:
             with self.phases("communicate"):
                 own_norm = self._sum_gradients(f"the gradients of iteration {number}")
             with self.phases("optimizer"):
-                norm, taken = self._update(rate, own_norm, number)
+                norm, taken = self._update(rate, own_norm, number, folder)
             skipped += not taken
             # Each process has its part of the means; the norm is that of the summed gradient, the same on all.
             parts = {**losses, "grad_norm": norm / self.processes.count}
@@ -92,6 +95,23 @@ class Learner:
         if step % ema.eval_every == 0:
             self.slow.update(self.models.weights, min(ema.eval_decay_max, (1 + step) / (10 + step)))
 
+    def complete(self) -> None:
+        """Counts an iteration as done. Both in one statement: an interrupt finds the old state or the new one."""
+        self.iteration, self.halfway = self.iteration + 1, False
+
+    def spoil(self) -> None:
+        """Keeps the state from being saved: the processes do not agree on it."""
+        self.halfway = True
+
+    def evaluated_weights(self) -> Weights:
+        """What is evaluated and saved: the slow average, or the policy itself in a run too short for an average."""
+        return self.slow.weights if self.iteration >= self.config.ema.eval_every else self.models.weights
+
+    def rollout_weights(self) -> Weights:
+        """What draws the next iteration's images."""
+        switch = self.config.ema.switch_ema_ref
+        return self.models.weights if switch is None or self.iteration < switch else self.old.weights
+
     def _sum_gradients(self, what: str) -> Tensor:
         """Adds up the gradients of all processes; returns the norm of this one's part."""
         if self.models.shards is not None:
@@ -107,8 +127,8 @@ class Learner:
         names = dict.fromkeys(name for theirs in everyone for name in theirs)
         return {name: sum(theirs.get(name, 0.0) for theirs in everyone) for name in names}
 
-    def _update(self, rate: float, own_norm: Tensor, number: int) -> tuple[Tensor, bool]:
-        """One optimizer step at learning rate `rate` in iteration `number`, counted from 1.
+    def _update(self, rate: float, own_norm: Tensor, number: int, folder: Path | None) -> tuple[Tensor, bool]:
+        """One optimizer step at learning rate `rate` in iteration `number`, counted from 1; `folder` as in `learn`.
 
         Returns the gradient's norm before clipping, and whether the step was taken.
         """
@@ -116,7 +136,7 @@ class Learner:
         try:
             allowed = self.guard.allows(norm, own_norm, number)
         except SharedError:
-            self._dump(number)
+            self._dump(number, folder)
             raise
         if not allowed:
             self.optimizer.zero_grad(set_to_none=True)
@@ -137,11 +157,11 @@ class Learner:
         torch.nn.utils.clip_grads_with_norm_(list(weights.values()), largest, norm)
         return norm
 
-    def _dump(self, number: int) -> None:
+    def _dump(self, number: int, folder: Path | None) -> None:
         """Writes what is known of a run that is about to stop for its gradients; the counters draw the rest again."""
-        if self.folder is not None and self.processes.first:
+        if folder is not None and self.processes.first:
             known = {"iteration": number, "seed": self.config.seed, "weights": damage(self.models.weights)}
-            write_json(self.folder / f"dump-{number:06d}.json", known)
+            write_json(folder / f"dump-{number:06d}.json", known)
 
 
 def learning_rate(settings: Optimizer, iteration: int, iterations: int) -> float:

@@ -23,7 +23,7 @@ from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import weight_storage
-from dgpo_fast.objectives.registry import declared
+from dgpo_fast.objectives.registry import traits
 
 FP32 = 4
 SOLVER_STATES = 4
@@ -184,7 +184,7 @@ class Predictor:
         latent = prod(shape.latent)
         drawn = samples * (self._text_row(config) + latent * FP32)
         guided = 2 if rollout.guidance_scale > 1 else 1
-        base_guided = 2 if declared(config).guided_base else 1
+        base_guided = 2 if traits(config).guided_base else 1
         # A batch's own text, beside it that of its guided pairs, and the solver's states.
         solving = batch * ((1 + guided * (guided > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
         return {
@@ -199,7 +199,7 @@ class Predictor:
 
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
-        objective, latent, samples = declared(config), prod(self.shape(config).latent), self.local_samples(config)
+        objective, latent, samples = traits(config), prod(self.shape(config).latent), self.local_samples(config)
         batch = min(config.rollout.batch_size, objective.levels_at_once * samples)
         states = config.rollout.num_inference_steps + 1 if objective.needs_transitions else 1 + objective.levels_at_once
         # Predictions are there for one level, and for the batch that goes on from it into the next one.

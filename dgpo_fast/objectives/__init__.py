@@ -5,7 +5,7 @@ the objective adds the gradient of its loss to the policy's parameters, and the 
 """
 
 from dgpo_fast.objectives.batch import Batch, add_metrics
-from dgpo_fast.objectives.protocol import Objective
+from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.objectives.registry import load_objective
 
-__all__ = ["Batch", "Objective", "add_metrics", "load_objective"]
+__all__ = ["Batch", "Objective", "Traits", "add_metrics", "load_objective"]

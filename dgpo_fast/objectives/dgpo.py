@@ -2,10 +2,10 @@
 
 For each of M timesteps, every group shares one noise: x_t = (1 − σ)·x0 + σ·ε, target velocity ε − x0. With d the mean
 squared error of a prediction, a group's score is s = (β/G) Σ A·(d_policy − d_reference), and the loss is the mean of
-softplus(s)/β plus the KL term. All micro-batches and timesteps add up to one gradient.
+softplus(s)/β plus the KL term. All micro-batches and timesteps add up to one gradient and one step an iteration: θ and
+θ_old are constant inside it.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import log
@@ -22,21 +22,25 @@ from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
 from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.seeds import stream_seed
 
 
-class DGPOObjective:
+class DGPOObjective(Objective):
     """The objective of one run; see the module's text for the loss."""
 
-    needs_transitions = False
-    guided_policy = False
-    shardable = True
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        """See `Objective.traits`."""
+        return Traits(
+            levels_at_once=config.dgpo.timesteps if config.engine.batch_timesteps else 1,
+            guided_base=config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0,
+            shardable=True,
+        )
 
     def __init__(self, config: Config):
-        self.config = config.dgpo
+        self.config, self.needs = config.dgpo, self.traits(config)
         self.skip_equal_groups = config.engine.skip_equal_groups
-        self.levels_at_once = self.config.timesteps if config.engine.batch_timesteps else 1
-        self.guided_base = self.config.kl_guidance_scale > 1 and self.config.kl_weight > 0
         self.forward_batch = config.rollout.batch_size
         self.seed = config.seed
         self.noise_seed = stream_seed(config.seed, "training noise")
@@ -47,10 +51,6 @@ class DGPOObjective:
             clip_range=self.config.clip_range,
             kl_weight=self.config.kl_weight,
         )
-
-    def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:
-        """One step an iteration: θ and θ_old are constant inside it."""
-        return [batch]
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """See `Objective.accumulate`.
@@ -86,7 +86,7 @@ class DGPOObjective:
             partial(self._predict, models, batch.empty, kl_alone),
             seed=self.noise_seed,
             batch_size=self.forward_batch,
-            at_once=self.levels_at_once,
+            at_once=self.needs.levels_at_once,
         ):
             add_metrics(totals, loss.backward(comparison, models, weight=1 / len(levels)), 1 / len(levels))
         return totals
@@ -109,7 +109,7 @@ class DGPOObjective:
     ) -> dict[str, Tensor]:
         """What base and behaviour predict for some of the samples, as `Comparison` names it."""
         found: dict[str, Tensor] = {}
-        if self.guided_base:
+        if self.needs.guided_base:
             ref_v, empty_v = predict_pair(models.base, x_t, timestep, text, empty)
             found["kl_v"] = guided(ref_v, empty_v, self.config.kl_guidance_scale)
             found["ref_v"] = ref_v

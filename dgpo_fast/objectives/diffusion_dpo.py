@@ -9,7 +9,6 @@ A pair is a group of two with the advantages +1 and −1, whose group score is t
 the group loss.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import log
@@ -25,33 +24,30 @@ from dgpo_fast.models.prompt_encoder import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
+from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.seeds import stream_seed
 
 PAIR = 2
 
 
-class DiffusionDPOObjective:
+class DiffusionDPOObjective(Objective):
     """The objective of one run; see the module's text for the loss."""
 
-    needs_transitions = False
-    guided_policy = False
-    shardable = True
-    guided_base = False
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        """See `Objective.traits`."""
+        levels = config.diffusion_dpo.timesteps if config.engine.batch_timesteps else 1
+        return Traits(levels_at_once=levels, shardable=True)
 
     def __init__(self, config: Config):
-        self.config = config.diffusion_dpo
+        self.config, self.needs = config.diffusion_dpo, self.traits(config)
         self.skip_equal_groups = config.engine.skip_equal_groups
-        self.levels_at_once = self.config.timesteps if config.engine.batch_timesteps else 1
         self.forward_batch = config.rollout.batch_size
         self.noise_seed = stream_seed(config.seed, "training noise")
         self.level_seed = stream_seed(config.seed, "noise levels")
         self.loss = GroupLoss(
             beta=self.config.beta, micro_batch=config.policy.micro_batch_size, forward_batch=self.forward_batch
         )
-
-    def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:
-        """One step an iteration."""
-        return [batch]
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """See `Objective.accumulate`.
@@ -79,7 +75,7 @@ class DiffusionDPOObjective:
             partial(_predict, models),
             seed=self.noise_seed,
             batch_size=self.forward_batch,
-            at_once=self.levels_at_once,
+            at_once=self.needs.levels_at_once,
         ):
             metrics = self.loss.backward(comparison, models, weight=self.config.beta / count)
             if "loss" in metrics:  # not of a process that holds neither image of any pair

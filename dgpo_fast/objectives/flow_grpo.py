@@ -24,21 +24,29 @@ from dgpo_fast.models.prompt_encoder import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.levels import predict_levels
+from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.rollout.step_noise import gaussian_log_prob
 
 
-class FlowGRPOObjective:
+class FlowGRPOObjective(Objective):
     """The objective of one run; see the module's text for the loss."""
 
-    needs_transitions = True
-    shardable = True
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        """See `Objective.traits`."""
+        guided = config.rollout.guidance_scale > 1
+        return Traits(
+            needs_transitions=True,
+            levels_at_once=max(config.rollout.num_inference_steps - 1, 1) if config.engine.batch_timesteps else 1,
+            guided_base=guided,
+            guided_policy=guided,
+            shardable=True,
+        )
 
     def __init__(self, config: Config):
-        self.config = config.flow_grpo
+        self.config, self.needs = config.flow_grpo, self.traits(config)
         self.guidance_scale = config.rollout.guidance_scale
-        self.guided_base = self.guided_policy = self.guidance_scale > 1
         self.skip_equal_groups = config.engine.skip_equal_groups
-        self.levels_at_once = max(config.rollout.num_inference_steps - 1, 1) if config.engine.batch_timesteps else 1
         self.micro_batch = config.policy.micro_batch_size
         self.forward_batch = config.rollout.batch_size
 
@@ -105,7 +113,7 @@ class FlowGRPOObjective:
         if self.config.kl_weight == 0:
             yield from [None] * steps
             return
-        for some in batch_slices(steps, self.levels_at_once):
+        for some in batch_slices(steps, self.needs.levels_at_once):
             x, timesteps = batch.transitions.states[some], batch.schedule.timesteps[some]
             forward = partial(self._predict, models, batch.empty)
             levels = predict_levels(forward, list(x), list(timesteps), batch.text, self.forward_batch, batch.most)

@@ -1,35 +1,51 @@
 """What an objective is."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from dgpo_fast.config import Config
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.objectives.batch import Batch
 
 
-class Objective(Protocol):
-    """A way to turn scored groups into gradients. Made from the run's `Config` alone, and more than once.
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an objective needs of a run: asked of its class, so that nothing is made to find out.
 
-    Attributes with a value may be left out by a class that is not derived from this one: that value is then meant.
+    Attributes:
+        needs_transitions: whether it needs every step of a rollout with noise (`Batch.transitions`), and not only the
+            final latents.
+        levels_at_once: noise levels of an iteration's samples that frozen weights predict together
+            (`levels.predict_levels`).
+        guided_base: whether the base predicts pairs for guidance, and nothing else.
+        guided_policy: whether the policy does.
+        shardable: whether it runs on sharded weights, where all processes must make equally many forwards
+            (`Batch.most`).
     """
 
-    needs_transitions: bool
-    """Whether it needs every step of a rollout with noise (`Batch.transitions`), and not only the final latents."""
+    needs_transitions: bool = False
     levels_at_once: int = 1
-    """Noise levels of an iteration's samples that frozen weights predict together (`levels.predict_levels`)."""
     guided_base: bool = False
-    """Whether the base predicts pairs for guidance, and nothing else."""
     guided_policy: bool = False
-    """Whether the policy does."""
     shardable: bool = False
-    """Whether it runs on sharded weights, where all processes must make equally many forwards (`Batch.most`)."""
+
+
+class Objective(ABC):
+    """A way to turn scored groups into gradients. Made from the run's `Config` alone."""
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        """What it needs with these settings. `policy.micro_batch` may still be "auto"."""
+        return Traits()
 
     def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:
         """How an iteration's batch splits into optimizer steps: one step for each of these, in this order."""
-        ...
+        return [batch]
 
+    @abstractmethod
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """Adds ∂loss/∂θ to the `.grad` of `models.weights` and returns 0-dim device tensors to log.
 
@@ -41,4 +57,3 @@ class Objective(Protocol):
             models: base, policy and behaviour; the behaviour copy may be overwritten.
             old: θ_old.
         """
-        ...

@@ -3,16 +3,21 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dgpo_fast.config import Config, Log
 from dgpo_fast.config.command_line import configure, launched_with_others, take_count, take_option
 from dgpo_fast.config.help import print_help
 from dgpo_fast.config.reading import resolve, to_dict
 from dgpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dgpo_fast.distributed import Processes
+    from dgpo_fast.profiling.report import Report
 
 USAGE = """Profile a few iterations of a training run and write report.html, report.json and a Chrome trace.
 
@@ -38,37 +43,38 @@ def profile(args: list[str]) -> int:
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the tracer talks to the terminal otherwise
     from dgpo_fast.distributed import connect
+    from dgpo_fast.lifecycle import set_up
     from dgpo_fast.profiling.session import Session
-    from dgpo_fast.trainer import Trainer
 
     processes = connect()
     with processes.together("the settings"):
         if processes.first and plan is None:
             plan = read_plan(args)
     plan = shared_plan(plan, processes)
-    processes.set_timeout(plan.config.distributed.timeout_s)
-    with processes.together("the set-up of all processes"):
-        trainer = Trainer(plan.config, processes)
-    folder = plan.folder
-    with processes.together("the profile's folder"):
-        if processes.first:
-            folder.mkdir(parents=True)
-    try:
-        report = Session(trainer, folder).run(plan.warmup, plan.measured, given)
-    except BaseException:
-        if processes.first:
-            shutil.rmtree(folder)  # half a profile is none
-        raise
-    finally:
-        trainer.close()
+    with set_up(plan.config, processes) as trainer, made_by_the_first(plan.folder, processes):
+        report = Session(trainer, plan.folder).run(plan.warmup, plan.measured, given)
     with processes.together("the report of process 0"):
         if report is not None:
-            write(report, folder, trainer.console.note)
+            write(report, plan.folder, trainer.console.note)
     processes.close()
     return 0
 
 
-def write(report: Any, folder: Path, note: Callable[[str], None]) -> None:
+@contextmanager
+def made_by_the_first(folder: Path, processes: "Processes") -> Iterator[None]:
+    """Makes `folder`, and removes it if the block fails: half a profile is none."""
+    with processes.together("the profile's folder"):
+        if processes.first:
+            folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        if processes.first:
+            shutil.rmtree(folder)
+        raise
+
+
+def write(report: "Report", folder: Path, note: Callable[[str], None]) -> None:
     """Writes the report into `folder`, and says in a few sentences what is in it."""
     from dgpo_fast.profiling.page import write_page
     from dgpo_fast.profiling.report import write_report
@@ -101,7 +107,7 @@ def read_plan(args: list[str]) -> Plan:
     return Plan(config, new_folder(config), warmup, measured)
 
 
-def shared_plan(plan: Plan | None, processes: Any) -> Plan:
+def shared_plan(plan: Plan | None, processes: "Processes") -> Plan:
     """Process 0's plan, on every process."""
     mine = None if plan is None else [to_dict(plan.config), str(plan.folder), plan.warmup, plan.measured]
     settings, folder, warmup, measured = processes.broadcast(mine, "the settings")

@@ -4,35 +4,24 @@ import gc
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from dgpo_fast.config.reading import flat
+from dgpo_fast.lifecycle import stepping
 from dgpo_fast.models.work import DECODE, ROLLOUT
 from dgpo_fast.profiling import build
 from dgpo_fast.profiling import trace as tracing
 from dgpo_fast.profiling.machine import device_row, versions
 from dgpo_fast.profiling.power import PowerMeter
-from dgpo_fast.profiling.rates import measure_rates
+from dgpo_fast.profiling.rates import Rates, measure_rates
 from dgpo_fast.profiling.recorder import Recorder
 from dgpo_fast.profiling.report import Report
-from dgpo_fast.run.metrics import Loggers
+from dgpo_fast.trainer import Trainer
 
 TRACE_FILE = "trace.json.gz"
-
-
-class Lines:
-    """Stands where a run's `metrics.jsonl` does, and keeps the lines in memory."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Keeps one iteration's metrics."""
-        self.lines.append(metrics)
 
 
 class Session:
@@ -46,9 +35,8 @@ class Session:
         folder: where the trace goes.
     """
 
-    def __init__(self, trainer: Any, folder: Path):
+    def __init__(self, trainer: Trainer, folder: Path):
         self.trainer, self.folder = trainer, folder
-        trainer.metrics, trainer.loggers = Lines(), Loggers(trainer.config.log, folder, {}, trainer.console.note)
 
     def run(self, warmup: int, measured: int, args: list[str]) -> Report | None:
         """The report of `measured` iterations after `warmup` others; `args` are those of the command line.
@@ -58,9 +46,7 @@ class Session:
         trainer = self.trainer
         with trainer.processes.together("the encoded prompts"):
             trainer.encode_prompts()
-        trainer.prepare(self.folder, lambda: False)
-        trainer.console.start_training(0, warmup + measured + 1)
-        try:
+        with stepping(trainer, self.folder, lambda: False):
             for _ in range(warmup):
                 trainer.step()
             recorder, meter = self._measure(measured)
@@ -68,8 +54,6 @@ class Session:
                 trainer.step()  # which the first one traces
                 return None
             events, traced_s = self._trace()
-        finally:
-            trainer.console.stop_training()
         trainer.console.note("measuring the device's own rates, counting FLOPs and bytes")
         rates = measure_rates(trainer.device, trainer.models.dtype)
         return self._report(warmup, args, recorder, meter, events, traced_s, rates)
@@ -116,7 +100,7 @@ class Session:
         meter: PowerMeter,
         events: list[tracing.Event],
         traced_s: float,
-        rates: Any,
+        rates: Rates,
     ) -> Report:
         trainer, config, recordings = self.trainer, self.trainer.config, recorder.recordings
         device = device_row(trainer.device, trainer.models.dtype, rates)

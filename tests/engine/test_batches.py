@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.engine import Engine
 from dgpo_fast.engine.batches import BatchSizes, batch_sizes, decode_batch
@@ -41,7 +42,7 @@ def test_forwards_are_padded_to_a_process_s_share(random_pipeline: Path) -> None
 
 def test_a_run_draws_no_more_than_it_has(workspace: Path) -> None:
     """Rollouts are recorded at the sampler's size: 12 samples an iteration and 10 held-out images, in batches of 50."""
-    trainer = Trainer(configure(["small.yaml", "--rollout.batch-size", "50", "--evaluation.images", "10"]))
+    trainer = Trainer(build(configure(["small.yaml", "--rollout.batch-size", "50", "--evaluation.images", "10"])))
     trainer.close()
     assert (trainer.sampler.batch_size, trainer.eval_sampler.batch_size) == (12, 10)
 

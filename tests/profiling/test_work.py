@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dgpo_fast.build import build
 from dgpo_fast.config import Policy
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.models.datasheet import find_datasheet
@@ -87,7 +88,7 @@ def test_torchs_flop_counter_agrees(train: str, random_pipeline: Path) -> None:
 @pytest.mark.parametrize(("micro_batch", "policy_forwards"), [(8, 24), (2, 48)])
 def test_samples_of_an_iteration(micro_batch: int, policy_forwards: int, workspace: Path) -> None:
     """12 images, 4 guided steps, 2 timesteps; a group larger than the micro-batch takes one more policy forward."""
-    trainer = Trainer(configure(["small.yaml", "--policy.micro-batch", str(micro_batch)]))
+    trainer = Trainer(build(configure(["small.yaml", "--policy.micro-batch", str(micro_batch)])))
     trainer.open_logs(workspace, {})
     trainer.console.start_training(0, 1)
     trainer.step()
@@ -109,7 +110,7 @@ def test_samples_of_an_iteration(micro_batch: int, policy_forwards: int, workspa
 
 def test_flops_are_counted_once(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first iteration, an iteration's FLOPs are a few multiplications."""
-    trainer = Trainer(configure(["small.yaml"]))
+    trainer = Trainer(build(configure(["small.yaml"])))
     trainer.open_logs(workspace, {})
     trainer.console.start_training(0, 2)
     trainer.step()

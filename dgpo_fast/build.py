@@ -1,0 +1,278 @@
+"""From a `Config` to the parts of a run, step by step.
+
+What can be wrong with the settings is found here, before a folder is made.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from dgpo_fast.config import Config
+from dgpo_fast.config.reading import to_dict
+from dgpo_fast.config.recipes import prompts_note
+from dgpo_fast.distributed import ALONE, Processes, place
+from dgpo_fast.distributed.shards import Shards, make_shards
+from dgpo_fast.engine import Engine
+from dgpo_fast.engine.checkpointing import checkpoint_blocks
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.before_after import RunEvaluations
+from dgpo_fast.learning.checkpoints import Checkpoints
+from dgpo_fast.learning.learner import Learner
+from dgpo_fast.learning.optimizers import state_bytes
+from dgpo_fast.memory.plan import MemoryPlan
+from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
+from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
+from dgpo_fast.models.random_weights import random_weights_note
+from dgpo_fast.models.work import WorkMeter
+from dgpo_fast.objectives.registry import traits
+from dgpo_fast.prompts import PromptSets, load_prompts
+from dgpo_fast.prompts.dealing import GroupSampler
+from dgpo_fast.rewards import RewardPool, WeightedReward, count_workers, load_rewards
+from dgpo_fast.rollout.offline import OfflineSource
+from dgpo_fast.rollout.online import OnlineSource, RolloutWorker
+from dgpo_fast.rollout.sampler import Sampler
+from dgpo_fast.rollout.schedule import Schedule, make_schedule
+from dgpo_fast.rollout.source import Source
+from dgpo_fast.run.console import Console
+from dgpo_fast.run.metrics import Phases
+from dgpo_fast.run.version import code_version
+from dgpo_fast.seeds import stream_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of one run, on one of its processes.
+
+    Attributes:
+        config: every setting, with what was left to be chosen filled in.
+        processes: those that share the run; the first one alone writes files and talks to the user.
+        console: shows progress to the user.
+        device: this process's.
+        prompts: to train and to evaluate on.
+        reward, reward_pool: what scores images, and the threads and processes in which it does.
+        memory: what the run will hold.
+        pipeline, models, encoder: the model, its sets of weights, and its prompts.
+        engine: what makes the forwards fast.
+        sampler, schedule: draw the images to learn from.
+        eval_sampler, eval_schedule: draw held-out images.
+        evaluations: scores on held-out prompts.
+        phases, work: seconds and FLOPs of an iteration.
+        learner: from groups to new weights.
+        source: from prompts to groups.
+        checkpoints: what a run resumes from.
+    """
+
+    config: Config
+    processes: Processes
+    console: Console
+    device: torch.device
+    prompts: PromptSets
+    reward: WeightedReward
+    reward_pool: RewardPool
+    memory: MemoryPlan
+    pipeline: StableDiffusion3Pipeline
+    models: PolicyModels
+    encoder: PromptEncoder
+    engine: Engine
+    sampler: Sampler
+    schedule: Schedule
+    eval_sampler: Sampler
+    eval_schedule: Schedule
+    evaluations: RunEvaluations
+    phases: Phases
+    work: WorkMeter
+    learner: Learner
+    source: Source
+    checkpoints: Checkpoints
+
+
+def build(config: Config, processes: Processes = ALONE) -> Parts:
+    """Makes the parts of the run that `config` asks for. All of `processes` must call it together.
+
+    Raises UserError, one line, if a setting, a file, a reward or the model cannot be used.
+    """
+    console = Console(quiet=not processes.first)
+    _require_work(config, processes)
+    prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=config.evaluation.images)
+    device = processes.own_device(pick_device(config.device))
+    reward = _load_rewards(config, prompts, processes, device)
+    architecture = read_model(config)
+    _try_out(reward, config, prompts, architecture)
+    pool = _start_pool(reward, config, device, console)
+    dtype = pick_dtype(config.precision, device)
+    memory = MemoryPlan(architecture, device, dtype, processes, console.note)
+    config = memory.predict(config)
+    pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=False)
+    models = _make_models(pipeline, config, processes, device)
+    config = memory.measure(config, models)
+    encoder = make_prompt_encoder(pipeline, config, console.note)
+    engine = _start_engine(config, models, pipeline, encoder, processes, console)
+    rollout, evaluation = config.rollout, config.evaluation
+    sampler = _make_sampler(config, pipeline, engine.rollout_transformer, encoder, engine, engine.sizes.rollout)
+    eval_sampler = _make_sampler(config, pipeline, models.behaviour, encoder, engine, engine.sizes.evaluation)
+    schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.shift, rollout.noise_level)
+    eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.shift).to(device)
+    phases = Phases(device)
+    work = WorkMeter(models, pipeline.vae, config.policy, sampler.shape)
+    learner = Learner(config, models, processes, phases, work, console.note)
+    worker = RolloutWorker(
+        rollout,
+        models,
+        sampler,
+        schedule.to(device),
+        pool,
+        keep_transitions=traits(config).needs_transitions,
+        phases=phases,
+        work=work,
+    )
+    parts = Parts(
+        config=config,
+        processes=processes,
+        console=console,
+        device=device,
+        prompts=prompts,
+        reward=reward,
+        reward_pool=pool,
+        memory=memory,
+        pipeline=pipeline,
+        models=models,
+        encoder=encoder,
+        engine=engine,
+        sampler=sampler,
+        schedule=schedule.to(device),
+        eval_sampler=eval_sampler,
+        eval_schedule=eval_schedule,
+        evaluations=RunEvaluations(config, prompts, pool, eval_sampler, eval_schedule, models, processes, console),
+        phases=phases,
+        work=work,
+        learner=learner,
+        source=_make_source(config, worker, prompts, learner, processes),
+        checkpoints=Checkpoints(learner, processes, _about_checkpoints(config, processes, engine)),
+    )
+    _describe(parts)
+    return parts
+
+
+def _require_work(config: Config, processes: Processes) -> None:
+    """Raises UserError if a process would have no image to train on or to evaluate."""
+    place(config.rollout.groups, config.rollout.group_size, processes.count)
+    if config.evaluation.images < processes.count:
+        raise UserError(f"evaluation.images {config.evaluation.images}: {processes.count} processes need one each")
+
+
+def _load_rewards(config: Config, prompts: PromptSets, processes: Processes, device: torch.device) -> WeightedReward:
+    reward = load_rewards(config.rewards, device)
+    reward.check_prompts([*prompts.train, *prompts.held_out])
+    if config.data.source == "online":  # of offline groups, each is drawn and scored by one process
+        reward.check_processes(processes.count, config.rollout.groups)
+    return reward
+
+
+def _try_out(reward: WeightedReward, config: Config, prompts: PromptSets, architecture: Architecture) -> None:
+    """Scores coloured squares of the run's size, as many as a group and one alone, before the model is loaded."""
+    side = config.rollout.resolution or architecture.side
+    reward.try_out([*prompts.train, *prompts.held_out], (config.rollout.group_size, 1), side)
+
+
+def _start_pool(reward: WeightedReward, config: Config, device: torch.device, console: Console) -> RewardPool:
+    workers = count_workers(config.reward_workers, device)
+    return RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
+
+
+def _make_models(
+    pipeline: StableDiffusion3Pipeline, config: Config, processes: Processes, device: torch.device
+) -> PolicyModels:
+    shards = _make_shards(config, processes, device)
+    models = PolicyModels(pipeline.transformer, config.policy, stream_seed(config.seed, "lora"), shards)
+    if config.engine.checkpointing != "none":
+        checkpoint_blocks(models.policy, config.engine.checkpointing)
+    return models
+
+
+def _make_shards(config: Config, processes: Processes, device: torch.device) -> Shards | None:
+    """Raises UserError if the settings do not go with sharded weights."""
+    how = f"distributed.shard {config.distributed.shard}"
+    if config.distributed.shard == "none":
+        return None
+    if config.policy.train != "full":
+        raise UserError(f"{how} is for --policy.train full: LoRA's base weights are not sharded")
+    if config.optimizer.name != "adamw":
+        raise UserError(f"{how}: states in 8 bits cannot be cut elsewhere; use --optimizer.name adamw")
+    if config.policy.weights not in ("auto", "fp32"):
+        raise UserError(f"{how} keeps the shards in fp32: use --policy.weights fp32")
+    if config.data.source == "offline":
+        raise UserError(f"{how}: processes draw offline groups one by one, which needs whole weights; draw them before")
+    return make_shards(config.distributed.shard, processes, device)
+
+
+def _start_engine(
+    config: Config,
+    models: PolicyModels,
+    pipeline: StableDiffusion3Pipeline,
+    encoder: PromptEncoder,
+    processes: Processes,
+    console: Console,
+) -> Engine:
+    text_tokens = encoder([""]).prompt.shape[1]  # finds text encoders that cannot be loaded
+    engine = Engine(config, models, pipeline, text_tokens, console.note, processes=processes.count)
+    engine.adopt(processes.broadcast(engine.measured(), "the engine's choices"))
+    return engine
+
+
+def _make_sampler(
+    config: Config,
+    pipeline: StableDiffusion3Pipeline,
+    transformer: SD3Transformer2DModel,
+    encoder: PromptEncoder,
+    engine: Engine,
+    batch_size: int,
+) -> Sampler:
+    return Sampler(
+        pipeline,
+        transformer,
+        encoder,
+        resolution=config.rollout.resolution,
+        batch_size=batch_size,
+        solve=engine.solve,
+        decode=engine.decoder.start,
+        decodes_ahead=int(engine.decoder.overlaps),
+    )
+
+
+def _make_source(
+    config: Config, worker: RolloutWorker, prompts: PromptSets, learner: Learner, processes: Processes
+) -> Source:
+    if config.data.source == "offline":
+        return OfflineSource(config, worker, prompts.train, processes)
+    dealt = GroupSampler(prompts.train, config.rollout.groups, config.seed)
+    return OnlineSource(worker, dealt, config.seed, learner.rollout_weights, processes)
+
+
+def _about_checkpoints(config: Config, processes: Processes, engine: Engine) -> Callable[[], dict[str, Any]]:
+    """Gives what every checkpoint's manifest says of the run. The engine's choices may change when it is resumed."""
+    about = {"code": code_version(), "config": to_dict(config), "processes": processes.count}
+    return lambda: about | {"engine": engine.measured()}
+
+
+def _describe(parts: Parts) -> None:
+    """Says what is about to be trained, and what was chosen for it."""
+    config, models, note = parts.config, parts.models, parts.console.note
+    total = sum(parameter.numel() for parameter in models.base.parameters())
+    note(
+        f"{config.model} on {parts.device} in {str(models.dtype).removeprefix('torch.')}: training "
+        f"{models.trained_numel / 1e6:.2f} M weights ({config.policy.train}) of {total / 1e6:.1f} M; "
+        f"{config.rollout.groups} groups of {config.rollout.group_size} images an iteration"
+    )
+    state = sum(state_bytes(shape.numel(), config.optimizer.name) for shape in models.shapes.values())
+    note(f"{config.optimizer.name}: {state / 2**20:.1f} MiB of optimizer state")
+    for line in parts.engine.reasons.lines:
+        note(line)
+    if config.random_weights:
+        note(random_weights_note(config))
+    for line in filter(None, (parts.prompts.note, prompts_note(config))):
+        note(line)

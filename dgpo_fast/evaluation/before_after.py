@@ -1,0 +1,128 @@
+"""A run's evaluations: before training, between iterations, and at its end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dgpo_fast.config import Config
+from dgpo_fast.distributed import Processes
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.held_out import Evaluation, evaluate
+from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
+from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.prompts import PromptSets
+from dgpo_fast.rewards import RewardPool
+from dgpo_fast.rollout.sampler import Sampler
+from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.run.console import Console
+from dgpo_fast.wording import counted, number, resume_command
+
+
+class RunEvaluations:
+    """Scores weights of one run on the same held-out prompts and initial noise every time.
+
+    All processes must call each method together. The behaviour copy is left with the weights that were scored.
+
+    Args:
+        config: the run's.
+        prompts: with those that are held out.
+        rewards: score the images.
+        sampler: draws with the behaviour copy.
+        schedule: of the evaluations, on the sampler's device.
+        models: the run's.
+        processes: those that share the run.
+        console: shows progress.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptSets,
+        rewards: RewardPool,
+        sampler: Sampler,
+        schedule: Schedule,
+        models: PolicyModels,
+        processes: Processes,
+        console: Console,
+    ):
+        self.config, self.prompts, self.rewards = config, prompts, rewards
+        self.sampler, self.schedule, self.models = sampler, schedule, models
+        self.processes, self.console = processes, console
+
+    def scores(self, weights: Weights, on_step: Callable[[float], None] | None = None, remedy: str = "") -> Evaluation:
+        """The scores of `weights`.
+
+        Args:
+            on_step: told the share done, in (0, 1].
+            remedy: ends the error's line.
+
+        Raises UserError if not one image could be scored.
+        """
+        self.models.load_behaviour(weights)
+        with self.processes.waiting("the shards of the evaluation", counted=False):
+            result = evaluate(
+                self.sampler,
+                self.prompts.held_out,
+                self.rewards,
+                self.schedule,
+                self.config.evaluation,
+                on_step,
+                self.processes,
+                sharded=self.models.shards is not None,
+                remedy=remedy,
+            )
+        if result.failures:
+            failed = counted(len(result.failures), "image")
+            self.console.note(f"evaluation: {failed} could not be scored; the first: {result.failures[0]}")
+        return result
+
+    def between(self, weights: Weights) -> dict[str, Any]:
+        """What to log of `weights` between two iterations; if they cannot be scored, a note and nothing."""
+        try:
+            summary = self.scores(weights).summary()
+        except UserError as error:
+            self.console.note(f"evaluation skipped: {error}")
+            return {}
+        return {f"heldout_{key}": summary[key] for key in ("reward_mean", "reward_ci95")}
+
+    def before(self, folder: Path) -> Evaluation | None:
+        """Scores of the model as it came; None on processes other than the first.
+
+        A resumed run has them in its `folder` already, if its rewards are the same.
+        """
+        path, contents = folder / BEFORE_FILE, self.rewards.reward.contents
+        earlier = earlier_evaluation(path, contents, self.console.note) if self.processes.first else None
+        if self.processes.broadcast(earlier is not None, "the evaluation before training"):
+            return earlier
+        again = "; mend it and start the same command again"
+        before = self._tracked("before", self.models.initial_weights(), again)
+        if not self.processes.first:
+            return None
+        before.save(path)
+        self.console.note(f"before: mean reward {number(before.summary()['reward_mean'])}")
+        return before
+
+    def after(
+        self, weights: Weights, folder: Path, before: Evaluation | None, source: dict[str, Any], iteration: int
+    ) -> None:
+        """Scores what was trained; the first process writes summary and pictures, and shows them.
+
+        Args:
+            weights: what was trained.
+            folder: the run's.
+            before: what `before` gave.
+            source: what the source of the groups says of itself.
+            iteration: how many are done.
+
+        Raises UserError if the disk refuses.
+        """
+        after = self._tracked("after", weights, f"; mend it, then go on with: {resume_command(folder)}")
+        if before is None:
+            return
+        with written_to(folder):
+            write_results(folder, before, after, self.config, source, iteration, self.console, self.prompts.evaluated)
+
+    def _tracked(self, when: str, weights: Weights, remedy: str) -> Evaluation:
+        images = counted(self.config.evaluation.images, "image")
+        with self.console.track(f"{when}: {images} of {self.prompts.evaluated}") as on_step:
+            return self.scores(weights, on_step, remedy)

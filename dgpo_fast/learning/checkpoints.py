@@ -1,0 +1,103 @@
+"""What a learner saves, and goes back to: weights, averages and optimizer states, on any number of processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dgpo_fast.distributed import Processes, SharedError
+from dgpo_fast.learning.learner import Learner
+from dgpo_fast.learning.optimizers import load_optimizer, optimizer_tensors
+from dgpo_fast.models.policy import Weights
+from dgpo_fast.run.checkpoint import CheckpointWriter, State, load_newest
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        learner: its state is saved and restored.
+        processes: those that share the run; the first one writes.
+        about: gives what every manifest says of the run: JSON values by name.
+    """
+
+    def __init__(self, learner: Learner, processes: Processes, about: Callable[[], dict[str, Any]]):
+        self.learner, self.processes, self.about = learner, processes, about
+        self.writer: CheckpointWriter | None = None
+
+    def check(self) -> None:
+        """Raises UserError if the disk has refused a checkpoint that was being written."""
+        if self.writer is not None:
+            self.writer.check()
+
+    def save(self, folder: Path, *, wait: bool = True, everyone_comes: bool = True) -> None:
+        """Has a checkpoint written into `folder`/checkpoints, and waits for the disk if asked to.
+
+        Nothing is saved if an iteration broke off between two of its optimizer steps: no run could resume from there.
+
+        Args:
+            folder: the run's.
+            wait: whether to return only when it is on the disk.
+            everyone_comes: whether all processes call this. If not, sharded weights cannot be saved: no process has
+                all of them.
+
+        Raises UserError if the disk refuses.
+        """
+        models = self.learner.models
+        sharded = models.shards is not None
+        if self.learner.halfway or (sharded and not everyone_comes) or not (sharded or self.processes.first):
+            return
+        if self.writer is None and self.processes.first:
+            keep = self.learner.config.checkpoint.keep
+            self.writer = CheckpointWriter(folder / "checkpoints", keep, self.about())
+        with self.learner.phases("checkpoint"):
+            parts = self._parts()
+            if sharded:
+                parts = {part: models.whole(tensors) for part, tensors in parts.items()}
+            if self.writer is None:
+                return
+            self.writer.save(self.learner.iteration, parts, copied=sharded)
+            if wait:
+                self.writer.wait()
+
+    def restore(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+        """Goes back to the newest valid checkpoint of the run in `folder`.
+
+        Returns what its manifest says of the run, and a line for each checkpoint passed over. Raises UserError if there
+        is none, or if it does not fit the model.
+        """
+        state, passed_over = self._newest(folder)
+        learner, models = self.learner, self.learner.models
+        try:
+            for part in ("policy", "old", "slow"):
+                if {name: tensor.shape for name, tensor in state.part(part).items()} != models.shapes:
+                    raise ValueError(f"its {part} weights have other names or shapes")
+            models.load_weights(models.parts(state.part("policy")))
+            learner.old.load(models.parts(state.part("old")))
+            learner.slow.load(models.parts(state.part("slow")))
+            load_optimizer(learner.optimizer, models.parts(state.part("optimizer")))
+        except (ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise SharedError(
+                f"--resume {folder}: its checkpoint does not fit the model '{learner.config.model}' ({reason})"
+            ) from None
+        learner.iteration = state.iteration
+        return state.info, passed_over
+
+    def _parts(self) -> dict[str, Weights]:
+        return {
+            "policy": self.learner.models.weights,
+            "old": self.learner.old.weights,
+            "slow": self.learner.slow.weights,
+            "optimizer": optimizer_tensors(self.learner.optimizer),
+        }
+
+    def _newest(self, folder: Path) -> tuple[State, list[str]]:
+        """What process 0 finds on its disk, on every process."""
+        found = None
+        with self.processes.together("the newest checkpoint"):
+            if self.processes.first:
+                found = load_newest(folder / "checkpoints")
+        about = None if found is None else [found[0].iteration, found[0].info, found[1]]
+        iteration, info, passed_over = self.processes.broadcast(about, "the newest checkpoint")
+        tensors = self.processes.broadcast_tensors(found[0].tensors if found else None, "the newest checkpoint")
+        return State(iteration, tensors, info), passed_over
