@@ -13,6 +13,7 @@ from dgpo_fast.distributed.batch_part import part_of
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.results import written_to
+from dgpo_fast.models.policy import Weights
 from dgpo_fast.objectives.advantages import advantages
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.rewards.group_log import GroupLog
@@ -35,12 +36,8 @@ class Trainer:
     """
 
     def __init__(self, parts: Parts):
-        self.config, self.processes, self.console, self.device = (
-            parts.config,
-            parts.processes,
-            parts.console,
-            parts.device,
-        )
+        self.config, self.processes = parts.config, parts.processes
+        self.console, self.device = parts.console, parts.device
         self.prompts, self.reward, self.reward_pool = parts.prompts, parts.reward, parts.reward_pool
         self.memory, self.engine, self.pipeline, self.encoder = (
             parts.memory,
@@ -237,12 +234,11 @@ class Trainer:
         refuses.
         """
         weights = self.learner.evaluated_weights()
-        self._save_weights(folder)
+        self._save_weights(weights, folder)
         self.evaluations.after(weights, folder, before, self.source.summary(), self.iteration)
 
-    def _save_weights(self, folder: Path) -> None:
+    def _save_weights(self, weights: Weights, folder: Path) -> None:
         """Writes what was trained into the run's folder. All processes must call it together."""
-        weights = self.learner.evaluated_weights()
         if self.models.shards is not None:
             weights = self.models.whole(weights)
         with self.processes.together("the trained weights on the disk"):
