@@ -37,7 +37,7 @@ def print_settings(usage: str, defaults: Any, title: str = "Settings:") -> None:
 
     Args:
         usage: paragraphs, which are wrapped, and lists of lines that begin with two spaces.
-        defaults: settings; those in groups follow after the others, group by group.
+        defaults: any dataclass of settings; those in groups follow after the others, group by group.
         title: stands above them.
     """
     console = Console(highlight=False, markup=False, emoji=False)
@@ -77,7 +77,7 @@ def _type(schema: Schema) -> str:
     return f"{_type(schema['items'])} …" if schema["type"] == "array" else TYPES[schema["type"]]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A value as the command line takes it."""
     if isinstance(value, tuple):
         return " ".join(value)
@@ -101,5 +101,5 @@ def _list(block: str, width: int) -> str:
     return "\n".join(_paragraph(row[1], width, row[0].ljust(column), indent) if row[1:] else row[0] for row in rows)
 
 
-def _first_line(function: Callable[..., Any]) -> str:
+def _first_line(function: Callable[..., object]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def compare(state: Mapping[str, Any], processes: Processes, when: str) -> None:
+def compare(state: Mapping[str, object], processes: Processes, when: str) -> None:
     """Raises DriftError where a process's `state` (JSON values by name) differs from process 0's."""
     states = processes.gather(dict(state), f"the checksums {when}")
     for rank, theirs in enumerate(states):

@@ -133,7 +133,7 @@ class Processes:
             dist.all_gather(rows, row)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
-    def broadcast(self, value: Any, what: str) -> Any:
+    def broadcast(self, value: object, what: str) -> Any:
         """Process 0's `value` on every process; what the others give is ignored. JSON, as in `gather`."""
         if self.count == 1:
             return value

@@ -127,7 +127,7 @@ def decoder_ms(decoders: Sequence[Decoder], latents: Tensor) -> list[float]:
 
 
 def _with_own_decoder(vae: AutoencoderKL, **to: Any) -> AutoencoderKL:
-    """A copy of `vae` with the original's encoder and a decoder of its own, moved to a dtype or memory format."""
+    """A copy of `vae` with the original's encoder and a decoder of its own, moved as `nn.Module.to` takes it."""
     own = copy.deepcopy(vae, {id(vae.encoder): vae.encoder})
     for module in (own.decoder, own.post_quant_conv):
         if module is not None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import with_lora
 from dgpo_fast.records import JsonObject
+
+Counted = TypeVar("Counted")
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Simulation:
         """Peak of decoding latents to pixels."""
         return self._once(("decoding", batch), lambda: self._decoding(batch))
 
-    def _once(self, key: tuple, count: Callable[[], Any]) -> Any:
+    def _once(self, key: tuple, count: Callable[[], Counted]) -> Counted:
         if key not in self.known:
             self.known[key] = count()
         return self.known[key]

@@ -230,7 +230,7 @@ class WorkMeter:
     def _see(self, prompt: Tensor, pooled: Tensor) -> None:
         self.shape = SampleShape(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])
 
-    def _on_forward(self, kind: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_forward(self, kind: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._see(kwargs["encoder_hidden_states"], kwargs["pooled_projections"])
         count = len(kwargs["hidden_states"])
         trained = kind == POLICY and torch.is_grad_enabled()

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dgpo_fast.models.work import operation_class
 from dgpo_fast.records import JsonObject
@@ -140,7 +139,7 @@ def kernels(events: list[Event], window: Interval) -> list[Operation]:
 
 def cpu_operations(events: list[Event], window: Interval) -> list[Operation]:
     """Operations on the CPU by the time spent in themselves and not in operations they call, the longest first."""
-    threads: dict[Any, list[Event]] = defaultdict(list)
+    threads: dict[object, list[Event]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "cpu_op" and window[0] <= event["ts"] < window[1]:
             threads[event["tid"]].append(event)

@@ -143,7 +143,7 @@ class WorkerProcess:
         theirs.close()
         self.connection = Connection(ours.detach())
 
-    def _receive(self, seconds: float) -> Any:
+    def _receive(self, seconds: float) -> Any:  # the reward's process answers each question in its own form
         if not self.connection.poll(seconds):
             raise TimeoutError
         return self.connection.recv()

@@ -144,7 +144,7 @@ class RemoteReward:
         raise UserError(f"{self._url} failed its self-test with {asked}: {seen}: mend its /score (docs/rewards.md)")
 
     def _check(self, request: JsonObject) -> Any:
-        """What the server says at /check, None where it has none. Raises UserError where it refuses or is lost."""
+        """The JSON of the server's /check, None if it has none. Raises UserError if it refuses or is lost."""
         try:
             return self._ask("/check", request).content
         except Unanswered as error:
@@ -197,7 +197,7 @@ def _read(reply: Reply, size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return _numbers(answer["scores"], size, "scores"), found
 
 
-def _numbers(values: Any, size: int, what: str, or_null: bool = False) -> np.ndarray:
+def _numbers(values: object, size: int, what: str, or_null: bool = False) -> np.ndarray:
     """A JSON list of so many numbers as float32; null, where allowed, becomes NaN."""
     if not isinstance(values, list) or len(values) != size:
         got = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
@@ -208,7 +208,7 @@ def _numbers(values: Any, size: int, what: str, or_null: bool = False) -> np.nda
         return np.array([np.nan if value is None else float(value) for value in values], np.float64).astype(np.float32)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import httpx
 
@@ -38,7 +38,13 @@ class Unanswered(Exception):
 
 
 class Reply(NamedTuple):
-    """What came back."""
+    """What came back.
+
+    Attributes:
+        content: the answer's JSON, whatever it is: the caller checks it.
+        attempts: requests until it came.
+        seconds: of all of them.
+    """
 
     content: Any
     attempts: int
@@ -261,5 +267,5 @@ def _error_in(data: bytes) -> str:
     return error if isinstance(error, str) else ""
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
