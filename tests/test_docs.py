@@ -98,7 +98,7 @@ def test_what_may_change_in_a_resumed_run_is_documented() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
@@ -106,7 +106,7 @@ def test_links_lead_somewhere() -> None:
 def test_files_and_modules_named_in_the_documents_exist() -> None:
     """Files by their path in the checkout or in a package; those that a reader may write have `my_` or NAME in them."""
     homes = (ROOT, ROOT / "dgpo_fast", ROOT / "kernels/dgpo_kernels")
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("docs/*.md")]:
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r"`([\w/.]+\.(?:py|sh))`|(?:python|bash) ([\w/.]+\.(?:py|sh))\b", text):
             file = "".join(name)

@@ -64,6 +64,15 @@ def test_all_of_them_train_together_and_resume(tmp_path: Path, monkeypatch: pyte
     assert {"reward/jpeg_mean", "reward/bright_mean", "reward/bright/too_bright_mean"} <= lines[0].keys()
 
 
+def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    commands = re.findall(r"^python -m dgpo_fast\.train ([^#\n]*)", example("README.md"), re.MULTILINE)
+    configs = [configure(command.split()) for command in commands]
+    assert [config.prompts for config in configs] == ["my_prompts.txt", "tiny-shapes", "tiny-shapes"]
+    assert configs[1].rewards == ("my_reward:Brightness",)
+    assert f"--objective {configs[2].objective} " in page("objectives.md")
+
+
 @pytest.mark.parametrize("micro_batch", [1, 5, GROUPS * SIZE])
 def test_the_gradient_of_my_objective_is_that_of_its_loss(
     micro_batch: int, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
