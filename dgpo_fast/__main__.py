@@ -8,11 +8,14 @@ import os
 import runpy
 import sys
 
+from dgpo_fast.config.command_line import run_command
+from dgpo_fast.errors import UserError
+
 COMMANDS = {
-    "train": "reinforce a model; with nothing else, the shipped one",
-    "evaluate": "draw and score images of a model or a run, or two side by side",
+    "train": "reinforce a model; without arguments, the shipped one",
+    "evaluate": "score images of a model or a run, or compare two",
     "profile": "show where the time of an iteration goes, on one page",
-    "memory": "predict what a run holds on a GPU, and on which cards it fits",
+    "memory": "predict the GPU memory of a run and the cards it fits",
     "recipes": "print all recipes as a table",
     "reward-server": "score images for runs on other machines",
 }
@@ -21,21 +24,24 @@ MOVED = ("compare",)
 
 
 def main() -> int:
-    """Runs the command that the command line names, and returns the exit status if the command does not itself."""
-    name, *args = sys.argv[1:] or ["--help"]
+    """Runs what the command line names and returns the exit status."""
+    return run_command(start)
+
+
+def start(args: list[str]) -> None:
+    """Lists the commands, or runs the one that `args` begin with. Raises UserError if there is no such command."""
+    name, *others = args or ["--help"]
     if name in ("-h", "--help"):
         print(listing())
-        return 0
+        return
     if name not in (*COMMANDS, *MOVED):
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"the commands are {', '.join(COMMANDS)}"
-        print(f"error: unknown command '{name}': {hint}", file=sys.stderr)
-        return 2
+        raise UserError(f"unknown command '{name}': {hint}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as with `python -m`: a user's own rewards are looked for there
-    sys.argv[1:] = args
+    sys.argv[1:] = others
     runpy.run_module(f"dgpo_fast.{name.replace('-', '_')}", run_name="__main__", alter_sys=True)
-    return 0
 
 
 def listing() -> str:
@@ -43,8 +49,8 @@ def listing() -> str:
     lines = "\n".join(f"  dgpo-fast {name:<14} {what}" for name, what in COMMANDS.items())
     return (
         f"Reinforce text-to-image diffusion models with DGPO.\n\n{lines}\n\n"
-        "`dgpo-fast COMMAND --help` shows all settings of a command. Each is a module too:\n"
-        "`python -m dgpo_fast.train` is `dgpo-fast train`."
+        "`dgpo-fast COMMAND --help` shows all settings of a command.\n"
+        "Each command is also a module: `python -m dgpo_fast.train` is the first one."
     )
 
 

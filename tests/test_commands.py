@@ -38,7 +38,7 @@ def test_the_commands_are_listed(args: list[str], tmp_path: Path) -> None:
     assert (status, errors) == (0, "")
     listed = [line for line in out.splitlines() if line.startswith("  dgpo-fast ")]
     assert [line.split()[1] for line in listed] == list(COMMANDS)
-    assert max(map(len, out.splitlines())) <= 90 and all(len(line.split()) > 3 for line in listed)
+    assert max(map(len, out.splitlines())) <= 80 and all(len(line.split()) > 3 for line in listed)
 
 
 def imported(errors: str) -> set[str]:
@@ -51,7 +51,20 @@ def imported(errors: str) -> set[str]:
 def test_the_list_is_light(script: str, tmp_path: Path) -> None:
     _, out, errors = run("-X", "importtime", script, cwd=tmp_path)
     assert "dgpo-fast train" in out
-    assert not {"torch", "diffusers", "numpy", "pydantic", "rich"} & imported(errors)
+    assert not {"torch", "diffusers", "numpy", "rich"} & imported(errors)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    """As `head -1`, however soon it is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, buffered = [sys.executable, "-m", "dgpo_fast", "recipes"], {**os.environ, "PYTHONUNBUFFERED": ""}
+    with os.fdopen(writer) as gone:
+        for args in (command[:-1], command):
+            done = subprocess.run(
+                args, cwd=tmp_path, env=buffered, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=60
+            )
+            assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "recipes"])

@@ -31,7 +31,9 @@ def run_command(command: Callable[[list[str]], int | None]) -> int:
     """Runs `command` with the command line's arguments and returns the exit status, errors printed in one line."""
     quieten_libraries()
     try:
-        return command(sys.argv[1:]) or 0
+        status = command(sys.argv[1:]) or 0
+        print(end="", flush=True)  # here, where a reader that has left is no error
+        return status
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or not error.shared:
             print(f"error: {error}", file=sys.stderr)
