@@ -39,12 +39,8 @@ class Trainer:
         self.config, self.processes = parts.config, parts.processes
         self.console, self.device = parts.console, parts.device
         self.prompts, self.reward, self.reward_pool = parts.prompts, parts.reward, parts.reward_pool
-        self.memory, self.engine, self.pipeline, self.encoder = (
-            parts.memory,
-            parts.engine,
-            parts.pipeline,
-            parts.encoder,
-        )
+        self.memory, self.engine = parts.memory, parts.engine
+        self.pipeline, self.encoder = parts.pipeline, parts.encoder
         self.models, self.learner, self.source = parts.models, parts.learner, parts.source
         self.sampler, self.schedule = parts.sampler, parts.schedule
         self.eval_sampler, self.eval_schedule = parts.eval_sampler, parts.eval_schedule

@@ -27,7 +27,8 @@ def drawn_floors(page: str) -> list[list[str]]:
     return floors
 
 
-FLOORS = drawn_floors((ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+FLOORS = drawn_floors(PAGE)
 
 
 @cache
@@ -143,3 +144,29 @@ def test_an_import_that_runs_up_is_found(tmp_path: Path, file: str, text: str, e
     found = faults(tmp_path)
     assert len(found) == bool(expected)
     assert not expected or found[0].startswith(f"dgpo_fast/{file}{expected}")
+
+
+def lines(file: Path) -> int:
+    return len((ROOT / file).read_text(encoding="utf-8").splitlines())
+
+
+def test_what_is_drawn_is_there() -> None:
+    for room in (room for floor in FLOORS for room in floor):
+        assert (ROOT / room).is_dir() or (ROOT / f"{room}.py").is_file(), room
+
+
+def test_files_are_short() -> None:
+    assert {str(file): lines(file) for file in python_files(ROOT) if lines(file) > 450} == {}
+    assert lines(Path("dgpo_fast/trainer.py")) <= 250
+
+
+def test_the_story_is_short() -> None:
+    story = re.findall(r"\]\(\.\./(\S+\.py)\)", PAGE[: PAGE.index("## The house")])
+    assert len(story) > 10
+    assert {file: lines(Path(file)) for file in story if lines(Path(file)) > 300} == {}
+
+
+def test_loose_files_are_few() -> None:
+    """Beside the thin ones that `python -m dgpo_fast.NAME` needs."""
+    loose = [file.name for file in python_files(ROOT) if file.parent == Path("dgpo_fast") and lines(file) > 25]
+    assert len(loose) <= 12, loose
