@@ -1,6 +1,7 @@
 """The comparison: fair plans, curves and findings by hand, what is measured beside the reward, and the command."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from benchmarks.compare.systems import QUICK, SYSTEMS, configuration
 from dgpo_fast.config.reading import flat
 from dgpo_fast.errors import UserError
 from dgpo_fast.tiny import data
+from tests.processes import ROOT
 
 ALL = tuple(SYSTEMS)
 
@@ -338,19 +340,15 @@ def test_a_run_goes_on_from_its_last_evaluation(tmp_path: Path) -> None:
 def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     """SIGKILL to it and its workers after the first run; the same command repeats nothing and ends with the figures.
     With more seeds it does what is new, with fewer or other settings nothing."""
-    all_seeds = [
-        sys.executable,
-        "-m",
-        "benchmarks.compare",
-        "--quick",
-        "--systems",
-        "dgpo",
-        "flow-grpo",
-        "--runs-dir",
-        "runs",
-    ]
-    command = [*all_seeds, "--seeds", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    all_seeds = [sys.executable, "-m", "benchmarks.compare", "--quick", "--runs-dir", "runs"]
+    all_seeds += ["--systems", "dgpo", "flow-grpo"]
+
+    def compare_again(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*all_seeds, *args], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    first = [*all_seeds, "--seeds", "1"]
+    process = subprocess.Popen(first, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("runs/search/*/result.json")):
         assert time.monotonic() < deadline and process.poll() is None
@@ -359,7 +357,8 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/result.json")}
     assert len(before) < 5
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    killed_s = json.loads((tmp_path / "runs/spent.json").read_text())["wall_s"]
+    done = compare_again("--seeds", "1")
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     names = {path.name for path in (tmp_path / "runs/results").iterdir()}
@@ -368,14 +367,14 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert {system: len(runs) for system, runs in report["final"].items()} == {"dgpo": 1, "flow-grpo": 1}
     assert "DGPO reaches Flow-GRPO's best reward" in done.stdout
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/result.json")}
-    more = subprocess.run([*all_seeds, "--seeds", "2"], cwd=tmp_path, capture_output=True, text=True)
+    more = compare_again("--seeds", "2")
     assert more.returncode == 0, more.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again = json.loads((tmp_path / "runs/results/compare.json").read_text())
     assert {system: len(runs) for system, runs in again["final"].items()} == {"dgpo": 2, "flow-grpo": 2}
-    assert again["machine"]["wall_s"] > report["machine"]["wall_s"] > 0, "all starts count"
+    assert again["machine"]["wall_s"] > report["machine"]["wall_s"] > killed_s > 0, "all starts count"
     for changed, name in ((["--processes", "1", "--seeds", "2"], "processes"), (["--seeds", "1"], "seeds")):
-        other = subprocess.run([*all_seeds, *changed], cwd=tmp_path, capture_output=True, text=True)
+        other = compare_again(*changed)
         assert other.returncode == 2
         assert other.stderr == (
             f"error: runs: a comparison with another {name} was begun there; remove it, or choose another --runs-dir\n"

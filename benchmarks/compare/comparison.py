@@ -72,6 +72,7 @@ class Comparison:
         workers = Workers(self.home, self.scale, str(self.device), self.processes)
         self.started_s = time.monotonic()
         self.spent_before_s = self._spent_before()
+        self._keep_spent()  # before there is a plan: a start that is killed at any time has written its seconds down
         try:
             self._measure_base(workers)
             plan = self._plan()
@@ -105,7 +106,7 @@ class Comparison:
         )
 
     def _spent_before(self) -> float | None:
-        """Seconds on the wall of earlier starts; None where there were some that did not write theirs down."""
+        """Seconds on the wall of earlier starts; None if there is a plan without them, as of earlier versions."""
         try:
             return float(json.loads((self.home / SPENT).read_text(encoding="utf-8"))["wall_s"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -163,7 +164,6 @@ class Comparison:
     def _do(self, workers: Workers, plan: Plan) -> None:
         def done(run: Run, result: dict[str, Any]) -> None:
             self.results[run.name] = result
-            self._keep_spent()
             self._tell(plan, run, result)
 
         def pick(running: set[str]) -> Run | None:
@@ -196,6 +196,7 @@ class Comparison:
         return sum(name.startswith(("draw/", "search/", "final/")) for name in self.results)
 
     def _show(self, plan: Plan, shares: dict[str, float], on_share: Any) -> None:
+        self._keep_spent()
         on_share((self._done(plan) + sum(shares.values())) / plan.size)
         now = time.monotonic()
         if not self.console.rich.is_terminal and now - self.shown_s > LINE_EVERY_S:
