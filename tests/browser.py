@@ -6,12 +6,18 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.servers import wait_for
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Escape": 27, "f": 70}
 
 
@@ -20,6 +26,7 @@ class Browser:
 
     Attributes:
         complaints: what the page's console said and which errors nobody caught.
+        requests: addresses that the page asked for, its own among them. What the browser asks for itself is not there.
     """
 
     def __init__(self, commands: int, answers: int) -> None:
@@ -27,10 +34,12 @@ class Browser:
         self._commands, self._answers = commands, answers
         self._received, self._count, self._session = b"", 0, None
         self.complaints: list[str] = []
+        self.requests: list[str] = []
         (page,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
         self._session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """What the browser answers to a command of the DevTools protocol. Fails where it refuses, or after 60 s."""
@@ -45,13 +54,18 @@ class Browser:
                 return answer["result"]
 
     def open(self, page: Path, width: int, height: int) -> None:
-        """Shows a file in a window of so many pixels."""
+        """Shows a file in a window of so many pixels; what was noted of the page before is forgotten."""
+        self._go_to("about:blank")
+        self.complaints.clear()
+        self.requests.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
-        self.call("Page.navigate", url=page.as_uri())
-        while self.run("document.readyState") != "complete" or not self.run("location.href.startsWith('file:')"):
-            time.sleep(0.02)
+        self._go_to(page.as_uri())
+
+    def _go_to(self, address: str) -> None:
+        self.call("Page.navigate", url=address)
+        wait_for(lambda: self.run("document.readyState + ' ' + location.href.split('#')[0]") == f"complete {address}")
 
     def run(self, script: str) -> Any:
         """The value of a line of JavaScript on the page."""
@@ -87,14 +101,17 @@ class Browser:
             self._received += chunk
         message, self._received = self._received.split(b"\0", 1)
         answer = json.loads(message)
-        if answer.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
-            self.complaints.append(json.dumps(answer["params"]))
+        match answer.get("method"):
+            case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown" | "Log.entryAdded":
+                self.complaints.append(json.dumps(answer["params"]))
+            case "Network.requestWillBeSent":
+                self.requests.append(answer["params"]["request"]["url"])
         return answer
 
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A browser that keeps its files in the folder `profile`, killed at the end."""
+    """A browser that keeps its files in the folder `profile` and reaches no other machine, killed at the end."""
     (read_commands, commands), (answers, write_answers) = os.pipe(), os.pipe()
 
     def as_3_and_4() -> None:
@@ -103,11 +120,13 @@ def browser(profile: Path) -> Iterator[Browser]:
         for number, one in enumerate(high, start=3):
             os.dup2(one, number)
 
+    assert CHROMIUM is not None
     command = [
-        "chromium",
+        CHROMIUM,
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
         "--remote-debugging-pipe",
         f"--user-data-dir={profile}",
         "about:blank",

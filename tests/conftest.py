@@ -1,12 +1,14 @@
 """Shared by all tests: a small random pipeline of SD3.5's full architecture, and settings of a run with it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from tests.browser import Browser, browser
 from tests.pipelines import save_random_pipeline
 
 PROMPTS = "a cat\na $5_{ dog\na house\nbig red car\ntwo birds\na tree\na river\na boat\na hill\na door\n"
@@ -63,3 +65,10 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
 def own_prompt_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests, and the processes that they start, leave the user's cache alone."""
     os.environ["DGPO_FAST_CACHE"] = str(tmp_path_factory.mktemp("prompt_cache"))
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One browser for all tests of pages; for tests with the mark `needs_chromium`."""
+    with browser(tmp_path_factory.mktemp("chromium")) as started:
+        yield started

@@ -15,7 +15,7 @@ from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row
 from dgpo_fast.evaluation.side_by_side import choose_pairs, read_comparison, write_page
 from dgpo_fast.prompts import Prompt
-from tests.browser import browser
+from tests.browser import Browser, needs_chromium
 
 MADE_WITH = {
     "model": "tiny",
@@ -257,48 +257,47 @@ def test_orders_filters_and_paging(tmp_path: Path) -> None:
     assert found == [{"at": at, "list": samples} for _, samples, at in steps]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@needs_chromium
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_in_a_browser(width: int, height: int, tmp_path: Path) -> None:
+def test_in_a_browser(width: int, height: int, chromium: Browser, tmp_path: Path) -> None:
     """The worst pair comes first; keys, clicks and filters change what is shown; hostile prompts show as text, the
     console stays silent, and nothing is wider than the window."""
-    with browser(tmp_path / "profile") as page:
-        page.open(four_pairs(tmp_path), width, height)
+    chromium.open(four_pairs(tmp_path), width, height)
 
-        def shown() -> tuple[str, str, str]:
-            return tuple(
-                page.run(f"document.getElementById('{one}').textContent") for one in ("where", "prompt", "difference")
-            )
+    def shown() -> tuple[str, str, str]:
+        return tuple(
+            chromium.run(f"document.getElementById('{one}').textContent") for one in ("where", "prompt", "difference")
+        )
 
-        def picture() -> str:
-            return page.run("document.getElementById('image-b').src")
+    def picture() -> str:
+        return chromium.run("document.getElementById('image-b').src")
 
-        assert shown() == ("1 of 4", HOSTILE[2], "▼ −1.00 shapes, B\u00a0−\u00a0A")
-        assert picture() == image_url(tmp_path / "b", 2)
-        page.click("next")
-        assert shown() == ("2 of 4", HOSTILE[0], "▼ −0.50 shapes, B\u00a0−\u00a0A")
-        assert picture() == image_url(tmp_path / "b", 0)
-        page.press("ArrowRight")
-        assert shown() == ("3 of 4", HOSTILE[3], "±0.00 shapes, B\u00a0−\u00a0A")
-        page.press("End")
-        assert shown()[0] == "4 of 4" and page.run("document.getElementById('next').disabled")
-        page.press("ArrowLeft")
-        page.click("previous")
-        assert shown()[:2] == ("2 of 4", HOSTILE[0])
-        visible = "[...document.querySelectorAll('figure')].map((one) => getComputedStyle(one).display).join()"
-        for key, displays in (("f", "flex,none"), ("f", "none,flex"), ("Escape", "flex,flex")):
-            page.press(key)
-            assert page.run(visible) == displays
-        page.click("find")
-        page.type("owned")
-        assert shown()[:2] == ("1 of 2", HOSTILE[0])
-        page.run("const tag = $('tag'); tag.value = '<i>1</i>'; tag.dispatchEvent(new Event('change'))")
-        assert shown()[:2] == ("1 of 1", HOSTILE[1])
-        assert page.run("document.getElementById('total').textContent") == "−0.31"
-        assert page.run("document.getElementById('name-a').textContent") == "A · <b>a"
-        assert "owned" not in page.run("document.title")
-        assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-        assert page.complaints == []
+    assert shown() == ("1 of 4", HOSTILE[2], "▼ −1.00 shapes, B\u00a0−\u00a0A")
+    assert picture() == image_url(tmp_path / "b", 2)
+    chromium.click("next")
+    assert shown() == ("2 of 4", HOSTILE[0], "▼ −0.50 shapes, B\u00a0−\u00a0A")
+    assert picture() == image_url(tmp_path / "b", 0)
+    chromium.press("ArrowRight")
+    assert shown() == ("3 of 4", HOSTILE[3], "±0.00 shapes, B\u00a0−\u00a0A")
+    chromium.press("End")
+    assert shown()[0] == "4 of 4" and chromium.run("document.getElementById('next').disabled")
+    chromium.press("ArrowLeft")
+    chromium.click("previous")
+    assert shown()[:2] == ("2 of 4", HOSTILE[0])
+    visible = "[...document.querySelectorAll('figure')].map((one) => getComputedStyle(one).display).join()"
+    for key, displays in (("f", "flex,none"), ("f", "none,flex"), ("Escape", "flex,flex")):
+        chromium.press(key)
+        assert chromium.run(visible) == displays
+    chromium.click("find")
+    chromium.type("owned")
+    assert shown()[:2] == ("1 of 2", HOSTILE[0])
+    chromium.run("const tag = $('tag'); tag.value = '<i>1</i>'; tag.dispatchEvent(new Event('change'))")
+    assert shown()[:2] == ("1 of 1", HOSTILE[1])
+    assert chromium.run("document.getElementById('total').textContent") == "−0.31"
+    assert chromium.run("document.getElementById('name-a').textContent") == "A · <b>a"
+    assert "owned" not in chromium.run("document.title")
+    assert chromium.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert chromium.complaints == []
 
 
 def image_url(folder: Path, sample: int) -> str:

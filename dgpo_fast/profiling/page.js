@@ -19,7 +19,12 @@
   document.addEventListener("pointerover", (event) => (markOf(event) ? show(markOf(event)) : hide()));
   document.addEventListener("focusin", (event) => (markOf(event) ? show(markOf(event)) : hide()));
   document.addEventListener("focusout", hide);
-  document.addEventListener("scroll", hide, { passive: true });
+  // Focus may scroll its mark into view: the tip stays with it.
+  const follow = () => {
+    const mark = tip.classList.contains("on") && document.activeElement.closest("[data-tip]");
+    mark ? show(mark) : hide();
+  };
+  document.addEventListener("scroll", follow, { passive: true });
 
   for (const chart of document.querySelectorAll(".chart")) {
     const marks = [...chart.querySelectorAll("[data-tip]")];

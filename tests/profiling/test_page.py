@@ -4,8 +4,6 @@ import dataclasses
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from dgpo_fast.profiling.compare import comparison_page
 from dgpo_fast.profiling.page import page
 from dgpo_fast.profiling.report import ADAPTER, Report, read_report, write_report
 from dgpo_fast.profiling.summary import sentences
+from tests.browser import Browser, needs_chromium
 from tests.profiling.reports import HOSTILE, gpu_report
 
 VOID = {"meta", "link", "br", "img", "input", "line", "polyline"}
@@ -170,66 +169,42 @@ def test_a_damaged_report_is_one_line(damage, message: str, tmp_path: Path) -> N
     assert "\n" not in str(raised.value)
 
 
-# A window of the browser cannot be as narrow as a telephone, but a frame can.
-FRAME = """
-<!doctype html><iframe src="report.html" style="width:WIDTHpx;height:800px;border:0"></iframe>
-<script>onmessage = (event) => (document.body.dataset.seen = JSON.stringify(event.data));</script>
-"""
-PROBE = """
-<script>
-addEventListener("load", () => {
-  const seen = { width: innerWidth, overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth };
-  const chart = document.querySelector(".chart"), marks = chart.querySelectorAll("[data-tip]");
-  const tip = document.getElementById("tip");
-  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-  marks[0].focus();
-  seen.first = tip.textContent === marks[0].dataset.tip && tip.classList.contains("on");
-  press("ArrowRight");
-  seen.second = document.activeElement === marks[1] && tip.textContent === marks[1].dataset.tip;
-  press("End");
-  seen.last = document.activeElement === marks[marks.length - 1];
-  press("Escape");
-  seen.hidden = !tip.classList.contains("on");
-  seen.stops = [...chart.querySelectorAll('[tabindex="0"]')].length;
-  seen.title = document.title;
-  parent.postMessage(seen, "*");
-});
-</script>
-"""  # noqa: E501
-
-
+@needs_chromium
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("name", PAGES)
-def test_in_a_browser(name: str, width: int, tmp_path: Path) -> None:
+def test_in_a_browser(name: str, width: int, chromium: Browser, tmp_path: Path) -> None:
     """No console message, no request but for the file, no sideways scrolling; the arrow keys walk over a chart."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("needs chromium")
-    (tmp_path / "report.html").write_text(PAGES[name].replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-    frame, log = tmp_path / "frame.html", tmp_path / "net.json"
-    frame.write_text(FRAME.replace("WIDTH", str(width)))
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--no-first-run",
-        "--disable-component-update",
-        "--disable-sync",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        "--enable-logging=stderr",
-        "--window-size=1400,900",
-        f"--user-data-dir={tmp_path / 'browser'}",
-        f"--log-net-log={log}",
-        "--dump-dom",
-        frame.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    seen = json.loads(html.unescape(re.search('data-seen="([^"]*)"', done.stdout).group(1)))  # type: ignore[union-attr]
-    assert seen["width"] == width and seen["overflow"] <= 0
-    assert [seen[key] for key in ("first", "second", "last", "hidden")] == [True] * 4
-    assert seen["stops"] == 1 and seen["title"] != "owned"
-    hosts = set(re.findall(r'"url":"https?://([^/"]+)', log.read_text()))
-    assert all(host.endswith(".google.com") for host in hosts), "the browser's own requests and no others"
+    file = tmp_path / "report.html"
+    file.write_text(PAGES[name], encoding="utf-8")
+    chromium.open(file, width, 900)
+    assert chromium.run("innerWidth") == width
+    assert chromium.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    chromium.run("const chart = document.querySelector('.chart'), tip = document.getElementById('tip')")
+    chromium.run("const marks = [...chart.querySelectorAll('[data-tip]')]; marks[0].focus()")
+    last = chromium.run("marks.length") - 1
+    assert last > 0
+    for key, place in ((None, 0), ("ArrowRight", 1), ("End", last), ("ArrowLeft", last - 1), ("Home", 0)):
+        if key is not None:
+            chromium.press(key)
+        assert chromium.run("marks.indexOf(document.activeElement)") == place
+        assert chromium.run("tip.classList.contains('on') && tip.textContent") == chromium.run(
+            f"marks[{place}].dataset.tip"
+        )
+    chromium.press("Escape")
+    assert not chromium.run("tip.classList.contains('on')")
+    assert chromium.run("chart.querySelectorAll('[tabindex=\"0\"]').length") == 1
+    assert chromium.run("document.title") != "owned"
+    assert (chromium.complaints, chromium.requests) == ([], [file.as_uri()])
+
+
+@needs_chromium
+def test_what_a_page_asks_for_is_seen(chromium: Browser, tmp_path: Path) -> None:
+    """A picture, a script and a message that a page sends, and the errors on its console."""
+    file = tmp_path / "report.html"
+    file.write_text(
+        "<!doctype html><img src='http://a.example/x.png'><script src='https://b.example/y.js'></script>"
+        "<script>navigator.sendBeacon('http://c.example/z')</script>"
+    )
+    chromium.open(file, 1280, 900)
+    wanted = {file.as_uri(), "http://a.example/x.png", "https://b.example/y.js", "http://c.example/z"}
+    assert set(chromium.requests) == wanted and chromium.complaints
