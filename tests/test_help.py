@@ -100,9 +100,13 @@ def test_every_setting_is_shown_as_it_is_typed(
     assert max(map(len, lines)) <= 80
 
 
-def test_defaults_are_those_of_the_recipe_and_of_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    print_help("Usage.", ["tiny-ocr", "--help", "--rollout.groups", "3"])
+@pytest.mark.parametrize(
+    ("line", "prompts"),
+    [("tiny-ocr --help", "tiny-signs"), ("--resume runs/a -h", "tiny-shapes"), ("-h", "tiny-shapes")],
+)
+def test_defaults_are_those_of_the_recipe(line: str, prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the first one, if none is named."""
+    print_help("Usage.", line.split())
     out = capsys.readouterr().out
-    for line in ("--prompts TEXT [default: tiny-signs]", "--rollout.groups INT [default: 3]"):
-        assert f"\n  {line}\n" in out
+    assert f"\n  --prompts TEXT [default: {prompts}]\n" in out
     assert re.search(r"\n  sd35m-ocr  +SD3\.5-Medium writing readable text\.\n", out)

@@ -26,9 +26,14 @@ FEWEST_COLUMNS = 40
 
 
 def print_help(usage: str, args: list[str]) -> None:
-    """Prints what the command does, the recipes and every setting with the value that `args` would give it."""
+    """Prints what the command does, the recipes and every setting.
+
+    Args:
+        usage: as in `print_settings`.
+        args: the command line; if it begins with a recipe or a file, the defaults are those.
+    """
     recipes = "\n".join(f"  {name:<34} {_first_line(function)}" for name, function in RECIPES.items())
-    defaults = configure([arg for arg in args if arg not in ("-h", "--help")])
+    defaults = configure([arg for arg in args[:1] if not arg.startswith("-")])
     print_settings(f"{usage}\n\nRecipes:\n\n{recipes}", defaults, "Settings (defaults: those of the chosen recipe):")
 
 

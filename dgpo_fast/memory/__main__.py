@@ -16,7 +16,7 @@ The sizes of SD3.5-Medium are known. Any other model on the hub is downloaded fi
 def memory(args: list[str]) -> int:
     """Predicts as the command line says; returns the exit status."""
     if {"-h", "--help"} & set(args):
-        print_help(USAGE, [])
+        print_help(USAGE, args)
         return 0
     args = list(args)
     processes = take_count(args, "processes", 1)

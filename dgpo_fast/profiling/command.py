@@ -34,7 +34,7 @@ def profile(args: list[str]) -> int:
     """Profiles as the command line says; returns the exit status."""
     given, args = list(args), list(args)
     if {"-h", "--help"} & set(args):
-        print_help(USAGE, [])
+        print_help(USAGE, args)
         return 0
     if "--compare" in args:
         return compare(args)
