@@ -1,6 +1,7 @@
 """The files around the code: what they promise is what the README and the package say."""
 
 import importlib.metadata
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,9 @@ def test_versions_agree() -> None:
     assert newest and newest[1].strip("[]") == dgpo_fast.__version__
     (paper,) = citation["references"]
     assert paper["url"] in text("README.md") and paper["identifiers"][0]["value"].removeprefix("arXiv:") in paper["url"]
+
+
+def test_the_new_paths_of_the_changelog_are_there() -> None:
+    rows = re.findall(r"^  \| `dgpo_fast.*?\| (`dgpo_fast.*) \|$", text("CHANGELOG.md"), re.MULTILINE)
+    modules = re.findall(r"`(dgpo_fast[\w.]*)`", "".join(rows))
+    assert len(rows) > 3 and all(importlib.util.find_spec(module) for module in modules)
