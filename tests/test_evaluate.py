@@ -372,9 +372,7 @@ def none_at_all(images: np.ndarray, prompts: list[str], metadata: list[dict]) ->
 
 
 def test_a_reward_is_tried_out_before_a_picture_is_drawn(workspace: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"tried out on 1 coloured square for .* returned None instead of 1 score: mend"
-    ):
+    with pytest.raises(UserError, match=r"tried out on 1 coloured square for .* returned None instead of 1 score: fix"):
         evaluate(["model", *DRAWING, "--rewards", f"{__name__}:none_at_all", "--output", "out"])
     assert not (workspace / "out").exists()
 
@@ -533,7 +531,7 @@ MISTAKES = {
     "tiny --prompts plain.txt": "error: plain.txt:1: ",
     "tiny --rewards shape": "error: no reward 'shape': did you mean 'shapes'?",
     "tiny --recipe tiny-shape": "error: unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
-    "tiny --weights before": "error: --weights before: tiny is no run's folder; leave it out",
+    "tiny --weights before": "error: --weights before: tiny is not a run; leave it out",
     "tiny --lora nowhere": "error: LoRA 'nowhere': no such file or folder",
     "tiny --lora empty": "error: LoRA 'empty': no .safetensors file is there",
     "tiny --lora junk.safetensors": "error: LoRA 'junk.safetensors' cannot be read: ",
@@ -542,19 +540,19 @@ MISTAKES = {
     "tiny --output plain.txt": "error: plain.txt exists and is no evaluation: choose another --output",
     "tiny --output run": "error: run exists and is no evaluation: choose another --output",
     "tiny --device gpu": "error: --device gpu: no such device",
-    "run": "error: run: the run has not finished, so its weights are not there (pytorch_lora_weights.safetensors): ",
-    "run --lora x": "error: --lora x: run is a run, which brings its own weights",
+    "run": "error: run: the run has not finished, so it has no trained weights yet (pytorch_lora_weights.safetensors)",
+    "run --lora x": "error: --lora x: run is a run, which has its own weights",
     "run --recipe tiny-ocr": "error: --recipe tiny-ocr: run is a run, which has its own settings; leave it out",
     "done": "error: done is an evaluation, not a model: --side-by-side compares it with another one",
     "--side-by-side": "error: command line: --side-by-side takes two evaluations, runs or models, or one run",
-    "--side-by-side run": "error: run: the run has not finished, so its weights are not there (",
+    "--side-by-side run": "error: run: the run has not finished, so it has no trained weights yet (",
     "--side-by-side tiny scored": "error: tiny and scored cannot be set side by side: no reward scores both "
     "(shapes and jpeg): give both the same --rewards",
     "--side-by-side tiny scored --seed 1": "error: tiny and scored cannot be set side by side: their noise has the ",
-    "--side-by-side tiny": "error: --side-by-side tiny: is no run with a before and an after; give two",
+    "--side-by-side tiny": "error: --side-by-side tiny: is not a run, which has a before and an after; give two",
     "--side-by-side done done --seed 1": "error: command line: --seed: both evaluations are there already",
     "--side-by-side done done --pairs many": "error: command line: --pairs many: give a whole number from 2 up",
-    "--side-by-side done done": "error: done/evaluation.yaml: lacks 'lora'; the evaluation is damaged, make it anew",
+    "--side-by-side done done": "error: done/evaluation.yaml: lacks 'lora'; the evaluation is damaged, make it again",
 }
 
 

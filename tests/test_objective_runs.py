@@ -241,7 +241,7 @@ def test_a_judge_that_comes_back_costs_a_drawing_no_group(workspace: Path, monke
     with pytest.raises(UserError) as caught:
         drawn("stopped", range(second, 1000))
     assert str(caught.value).startswith("runs/stopped/groups: no group of 3 files in a row could be scored; ")
-    assert "; mend the reward and --resume. The last failure: reward " in str(caught.value)
+    assert "; fix the reward and --resume. The last failure: reward " in str(caught.value)
     (kept,) = Path("runs/stopped/groups").glob("*.safetensors")
     written = kept.stat().st_mtime_ns
     monkeypatch.setattr(Away, "away", range(0))

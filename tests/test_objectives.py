@@ -669,8 +669,8 @@ def test_an_objective_from_outside_is_treated_as_it_declares(random_pipeline: Pa
     with pytest.raises(UserError) as caught:
         load_objective(replace(silent, **sharded))
     assert str(caught.value) == (
-        f"distributed.shard full: objective '{__name__}:Outside' does not say that it runs on sharded weights; "
-        "docs/objectives.md has what it takes (`shardable`)"
+        f"distributed.shard full: objective '{__name__}:Outside' does not declare that it runs with sharded weights; "
+        "see `shardable` in docs/objectives.md"
     )
 
 

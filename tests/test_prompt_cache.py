@@ -303,7 +303,7 @@ def test_prompts_that_do_not_fit_are_encoded_when_they_are_needed(
     encoder = make_encoder(random_pipeline, make_cache(tmp_path, limit=20_000), memory_mib=0)
     prompts = [f"a {n}" for n in range(9)]
     said = encoder.prepare(prompts)
-    assert said.endswith("the others do not all fit in the cache and are encoded when they are needed")
+    assert said.endswith("the others do not all fit in the cache and are encoded when needed")
     plain = make_encoder(random_pipeline)
     for _ in range(2):
         assert torch.equal(encoder(prompts).prompt, plain(prompts).prompt)
@@ -351,7 +351,7 @@ def test_text_encoders_that_do_not_fit_pass_layer_by_layer(
     encoder.whole_pipeline().save_pretrained(tmp_path / "saved")
     ours, theirs = (folder / "text_encoder_3/model.safetensors" for folder in (tmp_path / "saved", random_pipeline))
     assert ours.read_bytes() == theirs.read_bytes()
-    assert "(which did not fit, and passed layer by layer) are unloaded again" in encoder.prepare(["a cat", "a dog"])
+    assert "(which did not fit: they passed layer by layer) are unloaded again" in encoder.prepare(["a cat", "a dog"])
 
 
 @pytest.mark.parametrize("free", [0, 2**40])

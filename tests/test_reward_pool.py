@@ -252,7 +252,7 @@ def test_a_reward_that_hangs_in_a_thread_costs_its_group_only() -> None:
     means = images.reshape(len(texts), SIZE, -1).mean(2)
     scores = pool.score_groups(images, [Prompt(text) for text in texts], SIZE)
     assert scores.valid.tolist() == [False] * 3 + [True] * 3
-    line = "reward 'remote', prompt 'hang': no answer within 1 s, so it is waited for no longer"
+    line = "reward 'remote', prompt 'hang': no answer within 1 s, so the run no longer waits for it"
     assert scores.failures == [line] * 3
     np.testing.assert_allclose(scores.rewards[3:], means[3:], rtol=1e-6)
     goes_on.set()

@@ -215,7 +215,7 @@ def test_a_reward_checks_only_the_prompts_chosen_for_it():
     assert checked == {"mean": ["one", "two"], "length": ["zero", "two"]}
 
 
-TRIED = "tried out on {} for prompt 'zero' (p.txt:1): {}: mend it, or set needs_real_pictures = True in it if it "
+TRIED = "tried out on {} for prompt 'zero' (p.txt:1): {}: fix it, or set needs_real_pictures = True in it if it "
 TRIED += "cannot score such pictures (docs/rewards.md)"
 
 

@@ -204,7 +204,7 @@ def test_what_cannot_be_set_side_by_side(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=line):
             evaluate(["--side-by-side", str(a), str(other)])
     (tmp_path / "letter.html").write_text("<p>dear</p>")
-    with pytest.raises(UserError, match="exists and is no page of this command: choose another name"):
+    with pytest.raises(UserError, match="exists and was not written by this command: choose another name"):
         evaluate(["--side-by-side", str(a), str(a), "--output", str(tmp_path / "letter.html")])
     assert (tmp_path / "letter.html").read_text() == "<p>dear</p>"
     with pytest.raises(UserError, match=r"^--output \S+/none/x\.html: there is no folder \S+/none; make it, or choose"):

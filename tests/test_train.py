@@ -259,8 +259,8 @@ class Constant:
 
 
 EQUAL = (
-    "every group of 3 iterations in a row had equal rewards: nothing is learnt from pictures that the reward does not "
-    "tell apart; see whether it can, or stop and mend it\n"
+    "every group of 3 iterations in a row had equal rewards: nothing can be learned from them; check whether the "
+    "reward distinguishes the pictures of a prompt\n"
 )
 
 
@@ -375,10 +375,8 @@ def test_a_lost_reward_stops_the_run_with_a_checkpoint(workspace: Path, monkeypa
     train(["small.yaml", "--iterations", "2"])
     monkeypatch.setattr(jpeg.JpegReward, "__call__", Broken.__call__)
     monkeypatch.setattr(jpeg.JpegReward, "self_test", lambda self: None)
-    line = (
-        "^reward 'jpeg' scored nothing in 3 iterations in a row; the last failure: .*RuntimeError: no answer.*; mend "
-    )
-    line += "the reward, then go on with: python -m dgpo_fast.train --resume runs/run$"
+    line = "^reward 'jpeg' scored nothing in 3 iterations in a row; the last failure: .*RuntimeError: no answer.*; fix "
+    line += "the reward, then resume with: python -m dgpo_fast.train --resume runs/run$"
     with pytest.raises(UserError, match=line):
         train(["--resume", "runs/run", "--iterations", "9"])
     monkeypatch.undo()
@@ -505,7 +503,7 @@ def test_a_dead_reward_beside_a_live_one_stops_the_run(workspace: Path) -> None:
         "reward 'dead' scored nothing in 4 iterations in a row; the last failure: reward 'dead', prompt 'a dog' "
         "(mixed.jsonl:1): RuntimeError: gone"
     )
-    assert end.endswith("); mend the reward, then go on with: python -m dgpo_fast.train --resume runs/run")
+    assert end.endswith("); fix the reward, then resume with: python -m dgpo_fast.train --resume runs/run")
     lines = untimed(workspace / "runs/run")
     assert [line["groups_dropped_count"] for line in lines].count(1) == 3, "the fourth ended the run"
     assert all(line["reward_mean"] is not None for line in lines)
@@ -613,7 +611,7 @@ def test_a_reward_is_tried_out_before_the_model_is_loaded(workspace: Path, monke
         train(["small.yaml", "--rewards", f"{__name__}:first_alone"])
     assert str(caught.value).startswith(
         f"reward '{__name__}:first_alone', tried out on 4 coloured squares for prompt 'a cat' (prompts.txt:1): "
-        "returned 1 score for 4 pictures: mend it"
+        "returned 1 score for 4 pictures: fix it"
     )
     assert not (workspace / "runs").exists()
 

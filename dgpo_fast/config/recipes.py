@@ -268,7 +268,8 @@ def prompts_note(config: Config) -> str:
         return ""
     return (
         f"prompts: the papers train {config.recipe} on Pick-a-Pic, which is not shipped; GenEval's generated prompts "
-        "stand for it, and figures are not theirs. With a file of Pick-a-Pic's prompts, use --prompts pickapic.txt"
+        "replace it, so results do not compare with the papers'. If you have Pick-a-Pic's prompts, use "
+        "--prompts pickapic.txt"
     )
 
 

@@ -201,7 +201,7 @@ def fastest(timings: Sequence[Timing], *, training: bool) -> str:
 def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernel `name` cannot run here, in a few words; empty where it can."""
     if name == MATMUL:
-        return "" if dtype in (torch.float32, torch.float64) else "would round its logits: is for fp32"
+        return "" if dtype in (torch.float32, torch.float64) else "would round its logits: only for fp32"
     if name != "native" and device.type != "cuda":
         return "needs a CUDA GPU"
     if name != "native" and dtype == torch.float32 and name != "xformers":
@@ -276,7 +276,7 @@ def _trial(name: str, of: _Tensors) -> _Trial:
     exact = attend(None, *(tensor.double() for tensor in few))
     errors = [(attend(chosen, *few).double() - exact).abs().max() for chosen in (DISPATCHED["native"], backend)]
     if not errors[1] <= 2 * (errors[0] + torch.finfo(dtype).eps * exact.abs().max()):
-        raise ValueError(f"computes something else (by up to {float(errors[1]):.2g})")
+        raise ValueError(f"computes different values (by up to {float(errors[1]):.2g})")
     trial = _Trial(
         forward=torch.no_grad()(lambda: attend(backend, *of.inputs)),
         backward=lambda: torch.autograd.grad(attend(backend, *of.leaves), of.leaves, of.gradient),

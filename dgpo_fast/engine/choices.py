@@ -105,14 +105,14 @@ def _compile(config: EngineConfig, situation: Situation, reasons: Reasons) -> bo
             raise UserError(f"engine.compile on: {problem}; use --engine.compile off")
         return True
     if not problem and not situation.on_gpu and situation.images < CPU_COMPILE_IMAGES:
-        problem = f"on a CPU that pays in runs of {CPU_COMPILE_IMAGES:,} images and more"
+        problem = f"on a CPU it only saves time in runs of {CPU_COMPILE_IMAGES:,} images or more"
     reasons.lines.append(f"blocks are not compiled: {problem}" if problem else "blocks are compiled")
     return not problem
 
 
 def _no_compiler(situation: Situation) -> str:
     if situation.sharded:
-        return "sharded weights are gathered by every block's forward, which no graph here holds"
+        return "blocks with sharded weights cannot be compiled as one graph"
     if situation.on_gpu:
         from torch.utils._triton import has_triton
 
@@ -125,7 +125,7 @@ def _cuda_graphs(config: EngineConfig, situation: Situation, reasons: Reasons) -
         raise UserError("engine.cuda_graphs on: needs a CUDA GPU; use --engine.cuda-graphs auto")
     if situation.sharded:
         if config.cuda_graphs == "on":
-            raise UserError("engine.cuda_graphs on: sharded weights are gathered anew; use --engine.cuda-graphs auto")
+            raise UserError("engine.cuda_graphs on: not with sharded weights; use --engine.cuda-graphs auto")
         return False
     if config.cuda_graphs != "auto":
         return config.cuda_graphs == "on"

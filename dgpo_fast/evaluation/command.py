@@ -61,7 +61,7 @@ def run_evaluation(settings: EvaluationSettings, args: list[str]) -> int:
     except KeyboardInterrupt:
         command = shlex.join(["python", "-m", "dgpo_fast.evaluate", *args])
         done, total = len(drawing.folder.rows()), len(drawing.prompts)
-        console.note(f"stopped: {done} of {total} images are drawn and scored; the same command goes on: {command}")
+        console.note(f"stopped: {done} of {total} images are drawn and scored; continue with: {command}")
         return INTERRUPTED
     if drawing.failures:
         failed = sum(row.failed for row in rows)
@@ -82,10 +82,10 @@ def side_by_side(args: list[str]) -> int:
     evaluations = [source if is_evaluation(source) else read_settings([source, *args]) for source in sources]
     if len(evaluations) == 1:
         if not is_run(sources[0]):
-            raise UserError(f"--side-by-side {sources[0]}: is no run with a before and an after; give two")
+            raise UserError(f"--side-by-side {sources[0]}: is not a run, which has a before and an after; give two")
         evaluations = [read_settings([sources[0], *args, "--weights", when]) for when in ("before", "after")]
     if args and all(isinstance(evaluation, str) for evaluation in evaluations):
-        raise UserError(f"command line: {args[0]}: both evaluations are there already; it changes nothing")
+        raise UserError(f"command line: {args[0]}: has no effect, since both evaluations exist already")
     for evaluation in evaluations:
         if isinstance(evaluation, EvaluationSettings):
             require_weights(evaluation)

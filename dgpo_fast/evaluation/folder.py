@@ -107,7 +107,7 @@ class EvaluationFolder:
         found = read_yaml(path)
         lacking = next((name for name in NEEDED if name not in found), None)
         if lacking is not None:
-            raise UserError(f"{path}: lacks '{lacking}'; the evaluation is damaged, make it anew")
+            raise UserError(f"{path}: lacks '{lacking}'; the evaluation is damaged, make it again")
         return found
 
     def require_same(self, wanted: dict[str, Any], *, renew: bool = False) -> None:

@@ -34,7 +34,7 @@ def earlier_evaluation(path: Path, contents: dict[str, str], note: Callable[[str
     changed = next((name for name in {**before, **contents} if before.get(name) != contents.get(name)), None)
     if changed is None:
         return earlier
-    note(f"{path} was scored with another {changed}: the model as it came is scored again, with what is there now")
+    note(f"{path} was scored with another {changed}: the original model is scored again with the present one")
     return None
 
 
@@ -96,7 +96,7 @@ def written_to(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{folder}: results could not be saved ({reason}); free space, then go on with: {resume_command(folder)}"
+            f"{folder}: results could not be saved ({reason}); free space, then resume with: {resume_command(folder)}"
         ) from None
 
 

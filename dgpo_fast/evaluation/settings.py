@@ -122,8 +122,8 @@ def trained_weights(folder: Path, config: Config) -> Path:
     trained = folder / ("pytorch_lora_weights.safetensors" if config.policy.train == "lora" else "model_index.json")
     if not trained.is_file():
         raise UserError(
-            f"{folder}: the run has not finished, so its weights are not there ({trained.name}): go on with "
-            f"`{resume_command(folder)}`, or evaluate --weights before"
+            f"{folder}: the run has not finished, so it has no trained weights yet ({trained.name}): resume it "
+            f"with `{resume_command(folder)}`, or use --weights before"
         )
     return trained
 
@@ -154,11 +154,11 @@ def _require_what_fits(settings: EvaluationSettings) -> None:
     run = is_run(settings.model)
     if settings.lora and run:
         raise UserError(
-            f"--lora {settings.lora}: {settings.model} is a run, which brings its own weights; "
-            "give --lora beside a plain model"
+            f"--lora {settings.lora}: {settings.model} is a run, which has its own weights; "
+            "use --lora with a model that is not a run"
         )
     if settings.weights and not run:
-        raise UserError(f"--weights {settings.weights}: {settings.model} is no run's folder; leave it out")
+        raise UserError(f"--weights {settings.weights}: {settings.model} is not a run; leave it out")
     if settings.prompts is None and not run:
         raise UserError(f"--prompts none: {settings.model} has no prompts of its own; name a file or a generator")
 

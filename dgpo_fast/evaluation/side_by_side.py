@@ -98,7 +98,7 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     rows = [folder.rows() for folder in folders]
     for folder, found in zip(folders, rows, strict=True):
         if not found:
-            raise UserError(f"{folder.path}: no picture is there yet")
+            raise UserError(f"{folder.path}: it has no pictures yet")
     where = _where(str(a), str(b))
     require_comparable((str(a), str(b)), made_with)
     sizes = [folder.read_image(found[0]).shape for folder, found in zip(folders, rows, strict=True)]
@@ -114,7 +114,7 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     contents = [{key: value for key, value in made.items() if key.startswith(CONTENT)} for made in made_with]
     changed = next((key for key, value in contents[0].items() if contents[1].get(key, value) != value), None)
     if changed is not None:
-        raise UserError(f"{where}: they were scored with another {changed}; evaluate one of them anew")
+        raise UserError(f"{where}: they were scored with another {changed}; evaluate one of them again")
     names = [score_names(found, made["rewards"]) for found, made in zip(rows, made_with, strict=True)]
     shared = [name for name in names[0] if name in names[1]]
     if made_with[0]["rewards"] != made_with[1]["rewards"] and SUM in shared:
@@ -180,7 +180,7 @@ def require_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}; make it, or choose another")
     if path.exists() and MARK.encode() not in path.read_bytes()[:2000]:
-        raise UserError(f"--output {path} exists and is no page of this command: choose another name")
+        raise UserError(f"--output {path} exists and was not written by this command: choose another name")
 
 
 def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:

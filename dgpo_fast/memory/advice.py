@@ -54,7 +54,7 @@ def sentence(found: list[Remedy], *, begun: bool) -> str:
         return "no setting is predicted to save much: a smaller model or --rollout.resolution is needed"
     notes = [" in a new run" if begun and remedy.new_run else "" for remedy in found]
     listed = ", ".join(f"{r.setting} ({readable(r.saved)}{note})" for r, note in zip(found, notes, strict=True))
-    start = "Go on with --resume and one of these" if begun else "Start with one of these"
+    start = "Use --resume with one of these" if begun else "Start with one of these"
     return f"{start}, with what each is predicted to save: {listed}"
 
 

@@ -135,7 +135,7 @@ class PromptCache:
         if self.used_bytes + size > self.limit_bytes:
             self._evict(int(0.9 * self.limit_bytes) - size)
         if self.used_bytes + size > self.limit_bytes:
-            self._stop(f"holds {self.used_bytes / 2**30:.1f} GiB that runs use now: raise --prompt-cache-gib")
+            self._stop(f"holds {self.used_bytes / 2**30:.1f} GiB that running jobs use: raise --prompt-cache-gib")
             return False
         if self._free_bytes() < size:
             self._stop(f"leaves the last {FREE_SHARE:.0%} of the disk free")

@@ -113,7 +113,7 @@ class PromptEncoder:
         if missing and not self._has_room(distinct, missing):
             return (
                 f"{what}: {len(distinct) - len(missing)} of {len(distinct)} were encoded before; "
-                "the others do not all fit in the cache and are encoded when they are needed"
+                "the others do not all fit in the cache and are encoded when needed"
             )
         for count, text in enumerate(missing, 1):
             self._remember(text, self._find(text) or self._encode(text))
@@ -122,7 +122,7 @@ class PromptEncoder:
         loaded = self.encoders is not None
         which = ""
         if self.encoders is not None and passes_by_layer(self.encoders):
-            which = " (which did not fit, and passed layer by layer)"
+            which = " (which did not fit: they passed layer by layer)"
         if all(self._is_known(text) for text in missing):
             self._dismiss()
         stays = "stay loaded" if self.encoders else "are unloaded again" if loaded else "need not be loaded"

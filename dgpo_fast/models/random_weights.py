@@ -104,7 +104,7 @@ def random_pipeline(
 def random_weights_note(config: Config) -> str:
     """What a run with random weights says before anything else."""
     text = "text encoders are random too" if config.random_text_encoders else "random embeddings stand for prompts"
-    return f"RANDOM WEIGHTS: {config.model} was not loaded; {text}; no picture and no reward of this run means anything"
+    return f"RANDOM WEIGHTS: {config.model} was not loaded; {text}; its images and rewards are meaningless"
 
 
 @contextmanager

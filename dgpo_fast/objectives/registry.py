@@ -42,8 +42,8 @@ def load_objective(config: Config) -> Objective:
         raise UserError(f"{what}: its traits are asked before it is made: name the class, or functools.partial of it")
     if config.distributed.shard != "none" and not needs.shardable:
         raise UserError(
-            f"distributed.shard {config.distributed.shard}: {what} does not say that it runs on sharded weights; "
-            "docs/objectives.md has what it takes (`shardable`)"
+            f"distributed.shard {config.distributed.shard}: {what} does not declare that it runs with sharded weights; "
+            "see `shardable` in docs/objectives.md"
         )
     if not needs.needs_transitions:
         return objective

@@ -62,8 +62,8 @@ class GroupLog:
         if self._equal_in_a_row == EQUAL_TOLD:
             self._equal_in_a_row = None
             self._note(
-                f"every group of {EQUAL_TOLD} iterations in a row had equal rewards: nothing is learnt from pictures "
-                "that the reward does not tell apart; see whether it can, or stop and mend it"
+                f"every group of {EQUAL_TOLD} iterations in a row had equal rewards: nothing can be learned "
+                "from them; check whether the reward distinguishes the pictures of a prompt"
             )
 
     def _count_lost(self, reward: str, has_scored: bool, failures: list[str], folder: Path | None) -> None:
@@ -76,7 +76,7 @@ class GroupLog:
         what = f"{reward} scored nothing in {in_a_row}" if reward else f"no group of {in_a_row} could be scored"
         last = [line for line in failures if line.startswith(reward)][-1]
         go_on = f", then go on with: {resume_command(folder)}" if folder else ""
-        raise SharedError(f"{what}; the last failure: {last}; mend the reward{go_on}")
+        raise SharedError(f"{what}; the last failure: {last}; fix the reward{go_on}")
 
 
 def _metrics(scores: GroupScores) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class WeightedReward:
                 if isinstance(answer, str):
                     raise UserError(
                         f"reward {name!r}, tried out on {counted(count, 'coloured square')} for {_named(prompt)}: "
-                        f"{answer}: mend it, or set needs_real_pictures = True in it if it cannot score such pictures "
+                        f"{answer}: fix it, or set needs_real_pictures = True in it if it cannot score such pictures "
                         "(docs/rewards.md)"
                     )
 

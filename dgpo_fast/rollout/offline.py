@@ -137,7 +137,7 @@ class OfflineSource:
                 lost += 1
                 if lost >= self.config.max_lost_iterations:
                     raise UserError(
-                        f"{home.home}: no group of {lost} files in a row could be scored; mend the reward "
+                        f"{home.home}: no group of {lost} files in a row could be scored; fix the reward "
                         f"and --resume. The last failure: {scores.failures[-1]}"
                     )
                 missing.rotate(-1)  # a reward that is away for a while may be there again after the others

@@ -44,7 +44,7 @@ class FolderLock:
             content = {"pid": os.getpid(), "host": socket.gethostname(), **(note or {})}
             (folder / HOLDER).write_text(json.dumps(content) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{folder / LOCK}: cannot be written ({error.strerror}): mend it, or its folder") from None
+            raise UserError(f"{folder / LOCK}: cannot be written ({error.strerror}): fix it, or its folder") from None
 
     def release(self) -> None:
         """Lets go before the process ends."""

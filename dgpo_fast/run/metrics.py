@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines[:-1] if line]
     except ValueError:
-        raise UserError(f"{path}: a line is damaged; mend or remove it") from None
+        raise UserError(f"{path}: a line is damaged; fix or remove it") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -197,7 +197,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/tiny-pretraining"), help="folder of checkpoints (default: %(default)s)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --work")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --work")
     parser.add_argument(
         "--minutes", type=float, default=60, help="stop and save after this long (default: %(default)s)"
     )

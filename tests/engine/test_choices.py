@@ -35,7 +35,7 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
         compile=False, cuda_graphs=False, attention="matmul", train_attention="native", linear="onednn", decoder="fast"
     )
     assert reasons.lines == [
-        "blocks are not compiled: on a CPU that pays in runs of 50,000 images and more",
+        "blocks are not compiled: on a CPU it only saves time in runs of 50,000 images and more",
         "attention of rollouts by matmul (native 2 ms, matmul 1 ms)",
         "attention of training by native (native 5 ms, matmul 4.9 ms)",
         "linear layers by onednn (torch 3 ms, onednn 1 ms)",

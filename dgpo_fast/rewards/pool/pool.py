@@ -185,7 +185,7 @@ class RewardPool:
 
     def _give_up(self, task: Task) -> None:
         """Fails a task whose thread hangs, and puts a new thread in that one's place."""
-        reason = f"no answer within {self.deadline_s:g} s, so it is waited for no longer"
+        reason = f"no answer within {self.deadline_s:g} s, so the run no longer waits for it"
         try:
             task.result.set_result((reason, task.taken_s))
         except InvalidStateError:
