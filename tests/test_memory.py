@@ -398,9 +398,7 @@ def test_running_out_of_memory_names_what_would_help(workspace: Path, monkeypatc
     with pytest.raises(UserError) as caught:
         train(["small.yaml", "--policy.train", "full"])
     line = str(caught.value)
-    assert line.startswith(
-        "iteration 1, train: CUDA out of memory. Tried to allocate 2.00 GiB. Go on with --resume and "
-    )
+    assert line.startswith("iteration 1, train: CUDA out of memory. Tried to allocate 2.00 GiB. Use --resume with ")
     remedies = re.findall(r"(--\w+\.\S+)[^(,]*\(([0-9.]+) MiB", line)
     assert len(remedies) == 3 and "\n" not in line
     assert [float(saved) for _, saved in remedies] == sorted((float(saved) for _, saved in remedies), reverse=True)

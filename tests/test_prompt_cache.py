@@ -126,7 +126,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from dgpo_fast import prompt_cache
+from dgpo_fast.models import prompt_cache
 from dgpo_fast.models.prompt_cache import PromptCache
 
 folder = Path(sys.argv[1])

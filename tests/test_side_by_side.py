@@ -198,7 +198,7 @@ def test_what_cannot_be_set_side_by_side(tmp_path: Path) -> None:
         "their noise has the seeds 0 and 1": save(tmp_path / "b", numbered(4), [0.5] * 4, seed=1),
         "picture 1 was drawn for other prompts": save(tmp_path / "c", numbered(4)[:1] * 2, [0.5] * 2),
         "their pictures are 8 and 16 pixels wide": save(tmp_path / "d", numbered(4), [0.5] * 4, size=16),
-        "no picture is there yet": save(tmp_path / "e", [], []),
+        "it has no pictures yet": save(tmp_path / "e", [], []),
     }
     for line, other in others.items():
         with pytest.raises(UserError, match=line):
