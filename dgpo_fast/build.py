@@ -202,11 +202,11 @@ def _make_shards(config: Config, processes: Processes, device: torch.device) -> 
     if config.policy.train != "full":
         raise UserError(f"{how} is for --policy.train full: LoRA's base weights are not sharded")
     if config.optimizer.name != "adamw":
-        raise UserError(f"{how}: states in 8 bits cannot be cut elsewhere; use --optimizer.name adamw")
+        raise UserError(f"{how}: 8-bit optimizer states cannot be sharded; use --optimizer.name adamw")
     if config.policy.weights not in ("auto", "fp32"):
         raise UserError(f"{how} keeps the shards in fp32: use --policy.weights fp32")
     if config.data.source == "offline":
-        raise UserError(f"{how}: processes draw offline groups one by one, which needs whole weights; draw them before")
+        raise UserError(f"{how}: offline groups are drawn with unsharded weights; draw them in a run without --distributed.shard")
     return make_shards(config.distributed.shard, processes, device)
 
 

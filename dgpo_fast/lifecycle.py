@@ -88,7 +88,7 @@ def fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool) -> bool
         try:
             loop(trainer, folder, stop)
         except KeyboardInterrupt:
-            console.note(f"interrupted; go on from the last checkpoint with: {resume_command(folder)}")
+            console.note(f"interrupted; resume from the last checkpoint with: {resume_command(folder)}")
             raise
         except Exception as error:
             # What came before the failed step is kept. Of sharded weights, if all processes have raised this error.
@@ -96,7 +96,7 @@ def fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool) -> bool
             raise
     trainer.save(folder)
     if trainer.iteration < config.iterations:
-        console.note(f"stopped after iteration {trainer.iteration}; go on with: {resume_command(folder)}")
+        console.note(f"stopped after iteration {trainer.iteration}; resume with: {resume_command(folder)}")
         return False
     trainer.finish(folder, before)
     return True

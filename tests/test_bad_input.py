@@ -53,7 +53,7 @@ MISTAKES = {
     "--name a/b": "error: --name a/b: is a path: ",
     "--name a\\b": "error: --name a\\b: is a path: ",
     "--resume hollow_run": "error: hollow_run/checkpoints: no valid checkpoint to resume from",
-    "--name taken": "error: runs/taken exists: choose another --name, or go on with --resume runs/taken",
+    "--name taken": "error: runs/taken exists: choose another --name, or continue it with --resume runs/taken",
 }
 
 

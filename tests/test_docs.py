@@ -110,7 +110,7 @@ def test_files_and_modules_named_in_the_documents_exist() -> None:
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r"`([\w/.]+\.(?:py|sh))`|(?:python|bash) ([\w/.]+\.(?:py|sh))\b", text):
             file = "".join(name)
-            made_up = file.startswith(("my_", "build.py", "dgpo_fast/__main__.py")) or "NAME" in file
+            made_up = file.startswith("my_") or "NAME" in file
             assert made_up or any((home / file).is_file() for home in homes), f"{path.name}: {file}"
         for module in re.findall(r"-m ((?:dgpo_fast|dgpo_kernels|benchmarks)[\w.]*\w)", text):
             assert importlib.util.find_spec(module), f"{path.name}: {module}"
@@ -123,7 +123,7 @@ def test_the_readme_s_tree_is_the_package_s() -> None:
     named = {name.rstrip("/") for name in names if name != "…"}
     there = {path.name for path in (ROOT / "dgpo_fast").iterdir()}
     rooms = {path.parent.name for path in (ROOT / "dgpo_fast").glob("*/__init__.py")}
-    assert rooms <= named <= there | {"build.py"}, (rooms - named, named - there)
+    assert rooms <= named <= there, (rooms - named, named - there)
     outside = [name for line in tree.splitlines() if not line.startswith(" ") for name in line.split("  ")[0].split()]
     assert len(outside) > 4 and all((ROOT / name).is_dir() for name in outside), outside
 

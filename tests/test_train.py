@@ -186,7 +186,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(workspace: Path) -
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in output + errors
-    assert output.splitlines()[-1].endswith("go on with: python -m dgpo_fast.train --resume runs/run")
+    assert output.splitlines()[-1].endswith("resume with: python -m dgpo_fast.train --resume runs/run")
     done = len(untimed(workspace / "runs/run"))
     assert (workspace / f"runs/run/checkpoints/iteration-{done:06d}").exists(), "the finished step was saved"
     assert train(["--resume", "runs/run", "--iterations", str(done + 1)]) == 0
@@ -422,7 +422,7 @@ def test_a_resumed_run_keeps_its_folder_where_its_mended_reward_fails(
     assert train(["small.yaml"]) == 130
     monkeypatch.setattr(Broken, "fingerprint", "mended", raising=False)
     monkeypatch.setitem(BUILT_IN, "jpeg", f"{__name__}:Broken")
-    with pytest.raises(UserError, match=r"no image of the evaluation .*; mend it and start the same command again$"):
+    with pytest.raises(UserError, match=r"no image of the evaluation .*; fix it and run the same command again$"):
         train(["--resume", "runs/run"])
     assert load_newest(workspace / "runs/run/checkpoints")[0].iteration == 0
 
@@ -458,7 +458,7 @@ def test_a_reward_that_dies_at_the_end_keeps_no_weights_back(
     ends = finish(start(["-m", "dgpo_fast.train", *args], processes)) if processes > 1 else [run_quietly(args)]
     assert [status for status, _, _ in ends] == [2] * processes
     assert "no image of the evaluation could be scored; the first failure: reward" in ends[0][2]
-    assert "; mend it, then go on with: python -m dgpo_fast.train --resume runs/run" in ends[0][2]
+    assert "; fix it, then resume with: python -m dgpo_fast.train --resume runs/run" in ends[0][2]
     run = workspace / "runs/run"
     trained = load_file(run / weights)
     assert not (run / "summary.json").exists()
@@ -563,7 +563,7 @@ def test_a_resume_that_trains_nothing_leaves_the_record_alone(workspace: Path) -
     run = workspace / "runs/run"
     record, summary = (run / "config.yaml").read_bytes(), (run / "summary.json").read_bytes()
     for change, line in {
-        "--optimizer.lr 1e-4": "runs/run: all 3 iterations are done: --iterations N goes on",
+        "--optimizer.lr 1e-4": "runs/run: all 3 iterations are done: give a larger --iterations to train further",
         "--iterations 2": "runs/run has done 3 iterations already: give --iterations 3 or more",
     }.items():
         with pytest.raises(UserError, match=f"^{line}$"):
@@ -593,7 +593,7 @@ def test_a_short_run_saves_what_it_trained(workspace: Path) -> None:
 
 
 def test_a_reward_that_never_works_leaves_no_folder(workspace: Path) -> None:
-    line = r"^no image of the evaluation could be scored; .*no answer.*; mend it and start the same command again$"
+    line = r"^no image of the evaluation could be scored; .*no answer.*; fix it and run the same command again$"
     for _ in range(2):
         with pytest.raises(UserError, match=line):
             train(["small.yaml", "--rewards", f"{__name__}:Broken"])

@@ -94,7 +94,7 @@ class RunEvaluations:
         earlier = earlier_evaluation(path, contents, self.console.note) if self.processes.first else None
         if self.processes.broadcast(earlier is not None, "the evaluation before training"):
             return earlier
-        again = "; mend it and start the same command again"
+        again = "; fix it and run the same command again"
         before = self._tracked("before", self.models.initial_weights(), again)
         if not self.processes.first:
             return None
@@ -116,7 +116,7 @@ class RunEvaluations:
 
         Raises UserError if the disk refuses.
         """
-        after = self._tracked("after", weights, f"; mend it, then go on with: {resume_command(folder)}")
+        after = self._tracked("after", weights, f"; fix it, then resume with: {resume_command(folder)}")
         if before is None:
             return
         with written_to(folder):

@@ -75,7 +75,7 @@ class GroupLog:
         in_a_row = f"{counted(lost, 'iteration')} in a row"
         what = f"{reward} scored nothing in {in_a_row}" if reward else f"no group of {in_a_row} could be scored"
         last = [line for line in failures if line.startswith(reward)][-1]
-        go_on = f", then go on with: {resume_command(folder)}" if folder else ""
+        go_on = f", then resume with: {resume_command(folder)}" if folder else ""
         raise SharedError(f"{what}; the last failure: {last}; fix the reward{go_on}")
 
 

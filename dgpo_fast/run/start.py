@@ -141,7 +141,7 @@ def new_folder(config: Config) -> Path:
         raise UserError(f"--name {config.name}: is a path: leave out '/', '\\' and '..'; --runs-dir says where runs go")
     folder = Path(config.runs_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists():
-        raise UserError(f"{folder} exists: choose another --name, or go on with --resume {folder}")
+        raise UserError(f"{folder} exists: choose another --name, or continue it with --resume {folder}")
     parent = next(path for path in folder.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{parent}: no run's folder can be made there; choose another --runs-dir")
@@ -155,7 +155,7 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
         raise UserError(f"--resume {folder}: no run is there (it has no config.yaml){runs_there(str(folder))}")
     settings = read_yaml(path)
     if not settings:
-        raise UserError(f"--resume {folder}: its config.yaml is empty; put the settings of the run back")
+        raise UserError(f"--resume {folder}: its config.yaml is empty; restore the run's settings")
     before = resolve(Config(), settings, str(path))
     after = resolve(before, parse_overrides(args), "command line")
     wanted = flat(after)
@@ -177,4 +177,4 @@ def _require_effect(folder: Path, before: Config, after: Config) -> None:
         raise UserError(f"{folder} has done {done} iterations already: give --iterations {done} or more")
     changed = flat(replace(after, iterations=before.iterations)) != flat(before)
     if after.iterations == done and changed and (folder / "summary.json").exists():
-        raise UserError(f"{folder}: all {done} iterations are done: --iterations N goes on")
+        raise UserError(f"{folder}: all {done} iterations are done: give a larger --iterations to train further")
