@@ -206,7 +206,7 @@ def _make_shards(config: Config, processes: Processes, device: torch.device) -> 
     if config.policy.weights not in ("auto", "fp32"):
         raise UserError(f"{how} keeps the shards in fp32: use --policy.weights fp32")
     if config.data.source == "offline":
-        raise UserError(f"{how}: offline groups are drawn with unsharded weights; draw them in a run without --distributed.shard")
+        raise UserError(f"{how}: offline groups need unsharded weights; use --distributed.shard none")
     return make_shards(config.distributed.shard, processes, device)
 
 

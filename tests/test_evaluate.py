@@ -550,7 +550,7 @@ MISTAKES = {
     "(shapes and jpeg): give both the same --rewards",
     "--side-by-side tiny scored --seed 1": "error: tiny and scored cannot be set side by side: their noise has the ",
     "--side-by-side tiny": "error: --side-by-side tiny: is not a run, which has a before and an after; give two",
-    "--side-by-side done done --seed 1": "error: command line: --seed: has no effect, since both evaluations exist already",
+    "--side-by-side done done --seed 1": "error: command line: --seed: has no effect, since both evaluations",
     "--side-by-side done done --pairs many": "error: command line: --pairs many: give a whole number from 2 up",
     "--side-by-side done done": "error: done/evaluation.yaml: lacks 'lora'; the evaluation is damaged, make it again",
 }
