@@ -82,7 +82,7 @@ class Comparison:
             workers.close()
         except BaseException:
             workers.stop()
-            self.console.note("stopped; the same command goes on from here")
+            self.console.note("stopped; the same command continues from here")
             raise
         finally:
             self._keep_spent()

@@ -30,7 +30,7 @@ class CompareSettings:
     processes: Count | None = None
     """Number of runs at a time. They share the CPU cores evenly. Default: 2 on a CPU, 1 on a GPU."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one, else the CPU."""
     runs_dir: str = "runs/compare"
     """Folder of the runs. A comparison that was stopped continues from what is in it."""
     output: str | None = None

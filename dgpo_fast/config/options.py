@@ -28,7 +28,7 @@ Rewards = Annotated[tuple[str, ...], BeforeValidator(_as_list_of_rewards)]
 
 @dataclass(kw_only=True, config=STRICT)
 class Rollout:
-    """How images are drawn: a few-step ODE from the behaviour weights, or an SDE (`noise_level`)."""
+    """How images are drawn with the behaviour weights (the policy, later θ_old): by a few-step ODE, or by an SDE."""
 
     group_size: Annotated[int, Field(ge=2)] = 16
     """G: images per prompt. The advantage compares the images of one group with each other."""
@@ -45,7 +45,7 @@ class Rollout:
     shift: Annotated[float, Field(gt=0, le=100)] = 3.0
     """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t)."""
     resolution: Annotated[int, Field(ge=16)] | None = None
-    """Height and width of the images in pixels. Default: the resolution that the model was trained at."""
+    """Height and width of the images in pixels. None: the resolution that the model was trained at."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 128
     """Number of T5 tokens per prompt. 0: no T5 tokens, for a pipeline without that encoder."""
     batch_size: Count = 32
@@ -62,7 +62,7 @@ class Data:
     offline_groups: Count = 1024
     """Number of groups that an offline run draws. Training repeats them as often as needed."""
     folder: str | None = None
-    """Folder of the offline groups. Other runs can reuse them. Default: a folder inside the run's folder."""
+    """Folder of the offline groups. Other runs can reuse them. None: a folder inside the run's folder."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -293,7 +293,7 @@ class Engine:
     """Image decoder. plain: as diffusers runs it. fast: in channels_last, and compiled if the blocks are; its first
     images are checked against fp32. auto: fast."""
     decode_batch: Count | None = None
-    """Images decoded at a time. A smaller number takes less memory. Default: rollout.batch_size, but at most 16
+    """Images decoded at a time. A smaller number takes less memory. None: rollout.batch_size, but at most 16
     images of 512 × 512."""
     overlap: bool = True
     """On a GPU, decode and score one batch while the next one is drawn."""
@@ -356,7 +356,7 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the prompt order, initial noise, training noise and timesteps."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one, else the CPU."""
     low_memory: bool = False
     """Use less memory at the cost of speed, for small GPUs: no merged copy of the model (policy.behaviour adapter),
     checkpointed blocks, images decoded one at a time, the slow average in CPU memory, the largest micro-batch that
@@ -366,7 +366,7 @@ class Config:
     runs_dir: str = "runs"
     """Folder in which the run's folder is created."""
     name: str | None = None
-    """Name of the run's folder. Default: recipe, date and time."""
+    """Name of the run's folder. None: recipe, date and time."""
     objective: str = "dgpo"
     """Training objective: dgpo, diffusion_dpo, flow_grpo, or your own `my_module:MyObjective`."""
     rollout: Rollout = Field(default_factory=Rollout)

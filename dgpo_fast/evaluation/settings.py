@@ -61,7 +61,7 @@ class EvaluationSettings:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the model. auto: bf16 on a GPU that supports it, else fp32."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one, else the CPU."""
     batch_size: Count = 32
     """Images per forward pass. If an evaluation is killed, at most this many images are drawn again."""
     reward_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
@@ -70,7 +70,7 @@ class EvaluationSettings:
     reward_deadline_s: Positive = 300.0
     """Seconds that a reward may take to score an image."""
     output: str | None = None
-    """Folder to write. Default: a folder in evaluations/, named after the model, the LoRA and the prompts."""
+    """Folder to write. None: a folder in evaluations/, named after the model, the LoRA and the prompts."""
 
 
 def read_settings(args: list[str]) -> EvaluationSettings:
