@@ -28,6 +28,7 @@ from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, rea
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from dgpo_fast.models.random_weights import random_weights_note
+from dgpo_fast.models.sharded import ShardedModels
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.registry import traits
 from dgpo_fast.prompts import PromptSets, load_prompts
@@ -188,7 +189,11 @@ def _make_models(
     pipeline: StableDiffusion3Pipeline, config: Config, processes: Processes, device: torch.device
 ) -> PolicyModels:
     shards = _make_shards(config, processes, device)
-    models = PolicyModels(pipeline.transformer, config.policy, stream_seed(config.seed, "lora"), shards)
+    models = (
+        PolicyModels(pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
+        if shards is None
+        else ShardedModels(pipeline.transformer, config.policy, shards)
+    )
     if config.engine.checkpointing != "none":
         checkpoint_blocks(models.policy, config.engine.checkpointing)
     return models

@@ -235,8 +235,7 @@ class Trainer:
 
     def _save_weights(self, weights: Weights, folder: Path) -> None:
         """Writes what was trained into the run's folder. All processes must call it together."""
-        if self.models.shards is not None:
-            weights = self.models.whole(weights)
+        weights = self.models.whole(weights)
         with self.processes.together("the trained weights on the disk"):
             if self.processes.first:
                 # A LoRA file needs no text encoders, a whole pipeline does.

@@ -20,7 +20,7 @@ from dgpo_fast.distributed import ALONE
 from dgpo_fast.distributed.shards import Shards
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.optimizers import optimizer_tensors
-from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.models.sharded import ShardedModels
 from dgpo_fast.run import checkpoint
 from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
 from dgpo_fast.trainer import Trainer
@@ -80,7 +80,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(
     go, original = threading.Event(), checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: go.wait(60) and original(*args))
     transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer").requires_grad_(False)
-    models = PolicyModels(transformer, Policy(train="full"), 0, one_shard)
+    models = ShardedModels(transformer, Policy(train="full"), one_shard)
     optimizer = torch.optim.AdamW(models.weights.values())
 
     def step() -> dict[str, torch.Tensor]:

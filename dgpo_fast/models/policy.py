@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -26,8 +26,6 @@ from dgpo_fast.config import Policy as PolicyConfig
 from dgpo_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
     from dgpo_fast.distributed.shards import Shards
 
 ADAPTER = "default"
@@ -50,63 +48,51 @@ def weight_storage(config: PolicyConfig, dtype: torch.dtype, sharded: bool = Fal
 
 
 class PolicyModels:
-    """Base, policy and behaviour transformers of one pipeline.
+    """Base, policy and behaviour transformers of one pipeline. `sharded.ShardedModels` cuts them over processes.
 
     Args:
         transformer: the pretrained transformer, frozen, on its device in the run's dtype.
         config: what to train.
         seed: of the LoRA factors' Gaussian initialisation.
-        shards: where the weights of full fine-tuning are cut into shards; `weights` are then this process's.
 
     Attributes:
+        weights: what this process trains, by name.
+        adapted: whether the behaviour weights are an adapter of their own, and no merged copy.
+        shards: None if every process holds all weights.
         after_load: called when the behaviour copy has got other weights.
     """
 
-    def __init__(
-        self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int, shards: "Shards | None" = None
-    ):
+    adapted = False
+    shards: "Shards | None" = None
+
+    def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int):
         self.config = config
         self.base = transformer
         self.dtype = transformer.dtype
-        self.shards = shards
         self.after_load: list[Callable[[], None]] = []
-        self.storage = weight_storage(config, transformer.dtype, shards is not None)
-        if shards is not None:
-            self._make_shards(shards)
-            return
+        self.storage = weight_storage(config, transformer.dtype, self.shards is not None)
+        self.weights = self._make(seed)
+
+    def _make(self, seed: int) -> dict[str, nn.Parameter]:
+        """Makes `behaviour` and `policy`; returns the trained weights."""
+        config = self.config
         self.adapted = config.train == "lora" and config.behaviour == "adapter"
         if self.adapted:
-            self.behaviour = with_lora(_sharing_copy(transformer), config, seed).requires_grad_(False)
+            self.behaviour = with_lora(_sharing_copy(self.base), config, seed).requires_grad_(False)
             for factor in self.behaviour.parameters():
-                factor.data = factor.data.to(transformer.dtype)
+                factor.data = factor.data.to(self.dtype)
         else:
-            self.behaviour = _copy(transformer)
+            self.behaviour = own_copy(self.base)
         if config.train == "lora":
-            self.policy = with_lora(_sharing_copy(transformer), config, seed)
+            self.policy = with_lora(_sharing_copy(self.base), config, seed)
         else:
-            self.policy = _copy(transformer).requires_grad_(True)
-        self.weights: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in self.policy.named_parameters() if parameter.requires_grad
-        }
-        for weight in self.weights.values():
+            self.policy = own_copy(self.base).requires_grad_(True)
+        weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+        for weight in weights.values():
             weight.data = weight.data.to(torch.float32 if self.storage == "fp32" else torch.bfloat16)
             # Gradients of all micro-batches and timesteps add up in fp32.
             weight.grad_dtype = torch.float32
-
-    def _make_shards(self, shards: "Shards") -> None:
-        """Cuts each transformer before the next one is copied: only one of them is whole beside the original."""
-        self.adapted = False
-        self.behaviour = _copy(self.base)
-        behaviour = shards.cut(self.behaviour, self.dtype)
-        self.policy = _copy(self.base).requires_grad_(True).float()
-        self.sharded = shards.cut(self.policy, self.dtype)
-        base = shards.cut(self.base, self.dtype)
-        self.behaviour_shards, self.base_shards = (
-            {name: weight.to_local() for name, weight in weights.items()} for weights in (behaviour, base)
-        )
-        self.weights = {
-            name: nn.Parameter(cast("DTensor", weight.detach()).to_local()) for name, weight in self.sharded.items()
-        }
+        return weights
 
     @property
     def trained_numel(self) -> int:
@@ -115,44 +101,25 @@ class PolicyModels:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the trained tensors; where they are sharded, of the whole ones."""
-        return {name: weight.shape for name, weight in (self.sharded if self.shards else self.weights).items()}
+        """Of the trained tensors."""
+        return {name: weight.shape for name, weight in self.weights.items()}
 
     def take_gradients(self) -> None:
-        """Where weights are sharded, gives the shards of the gradient, summed over processes, to `weights`."""
-        if self.shards is None:
-            return
-        for name, weight in self.sharded.items():
-            if weight.grad is not None:
-                self.weights[name].grad, weight.grad = cast("DTensor", weight.grad).to_local(), None
+        """Has the gradient of the last backward in `weights`."""
 
-    def whole(self, tensors: Weights) -> dict[str, Tensor]:
-        """Copies of what this process holds parts of, whole, on process 0's CPU. All processes must call it together.
-
-        Args:
-            tensors: shaped as `weights`, by their names, or as the optimizer's state of them is named.
-        """
-        return {name: self._whole(name, tensor) for name, tensor in tensors.items()}
-
-    def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        assert self.shards is not None
-        if tensor.dim() == 0:  # a counter, the same on every process; a copy, for the next step counts on in place
-            return tensor.to("cpu", copy=True)
-        return self.shards.whole(tensor, self._sharded_by(name))
+    def whole(self, tensors: Weights) -> Weights:
+        """`tensors`, which are shaped as `weights` or as the optimizer's states of them: they are whole."""
+        return tensors
 
     def parts(self, tensors: Weights) -> Weights:
-        """This process's parts of what `whole` gave; the same tensors where nothing is sharded."""
-        if self.shards is None:
-            return tensors
-        return {
-            name: tensor if tensor.dim() == 0 else self.shards.part(tensor, self._sharded_by(name))
-            for name, tensor in tensors.items()
-        }
+        """This process's parts of what `whole` gave: all of it."""
+        return tensors
 
-    def _sharded_by(self, name: str) -> "DTensor":
-        """The weight that `name` is of: its own, or that at the position in `12/exp_avg`."""
-        owner = name.split("/")[0]
-        return list(self.sharded.values())[int(owner)] if owner.isdecimal() else self.sharded[name]
+    def _held_by_behaviour(self) -> Weights:
+        return dict(self.behaviour.named_parameters())
+
+    def _held_by_base(self) -> Weights:
+        return dict(self.base.named_parameters())
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +133,7 @@ class PolicyModels:
     @torch.no_grad()
     def load_behaviour(self, weights: Weights) -> None:
         """Makes the behaviour copy predict what the policy would with `weights`. In place, without a host sync."""
-        own = self.behaviour_shards if self.shards else dict(self.behaviour.named_parameters())
+        own = self._held_by_behaviour()
         if self.adapted or self.config.train == "full":
             torch._foreach_copy_([own[name] for name in weights], list(weights.values()))
         else:
@@ -181,7 +148,7 @@ class PolicyModels:
     def initial_weights(self) -> Weights:
         """Weights with which the policy predicts what the base model does."""
         if self.config.train == "full":
-            return self.base_shards if self.shards else dict(self.base.named_parameters())
+            return self._held_by_base()
         return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
 
     @torch.no_grad()
@@ -213,20 +180,14 @@ class PolicyModels:
 
     def _with(self, weights: Weights) -> SD3Transformer2DModel:
         """A transformer with `weights`, not sharded."""
-        if self.shards is None:
-            self.load_behaviour(weights)
-            return self.behaviour
-        transformer = SD3Transformer2DModel.from_config(self.base.config)
-        given = {**weights, **dict(self.base.named_buffers())}
-        for name, own in chain(transformer.named_parameters(), transformer.named_buffers()):
-            own.data = given[name].to(own.device, self.dtype if own.requires_grad else given[name].dtype)
-        return transformer
+        self.load_behaviour(weights)
+        return self.behaviour
 
     def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
         return [(name, module) for name, module in self.policy.named_modules() if isinstance(module, LoraLayer)]
 
 
-def _copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
+def own_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """A copy with parameters of its own; buffers, which nothing ever changes, are the original's."""
     return copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
 
