@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dgpo_fast.distributed import Processes, SharedError
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import load_optimizer, optimizer_tensors
 from dgpo_fast.models.policy import Weights
+from dgpo_fast.records import JsonObject
 from dgpo_fast.run.checkpoint import CheckpointWriter, State, load_newest
 
 
@@ -20,7 +20,7 @@ class Checkpoints:
         about: gives what every manifest says of the run: JSON values by name.
     """
 
-    def __init__(self, learner: Learner, processes: Processes, about: Callable[[], dict[str, Any]]):
+    def __init__(self, learner: Learner, processes: Processes, about: Callable[[], JsonObject]):
         self.learner, self.processes, self.about = learner, processes, about
         self.writer: CheckpointWriter | None = None
 
@@ -59,7 +59,7 @@ class Checkpoints:
             if wait:
                 self.writer.wait()
 
-    def restore(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    def restore(self, folder: Path) -> tuple[JsonObject, list[str]]:
         """Goes back to the newest valid checkpoint of the run in `folder`.
 
         Returns what its manifest says of the run, and a line for each checkpoint passed over. Raises UserError if there

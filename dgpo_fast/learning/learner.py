@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.registry import load_objective
+from dgpo_fast.records import Metrics
 from dgpo_fast.run.metrics import Phases, write_json
 from dgpo_fast.seeds import stream_seed
 
@@ -62,14 +62,14 @@ class Learner:
         self.iteration = 0
         self.halfway = False
 
-    def learn(self, batch: Batch, folder: Path | None = None) -> dict[str, Any]:
+    def learn(self, batch: Batch, folder: Path | None = None) -> Metrics:
         """The optimizer steps of an iteration's batch; metrics are means over its samples.
 
         If gradients that are not finite end the run, what is known of them is written into `folder`.
         """
         rate = learning_rate(self.config.optimizer, batch.iteration, self.config.iterations)
         number = batch.iteration + 1
-        totals: dict[str, Any] = {}
+        totals: Metrics = {}
         skipped = 0
         for part in self.objective.optimizer_batches(batch):
             with self.phases("train"), self.work.training():

@@ -1,7 +1,6 @@
 """From what was recorded, counted and traced to a `Report`."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,9 +33,7 @@ from dgpo_fast.profiling.report import (
     Work,
 )
 from dgpo_fast.records import JsonObject
-
-if TYPE_CHECKING:
-    from dgpo_fast.trainer import Trainer
+from dgpo_fast.trainer import Trainer
 
 OTHER = "other"
 HOTTEST = 20
@@ -235,7 +232,7 @@ def throughput(recordings: Sequence[Recording], tflop: float, device: Device) ->
     )
 
 
-def memory_row(watch: MemoryWatch, recordings: Sequence[Recording], trainer: "Trainer") -> Memory:
+def memory_row(watch: MemoryWatch, recordings: Sequence[Recording], trainer: Trainer) -> Memory:
     """Memory over time, thinned to what a chart can show."""
     zero = recordings[0].start_s
     on_gpu = watch.device.type == "cuda"
@@ -257,7 +254,7 @@ def thinned(samples: list[tuple[float, float]], most: int) -> list[tuple[float, 
     return [max(samples[i : i + width], key=lambda sample: sample[1]) for i in range(0, len(samples), width)]
 
 
-def held_mib(trainer: "Trainer") -> dict[str, float]:
+def held_mib(trainer: Trainer) -> dict[str, float]:
     """Memory that weights, averages and optimizer states take on the device; what is shared counts once."""
     models, encoders = trainer.models, trainer.encoder.encoders
     owners = {

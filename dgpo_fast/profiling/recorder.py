@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -15,9 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from dgpo_fast.models.work import OLD, POLICY, REFERENCE
 from dgpo_fast.profiling.report import Span
 from dgpo_fast.records import Metrics
-
-if TYPE_CHECKING:
-    from dgpo_fast.trainer import Trainer
+from dgpo_fast.trainer import Trainer
 
 TRAIN = "train"
 Mark = torch.cuda.Event | float
@@ -142,7 +139,7 @@ class Recorder:
         trainer: its phases, transformers and work meter are watched while the recorder is.
     """
 
-    def __init__(self, trainer: "Trainer"):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.memory = MemoryWatch(trainer.device)
         self.recordings: list[Recording] = []

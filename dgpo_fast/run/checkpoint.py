@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,7 +63,7 @@ class CheckpointWriter:
         info: goes into every manifest: JSON values by name.
     """
 
-    def __init__(self, folder: Path, keep: int, info: Mapping[str, Any]):
+    def __init__(self, folder: Path, keep: int, info: Mapping[str, object]):
         self.folder = folder
         self.keep = keep
         self.info = dict(info)
@@ -104,7 +103,7 @@ def _copied(tensor: Tensor, before: Tensor | None) -> Tensor:
 
 
 def save_checkpoint(
-    folder: Path, iteration: int, parts: Parts, keep: int, info: Mapping[str, Any] | None = None
+    folder: Path, iteration: int, parts: Parts, keep: int, info: Mapping[str, object] | None = None
 ) -> Path:
     """Writes `folder/iteration-NNNNNN` and removes all but the `keep` newest.
 
@@ -125,7 +124,7 @@ def _flat(parts: Parts) -> dict[str, Tensor]:
     return {f"{part}/{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
 
 
-def _write(folder: Path, iteration: int, tensors: dict[str, Tensor], keep: int, info: Mapping[str, Any]) -> Path:
+def _write(folder: Path, iteration: int, tensors: dict[str, Tensor], keep: int, info: Mapping[str, object]) -> Path:
     target = folder / f"{PREFIX}{iteration:06d}"
     if target.exists() and _is_whole(target):
         return target  # the same iteration of a run is the same state
