@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.wording import one_line
 
 NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, os.__file__))
 Result = TypeVar("Result")
@@ -62,7 +63,7 @@ def told(error: BaseException, limit: int | None = None) -> str:
         error: what was raised.
         limit: most characters before the place.
     """
-    message = " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+    message = one_line(f"{type(error).__name__}: {error}")[:limit]
     frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)  # it says where itself
     own = [frame for frame in frames if _is_the_users(frame.filename)]
     if not own:

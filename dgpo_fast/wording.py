@@ -13,6 +13,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def one_line(text: object) -> str:
+    """`text`, for example an error, on one line."""
+    return " ".join(str(text).split())
+
+
 def number(value: float, places: int = 3, sign: str = "") -> str:
     """A reward as tables show it, `0.564`; from 100,000 on, six digits: `123457`, `1.23457e+09`.
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.wording import one_line
 
 Value = TypeVar("Value")
 """Anything that JSON keeps as it is."""
@@ -290,7 +291,7 @@ def _raise_first(problems: list[str | None]) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())
+    return str(error) if isinstance(error, UserError) else one_line(f"{type(error).__name__}: {error}")
 
 
 def _empty_bytes(length: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dgpo_fast.learning.optimizers import load_optimizer, optimizer_tensors
 from dgpo_fast.models.policy import Weights
 from dgpo_fast.records import JsonObject
 from dgpo_fast.run.checkpoint import CheckpointWriter, State, load_newest
+from dgpo_fast.wording import one_line
 
 
 class Checkpoints:
@@ -76,7 +77,7 @@ class Checkpoints:
             learner.slow.load(models.parts(state.part("slow")))
             load_optimizer(learner.optimizer, models.parts(state.part("optimizer")))
         except (ValueError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise SharedError(
                 f"--resume {folder}: its checkpoint does not fit the model '{learner.config.model}' ({reason})"
             ) from None

@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dgpo_fast.wording import one_line
+
 Row = tuple[Tensor, Tensor]
 """An encoded prompt: tokens (T, D) and pooled (E,), on the CPU in the encoders' dtype."""
 
@@ -87,7 +89,7 @@ class PromptCache:
         except OSError:
             return None
         except DAMAGED as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             self._note_once("damaged", f"prompt cache: {path} is damaged ({reason}) and is encoded again")
             with contextlib.suppress(OSError):
                 path.unlink()

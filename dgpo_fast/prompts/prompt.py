@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import Metadata
+from dgpo_fast.wording import one_line
 
 T = TypeVar("T")
 
@@ -109,5 +110,5 @@ def require_quoted_text(prompts: Iterable[Prompt]) -> None:
 
 def shorten(text: str, limit: int = 60) -> str:
     """`text` quoted on one line, cut to about `limit` characters, for messages."""
-    line = " ".join(text.split())
+    line = one_line(text)
     return repr(line if len(line) <= limit else line[: limit - 1] + "…")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject
+from dgpo_fast.wording import one_line
 
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -240,6 +241,4 @@ def _flush(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (
-        (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
-    )
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error) or type(error).__name__

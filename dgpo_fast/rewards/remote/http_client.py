@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import httpx
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.wording import one_line
 
 MAX_REPLY_BYTES = 16 * 2**20
 # Too busy, restarting or behind a gateway that could not get through: the same request may go better in a while.
@@ -161,7 +162,7 @@ class JsonClient:
 
     def _shown(self, text: str) -> str:
         """`text` from the server, fit for one line of a message; a server may repeat the secret it was sent."""
-        line = " ".join(text.split())[:200]
+        line = one_line(text)[:200]
         return line.replace(self._secret, "…") if self._secret else line
 
 
