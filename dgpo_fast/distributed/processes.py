@@ -135,7 +135,10 @@ class Processes:
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
     def broadcast(self, value: object, what: str) -> Any:
-        """Process 0's `value` on every process; what the others give is ignored. JSON, as in `gather`."""
+        """Process 0's `value` on every process; what the others give is ignored. JSON, as in `gather`.
+
+        Any is returned: callers know what they have sent.
+        """
         if self.count == 1:
             return value
         self._hear_failures(what)

@@ -42,6 +42,7 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
         yield
 
 
+# Any: arguments are those of the block, or of whichever operation it comes to.
 def _checkpointed(forward: Callable, context: Callable, *args: object, **kwargs: Any) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)

@@ -108,7 +108,7 @@ class Simulation:
     ):
         small, self.counts = shallow(transformer)
         self.dtype, self.shape = dtype, shape
-        self.known: dict[tuple, Any] = {}
+        self.known: dict[tuple, Any] = {}  # bytes, or `Activations`
         with torch.device("meta"):
             self.base = SD3Transformer2DModel.from_config(small).requires_grad_(False)
             self.policy = SD3Transformer2DModel.from_config(small).requires_grad_(trained.lora is None)

@@ -218,7 +218,7 @@ class JudgeReward:
         return request | self._extra
 
     def _read(self, answer: Any) -> float:
-        """The score in a chat completion. Raises ValueError where there is none between the bounds."""
+        """The score in a chat completion (any JSON). Raises ValueError if there is none between the bounds."""
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
