@@ -57,7 +57,7 @@ class Data:
     """Where the training groups come from."""
 
     source: Literal["online", "offline"] = "online"
-    """online: the behaviour weights draw new groups in every iteration. offline: the reference model draws all
+    """online: the behaviour weights draw new groups in every iteration. offline: the base model draws all
     groups once, before training."""
     offline_groups: Count = 1024
     """Number of groups that an offline run draws. Training repeats them as often as needed."""
