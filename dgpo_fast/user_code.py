@@ -57,7 +57,7 @@ def call(what: str, failed: str, function: Callable[..., Result], *arguments: ob
 def told(error: BaseException, limit: int | None = None) -> str:
     """An error of code that may be a user's, in one line: `KeyError: 'tag' (my_reward.py, line 18)`.
 
-    The place is the last one in the user's own code; there is none where the error comes from elsewhere.
+    The place is the last one in the user's own code; there is none if the error comes from elsewhere.
 
     Args:
         error: what was raised.
@@ -78,7 +78,7 @@ def _is_the_users(file: str) -> bool:
 
 
 def _find_module(module_name: str) -> ModuleType | None:
-    """Imports a module; None where there is none, as opposed to one that lacks something it imports itself."""
+    """Imports a module; None if there is none, as opposed to one that lacks something it imports itself."""
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

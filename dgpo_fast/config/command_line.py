@@ -76,7 +76,7 @@ def quieten_libraries() -> None:
 
 
 def take_option(args: list[str], name: str) -> str | None:
-    """Removes `--name VALUE` or `--name=VALUE` from `args` and returns the value; None where it is not given."""
+    """Removes `--name VALUE` or `--name=VALUE` from `args` and returns the value; None if it is not given."""
     for index, arg in enumerate(args):
         if arg.startswith(f"--{name}="):
             return args.pop(index).split("=", 1)[1]
@@ -89,7 +89,7 @@ def take_option(args: list[str], name: str) -> str | None:
 
 
 def take_count(args: list[str], name: str, default: int) -> int:
-    """`take_option` of a whole number from 1 up; `default` where it is not given."""
+    """`take_option` of a whole number from 1 up; `default` if it is not given."""
     given = take_option(args, name)
     if given is None:
         return default

@@ -127,7 +127,7 @@ def parse_overrides(args: list[str], settings: object | None = None) -> JsonObje
 
     Args:
         args: the command line.
-        settings: what is overridden, a `Config` where not given.
+        settings: what is overridden, a `Config` if not given.
     """
     defaults = flat(settings or Config())
     lists = {name for name, value in defaults.items() if isinstance(value, (tuple, list))}
@@ -186,7 +186,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> JsonObject:
-    """Settings from a user's YAML file. Raises UserError naming the file, and the line where there is one."""
+    """Settings from a user's YAML file. Raises UserError naming the file, and the line if there is one."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise UserError(f"{path}: larger than {MAX_YAML_BYTES} bytes: is this a file of settings?")
@@ -211,7 +211,7 @@ def read_yaml(path: Path) -> JsonObject:
 
 
 def _near_file(path: Path) -> str:
-    """`: did you mean my_recipe.yaml?`, where a settings file beside `path`, which is none, has a name like it."""
+    """`: did you mean my_recipe.yaml?`, if a settings file beside `path`, which is none, has a name like it."""
     beside = {found.name: found for ending in YAML for found in path.parent.glob(f"*{ending}") if found.is_file()}
     close = difflib.get_close_matches(path.name, beside, n=1)
     return f": did you mean {beside[close[0]]}?" if close else f": check the path (the working folder is {Path.cwd()})"

@@ -22,7 +22,7 @@ class BatchPart:
         advantage: (P·G,) fp32 of all samples, on the CPU.
         split: whether some group is held by several processes; the same on every one of them.
         processes: who they are.
-        what: named in the error where the others do not come.
+        what: named in the error if the others do not come.
         edges: with sharded weights, the position of every process's first sample, and the end.
     """
 

@@ -32,7 +32,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def compare(state: Mapping[str, object], processes: Processes, when: str) -> None:
-    """Raises DriftError where a process's `state` (JSON values by name) differs from process 0's."""
+    """Raises DriftError if a process's `state` (JSON values by name) differs from process 0's."""
     states = processes.gather(dict(state), f"the checksums {when}")
     for rank, theirs in enumerate(states):
         differing = [name for name, value in theirs.items() if value != states[0][name]]

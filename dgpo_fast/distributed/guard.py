@@ -52,7 +52,7 @@ class StepGuard:
 
 
 def gradient_norm(weights: Mapping[str, nn.Parameter]) -> Tensor:
-    """The norm of this process's own gradients, on their device; 0 where there are none."""
+    """The norm of this process's own gradients, on their device; 0 if there are none."""
     gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) if gradients else torch.zeros(())
 

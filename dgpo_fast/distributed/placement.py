@@ -31,7 +31,7 @@ class Share:
 
     @property
     def piece_size(self) -> int:
-        """The largest size of which every part of a group in the share is a multiple; G where groups are whole."""
+        """The largest size of which every part of a group in the share is a multiple; G if groups are whole."""
         return math.gcd(*(end - first for _, first, end in self.parts))
 
     @property
@@ -48,7 +48,7 @@ class Share:
 def place(groups: int, group_size: int, processes: int) -> list[Share]:
     """The share of each process.
 
-    Whole groups where there is one for each process: shares then differ by one group at most, and the loss needs no
+    Whole groups if there is one for each process: shares then differ by one group at most, and the loss needs no
     communication. With fewer groups than processes, samples are dealt out evenly and groups are split.
 
     Args:
@@ -56,7 +56,7 @@ def place(groups: int, group_size: int, processes: int) -> list[Share]:
         group_size: G ≥ 1.
         processes: ≥ 1.
 
-    Raises UserError where a process would be without work.
+    Raises UserError if a process would be without work.
     """
     samples = groups * group_size
     if processes > samples:
@@ -78,7 +78,7 @@ def largest_share(groups: int, group_size: int, processes: int) -> int:
 def even_ranges(total: int, processes: int, unit: int = 1) -> list[tuple[int, int]]:
     """[0, total) cut into one range for each process, at multiples of `unit`; lengths differ by a unit at most.
 
-    The first ranges are the longer ones; the last ones are empty where there are fewer units than processes.
+    The first ranges are the longer ones; the last ones are empty if there are fewer units than processes.
     """
     units = -(-total // unit)
     edges = [min((units * rank + processes - 1) // processes * unit, total) for rank in range(processes + 1)]

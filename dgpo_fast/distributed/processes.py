@@ -1,7 +1,7 @@
 """What the processes of a run tell one another.
 
 `connect` joins the group that torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
-describes. Every wait for others has a name, a deadline and a clock: where the others do not come, the error says what
+describes. Every wait for others has a name, a deadline and a clock: if the others do not come, the error says what
 was waited for, and the seconds waited go into the metrics. Inside `together` nobody waits in vain: before the others
 communicate there, they hear the error of a process that has failed.
 
@@ -77,7 +77,7 @@ class Processes:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group or dist.group.WORLD)
 
     def own_device(self, device: torch.device) -> torch.device:
-        """`device`, or with several processes on GPUs this one's own. Raises UserError where there is none for it."""
+        """`device`, or with several processes on GPUs this one's own. Raises UserError if there is none for it."""
         if self.count == 1 or device.type != "cuda":
             return device
         if self.local_rank >= torch.cuda.device_count():
@@ -187,7 +187,7 @@ class Processes:
         _raise_first(problems)
 
     def _tell(self, failure: Exception | None, what: str) -> list[str | None]:
-        """Everybody's failure, in a line. Raises this process's own where the others are lost."""
+        """Everybody's failure, in a line. Raises this process's own if the others are lost."""
         try:
             return self.gather(None if failure is None else _one_line(failure), what)
         except LostError:
@@ -215,7 +215,7 @@ class Processes:
 
     @contextmanager
     def waiting(self, what: str, counted: bool = True) -> Iterator[None]:
-        """Raises LostError, which names `what`, where the others are lost in the block; counts its seconds as waited.
+        """Raises LostError, which names `what`, if the others are lost in the block; counts its seconds as waited.
 
         A block that does other things too is not `counted`, and only errors of the communication become a LostError.
         """
@@ -241,12 +241,12 @@ ALONE = Processes()
 
 
 def connect(timeout_s: float = 600.0) -> Processes:
-    """Joins the group that the environment describes, or returns a `Processes` of one where it describes none.
+    """Joins the group that the environment describes, or returns a `Processes` of one if it describes none.
 
     Args:
         timeout_s: how long a process waits for the others before it gives up.
 
-    Tensors on GPUs travel by NCCL, all others by gloo. Raises UserError where the environment is incomplete or the
+    Tensors on GPUs travel by NCCL, all others by gloo. Raises UserError if the environment is incomplete or the
     others cannot be reached.
     """
     count = _integer("WORLD_SIZE", 1)

@@ -84,7 +84,7 @@ class Shards:
         )
 
     def gradient_norm(self, weights: Mapping[str, nn.Parameter]) -> Tensor:
-        """The norm of the whole gradient, the same on every process; not finite where any shard's is not."""
+        """The norm of the whole gradient, the same on every process; not finite if any shard's is not."""
         device = next(iter(weights.values())).device
         norms = torch._foreach_norm([weight.grad for weight in weights.values() if weight.grad is not None])
         total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), device=device).double()
@@ -92,9 +92,9 @@ class Shards:
 
 
 def make_shards(kind: str, processes: Processes, device: torch.device) -> Shards | None:
-    """The shards of `distributed.shard`; None where weights stay whole, as on one process.
+    """The shards of `distributed.shard`; None if weights stay whole, as on one process.
 
-    Raises UserError where machines hold different numbers of processes.
+    Raises UserError if machines hold different numbers of processes.
     """
     if kind == "none" or processes.count == 1:
         return None

@@ -55,8 +55,8 @@ class Timing:
 
     Attributes:
         name: as `engine.attention` has it.
-        forward_ms: without gradients; None where it cannot run.
-        backward_ms: forward and backward; None where it cannot run or has no gradient.
+        forward_ms: without gradients; None if it cannot run.
+        backward_ms: forward and backward; None if it cannot run or has no gradient.
         obstacle: why not, in a few words.
     """
 
@@ -83,7 +83,7 @@ class JointAttention:
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: object
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of (B, N, C) image tokens, and of (B, T, C) text tokens beside them where there are any."""
+        """Attention of (B, N, C) image tokens, and of (B, T, C) text tokens beside them if there are any."""
         images = hidden_states.shape[1]
         query, key, value = (_heads(attn, layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = _norm(attn.norm_q, query), _norm(attn.norm_k, key)
@@ -168,7 +168,7 @@ def time_attention(
 ) -> tuple[Timing, ...]:
     """All kernels of this device at `shapes`, in about a second on a GPU; those that cannot run say why.
 
-    Where blocks will be `compiled`, kernels that no whole graph holds cannot run.
+    If blocks will be `compiled`, kernels that no whole graph holds cannot run.
     """
     obstacles = {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]}
     trials = {name: [] for name, reason in obstacles.items() if not reason}  # type: dict[str, list[_Trial]]
@@ -199,7 +199,7 @@ def fastest(timings: Sequence[Timing], *, training: bool) -> str:
 
 
 def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernel `name` cannot run here, in a few words; empty where it can."""
+    """Why the kernel `name` cannot run here, in a few words; empty if it can."""
     if name == MATMUL:
         return "" if dtype in (torch.float32, torch.float64) else "would round its logits: only for fp32"
     if name != "native" and device.type != "cuda":
@@ -214,7 +214,7 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def graph_obstacle(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, whole: bool = False) -> str:
-    """Why the kernel `name` cannot be part of a compiled block, in a few words; empty where it can.
+    """Why the kernel `name` cannot be part of a compiled block, in a few words; empty if it can.
 
     With `whole` it is compiled as a block is and run forward and backward at `shape`, else only traced.
     """
@@ -270,7 +270,7 @@ def _tensors(shape: Shape, device: torch.device, dtype: torch.dtype) -> _Tensors
 def _trial(name: str, of: _Tensors) -> _Trial:
     """The kernel's calls, each made once and checked against float64.
 
-    Raises one of `REFUSALS` where it cannot do them, ValueError where it computes something else.
+    Raises one of `REFUSALS` if it cannot do them, ValueError if it computes something else.
     """
     backend, few, dtype = DISPATCHED.get(name), [tensor[:1] for tensor in of.inputs], of.gradient.dtype
     exact = attend(None, *(tensor.double() for tensor in few))

@@ -1,4 +1,4 @@
-"""Samples in the whole batches of a run: its settings', or what a process has where that is less."""
+"""Samples in the whole batches of a run: its settings', or what a process has if that is less."""
 
 from dataclasses import dataclass
 

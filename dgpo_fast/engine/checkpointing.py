@@ -22,7 +22,7 @@ def checkpoint_blocks(
     Args:
         transformer: its blocks compute as before.
         kind: as `engine.checkpointing`, but not "none".
-        again: entered where a block computes again in a backward, in which no mode of the forward is on.
+        again: entered if a block computes again in a backward, in which no mode of the forward is on.
     """
     # The compiler knows these two, and no function around them.
     contexts = noop_context_fn if kind == "blocks" else partial(create_selective_checkpoint_contexts, _keep_expensive)
@@ -53,7 +53,7 @@ def _checkpointed(forward: Callable, context: Callable, *args: object, **kwargs:
 def _keep_expensive(context: object, operation: OpOverload, *args: Any, **kwargs: object) -> CheckpointPolicy:
     """Keeps attention, and products with more columns summed over than left: they cost most for each number kept.
 
-    Keeping every product would take more than no checkpointing at all where frozen layers save no inputs (LoRA).
+    Keeping every product would take more than no checkpointing at all if frozen layers save no inputs (LoRA).
     """
     name = operation._schema.name.split("::")[-1]
     kept = "attention" in name

@@ -82,7 +82,7 @@ class Reasons:
 
 
 def choose(config: EngineConfig, situation: Situation) -> tuple[Choices, Reasons]:
-    """Turns every "auto" of `config` into a choice. Raises UserError where a setting cannot be had here."""
+    """Turns every "auto" of `config` into a choice. Raises UserError if a setting cannot be had here."""
     reasons = Reasons()
     compiled = _compile(config, situation, reasons)
     choices = Choices(
@@ -139,7 +139,7 @@ def _cuda_graphs(config: EngineConfig, situation: Situation, reasons: Reasons) -
 
 
 def room_for_graphs(device: torch.device) -> bool:
-    """Whether rollouts are recorded on this device where the settings leave it open."""
+    """Whether rollouts are recorded on this device if the settings leave it open."""
     return device.type == "cuda" and memory_gib(device) >= GRAPH_MEMORY_GIB
 
 

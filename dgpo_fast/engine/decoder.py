@@ -17,7 +17,7 @@ from dgpo_fast.models.latents import decode_pixels, to_uint8
 
 CHECKED_IMAGES = 4
 LARGEST_MEAN_DIFFERENCE = 1.0
-"""Of 255: where bf16 pictures differ by more on average, fp32 decodes."""
+"""Of 255: if bf16 pictures differ by more on average, fp32 decodes."""
 TIMED_S = 1.0
 
 
@@ -32,7 +32,7 @@ class Decoder:
         batch_size: pictures at a time.
         fast: channels_last, in a copy of the decoder.
         compiled: compile that copy, for whole batches.
-        overlap: decode on a stream of its own, where there is a GPU.
+        overlap: decode on a stream of its own, if there is a GPU.
         note: told in one line what the comparison found.
     """
 
@@ -96,14 +96,14 @@ class Decoder:
         return torch.cat([to_uint8(self._pixels(batch)) for batch in batches])
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        """(B, 3, height, width) in [−1, 1] where the decoder is sure."""
+        """(B, 3, height, width) in [−1, 1] if the decoder is sure."""
         rows = len(latents)
         if self.static and rows < self.batch_size:
             latents = torch.cat([latents, latents[-1:].expand(self.batch_size - rows, *latents.shape[1:])])
         return decode_pixels(self.vae, latents, self.dtype)[:rows]
 
     def _check(self, latents: Tensor) -> None:
-        """Compares the first pictures with fp32's, once, and takes fp32 where they are too far apart."""
+        """Compares the first pictures with fp32's, once, and takes fp32 if they are too far apart."""
         self.checked = True
         few = latents[:CHECKED_IMAGES]
         exact = _with_own_decoder(self.original, dtype=torch.float32)

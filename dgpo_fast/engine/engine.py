@@ -37,13 +37,13 @@ class Engine:
 
     Args:
         config: the run's settings.
-        models: base, policy and behaviour; the policy's blocks are checkpointed where they are to be.
+        models: base, policy and behaviour; the policy's blocks are checkpointed if they are to be.
         pipeline: theirs; it stays as it is.
         text_tokens: of an encoded prompt.
         processes: how many share the run.
         note: told in one line what is found out later.
 
-    Raises UserError where a setting cannot be had on this device.
+    Raises UserError if a setting cannot be had on this device.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class Float8Copy:
     Args:
         source: the behaviour copy. All tensors that are not quantised are shared with it.
 
-    Raises UserError where torchao is missing or the GPU has no float8.
+    Raises UserError if torchao is missing or the GPU has no float8.
     """
 
     def __init__(self, source: SD3Transformer2DModel):
@@ -58,7 +58,7 @@ def quantised(name: str, layer: nn.Linear) -> bool:
 
 
 def check_float8(device: torch.device) -> None:
-    """Raises UserError where rollouts in float8 cannot be had."""
+    """Raises UserError if rollouts in float8 cannot be had."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < SMALLEST_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         raise UserError(f"engine.rollout_precision fp8: {name} has no float8; {REMEDY}")

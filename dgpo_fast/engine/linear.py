@@ -91,7 +91,7 @@ class OneDNNLinear(nn.Linear):
 
 
 class OneDNNGELU(GELU):
-    """Linear layer and tanh-approximated GELU; one call of oneDNN where no gradient is wanted."""
+    """Linear layer and tanh-approximated GELU; one call of oneDNN if no gradient is wanted."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(…, in) → (…, out)."""

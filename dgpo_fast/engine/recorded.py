@@ -94,7 +94,7 @@ def _solve(
     seed: int,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """x0; and the steps, with the batch in front, where they are kept."""
+    """x0; and the steps, with the batch in front, if they are kept."""
     step_noise = None
     if "samples" in static:
         step_noise = StepNoise(static["samples"], seed=seed, draw=static["draw"][0], keep=keep)

@@ -64,7 +64,7 @@ def _read(path: Path) -> Any:
 
 
 def _publish(path: Path, content: dict[str, object]) -> bool:
-    """Whether `content` is now at `path`, whole; not where another process was first, or nothing can be written."""
+    """Whether `content` is now at `path`, whole; not if another process was first, or nothing can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and _read(path) is None:

@@ -17,7 +17,7 @@ def best_ms(functions: Sequence[Callable[[], object]], device: torch.device, bud
 
     Args:
         functions: called again and again; the first calls are not counted.
-        device: waited for, where it is a GPU.
+        device: waited for, if it is a GPU.
         budget_s: seconds for all of it; at least five rounds are made.
     """
     measure = _gpu_seconds if device.type == "cuda" else _cpu_seconds

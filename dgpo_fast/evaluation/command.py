@@ -49,7 +49,7 @@ def evaluate(args: list[str]) -> int:
 
 
 def run_evaluation(settings: EvaluationSettings, args: list[str]) -> int:
-    """Draws, scores and reports; `args` say how to go on where that is interrupted."""
+    """Draws, scores and reports; `args` say how to continue if that is interrupted."""
     require_weights(settings)
     from dgpo_fast.evaluation.drawing import Drawing  # after the command line is known to be good: these take seconds
     from dgpo_fast.evaluation.report import write_report

@@ -98,7 +98,7 @@ class Drawing:
     def run(self) -> list[Row]:
         """Draws and scores what is not there yet; returns the rows of all pictures.
 
-        What is done stays done, whatever is raised; UserError where a reward cannot score anything.
+        What is done stays done, whatever is raised; UserError if a reward cannot score anything.
         """
         lock = self.folder.begin(self.made_with, renew=self.renew)
         try:
@@ -184,7 +184,7 @@ class Drawing:
 def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], dict[str, Any]]:
     """The prompts, one for each image, and what the folder is made with, as far as that is known without the model.
 
-    Raises UserError where the folder was made with something else.
+    Raises UserError if the folder was made with something else.
     """
     prompts = choose_prompts(settings)
     made_with = {**lasting(settings), "images_count": len(prompts), "prompts_sha256": _digest_of_prompts(prompts)}
@@ -221,9 +221,9 @@ def load_evaluated(
 ) -> tuple[StableDiffusion3Pipeline, Config, dict[str, str]]:
     """The pipeline with its LoRA merged, a run's configuration that would load it, and checksums of its weights.
 
-    Text encoders are only loaded where the LoRA changes them.
+    Text encoders are only loaded if the LoRA changes them.
 
-    Raises UserError where the model or the LoRA cannot be loaded, or a run has no weights yet.
+    Raises UserError if the model or the LoRA cannot be loaded, or a run has no weights yet.
     """
     config = replace(Config(), model=settings.model, revision=settings.revision)
     lora = Path(settings.lora) if settings.lora else None

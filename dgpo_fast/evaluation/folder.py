@@ -23,7 +23,7 @@ NEEDED = ("model", "lora", "weights", "rewards", "seed", "num_inference_steps", 
 """What the folder is read for."""
 
 DIGESTS = {"prompts_sha256": "other prompts", "weights_sha256": "other weights", "lora_sha256": "another LoRA"}
-"""What it was made with where these differ."""
+"""What it was made with if these differ."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Row:
     Attributes:
         sample: its number, which keys its initial noise.
         prompt: what it was drawn for.
-        reward: the weighted sum of the rewards; NaN where one of them failed.
-        scores: each reward's score under its name, and its parts as `name/part`; NaN where there is none.
+        reward: the weighted sum of the rewards; NaN if one of them failed.
+        scores: each reward's score under its name, and its parts as `name/part`; NaN if there is none.
     """
 
     sample: int
@@ -100,7 +100,7 @@ class EvaluationFolder:
         self.path = path
 
     def made_with(self) -> dict[str, Any]:
-        """Settings, prompts and weights. Raises UserError where no evaluation is there."""
+        """Settings, prompts and weights. Raises UserError if no evaluation is there."""
         path = self.path / MADE_WITH
         if not path.is_file():
             raise UserError(f"{self.path}: no evaluation is there (it has no {MADE_WITH})")
@@ -111,9 +111,9 @@ class EvaluationFolder:
         return found
 
     def require_same(self, wanted: dict[str, Any], *, renew: bool = False) -> None:
-        """Raises UserError where the folder holds something else than what is `wanted`; a new one may hold anything.
+        """Raises UserError if the folder holds something else than what is `wanted`; a new one may hold anything.
 
-        Where it is to `renew`, what a run had trained before it was trained further is no error.
+        If it is to `renew`, what a run had trained before it was trained further is no error.
         """
         if not self.path.exists():
             return
@@ -149,7 +149,7 @@ class EvaluationFolder:
     def begin(self, made_with: dict[str, Any], *, renew: bool = False) -> FolderLock:
         """Makes the folder, or goes on in it, and takes it for this process.
 
-        Where it is to `renew`, what its run had drawn before it was trained further is removed. Raises UserError where
+        If it is to `renew`, what its run had drawn before it was trained further is removed. Raises UserError if
         it was made with something else, or another process is at work in it.
         """
         self.require_same(made_with, renew=renew)

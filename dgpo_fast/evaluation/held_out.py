@@ -30,11 +30,11 @@ class Evaluation:
 
     Attributes:
         prompts: one per image.
-        rewards: (N,) float, NaN where the reward failed.
-        images: (N, H, W, 3) uint8; only the first ones where loaded from a file.
+        rewards: (N,) float, NaN if the reward failed.
+        images: (N, H, W, 3) uint8; only the first ones if loaded from a file.
         parts: named parts of the reward, (N,) each.
         failures: one line per image that could not be scored.
-        contents: what tells the rewards from others of their names (`WeightedReward.contents`); None where that is
+        contents: what tells the rewards from others of their names (`WeightedReward.contents`); None if that is
             not known, as of files of earlier versions.
     """
 
@@ -56,7 +56,7 @@ class Evaluation:
 
     def gain(self, before: "Evaluation") -> dict | None:
         """The mean difference from `before`, picture by picture, with the interval of these differences, in all and
-        per tag, as `summary` has the scores; None where other prompts were drawn before."""
+        per tag, as `summary` has the scores; None if other prompts were drawn before."""
         if [prompt.text for prompt in self.prompts] != [prompt.text for prompt in before.prompts]:
             return None
         gains = replace(self, rewards=self.rewards.astype(np.float64) - before.rewards)
@@ -125,11 +125,11 @@ def evaluate(
 ) -> Evaluation:
     """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
 
-    Each of `processes` draws whole forwards of the sampler where there is one for each, so that an image is the same
+    Each of `processes` draws whole forwards of the sampler if there is one for each, so that an image is the same
     to the last bit on any number of them; all of them get the scores of all images, and the first images. Where the
     sampler's weights are `sharded`, they compute equally often.
 
-    Raises UserError where not one image could be scored, which ends with `remedy`. There must be an image for each
+    Raises UserError if not one image could be scored, which ends with `remedy`. There must be an image for each
     process.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)

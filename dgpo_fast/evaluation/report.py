@@ -29,7 +29,7 @@ COLUMNS = 4
 
 
 def summarise(rows: Sequence[Row], rewards: Sequence[str]) -> JsonObject:
-    """Means and 95 % intervals of every score, in all and per tag, and GenEval's figures where prompts are GenEval's.
+    """Means and 95 % intervals of every score, in all and per tag, and GenEval's figures if prompts are GenEval's.
 
     Args:
         rows: the scored pictures.
@@ -53,14 +53,14 @@ def summarise(rows: Sequence[Row], rewards: Sequence[str]) -> JsonObject:
 
 
 def score_names(rows: Sequence[Row], rewards: Sequence[str]) -> list[str]:
-    """The scores that rows have: the weighted sum where it is a score of its own, then rewards and their parts."""
+    """The scores that rows have: the weighted sum if it is a score of its own, then rewards and their parts."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     weights = [parse_spec(reward).weight for reward in rewards]
     return names if weights == [1.0] else [SUM, *names]
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
-    """One score of all rows, float64 (N,), NaN where there is none."""
+    """One score of all rows, float64 (N,), NaN if there is none."""
     return np.array([row.reward if name == SUM else row.scores.get(name, math.nan) for row in rows])
 
 

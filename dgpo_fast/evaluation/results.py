@@ -90,7 +90,7 @@ def write_results(
 
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
-    """Raises UserError where the disk refuses what the block writes into the run's folder."""
+    """Raises UserError if the disk refuses what the block writes into the run's folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:

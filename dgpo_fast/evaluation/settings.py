@@ -18,7 +18,7 @@ from dgpo_fast.wording import NO_HUB_NAME, resume_command
 
 OUTPUTS = Path("evaluations")
 FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
-"""What may differ when an evaluation goes on: none of it decides what is drawn."""
+"""What may change when an evaluation is continued: none of it affects the images."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -118,7 +118,7 @@ def run_config(folder: str) -> Config:
 
 
 def trained_weights(folder: Path, config: Config) -> Path:
-    """The file that says that the run in `folder` has its weights. Raises UserError where it has none yet."""
+    """The file that says that the run in `folder` has its weights. Raises UserError if it has none yet."""
     trained = folder / ("pytorch_lora_weights.safetensors" if config.policy.train == "lora" else "model_index.json")
     if not trained.is_file():
         raise UserError(
@@ -129,7 +129,7 @@ def trained_weights(folder: Path, config: Config) -> Path:
 
 
 def require_weights(settings: EvaluationSettings) -> None:
-    """Raises UserError where the weights of a run are wanted that has none yet."""
+    """Raises UserError if `settings` want the trained weights of a run that has none yet."""
     if settings.weights == "after":
         trained_weights(Path(settings.model), run_config(settings.model))
 
@@ -146,7 +146,7 @@ def _require_there(source: str) -> None:
 
 
 def lasting(settings: EvaluationSettings) -> dict[str, Any]:
-    """What must stay the same when an evaluation goes on."""
+    """What must stay the same when an evaluation is continued."""
     return {name: value for name, value in to_dict(settings).items() if name not in FREE}
 
 

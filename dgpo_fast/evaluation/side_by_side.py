@@ -56,7 +56,7 @@ class Comparison:
     scores: list[str]
 
     def differences(self, score: str) -> np.ndarray:
-        """B − A for every pair, float64 (N,), NaN where one of the two was not scored."""
+        """B − A for every pair, float64 (N,), NaN if one of the two was not scored."""
         return column([b for _, b in self.rows], score) - column([a for a, _ in self.rows], score)
 
     def totals(self, score: str) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ class Comparison:
 
 
 def read_comparison(a: Path, b: Path) -> Comparison:
-    """Two evaluation folders. Raises UserError where they are not of the same prompts and noise."""
+    """Two evaluation folders. Raises UserError if they are not of the same prompts and noise."""
     folders = EvaluationFolder(a), EvaluationFolder(b)
     made_with = [folder.made_with() for folder in folders]
     rows = [folder.rows() for folder in folders]
@@ -125,7 +125,7 @@ def read_comparison(a: Path, b: Path) -> Comparison:
 
 
 def require_comparable(names: Sequence[str], made_with: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError where two evaluations, drawn or still to be drawn, have other noise or no reward in common.
+    """Raises UserError if two evaluations, drawn or still to be drawn, have other noise or no reward in common.
 
     Args:
         names: of both, for the error.
@@ -209,7 +209,7 @@ def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:
 def choose_pairs(comparison: Comparison, most: int) -> list[int]:
     """Numbers of the pairs to show, by the difference in the first score: the worst first, unscored ones last.
 
-    Where there are more than `most`, every score in turn takes its lowest and its highest, so that the first pages are
+    If there are more than `most`, every score in turn takes its lowest and its highest, so that the first pages are
     the right ones whatever the page is ordered by; pairs without any difference are then left out.
     """
     differences = [comparison.differences(score) for score in comparison.scores]

@@ -18,7 +18,7 @@ def mean_with_ci95(rewards: np.ndarray, clusters: list[str]) -> tuple[float, lis
     cluster-robust standard error of a mean, times Student's t for the number of prompts. It is NaN for a lone prompt.
 
     Args:
-        rewards: (N,) float, NaN where missing.
+        rewards: (N,) float, NaN if missing.
         clusters: the prompt of each image.
     """
     kept = np.isfinite(rewards)
@@ -56,7 +56,7 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, scores: np.ndarray, prompts: Sequence[Prompt]) -> "Mean":
-        """Of N scores, NaN where missing, and the prompt of each."""
+        """Of N scores, NaN if missing, and the prompt of each."""
         texts, known = [prompt.text for prompt in prompts], np.isfinite(scores)
         count = len({text for text, is_known in zip(texts, known, strict=True) if is_known})
         return cls(*mean_with_ci95(scores, texts), count, int(known.sum()))
@@ -66,7 +66,7 @@ def geneval_scores(correct: np.ndarray, prompts: Sequence[Prompt]) -> JsonObject
     """GenEval's official figures: its overall score is the mean over the tags of the share of correct images.
 
     Args:
-        correct: (N,) 0 or 1, NaN where the image could not be judged.
+        correct: (N,) 0 or 1, NaN if the image could not be judged.
         prompts: N prompts, each with its tag.
 
     Returns:

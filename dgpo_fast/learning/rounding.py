@@ -1,6 +1,6 @@
 """Weights kept in bf16 whose updates are not lost.
 
-A bf16 weight has 8 significant bits: an update below 1/512 of it vanishes where the sum is rounded to the nearest
+A bf16 weight has 8 significant bits: an update below 1/512 of it vanishes if the sum is rounded to the nearest
 number. Two remedies, both with the optimizer's arithmetic in fp32:
 
 * `StochasticRounding`: up or down with the odds of the distance, so that the mean of many small updates is right.

@@ -1,4 +1,4 @@
-"""What would help where the memory was not enough, by prediction."""
+"""What would help if the memory was not enough, by prediction."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

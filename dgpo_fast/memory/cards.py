@@ -23,10 +23,10 @@ class Fit:
 
     Attributes:
         card_gb: the card's memory.
-        micro_batch: of the run; the largest that fits, where that is left open.
+        micro_batch: of the run; the largest that fits, if that is left open.
         prediction: what it holds.
         fits: whether that leaves the headroom which a run of `policy.micro_batch` "auto" leaves.
-        remedies: settings that would save most, where it does not.
+        remedies: settings that would save most, if it does not.
     """
 
     card_gb: int

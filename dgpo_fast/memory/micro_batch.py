@@ -37,7 +37,7 @@ class MemoryLine:
         return cls.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
 
     def largest(self, available: float) -> int:
-        """Most samples that take no more than `available` bytes; 0 where not one does."""
+        """Most samples that take no more than `available` bytes; 0 if not one does."""
         return max(int((available - self.fixed) // self.per_sample), 0)
 
     def __str__(self) -> str:

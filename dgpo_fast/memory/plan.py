@@ -1,4 +1,4 @@
-"""The memory of one run: predicted before anything is allocated, measured once, and what helps where it runs out."""
+"""The memory of one run: predicted before anything is allocated, measured once, and what helps if it runs out."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,9 +87,9 @@ class MemoryPlan:
     def measure(self, config: Config, models: PolicyModels) -> Config:
         """`config` with the largest micro-batch that fits this GPU, by two measured steps; as it is on a CPU.
 
-        As it is too where weights are sharded: a process that ran out of memory would leave the others waiting.
+        As it is too if weights are sharded: a process that ran out of memory would leave the others waiting.
 
-        Raises UserError where not one sample fits.
+        Raises UserError if not one sample fits.
         """
         if not self.auto or self.device.type != "cuda" or config.distributed.shard != "none":
             return config

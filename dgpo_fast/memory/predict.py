@@ -89,7 +89,7 @@ class Predictor:
         processes: that share the run.
         local_processes: those of them on this machine.
         on_gpu: whether the run's device is a GPU: what is kept in the CPU's memory does not count then.
-        graphs: whether rollouts are recorded there where the settings leave it open.
+        graphs: whether rollouts are recorded there if the settings leave it open.
     """
 
     def __init__(

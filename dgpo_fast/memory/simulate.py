@@ -34,7 +34,7 @@ class Trained:
 
     Attributes:
         storage: how its weights are kept, see `policy.weight_storage`.
-        lora: rank and targets of the adapters; None where all weights are trained.
+        lora: rank and targets of the adapters; None if all weights are trained.
         checkpointing: as `engine.checkpointing`.
     """
 

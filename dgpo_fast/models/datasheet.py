@@ -52,6 +52,6 @@ def find_datasheet(device_name: str) -> Datasheet | None:
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The datasheet's rate of `device`, or None where no datasheet is listed."""
+    """The datasheet's rate of `device`, or None if no datasheet is listed."""
     sheet = find_datasheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return sheet.peak_tflops(dtype) if sheet else None

@@ -13,7 +13,7 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
     """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
 
     Args:
-        x_t: (B, C, H, W) noisy latents, any float dtype. Where B is 0 there is a forward, too.
+        x_t: (B, C, H, W) noisy latents, any float dtype. If B is 0 there is a forward, too.
         timestep: () or (B,), in [0, 1000].
         text: the B prompts.
     """

@@ -108,7 +108,7 @@ def load_pipeline(
         revision: branch, tag or commit on the hub.
         with_text: load the text encoders and tokenizers too; `load_text_encoders` can add them later.
 
-    Raises UserError where there is no such model or it is not a Stable Diffusion 3 pipeline.
+    Raises UserError if there is no such model or it is not a Stable Diffusion 3 pipeline.
     """
     folder = _find_model(model, revision)
     try:
@@ -128,7 +128,7 @@ def load_text_encoders(
 ) -> StableDiffusion3Pipeline:
     """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
 
-    Where they do not fit on a GPU beside what is there, they stay in the CPU's memory, and their layers pass through
+    If they do not fit on a GPU beside what is there, they stay in the CPU's memory, and their layers pass through
     the GPU one after another (`passes_by_layer`): slower, and the same numbers.
 
     Args:
@@ -136,7 +136,7 @@ def load_text_encoders(
         device: where the text encoders go.
         dtype: of their weights.
 
-    Raises UserError where they cannot be loaded.
+    Raises UserError if they cannot be loaded.
     """
     folder = Path(pipeline.name_or_path)
     try:
@@ -177,7 +177,7 @@ def _absent(index: dict) -> dict[str, None]:
 
 
 def find_lora(path: Path) -> Path:
-    """The LoRA at `path`, a .safetensors file or the folder it lies in. Raises UserError where there is none."""
+    """The LoRA at `path`, a .safetensors file or the folder it lies in. Raises UserError if there is none."""
     if path.is_file() and path.suffix == ".safetensors":
         return path
     files = sorted(path.glob("*.safetensors"))
@@ -198,10 +198,10 @@ def merge_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:
     """Merges a LoRA into the pipeline's weights, in place, as a run merges its own: in fp32, rounded once.
 
     Args:
-        pipeline: with its text encoders, where the LoRA changes them.
+        pipeline: with its text encoders, if the LoRA changes them.
         lora: a .safetensors file.
 
-    Raises UserError where that is no LoRA, or not one for this pipeline.
+    Raises UserError if that is no LoRA, or not one for this pipeline.
     """
     transformer, dtype = pipeline.transformer, pipeline.transformer.dtype
     transformer.float()
@@ -253,7 +253,7 @@ def fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
 
 
 def _find_model(model: str, revision: str | None) -> Path:
-    """The folder of the pipeline `model`, downloaded where it is on the hub."""
+    """The folder of the pipeline `model`, downloaded if it is on the hub."""
     source = Path(tiny.PIPELINE_DIR if model == "tiny" else model)
     index = _local_index(source) if source.exists() else _hub_index(model, revision)
     found = index.get("_class_name")

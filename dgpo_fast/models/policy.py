@@ -36,7 +36,7 @@ Weights = Mapping[str, Tensor]
 def weight_storage(config: PolicyConfig, dtype: torch.dtype, sharded: bool = False) -> str:
     """How `config.weights` keeps the trained weights of a run in `dtype`: "fp32", "bf16_master" or "bf16_stochastic".
 
-    Sharded weights are in fp32. Raises UserError where bf16 weights are asked for in a run that is not in bf16.
+    Sharded weights are in fp32. Raises UserError if bf16 weights are asked for in a run that is not in bf16.
     """
     if sharded:
         return "fp32"
@@ -161,7 +161,7 @@ class PolicyModels:
         """Writes `weights` so that plain diffusers loads them: a LoRA file, or a whole pipeline folder.
 
         Args:
-            weights: the tensors to save, usually the slow average; where weights are sharded, what `whole` gave.
+            weights: the tensors to save, usually the slow average; if weights are sharded, what `whole` gave.
             folder: where `pytorch_lora_weights.safetensors`, or the pipeline's folders, go.
             pipeline: the run's pipeline; with full fine-tuning, all of it but the transformer is saved as it is.
         """
@@ -199,7 +199,7 @@ def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
 
 
 def with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int) -> SD3Transformer2DModel:
-    """`transformer` with trainable adapters put in, in place. Raises UserError where a target is not there."""
+    """`transformer` with trainable adapters put in, in place. Raises UserError if a target is not there."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [end for end in config.lora_targets if not any(f".{name}".endswith(f".{end}") for name in names)]
     if unmatched:

@@ -53,7 +53,7 @@ class PromptCache:
         folder: shared by any number of runs and models.
         scope: all that an embedding depends on but the prompt: encoders, dtype, lengths, machine, versions.
         limit_bytes: the least recently used files of all scopes go beyond this. Files that were used since this process
-            began do not: where these alone fill the cache, nothing is added any more.
+            began do not: if these alone fill the cache, nothing is added any more.
         note: told, once each, that the cache is full, cannot be written, or had a damaged file.
     """
 
@@ -78,7 +78,7 @@ class PromptCache:
         return True
 
     def load(self, text: str) -> Row | None:
-        """The encoded prompt `text`, or None where it is not there or its file was damaged, which is then removed."""
+        """The encoded prompt `text`, or None if it is not there or its file was damaged, which is then removed."""
         path = self._path(text)
         try:
             with safe_open(path, framework="pt") as file:
@@ -130,7 +130,7 @@ class PromptCache:
             return False
 
     def _make_room(self, size: int) -> bool:
-        """Evicts until `size` more bytes fit; False where they cannot."""
+        """Evicts until `size` more bytes fit; False if they cannot."""
         if self.used_bytes is None:
             self._open()
             self.used_bytes = sum(stat.st_size for _, stat in self._files())
@@ -211,7 +211,7 @@ def content_digest(pipeline: Path, cache: Path) -> str:
         pipeline: a folder in diffusers' format.
         cache: the folder of the prompt cache.
 
-    Raises OSError where a file cannot be read.
+    Raises OSError if a file cannot be read.
     """
     files = [path for part in ("text_encoder*", "tokenizer*") for path in pipeline.glob(f"{part}/**/*")]
     lines = [f"{path.relative_to(pipeline).as_posix()} {_file_digest(path, cache)}" for path in files if path.is_file()]

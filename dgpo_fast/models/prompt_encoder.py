@@ -53,7 +53,7 @@ class PromptEncoder:
     A pipeline without text encoders gets them from its folder when a prompt is first found nowhere, and they leave
     again as soon as `prepare` has seen to all prompts.
 
-    Raises UserError for no T5 tokens where the pipeline has a T5 encoder.
+    Raises UserError for no T5 tokens if the pipeline has a T5 encoder.
 
     Args:
         pipeline: the pipeline; embeddings go to its transformer's device.

@@ -132,7 +132,7 @@ def _scale(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _tokenizers(architecture: Architecture) -> dict[str, PreTrainedTokenizerBase]:
-    """The folder's tokenizers, or ones that read letter by letter where there is no folder."""
+    """The folder's tokenizers, or ones that read letter by letter if there is no folder."""
     kinds: dict[str, tuple[type[PreTrainedTokenizerBase], Callable[[], PreTrainedTokenizerBase]]] = {
         "tokenizer": (CLIPTokenizer, _clip_letters),
         "tokenizer_2": (CLIPTokenizer, _clip_letters),

@@ -26,7 +26,7 @@ class Batch:
         group_size: G, samples per group.
         schedule: the rollout's grid.
         transitions: every step of the rollout, for an objective that `needs_transitions`.
-        part: where these samples stand among those of all processes; None where they are all.
+        part: where these samples stand among those of all processes; None if they are all.
     """
 
     iteration: int

@@ -104,7 +104,7 @@ def best_and_worst(batch: Batch) -> Batch:
     """
     everyone = batch.advantage if batch.part is None else batch.part.advantage
     by_group = everyone.reshape(batch.groups, batch.group_size)
-    # In the order of their positions, so that a process's pairs lie together where a pair is held by two of them.
+    # In the order of their positions, so that a process's pairs lie together if a pair is held by two of them.
     positions, order = torch.stack([by_group.argmax(1), by_group.argmin(1)], dim=1).sort(dim=1)
     places = (positions + torch.arange(batch.groups, device=positions.device)[:, None] * batch.group_size).flatten()
     differ = (by_group.amax(1) > by_group.amin(1)).repeat_interleave(PAIR)

@@ -20,8 +20,8 @@ class Sorted:
     """A process's samples, sorted by whether their group prefers anything.
 
     Attributes:
-        preferring: groups with some advantage; None where there are none.
-        equal: groups whose advantages are all exactly 0; None where there are none.
+        preferring: groups with some advantage; None if there are none.
+        equal: groups whose advantages are all exactly 0; None if there are none.
         preferring_share: of all processes' groups, those with some advantage.
     """
 
@@ -46,7 +46,7 @@ class Sorted:
 
 
 def sort_groups(batch: Batch) -> Sorted:
-    """Sorts `batch`; all of it counts as preferring where processes work in step: they share groups or weights."""
+    """Sorts `batch`; all of it counts as preferring if processes work in step: they share groups or weights."""
     part = batch.part or BatchPart(0, batch.groups, batch.group_size, batch.advantage.cpu())
     if part.split or part.edges is not None:
         return Sorted(batch, None, 1.0)

@@ -108,7 +108,7 @@ class FlowGRPOObjective(Objective):
             return self._velocity(models.policy, batch.empty, x, timestep, batch.text)
 
     def _reference(self, batch: Batch, models: PolicyModels, steps: int) -> Iterator[Tensor | None]:
-        """The reference's velocities at one step after another, (B, C, H, W); None where there is no KL term."""
+        """The reference's velocities at one step after another, (B, C, H, W); None if there is no KL term."""
         assert batch.transitions is not None
         if self.config.kl_weight == 0:
             yield from [None] * steps

@@ -36,7 +36,7 @@ class Comparison:
         ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old, and what the KL term holds to. None:
             there is no clip; the KL term holds to the reference, which is then read once.
         seed, draw: of the noise in `x_t`.
-        part: where these samples stand among those of all processes; None where they are all.
+        part: where these samples stand among those of all processes; None if they are all.
     """
 
     x0: Tensor
@@ -84,7 +84,7 @@ def compare(
     Args:
         batch: whole groups, each of which shares its noise.
         levels: in this order.
-        forward: predicts `ref_v`, and `old_v` and `kl_v` where they are needed; see `Comparison`.
+        forward: predicts `ref_v`, and `old_v` and `kl_v` if they are needed; see `Comparison`.
         seed: of the noise.
         batch_size: samples per forward.
         at_once: levels that are predicted together.

@@ -32,7 +32,7 @@ def predict_levels(
     """What `forward` predicts for the same B samples at one noise level after another, without gradients.
 
     A batch goes on from one level into the next, so that only the last one is not full. Predictions are made as they
-    are asked for: those of a level and of a batch are all that is held. They are empty where there is no sample.
+    are asked for: those of a level and of a batch are all that is held. They are empty if there is no sample.
 
     Args:
         forward: gets at most `batch_size` samples.

@@ -338,7 +338,7 @@ def candidates(timings: Iterable[JsonObject]) -> dict[str, list[Candidate]]:
     """Tables of the report from what the engine timed before it chose.
 
     Args:
-        timings: of each candidate what it is "for", its "name", "forward_ms" and "backward_ms" where they were
+        timings: of each candidate what it is "for", its "name", "forward_ms" and "backward_ms" if they were
             measured, whether it was "chosen", and as "obstacle" why it could not be had.
     """
     tables: dict[str, list[Candidate]] = {}

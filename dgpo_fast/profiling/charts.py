@@ -102,7 +102,7 @@ def _parts_of_training(report: Report, share: float, width: float) -> str:
 
 
 def _labelled(name: str, of_page: float, tip: str, share: float) -> str:
-    """A piece of a stacked bar, with its name in it where there is room: on any page, on a wide one, or on none."""
+    """A piece of a stacked bar, with its name in it if there is room: on any page, on a wide one, or on none."""
     need = LETTER_PX * len(name) + 8
     text = name if of_page * WIDE_PX > need else ""
     narrow = of_page * NARROW_PX > need

@@ -33,7 +33,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One number of both reports; None where a report is without it."""
+    """One number of both reports; None if a report is without it."""
 
     group: str
     name: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Second over first, where both are there and the first is not 0."""
+        """Second over first, if both are there and the first is not 0."""
         if self.first is None or self.second is None or not self.first.number:
             return None
         return self.second.number / self.first.number

@@ -55,7 +55,7 @@ def cpu_name() -> str:
 
 
 def versions(device: torch.device, driver: str | None) -> dict[str, str]:
-    """What ran, by name: code, interpreter, libraries and, where it is known, the GPU's driver."""
+    """What ran, by name: code, interpreter, libraries and, if it is known, the GPU's driver."""
     found: dict[str, str | None] = {
         "dgpo_fast": code_version(),
         "commit": commit(),
@@ -73,7 +73,7 @@ def versions(device: torch.device, driver: str | None) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the code with `-dirty` where files differ from it; None outside a git checkout."""
+    """The commit of the code with `-dirty` if files differ from it; None outside a git checkout."""
     folder = Path(str(dgpo_fast.__file__)).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:

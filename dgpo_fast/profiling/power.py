@@ -20,7 +20,7 @@ class PowerSample:
 
     Attributes:
         time_s: by `time.perf_counter`.
-        energy_j: the GPU's own energy counter, where it has one.
+        energy_j: the GPU's own energy counter, if it has one.
         reasons: why the clocks are what they are, NVML's bits.
     """
 
@@ -55,7 +55,7 @@ def energy_between_j(samples: list[PowerSample], start_s: float, end_s: float) -
 class PowerMeter:
     """Samples a GPU in a thread between `start` and `stop`.
 
-    Where NVML is not to be had (no nvidia-ml-py, no NVIDIA driver), `note` says why and there are no samples.
+    If NVML is not to be had (no nvidia-ml-py, no NVIDIA driver), `note` says why and there are no samples.
 
     Args:
         device: the run's device.

@@ -28,7 +28,7 @@ class Rates:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Both rates of `device`; takes a second or two, and on a GPU about 3 GiB, less where less is free."""
+    """Both rates of `device`; takes a second or two, and on a GPU about 3 GiB, less if less is free."""
     size, copy_mib = 1024, 128
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """The numbers of a profile: `report.json`, written by one command and read back to compare two runs.
 
-What could not be measured on a device is None or empty, and `notes` says why where that is not plain.
+What could not be measured on a device is None or empty, and `notes` says why if that is not plain.
 """
 
 import json
@@ -69,7 +69,7 @@ class Throughput:
 
     Attributes:
         tflop_per_iteration: by the flop counter; prompt encoders and reward models left out.
-        mfu_percent: achieved rate of the datasheet's, where the device has one here.
+        mfu_percent: achieved rate of the datasheet's, if the device has one here.
         of_matmul_percent: achieved rate of the matmul rate measured in this run.
     """
 
@@ -314,7 +314,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """The report in `path`, a file or a profile's folder. Raises UserError where there is none."""
+    """The report in `path`, a file or a profile's folder. Raises UserError if there is none."""
     path = path / FILE if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ def annotation(events: list[Event], name: str) -> list[Interval]:
 
 
 def device_events(events: list[Event], window: Interval | None = None) -> list[Event]:
-    """Kernels, copies and fills on the GPU; those that overlap `window` where one is given."""
+    """Kernels, copies and fills on the GPU; those that overlap `window` if one is given."""
     found = [event for event in events if event.get("cat") in ON_DEVICE]
     if window is None:
         return found

@@ -18,7 +18,7 @@ def seconds(value: float) -> str:
 
 
 def flop(tera: float, per_second: bool = False) -> str:
-    """`1.23 TFLOP`, or in the prefix below or above where that reads better."""
+    """`1.23 TFLOP`, or in the prefix below or above if that reads better."""
     unit = "FLOP/s" if per_second else "FLOP"
     for prefix, factor in (("P", 1e-3), ("T", 1.0), ("G", 1e3), ("M", 1e6)):
         if abs(tera) * factor >= 1 and not (prefix == "P" and abs(tera) < 10_000):

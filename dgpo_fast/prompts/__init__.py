@@ -56,7 +56,7 @@ def load_prompts(source: str, *, eval_source: str | None = None, held_out: int =
     run's seed: every run of one configuration trains on the same list and is evaluated on the same prompts.
 
     Raises:
-        UserError: one line naming the file, the line number where there is one, and the remedy.
+        UserError: one line naming the file, the line number if there is one, and the remedy.
     """
     if held_out < 1:
         raise UserError(f"held_out must be at least 1, got {held_out}")

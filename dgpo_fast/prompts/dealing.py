@@ -50,7 +50,7 @@ class GroupSampler(Generic[T]):
 def spread(items: Sequence[T], kind: Callable[[T], Hashable]) -> list[T]:
     """The same items in an order in which the first n hold n/N of each kind, for every n, within less than one item.
 
-    Processes hold consecutive groups. Where prompts have rewards of their own, some of which take longer than others,
+    Processes hold consecutive groups. If prompts have rewards of their own, some of which take longer than others,
     every share then has its part of each kind, within less than two groups, at any number of processes and whatever the
     rewards take. Tijdeman, "The chairman assignment problem" (1980): of the kinds that are due, the one whose next item
     may wait the least.

@@ -37,7 +37,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a `.txt`, `.jsonl` or `.csv` file in file order, repetitions included; blank lines are skipped.
 
     Raises:
-        UserError: one line that names the file, the line where there is one, and the remedy.
+        UserError: one line that names the file, the line if there is one, and the remedy.
     """
     path = Path(path)
     if os.path.isdir(path):

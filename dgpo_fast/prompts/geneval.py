@@ -173,7 +173,7 @@ def plural(name: str) -> str:
 
 
 def _sample(tag: str, size: int, rng: random.Random) -> list[Prompt]:
-    """`size` distinct prompts of a tag in random order, or all of them where there are fewer."""
+    """`size` distinct prompts of a tag in random order, or all of them if there are fewer."""
     total = prompt_count(tag)
     return [geneval_prompt(tag, index) for index in rng.sample(range(total), min(size, total))]
 

@@ -32,7 +32,7 @@ class Prompt:
 
     @property
     def tag(self) -> str:
-        """The task the prompt belongs to, `"all"` where prompts have none; results are reported per tag."""
+        """The task the prompt belongs to, `"all"` if prompts have none; results are reported per tag."""
         return str(self.metadata.get("tag", "all"))
 
     @property
@@ -54,7 +54,7 @@ class PromptSets:
         train: prompts to draw from uniformly. Repetitions are deliberate: they set the mix of tags.
         held_out: prompts for evaluation, one image each; distinct but for tags that have too few.
         note: one line that a user should see, or empty.
-        evaluated: what `held_out` is, in a phrase: `TRAINING_PROMPTS` where they are no others.
+        evaluated: what `held_out` is, in a phrase: `TRAINING_PROMPTS` if they are no others.
     """
 
     train: list[Prompt]
@@ -83,7 +83,7 @@ def in_proportion(prompts: Iterable[Prompt], mix: Mapping[str, int]) -> list[Pro
 
 
 def in_turn(prompts: Iterable[T], tag_of: Callable[[T], str], count: int) -> list[T]:
-    """`count` of the prompts, the tags in turn and each tag's prompts in order, over again where there are too few."""
+    """`count` of the prompts, the tags in turn and each tag's prompts in order, over again if there are too few."""
     by_tag: dict[str, list[T]] = {}
     for prompt in prompts:
         by_tag.setdefault(tag_of(prompt), []).append(prompt)
@@ -93,7 +93,7 @@ def in_turn(prompts: Iterable[T], tag_of: Callable[[T], str], count: int) -> lis
 
 
 def quoted_text(text: str) -> str | None:
-    """The text between the first pair of double quotes (`"`), or None where there is no pair or nothing in it."""
+    """The text between the first pair of double quotes (`"`), or None if there is no pair or nothing in it."""
     pieces = text.split('"', 2)
     return pieces[1] if len(pieces) == 3 and pieces[1].strip() else None
 

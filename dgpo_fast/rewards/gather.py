@@ -14,14 +14,14 @@ from dgpo_fast.rewards import GroupScores
 
 
 def gather_scores(mine: GroupScores, share: Share, groups: int, processes: Processes, what: str) -> GroupScores:
-    """The scores of all P groups on every process. A group is valid where all of its pieces are.
+    """The scores of all P groups on every process. A group is valid if all of its pieces are.
 
     Args:
         mine: scores of the share's pieces, each as a group of its own.
         share: which samples they are.
         groups: P.
         processes: all of them call this together.
-        what: named in the error where the others do not come.
+        what: named in the error if the others do not come.
     """
     if processes.count == 1:
         return mine

@@ -39,10 +39,10 @@ class GroupLog:
             iteration: the number that messages give it.
             prompts: one per group.
             scores: theirs, of all processes.
-            folder: the run's, which messages name; None where it has none.
+            folder: the run's, which messages name; None if it has none.
 
-        Raises SharedError where a reward has scored nothing, on any process, for too many iterations in a row among
-        those that asked it, or where no group was left of so many.
+        Raises SharedError if a reward has scored nothing, on any process, for too many iterations in a row among
+        those that asked it, or if no group was left of so many.
         """
         for line in scores.failures:
             self._note(f"iteration {iteration}: group dropped: {line}")
@@ -68,7 +68,7 @@ class GroupLog:
 
     def _count_lost(self, reward: str, has_scored: bool, failures: list[str], folder: Path | None) -> None:
         """Counts iterations in a row that were lost on a reward, named as in its `failures`, or on none in particular
-        where it is empty."""
+        if it is empty."""
         lost = self._lost_in_a_row[reward] = 0 if has_scored else self._lost_in_a_row[reward] + 1
         if lost < self._most_lost:
             return

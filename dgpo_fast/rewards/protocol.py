@@ -54,7 +54,7 @@ class Reward(Protocol):
 
 
 def not_finite(scores: np.ndarray) -> str | None:
-    """Of scores (B,), the first that is not finite, in a phrase; None where there is none."""
+    """Of scores (B,), the first that is not finite, in a phrase; None if there is none."""
     finite = np.isfinite(scores)
     if finite.all():
         return None

@@ -83,7 +83,7 @@ def load_reward(name: str, source: str | None = None) -> Reward:
             reward; one that takes images, prompts and metadata is the reward.
 
     Raises:
-        UserError: one line, where there is no such reward, it cannot be made, or its self-test fails.
+        UserError: one line, if there is no such reward, it cannot be made, or its self-test fails.
     """
     what = f"reward {name!r}"
     reward = _load(what, source or name)

@@ -35,8 +35,8 @@ class GroupScores:
     Attributes:
         rewards: float32 (P, G), the weighted sums; NaN in groups that are not valid.
         parts: each reward's own score, unweighted, under its name, and its named parts as `name/part`; float32 (P, G),
-            NaN where there is none, as for a prompt that other rewards were chosen for.
-        valid: bool (P,), False where a reward failed: such a group must not be trained on, nor counted in a mean.
+            NaN if there is none, as for a prompt that other rewards were chosen for.
+        valid: bool (P,), False if a reward failed: such a group must not be trained on, nor counted in a mean.
         failures: one line per failure.
     """
 
@@ -84,7 +84,7 @@ class WeightedReward:
             counts: how many pictures the rewards will be asked for at a time.
             side: of the pictures, in pixels.
 
-        Raises UserError, one line, where a reward's answer would lose the pictures.
+        Raises UserError, one line, if a reward's answer would lose the pictures.
         """
         squares = golden.squares(side)
         for name, reward in self.rewards.items():
@@ -102,11 +102,11 @@ class WeightedReward:
 
     @property
     def dependent_images(self) -> str | None:
-        """The first reward whose score of a picture may depend on the pictures beside it; None where there is none."""
+        """The first reward whose score of a picture may depend on the pictures beside it; None if there is none."""
         return next((n for n, one in self.rewards.items() if not getattr(one, "independent_images", False)), None)
 
     def check_processes(self, processes: int, groups: int) -> None:
-        """Raises UserError where so many processes would cut groups that a reward must see whole."""
+        """Raises UserError if so many processes would cut groups that a reward must see whole."""
         name = self.dependent_images
         if groups < processes and name is not None:
             raise UserError(
@@ -203,7 +203,7 @@ class WeightedReward:
         return [name for name in self.rewards if name in names]
 
     def _weighted_sum(self, scored: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-        """float32 (G,); infinite where the sum is too large for it."""
+        """float32 (G,); infinite if the sum is too large for it."""
         with np.errstate(over="ignore"):
             terms = [self.weights[name] * scored[name].astype(np.float64) for name in names]
             return np.sum(terms, axis=0).astype(np.float32)

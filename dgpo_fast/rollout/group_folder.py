@@ -73,7 +73,7 @@ class GroupFolder:
         self.home = home
 
     def drawing(self, wanted: Drawing) -> Drawing | None:
-        """What lies here; None where nothing does. Raises UserError where it is not what is `wanted`."""
+        """What lies here; None if nothing does. Raises UserError if it is not what is `wanted`."""
         path = self.home / MANIFEST
         if not path.exists():
             return None

@@ -38,7 +38,7 @@ class OfflineSource:
         prompts: the training prompts.
         processes: they draw file by file in turn, into a folder that all of them see.
 
-    Raises UserError where the folder's groups were drawn with other settings.
+    Raises UserError if the folder's groups were drawn with other settings.
     """
 
     def __init__(self, config: Config, worker: RolloutWorker, prompts: list[Prompt], processes: Processes = ALONE):
@@ -116,7 +116,7 @@ class OfflineSource:
     def _draw_missing(
         self, home: GroupFolder, drawing: Drawing, console: Console, should_stop: Callable[[], bool]
     ) -> bool:
-        """Draws file after file. False where it was asked to stop before the last one."""
+        """Draws file after file. False if it was asked to stop before the last one."""
         mine = range(self.processes.rank, len(drawing.files), self.processes.count)
         missing = deque(number for number in mine if not home.path(number).exists())
         if not missing:
@@ -156,7 +156,7 @@ class OfflineSource:
 
 
 def _scores(stored: list[Stored]) -> GroupScores:
-    """Scores of P groups, with NaN where a part of the reward says nothing of a group."""
+    """Scores of P groups, with NaN if a part of the reward says nothing of a group."""
     names = dict.fromkeys(name for group in stored for name in group.parts)
     empty = np.full_like(stored[0].rewards, np.nan)
     return GroupScores(

@@ -88,7 +88,7 @@ class RolloutWorker:
             latents.append(x0)
             self.work.sampled(text[rows], forwards=self.schedule.steps * (2 if self.rollout.guidance_scale > 1 else 1))
             waiting.append(self.sampler.start_decoding(x0))
-            # Where images are decoded beside the next batch's rollout, they are asked for after it.
+            # If images are decoded beside the next batch's rollout, they are asked for after it.
             if len(waiting) > self.sampler.decodes_ahead:
                 self._score(waiting.popleft(), scoring)
         while waiting:

@@ -43,7 +43,7 @@ def sample_latents(
     step_noise: StepNoise | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. A trajectory is kept only where asked for.
+    """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. A trajectory is kept only if asked for.
 
     Args:
         transformer: draws the images; no adapter should be in its graph.
@@ -53,7 +53,7 @@ def sample_latents(
         schedule: grid and coefficients on the noise's device.
         guidance_scale: v = v_uncond + g·(v_cond − v_uncond); 1 is unguided.
         batch_size: samples per forward.
-        step_noise: draws the noise of the steps, and keeps them where asked to; for a schedule that has noise.
+        step_noise: draws the noise of the steps, and keeps them if asked to; for a schedule that has noise.
         on_step: told the share done, in (0, 1], after each solver step.
     """
     if step_noise is not None:
@@ -118,7 +118,7 @@ class Sampler:
         decode: how images are decoded; by default plainly, when they are asked for.
         decodes_ahead: batches whose images are best asked for later, since `decode` works beside the rollout.
 
-    Raises UserError where the resolution does not fit the model.
+    Raises UserError if the resolution does not fit the model.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Sampler:
     def keep_up(self, mine: int, most: int, prompt: str, schedule: Schedule, guidance_scale: float) -> None:
         """Forwards for one image that nobody sees, until they are as many as `most` samples need, not only `mine`.
 
-        Where weights are sharded, all processes must compute equally often.
+        If weights are sharded, all processes must compute equally often.
         """
         for rows in batch_slices(mine, self.batch_size, most):
             if rows.start == rows.stop:

@@ -26,7 +26,7 @@ class Schedule:
         sigmas: (S + 1,) fp32, falling to 0: x_t = (1 − σ)·x0 + σ·noise.
         timesteps: (S,) fp32, what the transformer is told, in [0, 1000].
         coefficients: (S, 4) fp32 [σ, a, b, c] with x0 = x − σ·v and x ← a·x + b·x0 + c·x0_previous for "dpmpp_2m";
-            (S, 1) fp32 [b] with x ← x + b·v for "euler", b = σ_next − σ where there is no noise.
+            (S, 1) fp32 [b] with x ← x + b·v for "euler", b = σ_next − σ if there is no noise.
         noise: None for an ODE; (S, 2) fp32 [a, c] of a stochastic rollout, whose steps are x ← x + b·v + a·x + c·z.
     """
 

@@ -25,7 +25,7 @@ class Groups:
         x0: (B, C, H, W) fp32 final latents of the process's own samples.
         scores: what the rewards said of all samples.
         share: which of the P·G samples are the process's own.
-        transitions: every step of the rollout of its own samples, where it was kept.
+        transitions: every step of the rollout of its own samples, if it was kept.
         metrics: what else to log of drawing them.
     """
 
@@ -47,7 +47,7 @@ class Source(Protocol):
         Args:
             folder: the run's.
             console: shows progress.
-            should_stop: asked now and then; True ends the work where it can be gone on with.
+            should_stop: asked now and then; True ends the work at a point from which it can be continued.
         """
         ...
 

@@ -47,7 +47,7 @@ class StepNoise:
         self.transitions: Transitions | None = None
 
     def start(self, noise: Tensor, steps: int) -> None:
-        """Makes room for the steps that start from `noise` (B, C, H, W), where they are to be kept."""
+        """Makes room for the steps that start from `noise` (B, C, H, W), if they are to be kept."""
         if self.keep:
             states = noise.new_empty(steps + 1, *noise.shape)
             states[0] = noise
@@ -81,7 +81,7 @@ class StepNoise:
 
 
 def joined(noises: Sequence[StepNoise | None]) -> Transitions | None:
-    """The kept steps of rollouts one after another; None where none were kept."""
+    """The kept steps of rollouts one after another; None if none were kept."""
     kept = [noise.transitions for noise in noises if noise is not None and noise.transitions is not None]
     if not kept:
         return None

@@ -89,14 +89,14 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is on the disk; raises UserError where it is not."""
+        """Waits until the last checkpoint is on the disk; raises UserError if it is not."""
         running, self.running = self.running, None
         if running is not None:
             running.result()
 
 
 def _copied(tensor: Tensor, before: Tensor | None) -> Tensor:
-    """A copy on the CPU, in the memory of the copy before it where that fits; from a GPU still on its way."""
+    """A copy on the CPU, in the memory of the copy before it if that fits; from a GPU still on its way."""
     tensor = tensor.detach()
     if before is None or before.shape != tensor.shape or before.dtype != tensor.dtype:
         before = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -115,7 +115,7 @@ def save_checkpoint(
         keep: at least 1.
         info: JSON values for the manifest.
 
-    Raises UserError where the disk refuses; the checkpoints already there stay as they are.
+    Raises UserError if the disk refuses; the checkpoints already there stay as they are.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _flat(parts).items()}
     return _write(folder, iteration, tensors, keep, info or {})
@@ -178,7 +178,7 @@ def _refusal(target: Path, error: Exception) -> str:
 def load_newest(folder: Path) -> tuple[State, list[str]]:
     """The newest valid checkpoint in `folder`, and a line for each one passed over.
 
-    Raises UserError where none is valid.
+    Raises UserError if none is valid.
     """
     passed_over: list[str] = []
     for path in _all(folder):

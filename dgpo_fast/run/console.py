@@ -108,7 +108,7 @@ class Console:
 
         Args:
             before, after: what `Evaluation.summary` gave.
-            gain: what `Evaluation.gain` gave; where it is None, the difference of the means is shown.
+            gain: what `Evaluation.gain` gave; if it is None, the difference of the means is shown.
             evaluated: which prompts, for the title.
         """
         title = f"reward on {evaluated}, 95 % interval"
@@ -128,7 +128,7 @@ PHASE_KEYS = ("encode_s", "rollout_s", "decode_s", "reward_s", "train_s", "optim
 
 
 def duration(seconds: float) -> str:
-    """`75` → `1:15`; hours where there are any."""
+    """`75` → `1:15`; hours if there are any."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -77,7 +77,7 @@ class MetricsFile:
     def write(self, metrics: dict[str, Any]) -> None:
         """Appends one line; NaN and infinity become null, which JSON has.
 
-        Raises UserError where the file was removed: what is written then is lost without a word.
+        Raises UserError if the file was removed: what is written then is lost without a word.
         """
         if os.fstat(self.file.fileno()).st_nlink == 0:
             raise UserError(f"{self.path} was removed during the run: its folder is gone; start the run again")
@@ -102,7 +102,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 class Loggers:
-    """TensorBoard and Weights & Biases, where asked for. One that fails is left out with a note and never ends the run.
+    """TensorBoard and Weights & Biases, if asked for. One that fails is left out with a note and never ends the run.
 
     Args:
         log: which are wanted.

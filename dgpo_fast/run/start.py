@@ -44,7 +44,7 @@ MUST_STAY = ("optimizer.name",)  # its state is another's
 
 @dataclass(frozen=True)
 class Start:
-    """What a command line asks for: the settings, the run's folder, and whether a run there is gone on with."""
+    """What a command line asks for: the settings, the run's folder, and whether a run there is resumed."""
 
     config: Config
     folder: Path
@@ -52,7 +52,7 @@ class Start:
 
 
 def read_start(args: list[str]) -> Start:
-    """What `args` ask for; where torchrun starts a run again, to go on with it."""
+    """What `args` ask for. If torchrun has restarted the processes of a run, they ask to resume it."""
     args = list(args)
     resume = take_option(args, "resume")
     if resume:
@@ -67,7 +67,7 @@ def read_start(args: list[str]) -> Start:
     if begun is None:
         return Start(config, new_folder(config), False)
     if iterations_done(begun) is None:
-        FolderLock(begun).release()  # raises where a process is at work in it
+        FolderLock(begun).release()  # raises if a process is at work in it
         shutil.rmtree(begun)  # it ended before its first checkpoint: there is nothing to go on from
         return Start(config, begun, False)
     return Start(resumed_config(begun, []), begun, True)
@@ -90,8 +90,8 @@ def launcher_id() -> str | None:
 def begun_before(config: Config) -> Path | None:
     """The folder of the run that this torchrun began before it restarted its processes.
 
-    Or that an earlier torchrun began with the same `--rdzv-id`, `--name` and settings, as where a cluster's manager
-    starts a job again.
+    Or that an earlier torchrun began with the same `--rdzv-id`, `--name` and settings, for example because a
+    cluster's manager restarted the job.
     """
     launcher = launcher_id()
     if launcher is None:
@@ -122,7 +122,7 @@ def shared_start(start: Start | None, processes: "Processes") -> Start:
 def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
     """Makes the folder of a new run, with its settings in it, and takes the run's folder for this process.
 
-    Raises UserError where another run has it.
+    Raises UserError if another run has it.
     """
     if not resumed:
         try:
@@ -167,10 +167,10 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
 
 
 def _require_effect(folder: Path, before: Config, after: Config) -> None:
-    """Raises UserError where a resumed run would train nothing, and other settings than before would mean nothing.
+    """Raises UserError if a resumed run would train nothing, and other settings than before would mean nothing.
 
     The number of iterations that are done is allowed: it ends the run there. So are other settings, such as the device,
-    where a run has yet to make its results.
+    if a run has yet to make its results.
     """
     done = iterations_done(folder) or 0
     if after.iterations < done:

@@ -182,7 +182,7 @@ def _templates() -> tuple[np.ndarray, list[str]]:
 
 
 def _colors(pixels: np.ndarray, chroma: np.ndarray, labels: np.ndarray, n: int) -> list[str]:
-    """The colour that most pixels of each component vote for, "" where they do not agree on one."""
+    """The colour that most pixels of each component vote for, "" if they do not agree on one."""
     hues = np.array([(np.array(c) - min(c)) / (max(c) - min(c)) for c in data.COLORS.values()], np.float32)
     inside = labels > 0
     hue = (pixels[inside] - pixels[inside].min(-1, keepdims=True)) / chroma[inside][:, None]

@@ -5,7 +5,7 @@ Shapes: B samples; N elements in a sample; P groups. ``impl`` is one of
 * ``"eager"``: plain PyTorch, any device, any float dtype;
 * ``"compile"``: ``torch.compile`` of the same functions;
 * ``"triton"``: the fused kernels, on CUDA tensors of float32, bfloat16 or float16;
-* ``"auto"``: ``"triton"`` where it can run, else ``"eager"``; the choice is logged once for each op and device.
+* ``"auto"``: ``"triton"`` if it can run, else ``"eager"``; the choice is logged once for each op and device.
 """
 
 import math
@@ -25,7 +25,7 @@ class DGPOLoss(NamedTuple):
     loss: 0-dim, differentiable in ``policy_v``.
     dsm_policy, dsm_ref, dsm_old: denoising losses mean (v − v*)²; ``dsm_old`` is None without ``old_v``.
     kl: mean (policy_v − kl_v)²; None without ``kl_v``.
-    clipped: bool (B,), True where the sample's gradient was cut.
+    clipped: bool (B,), True if the sample's gradient was cut.
     group_score: s_g of each sample's group, after ``reduce_group_scores``. One value a sample, not one a group: so its
         shape is known without waiting for the device.
     """
@@ -177,7 +177,7 @@ def dgpo_loss(
         old_v: the behaviour policy's prediction, needed by ``clip_range``.
         clip_range: c > 0, or None for no clipping.
         kl_v: the prediction that the KL term holds the policy to; may be ``ref_v`` itself.
-        kl_weight: ≥ 0; needs ``kl_v`` unless 0. Its divisor B is num_groups·group_size where both are given, else the
+        kl_weight: ≥ 0; needs ``kl_v`` unless 0. Its divisor B is num_groups·group_size if both are given, else the
             call's.
         num_groups: P; the number of distinct groups in the call by default.
         group_size: G of every group; each group's number of samples in the call by default.

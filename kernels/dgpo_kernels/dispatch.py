@@ -30,7 +30,7 @@ def resolve(impl: str, op: str, device: torch.device, dtypes: Sequence[torch.dty
         if obstacle is not None:
             raise RuntimeError(f"impl='triton' of {op} cannot run: {obstacle}; use impl='eager' or 'compile'")
         return impl
-    # The interpreter is for tests: it is used where asked for, never chosen.
+    # The interpreter is for tests: it is used if asked for, never chosen.
     chosen = "triton" if obstacle is None and device.type == "cuda" else "eager"
     if not torch.compiler.is_compiling():
         _announce(op, device.type, chosen, obstacle or "")

@@ -20,7 +20,7 @@ def channels_of(tensor: Tensor) -> int:
 
 
 def in_layout(tensor: Tensor, channels: int) -> Tensor:
-    """``tensor`` itself where a sample of it is laid out as the call's are, else a copy that is."""
+    """``tensor`` itself if a sample of it is laid out as the call's are, else a copy that is."""
     order = (2, 3, 1) if channels else range(1, tensor.dim())
     if _dense(tensor, order):
         return tensor

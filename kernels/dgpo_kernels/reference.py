@@ -1,7 +1,7 @@
 """The ops written plainly in PyTorch: what every other implementation is tested against, and what runs without a GPU.
 
 Everything here is made of differentiable, traceable tensor operations, needs no host synchronisation on a GPU, and
-computes in float32, or in float64 where an input is float64.
+computes in float32, or in float64 if an input is float64.
 
 Noise. Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is a pure function from a
 128-bit counter and a 64-bit key to four 32-bit words. Here
@@ -30,7 +30,7 @@ ROUNDS = 10
 
 
 class SampleLosses(NamedTuple):
-    """Per-sample losses (B,): means over a sample's elements; None where the prediction was not given."""
+    """Per-sample losses (B,): means over a sample's elements; None if the prediction was not given."""
 
     policy: Tensor
     ref: Tensor
@@ -212,7 +212,7 @@ def dgpo_loss(
 
 
 def guided_velocity(v_cond: Tensor, v_uncond: Tensor | None, guidance_scale: float, dtype: torch.dtype) -> Tensor:
-    """Classifier-free guidance: v = v_uncond + g·(v_cond − v_uncond), or v_cond where v_uncond is None."""
+    """Classifier-free guidance: v = v_uncond + g·(v_cond − v_uncond), or v_cond if v_uncond is None."""
     if v_uncond is None:
         return v_cond.to(dtype)
     return v_uncond.to(dtype) + guidance_scale * (v_cond.to(dtype) - v_uncond.to(dtype))

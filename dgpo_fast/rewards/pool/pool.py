@@ -164,7 +164,7 @@ class RewardPool:
         """The answer to a task, once it is there, and the seconds that it took.
 
         Raises:
-            UserError: the reward's own, or where one hangs in this process, which nothing can stop.
+            UserError: the reward's own, or if one hangs in this process, which nothing can stop.
         """
         while True:
             try:
@@ -293,7 +293,7 @@ class Scoring:
         self.rest = [waiting[whole * self.group_size :]] if whole * self.group_size < len(waiting) else []
 
     def result(self) -> GroupScores:
-        """The scores of all groups, once they are there. Raises UserError where a reward does."""
+        """The scores of all groups, once they are there. Raises UserError if a reward does."""
         if self.rest or len(self.groups) < len(self.prompts):
             raise ValueError(f"images for {len(self.groups)} of {len(self.prompts)} groups of {self.group_size}")
         answers = {}

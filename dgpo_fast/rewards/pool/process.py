@@ -21,7 +21,7 @@ from dgpo_fast.prompts.prompt import Prompt
 from dgpo_fast.rewards.weighted import Answer
 
 LOAD_DEADLINE_S = 900.0
-"""Loading may take long where a reward reads a large model."""
+"""Loading may take long if a reward reads a large model."""
 
 # One thread each: the parallelism is in the number of processes. No GPU: these rewards run on the CPU, and a CUDA
 # context in each of them would cost the trainer's memory.

@@ -65,7 +65,7 @@ class Clip:
     ) -> Clip:
         """Loads a model and its tokenizer (by default the model's own) by hub name or folder, for the reward `name`.
 
-        Raises UserError where one of the two cannot be had, or a model under the name of `published` is another one.
+        Raises UserError if one of the two cannot be had, or a model under the name of `published` is another one.
         """
         from transformers import AutoTokenizer, CLIPModel
 

@@ -113,7 +113,7 @@ class GenevalReward:
     def _with_colors(
         self, images: np.ndarray, found: Sequence[Sequence[Detection]], metadata: Sequence[Metadata]
     ) -> list[list[Detection]]:
-        """`found` with colours where they can matter: classes with a colour asked for, and their count reached."""
+        """`found` with colours if they can matter: classes with a colour asked for, and their count reached."""
         colored = [list(objects) for objects in found]
         asked = []
         for picture, (objects, one) in enumerate(zip(found, metadata, strict=True)):
@@ -239,7 +239,7 @@ class ColorJudge:
     """Names the colour of an object: CLIP compares its crop, on grey, with three descriptions per colour."""
 
     def __init__(self, clip: str | Path) -> None:
-        """Loads the model, by hub name or folder. Raises UserError where it cannot be had."""
+        """Loads the model, by hub name or folder. Raises UserError if it cannot be had."""
         self._clip = Clip.load("geneval-hf", OPENAI, clip)
         self._classifiers: dict[str, torch.Tensor] = {}
 

@@ -41,7 +41,7 @@ class Detection:
         confidence: in [0, 1].
         box: left, top, right, bottom in pixels; right and bottom lie one past the last pixel.
         mask: bool (H, W), where it is; None where nobody asks for colours.
-        color: its colour, "" where nobody looked.
+        color: its colour, "" if nobody looked.
     """
 
     name: str
@@ -96,7 +96,7 @@ def keep(detections: Sequence[Detection], tag: str) -> list[Detection]:
 
 
 def score(found: Sequence[Detection], metadata: Metadata, rule: Rule = "fixed") -> Scores:
-    """Scores of a picture in which `found` was kept, most confident first, with colours where metadata asks for them.
+    """Scores of a picture in which `found` was kept, most confident first, with colours if metadata asks for them.
 
     Correct, as GenEval's authors evaluate: every entry has at least `count` objects, the `count` most confident of them
     are all in its colour and all in the relation to all of the entry that its position names, which must itself be met;
@@ -120,8 +120,8 @@ def graded(matched: Sequence[Matched]) -> float:
     """The mean over the terms of all entries, in [0, 1].
 
     - count: max(1 − |found − count| / count, 0);
-    - colour, if asked for: the same for the objects in that colour, 0 where the count is wrong;
-    - position, if asked for: the share of pairs in the relation, 0 where the count is wrong. Pairs are of the `count`
+    - colour, if asked for: the same for the objects in that colour, 0 if the count is wrong;
+    - position, if asked for: the share of pairs in the relation, 0 if the count is wrong. Pairs are of the `count`
       first objects of either entry, in their colour if they have one.
     """
     terms = []
@@ -139,8 +139,8 @@ def graded(matched: Sequence[Matched]) -> float:
 def graded_compat(matched: Sequence[Matched]) -> float:
     """The mean that Flow-GRPO's and DGPO's release trains on, with its peculiarities.
 
-    Unlike `graded`: a count's term is negative beyond twice the count; colour and position share one 0 where the count
-    is wrong; position has no term where the colour is wrong; it is 0 where the entry it relates to is not met exactly;
+    Unlike `graded`: a count's term is negative beyond twice the count; colour and position share one 0 if the count
+    is wrong; position has no term where the colour is wrong; it is 0 if the entry it relates to is not met exactly;
     and a failed position counts as two terms, 0 and 1.
     """
     terms: list[float] = []
@@ -165,7 +165,7 @@ def graded_compat(matched: Sequence[Matched]) -> float:
 
 def relations(a: Placed, b: Placed) -> set[str]:
     """The relations of `a` to `b`: those along which the offset of their centres, less a tenth of both sizes, is more
-    than half of the offset's length. Two at most; none where they are too close."""
+    than half of the offset's length. Two at most; none if they are too close."""
     offset = np.subtract(a.centre, b.centre)
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * np.add(a.size, b.size), 0)
     length = float(np.hypot(*offset))

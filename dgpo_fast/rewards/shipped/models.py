@@ -60,7 +60,7 @@ def load_pretrained(name: str, loader: Callable[..., Any], source: str | Path) -
         source: a model's name on the Hugging Face hub, or a folder.
 
     Raises:
-        UserError: one line, where there is no such model or it lacks weights, which would be left random.
+        UserError: one line, if there is no such model or it lacks weights, which would be left random.
     """
     import transformers
 
@@ -82,12 +82,12 @@ def load_pretrained(name: str, loader: Callable[..., Any], source: str | Path) -
 
 
 def load_weights(name: str, source: str | Path, fetch: Callable[[], str | Path]) -> dict[str, torch.Tensor]:
-    """The weights in one PyTorch file, fp32 on the CPU: the file `source` where there is one, else what `fetch` gets.
+    """The weights in one PyTorch file, fp32 on the CPU: the file `source` if there is one, else what `fetch` gets.
 
     Only tensors are unpickled; no code in the file is run. A dictionary below `"state_dict"` counts as the whole.
 
     Raises:
-        UserError: one line, where the file cannot be had or holds no weights.
+        UserError: one line, if the file cannot be had or holds no weights.
     """
     try:
         path = source if Path(source).is_file() else fetch()

@@ -36,7 +36,7 @@ _ENGINE = {
     "Global.use_cls": False,
     "Det.box_thresh": 0.6,
     "Det.unclip_ratio": 1.5,
-    # Detection runs at the picture's own size, as PaddleOCR's does, and at 128 pixels where that is smaller. RapidOCR
+    # Detection runs at the picture's own size, as PaddleOCR's does, and at 128 pixels if that is smaller. RapidOCR
     # would enlarge everything to 736 pixels: 2 (512 px) to 11 times (32 px) slower and no better
     # (benchmarks/ocr_accuracy.py).
     "Det.limit_type": "min",
@@ -49,7 +49,7 @@ _ENGINE = {
 class OcrReward:
     """Reads each picture and compares it with the text between the prompt's first pair of double quotes.
 
-    Scores lie in [0, 1]. The part `exact` is 1 where the whole target was read. The score of a picture depends on
+    Scores lie in [0, 1]. The part `exact` is 1 if the whole target was read. The score of a picture depends on
     that picture and its prompt alone, not on what is scored with it.
     """
 
@@ -91,7 +91,7 @@ class OcrReward:
         return rewards, {"exact": (rewards == 1).astype(np.float32)}
 
     def read(self, images: np.ndarray) -> list[str]:
-        """The text on each of uint8 RGB images (B, H, W, 3), its lines joined from the top; "" where there is none."""
+        """The text on each of uint8 RGB images (B, H, W, 3), its lines joined from the top; "" if there is none."""
         return ["".join(texts) for texts, _ in self._pool.map(self._read_one, images)]
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:

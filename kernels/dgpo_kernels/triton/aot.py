@@ -268,7 +268,7 @@ def table(measured: dict[tuple[Variant, int], Resources]) -> str:
 
 
 def main() -> None:
-    """Prints the table for the architectures on the command line (default all); exits 1 where a kernel is at fault."""
+    """Prints the table for the architectures on the command line (default all); exits 1 if a kernel is at fault."""
     architectures = [int(argument) for argument in sys.argv[1:]] or ARCHITECTURES
     measured = {(variant, sm): resources(variant, sm) for variant in variants() for sm in architectures}
     print(f"Triton {triton.__version__}\n\n{table(measured)}")

@@ -112,7 +112,7 @@ def loss_partials(
     draw: Tensor,
     config: TileConfig = FORWARD_CONFIG,
 ) -> Tensor:
-    """Sums of squared differences, float32 (kinds, B, tiles): policy, ref, and old and kl where they are given."""
+    """Sums of squared differences, float32 (kinds, B, tiles): policy, ref, and old and kl if they are given."""
     channels = layout.channels_of(policy_v)
     policy_v, ref_v, x0 = (layout.in_layout(t, channels) for t in (policy_v, ref_v, x0))
     old_v = None if old_v is None else layout.in_layout(old_v, channels)

@@ -66,7 +66,7 @@ def tile_places(tile, quarter, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VECT
     both by default, hence for the noise, and where it arranges for wide loads; a flat tile would have the noise go
     through shared memory to meet the loads. Sums over a column stay in a thread as well.
 
-    Elements are those of the first quarter. Where samples are channels_last (CHANNELS of them), a tile runs along
+    Elements are those of the first quarter. If samples are channels_last (CHANNELS of them), a tile runs along
     memory all the same: over pixels, and for each over the first quarter of the channels.
     """
     lane = tl.arange(0, VECTOR)[:, None] + tl.arange(0, BLOCK // VECTOR)[None, :] * VECTOR

@@ -70,7 +70,7 @@ def _dpmpp_2m_kernel(
 
 
 def _like(out: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """``tensor`` itself where it has out's strides, else a copy that has."""
+    """``tensor`` itself if it has out's strides, else a copy that has."""
     if tensor is None or tensor.stride() == out.stride():
         return tensor
     return torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
