@@ -1,6 +1,6 @@
 """From a `Config` to the parts of a run, step by step.
 
-What can be wrong with the settings is found here, before a folder is made.
+Errors in the settings are found here, before a folder is created.
 """
 
 from collections.abc import Callable
@@ -50,22 +50,22 @@ class Parts:
     """The parts of one run, on one of its processes.
 
     Attributes:
-        config: every setting, with what was left to be chosen filled in.
+        config: every setting, with every "auto" that can be resolved filled in.
         processes: those that share the run; the first one alone writes files and talks to the user.
         console: shows progress to the user.
         device: this process's.
         prompts: to train and to evaluate on.
-        reward, reward_pool: what scores images, and the threads and processes in which it does.
-        memory: what the run will hold.
+        reward, reward_pool: the rewards, and the threads and processes in which they run.
+        memory: the memory that the run will need.
         pipeline, models, encoder: the model, its sets of weights, and its prompts.
-        engine: what makes the forwards fast.
-        sampler, schedule: draw the images to learn from.
+        engine: fast forward passes.
+        sampler, schedule: draw the training images.
         eval_sampler, eval_schedule: draw held-out images.
         evaluations: scores on held-out prompts.
         phases, work: seconds and FLOPs of an iteration.
         learner: from groups to new weights.
         source: from prompts to groups.
-        checkpoints: what a run resumes from.
+        checkpoints: saved and restored here.
     """
 
     config: Config
@@ -200,7 +200,7 @@ def _make_models(
 
 
 def _make_shards(config: Config, processes: Processes, device: torch.device) -> Shards | None:
-    """Raises UserError if the settings do not go with sharded weights."""
+    """Raises UserError if the settings cannot be combined with sharded weights."""
     how = f"distributed.shard {config.distributed.shard}"
     if config.distributed.shard == "none":
         return None
@@ -265,7 +265,7 @@ def _about_checkpoints(config: Config, processes: Processes, engine: Engine) -> 
 
 
 def _describe(parts: Parts) -> None:
-    """Says what is about to be trained, and what was chosen for it."""
+    """Prints what will be trained, and what was chosen for it."""
     config, models, note = parts.config, parts.models, parts.console.note
     total = sum(parameter.numel() for parameter in models.base.parameters())
     note(

@@ -33,7 +33,7 @@ def set_up(config: Config, processes: Processes = ALONE) -> Iterator[Trainer]:
 def stepping(
     trainer: Trainer, folder: Path, should_stop: Callable[[], bool], settings: dict[str, Any] | None = None
 ) -> Iterator[None]:
-    """Readies `trainer` for the steps in the block: what is drawn before them is there, and logs and progress are open.
+    """Prepares `trainer` for the steps in the block: offline groups are drawn, and logs and progress are open.
 
     Args:
         trainer: its prompts are encoded, or are encoded when they are needed.
@@ -52,7 +52,7 @@ def stepping(
 
 
 def train_to_the_end(trainer: Trainer, start: Start) -> bool:
-    """The run from its folder to its results. False if it was asked to stop before its end."""
+    """Runs the training from its folder to its results. False if it was asked to stop early."""
     processes, folder, lock = trainer.processes, start.folder, None
     with processes.together("the run's folder"):
         if processes.first:
@@ -74,7 +74,7 @@ def train_to_the_end(trainer: Trainer, start: Start) -> bool:
 
 
 def fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool) -> bool:
-    """Evaluation, the training loop, evaluation. False if the run was asked to stop before its end."""
+    """Evaluates, trains, evaluates. False if the run was asked to stop early."""
     config, console = trainer.config, trainer.console
     console.note(f"run: {folder}")
     try:
@@ -103,7 +103,7 @@ def fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool) -> bool
 
 
 def loop(trainer: Trainer, folder: Path, stop: StopSignal) -> None:
-    """Iterations until the last one or a request to stop, with a checkpoint every `checkpoint.every`."""
+    """Runs iterations until the last one or a request to stop, with a checkpoint every `checkpoint.every` of them."""
     config = trainer.config
     while trainer.iteration < config.iterations and not trainer.anyone(stop.requested):
         trainer.step()

@@ -1,7 +1,7 @@
 """Seeds of the named streams of draws of a run.
 
 Every draw is a function of (seed, stream, position) alone. No generator carries state from one iteration to the next,
-so a resumed run and a run on other processes draw what an undisturbed one draws.
+so a resumed run and a run on other processes draw what an uninterrupted one draws.
 """
 
 import hashlib

@@ -17,7 +17,7 @@ USAGE = """Reinforce a text-to-image diffusion model with Direct Group Preferenc
 
 
 def train(args: list[str]) -> int:
-    """Trains as the command line says; returns the exit status."""
+    """Runs the command line's training; returns the exit status."""
     if {"-h", "--help"} & set(args):
         print_help(USAGE, args)
         return 0

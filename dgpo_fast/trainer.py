@@ -52,7 +52,7 @@ class Trainer:
 
     @property
     def iteration(self) -> int:
-        """How many are done."""
+        """Number of finished iterations."""
         return self.learner.iteration
 
     def resume(self, folder: Path) -> None:
@@ -66,7 +66,7 @@ class Trainer:
         self.console.note(f"resuming after iteration {self.iteration}")
 
     def encode_prompts(self) -> None:
-        """Encodes what no run has encoded before, so that the text encoders can leave before training begins."""
+        """Encodes the prompts that are not cached, so that the text encoders can be unloaded before training."""
         drawn = self.source.prompts_of(range(self.iteration, self.config.iterations))
         texts = ["", *(prompt.text for prompt in [*self.prompts.held_out, *drawn])]
         # Processes begin at different prompts, and find what the others have encoded in the meantime.
@@ -76,7 +76,7 @@ class Trainer:
         self.console.note(done)
 
     def prepare(self, folder: Path, should_stop: Callable[[], bool]) -> None:
-        """Draws what is drawn before the first iteration, until it is done or `should_stop`."""
+        """Draws offline groups before the first iteration, until they are complete or `should_stop` is True."""
         self.source.prepare(folder, self.console, should_stop)
         # What came before is no part of an iteration; the source counts its own seconds.
         self.phases.take()
@@ -92,7 +92,7 @@ class Trainer:
         self.log_to(folder, *sinks)
 
     def log_to(self, folder: Path, *sinks: Sink) -> None:
-        """Logs every iteration to `sinks`, and what else is written of the run into `folder`."""
+        """Logs every iteration to `sinks`; anything else is written to `folder`."""
         self.folder, self.sinks = folder, sinks
 
     def save(self, folder: Path, *, wait: bool = True, everyone_comes: bool = True) -> None:
@@ -104,13 +104,13 @@ class Trainer:
         return self.processes.any(flag, f"the others at the end of iteration {self.iteration}")
 
     def close(self) -> None:
-        """Ends what the run has started."""
+        """Stops the threads and processes of the run."""
         self.reward_pool.close()
 
     def step(self) -> dict[str, Any]:
-        """One iteration: draws and scores the groups, takes the optimizer's steps, moves the averages.
+        """One iteration: draws and scores groups, takes the optimizer steps, updates the averages.
 
-        Returns what it logged.
+        Returns the logged metrics.
         """
         started, cpu_started = time.perf_counter(), time.process_time()
         self.checkpoints.check()
@@ -127,13 +127,13 @@ class Trainer:
                     metrics |= self.evaluations.between(self.learner.evaluated_weights())
             metrics |= self._phases(seconds)
         finally:
-            # Whatever broke off, this iteration is done: a checkpoint may be written of it.
+            # The iteration is complete and may get a checkpoint, so it is logged even after an error.
             if not self.learner.halfway:
                 self._log(metrics)
         return metrics
 
     def _train(self) -> dict[str, Any]:
-        """New weights and averages from this iteration's groups, if any of them could be scored; what to log."""
+        """Trains on the groups that could be scored, if any; returns metrics."""
         number = self.iteration + 1
         try:
             with self.processes.waiting(f"the shards of iteration {number}", counted=False):
@@ -150,7 +150,7 @@ class Trainer:
         return metrics
 
     def _meet(self, what: str) -> None:
-        """If weights are sharded, waits for the others: forwards need them, and neither name nor time them."""
+        """If weights are sharded, waits for the other processes. Forwards would too, without a name or a timer."""
         if self.models.shards is not None:
             with self.phases("communicate"):
                 self.processes.meet(f"{what} of iteration {self.iteration + 1}", self.device)
@@ -182,7 +182,7 @@ class Trainer:
         )
 
     def _phases(self, iteration_s: float) -> dict[str, Any]:
-        """Seconds per phase of this process; of all, how long they waited and how uneven their own work was."""
+        """Seconds per phase of this process; waiting time and imbalance of all processes."""
         mine = self.phases.take()
         if self.processes.count == 1:
             return mine
@@ -195,9 +195,9 @@ class Trainer:
         return {**mine, "waited_s": waited_s, "imbalance": imbalance, "processes": everyone}
 
     def _compare_processes(self) -> None:
-        """Compares weights and counters over the processes, now and then and before every checkpoint.
+        """Compares weights and counters between processes, if it is time to, and before every checkpoint.
 
-        Raises DriftError if they differ; nothing is saved from then on.
+        Raises DriftError if they differ. Nothing is saved afterwards.
         """
         every = (self.config.distributed.check_every, self.config.checkpoint.every)
         if self.processes.count == 1 or not any(n and self.iteration % n == 0 for n in every):
@@ -224,17 +224,17 @@ class Trainer:
         return self.evaluations.scores(self.learner.evaluated_weights())
 
     def finish(self, folder: Path, before: Evaluation | None) -> None:
-        """Saves what was trained for plain diffusers, evaluates it, and writes summary and pictures.
+        """Saves the trained weights for diffusers, evaluates them, and writes summary and pictures.
 
-        In this order: a reward that is away by now costs the evaluation, not the weights. Raises UserError if the disk
-        refuses.
+        Weights come first, so that they are kept if a reward is unavailable by now. Raises UserError if a file cannot
+        be written.
         """
         weights = self.learner.evaluated_weights()
         self._save_weights(weights, folder)
         self.evaluations.after(weights, folder, before, self.source.summary(), self.iteration)
 
     def _save_weights(self, weights: Weights, folder: Path) -> None:
-        """Writes what was trained into the run's folder. All processes must call it together."""
+        """Writes the trained weights to the run's folder. All processes must call it together."""
         weights = self.models.whole(weights)
         with self.processes.together("the trained weights on the disk"):
             if self.processes.first:

@@ -30,5 +30,5 @@ def number(value: float, places: int = 3, sign: str = "") -> str:
 
 
 def resume_command(folder: Path) -> str:
-    """What a user types to go on with the run in `folder`."""
+    """The command that resumes the run in `folder`."""
     return f"python -m dgpo_fast.train --resume {shlex.quote(str(folder))}"

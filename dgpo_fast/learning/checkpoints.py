@@ -1,4 +1,4 @@
-"""What a learner saves, and goes back to: weights, averages and optimizer states, on any number of processes."""
+"""Checkpoints of a learner: weights, averages and optimizer states, for any number of processes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,17 +31,17 @@ class Checkpoints:
             self.writer.check()
 
     def save(self, folder: Path, *, wait: bool = True, everyone_comes: bool = True) -> None:
-        """Has a checkpoint written into `folder`/checkpoints, and waits for the disk if asked to.
+        """Writes a checkpoint to `folder`/checkpoints in a thread, and waits for it if asked to.
 
         Nothing is saved if an iteration broke off between two of its optimizer steps: no run could resume from there.
 
         Args:
             folder: the run's.
-            wait: whether to return only when it is on the disk.
+            wait: whether to return only when it is written.
             everyone_comes: whether all processes call this. If not, sharded weights cannot be saved: no process has
                 all of them.
 
-        Raises UserError if the disk refuses.
+        Raises UserError if it cannot be written.
         """
         models = self.learner.models
         sharded = models.shards is not None

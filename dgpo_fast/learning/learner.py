@@ -31,15 +31,15 @@ class Learner:
         processes: those that share the run.
         phases: seconds of each part go there.
         work: what forwards and backwards do is counted there.
-        note: told in one line of every step that is not taken.
+        note: called with one line for every skipped step.
 
     Attributes:
         objective: adds the gradients of a batch.
         optimizer: of the policy's weights.
         old: θ_old, the fast average.
         slow: the slow average, which is evaluated and saved.
-        iteration: how many are done.
-        halfway: whether some steps of an iteration are taken and it is not done: no run can resume from such weights.
+        iteration: number of finished iterations.
+        halfway: whether an iteration has taken some of its steps but is not complete. No run can resume from there.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Learner:
         }
 
     def average(self, step: int) -> None:
-        """Moves both averages of the weights after iteration `step`, counted from 1."""
+        """Updates both moving averages after iteration `step`, counted from 1."""
         ema = self.config.ema
         self.old.update(self.models.weights, min(ema.old_decay_max, ema.old_decay_per_step * step))
         if step % ema.eval_every == 0:
@@ -100,7 +100,7 @@ class Learner:
         self.iteration, self.halfway = self.iteration + 1, False
 
     def spoil(self) -> None:
-        """Keeps the state from being saved: the processes do not agree on it."""
+        """Prevents the state from being saved, because the processes do not agree on it."""
         self.halfway = True
 
     def evaluated_weights(self) -> Weights:
@@ -113,16 +113,16 @@ class Learner:
         return self.models.weights if switch is None or self.iteration < switch else self.old.weights
 
     def _sum_gradients(self, what: str) -> Tensor:
-        """Adds up the gradients of all processes; returns the norm of this one's part."""
+        """Sums the gradients over processes; returns the norm of this process's part."""
         if self.models.shards is not None:
             self.models.take_gradients()  # they were summed in the backward
-            return torch.zeros(())  # nobody can tell any more whose part of a sum was not finite
+            return torch.zeros(())  # after the sum, it is unknown which process's part was not finite
         own_norm = gradient_norm(self.models.weights)
         sum_gradients(self.models.weights, self.processes, what)
         return own_norm
 
     def _sum(self, numbers: dict[str, float], what: str) -> dict[str, float]:
-        """Numbers added up over the processes; one that holds no sample has none to add."""
+        """Numbers summed over processes. A process without samples has none."""
         everyone = self.processes.gather(numbers, what)
         names = dict.fromkeys(name for theirs in everyone for name in theirs)
         return {name: sum(theirs.get(name, 0.0) for theirs in everyone) for name in names}
@@ -158,14 +158,14 @@ class Learner:
         return norm
 
     def _dump(self, number: int, folder: Path | None) -> None:
-        """Writes what is known of a run that is about to stop for its gradients; the counters draw the rest again."""
+        """Writes what is known of a run that is about to stop for its gradients. Counters can draw the rest again."""
         if folder is not None and self.processes.first:
             known = {"iteration": number, "seed": self.config.seed, "weights": damage(self.models.weights)}
             write_json(folder / f"dump-{number:06d}.json", known)
 
 
 def learning_rate(settings: Optimizer, iteration: int, iterations: int) -> float:
-    """Learning rate of the step after `iteration` finished ones; a function of these alone, so a resumed run agrees."""
+    """Learning rate after `iteration` finished iterations. It depends on nothing else, so a resumed run has the same."""
     left = max(0.0, 1 - iteration / iterations)
     factor = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[settings.lr_decay]
     return settings.lr * factor

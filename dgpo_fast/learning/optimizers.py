@@ -82,7 +82,7 @@ def make_optimizer(
         storage: how the weights are kept, see `policy.weight_storage`.
         seed: of stochastic rounding.
 
-    Raises UserError if an 8-bit optimizer is asked for and bitsandbytes is not there, or not for this device.
+    Raises UserError for an 8-bit optimizer if bitsandbytes is not installed or does not support this device.
     """
     inner = _adamw(list(weights.values()), config)
     if storage == "fp32":

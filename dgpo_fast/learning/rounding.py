@@ -3,11 +3,11 @@
 A bf16 weight has 8 significant bits: an update below 1/512 of it vanishes if the sum is rounded to the nearest
 number. Two remedies, both with the optimizer's arithmetic in fp32:
 
-* `StochasticRounding`: up or down with the odds of the distance, so that the mean of many small updates is right.
-  2 bytes a weight. Its bits are Philox-4x32-10's at (seed, step, weight, element), so a resumed run rounds as an
-  undisturbed one.
-* `SplitMaster`: the fp32 weight, its upper half being the bf16 weight itself and its lower half kept beside it.
-  4 bytes a weight where a separate fp32 master takes 6, and exactly its training.
+* `StochasticRounding`: up or down with probabilities given by the distances, so that the mean of many small updates
+  is right. 2 bytes per weight. Its bits are Philox-4x32-10's at (seed, step, weight, element), so a resumed run rounds
+  as an uninterrupted one.
+* `SplitMaster`: an fp32 weight whose upper half is the bf16 weight and whose lower half is stored separately. 4 bytes
+  per weight, instead of 6 with a separate fp32 master, and exactly the same training.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class Rounding(Protocol):
 
 
 class NearestRounding:
-    """To the nearest bf16 number. Loses small updates: only there to be measured against."""
+    """Rounds to the nearest bf16 number. It loses small updates; it is only for comparison."""
 
     def widen(self, index: int, weight: Tensor) -> Tensor:
         return weight.float()
@@ -58,7 +58,7 @@ class NearestRounding:
 
 
 class StochasticRounding(NearestRounding):
-    """Up or down with the odds of the distance.
+    """Rounds up or down with probabilities given by the distances.
 
     Args:
         seed: 63-bit key of the random bits.

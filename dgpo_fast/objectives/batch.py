@@ -1,4 +1,4 @@
-"""One iteration's images with their advantages, as an objective gets them."""
+"""One iteration's images and advantages: the input of an objective."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -42,21 +42,21 @@ class Batch:
 
     @property
     def groups(self) -> int:
-        """P, the groups in this batch, those of other processes among them."""
+        """P, the number of groups in this batch, including those of other processes."""
         return len(self.x0) // self.group_size if self.part is None else self.part.groups
 
     @property
     def samples(self) -> int:
-        """P·G, the samples that the loss is a mean over, those of other processes among them."""
+        """P·G, the number of samples that the loss is a mean over, including those of other processes."""
         return self.groups * self.group_size
 
     @property
     def most(self) -> int:
-        """Forwards must be as many as for so many samples: see `BatchPart.most`."""
+        """The number of forwards must be that of this many samples: see `BatchPart.most`."""
         return 0 if self.part is None else self.part.most
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
-        """The same for some of the samples; the caller sees to it that groups stay whole, or gives a `group_size`."""
+        """The batch of some of the samples. The caller must keep groups whole, or give a `group_size`."""
         return replace(
             self,
             x0=self.x0[rows],

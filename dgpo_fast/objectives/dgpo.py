@@ -2,8 +2,8 @@
 
 For each of M timesteps, every group shares one noise: x_t = (1 − σ)·x0 + σ·ε, target velocity ε − x0. With d the mean
 squared error of a prediction, a group's score is s = (β/G) Σ A·(d_policy − d_reference), and the loss is the mean of
-softplus(s)/β plus the KL term. All micro-batches and timesteps add up to one gradient and one step an iteration: θ and
-θ_old are constant inside it.
+softplus(s)/β plus the KL term. The gradients of all micro-batches and timesteps are summed for one optimizer step per
+iteration: θ and θ_old are constant within an iteration.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ from dgpo_fast.seeds import stream_seed
 
 
 class DGPOObjective(Objective):
-    """The objective of one run; see the module's text for the loss."""
+    """DGPO; the module's docstring has the loss."""
 
     @classmethod
     def traits(cls, config: Config) -> Traits:
@@ -55,8 +55,8 @@ class DGPOObjective(Objective):
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """See `Objective.accumulate`.
 
-        Metrics are means over samples and timesteps: `loss` and `kl` of all groups, the others of those that prefer
-        some image to another.
+        Metrics are means over samples and timesteps: `loss` and `kl` over all groups, the others over groups whose
+        rewards are not all equal.
         """
         groups = sort_groups(batch)
         if self._needs_old and (groups.preferring is not None or not self.skip_equal_groups):
@@ -66,7 +66,7 @@ class DGPOObjective(Objective):
         )
 
     def _learn_of_equal(self, batch: Batch, models: PolicyModels) -> dict[str, Tensor]:
-        """What groups of equal rewards add: their s is 0 whatever is predicted; the KL term alone has a gradient."""
+        """Groups of equal rewards: their s is always 0, so only the KL term has a gradient."""
         if not self.skip_equal_groups:
             return self._learn(batch, models, kl_alone=False)
         if self.config.kl_weight > 0:
@@ -107,7 +107,7 @@ class DGPOObjective(Objective):
     def _predict(
         self, models: PolicyModels, empty: TextEmbeds, kl_alone: bool, x_t: Tensor, timestep: Tensor, text: TextEmbeds
     ) -> dict[str, Tensor]:
-        """What base and behaviour predict for some of the samples, as `Comparison` names it."""
+        """Predictions of base and behaviour for some of the samples, by their names in `Comparison`."""
         found: dict[str, Tensor] = {}
         if self.needs.guided_base:
             ref_v, empty_v = predict_pair(models.base, x_t, timestep, text, empty)

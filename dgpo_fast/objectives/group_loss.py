@@ -1,7 +1,6 @@
-"""Groups compared with the reference at one noise level: the loss over micro-batches, exact at any size.
+"""The loss of groups at one noise level, exact for any micro-batch size. DGPO and Diffusion-DPO share it.
 
-What DGPO and Diffusion-DPO share: a group's score needs the denoising losses of all its samples before one of them can
-be back-propagated.
+A group's score needs the denoising losses of all its samples before one of them can be back-propagated.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ ReduceScores = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whole groups at one noise level and what the policy is compared with there; no tensor has a gradient.
+    """Whole groups at one noise level, and the predictions that the policy is compared with. No tensor has a gradient.
 
     Attributes:
         x0, x_t: (B, C, H, W) clean and noisy latents.
@@ -33,8 +32,8 @@ class Comparison:
         advantage: (B,) fp32.
         group_index: (B,) int64.
         group_size: samples per group.
-        ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old, and what the KL term holds to. None:
-            there is no clip; the KL term holds to the reference, which is then read once.
+        ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old (None: no clip), and of the KL term's
+            reference (None: `ref_v`).
         seed, draw: of the noise in `x_t`.
         part: where these samples stand among those of all processes; None if they are all.
     """
@@ -55,7 +54,7 @@ class Comparison:
 
     @property
     def groups(self) -> int:
-        """Those of other processes among them."""
+        """The number of groups, including those of other processes."""
         return len(self) // self.group_size if self.part is None else self.part.groups
 
     @property
@@ -79,7 +78,7 @@ class Level:
 def compare(
     batch: Batch, levels: Sequence[Level], forward: Forward, *, seed: int, batch_size: int, at_once: int
 ) -> Iterator[Comparison]:
-    """The samples of `batch` at each of `levels`, beside what frozen weights predict there.
+    """The samples of `batch` at each of `levels`, with the predictions of frozen weights.
 
     Args:
         batch: whole groups, each of which shares its noise.
@@ -155,7 +154,7 @@ class GroupLoss:
                 policy_v.sum().backward()
             return
         if split or size == 0:
-            # A group does not fit: its weight σ(s) needs all its samples first, so one pass without gradients finds s.
+            # A group does not fit. Its weight σ(s) needs all its samples, so a first pass without gradients computes s.
             size, group_score = self.micro_batch, self._group_score(comparison, models, reduce)
         for rows in batch_slices(len(comparison), size, most):
             policy_v = _policy_v(comparison, models, rows)
@@ -167,7 +166,7 @@ class GroupLoss:
 
     @torch.no_grad()
     def _group_score(self, comparison: Comparison, models: PolicyModels, reduce: ReduceScores | None) -> Tensor:
-        """s of each sample's group, (B,), from a pass over all samples without a gradient."""
+        """s of each sample's group, (B,), from a pass over all samples without gradients."""
         chunks = batch_slices(len(comparison), self.forward_batch, comparison.most)
         parts = [_policy_v(comparison, models, rows) for rows in chunks]
         if len(comparison) == 0:

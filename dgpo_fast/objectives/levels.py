@@ -1,4 +1,4 @@
-"""What frozen weights predict at several noise levels, in full batches: the saving `engine.batch_timesteps`."""
+"""Predictions of frozen weights at several noise levels, in full batches (`engine.batch_timesteps`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -29,10 +29,10 @@ def predict_levels(
     batch_size: int,
     most: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """What `forward` predicts for the same B samples at one noise level after another, without gradients.
+    """Predictions of `forward` for the same B samples at one noise level after another, without gradients.
 
-    A batch goes on from one level into the next, so that only the last one is not full. Predictions are made as they
-    are asked for: those of a level and of a batch are all that is held. They are empty if there is no sample.
+    A batch can span two levels, so only the last batch may be partial. Predictions are made when they are asked for:
+    only those of one level and one batch are held. They are empty if there is no sample.
 
     Args:
         forward: gets at most `batch_size` samples.
@@ -40,7 +40,7 @@ def predict_levels(
         timesteps: () or (B,) of each level, in [0, 1000].
         text: the B prompts.
         batch_size: samples per forward.
-        most: forwards must be as many as for so many samples, and none of them later: see `BatchPart.most`.
+        most: the number of forwards must be that of `most` samples: see `BatchPart.most`.
     """
     samples, ahead = len(text), max(len(text), most)
     batches = batch_slices(len(x_t) * samples, batch_size, len(x_t) * most)

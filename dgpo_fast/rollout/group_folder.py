@@ -1,7 +1,7 @@
 """A folder of scored groups on disk.
 
-`groups.json` says what the groups were drawn with; beside it lie files of groups, in safetensors. Each file is whole or
-not there, so that a drawing that was stopped goes on with the next one. Nothing is unpickled.
+`groups.json` holds the settings of the groups; the groups themselves are in safetensors files. A file is either
+complete or absent, so drawing that was stopped continues with the next file. Nothing is unpickled.
 """
 
 import json
@@ -27,7 +27,7 @@ PART = "part:"
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a folder's groups are.
+    """The groups of a folder.
 
     Attributes:
         conditions: what they were drawn and scored with; a run with other ones cannot use them.
@@ -73,7 +73,7 @@ class GroupFolder:
         self.home = home
 
     def drawing(self, wanted: Drawing) -> Drawing | None:
-        """What lies here; None if nothing does. Raises UserError if it is not what is `wanted`."""
+        """The folder's drawing; None if there is none. Raises UserError if it differs from `wanted`."""
         path = self.home / MANIFEST
         if not path.exists():
             return None
@@ -97,7 +97,7 @@ class GroupFolder:
         write_json(self.home / MANIFEST, asdict(drawing))
 
     def path(self, number: int) -> Path:
-        """Of file `number`."""
+        """The path of file `number`."""
         return self.home / f"groups-{number:06d}.safetensors"
 
     def write(self, number: int, groups: Groups, seconds: float) -> None:

@@ -25,18 +25,18 @@ from dgpo_fast.rollout.source import Groups
 from dgpo_fast.run.console import Console, duration
 
 FORMAT = 2
-# Settings of a rollout that change no image of it.
+# Rollout settings that do not change the images.
 NO_CONDITION = ("groups", "batch_size")
 
 
 class OfflineSource:
-    """Groups of the reference model, gone through again and again in an order that changes at every pass.
+    """Groups of the reference model. Training repeats them, in a new order in every pass.
 
     Args:
-        config: the run's; `data.folder` is looked into at once.
-        worker: draws and scores what is not there yet.
+        config: the run's; `data.folder` is checked at once.
+        worker: draws and scores missing groups.
         prompts: the training prompts.
-        processes: they draw file by file in turn, into a folder that all of them see.
+        processes: they take turns drawing files, into a folder that all of them can access.
 
     Raises UserError if the folder's groups were drawn with other settings.
     """
@@ -50,7 +50,7 @@ class OfflineSource:
             GroupFolder(Path(config.data.folder)).drawing(self.wanted)
 
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
-        """Draws the groups that are not there yet."""
+        """Draws the groups that are missing."""
         home = GroupFolder(Path(self.config.data.folder) if self.config.data.folder else folder / "groups")
         with self.processes.together("the folder of offline groups"):
             if self.processes.first and home.drawing(self.wanted) is None:
@@ -140,7 +140,7 @@ class OfflineSource:
                         f"{home.home}: no group of {lost} files in a row could be scored; fix the reward "
                         f"and --resume. The last failure: {scores.failures[-1]}"
                     )
-                missing.rotate(-1)  # a reward that is away for a while may be there again after the others
+                missing.rotate(-1)  # a reward that is unavailable for a while may be back after the other files
         return True
 
     def _draw_file(self, home: GroupFolder, drawing: Drawing, number: int) -> GroupScores:

@@ -31,7 +31,7 @@ class RolloutWorker:
     """Draws, decodes and scores groups with given weights.
 
     Args:
-        rollout: how.
+        rollout: its settings.
         models: its behaviour copy draws.
         sampler: draws with that copy.
         schedule: the grid, on the models' device.
@@ -59,7 +59,7 @@ class RolloutWorker:
     def draw(
         self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, draw: int, processes: Processes = ALONE
     ) -> Groups:
-        """One group of each prompt by `weights`; the noise is a function of (seed, draw, position) alone.
+        """Draws one group per prompt with `weights`. The noise only depends on (seed, draw, position).
 
         Each of `processes` draws and scores its share; all of them must call this together.
         """
@@ -117,7 +117,7 @@ class RolloutWorker:
 
 
 class OnlineSource:
-    """Groups of each iteration's own prompts, drawn by the weights that `weights` gives at that time."""
+    """Groups of each iteration's prompts, drawn with the current result of `weights()`."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class OnlineSource:
         self.processes = processes
 
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
-        """Nothing: everything is drawn when it is needed."""
+        """Does nothing: groups are drawn in their iteration."""
 
     def prompts_of(self, iterations: range) -> list[Prompt]:
         """See `Source.prompts_of`."""

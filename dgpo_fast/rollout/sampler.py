@@ -1,4 +1,4 @@
-"""Drawing images: a few-step ODE, or its stochastic form, from noise to latents, and the decoder."""
+"""Draws images: a few-step ODE or SDE from noise to latents, then the decoder."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ from dgpo_fast.rollout.step_noise import StepNoise
 
 
 def initial_noise(shape: tuple[int, ...], samples: Tensor, *, seed: int, draw: int) -> Tensor:
-    """Noise at σ = 1 for each sample, a function of (seed, draw, sample) alone.
+    """Noise at σ = 1. Each sample's noise only depends on (seed, draw, sample).
 
     Args:
         shape: (C, H, W) of a latent.
@@ -46,15 +46,15 @@ def sample_latents(
     """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. A trajectory is kept only if asked for.
 
     Args:
-        transformer: draws the images; no adapter should be in its graph.
+        transformer: predicts the velocities; it should have no adapters.
         noise: (B, C, H, W) fp32 at σ = 1.
         text: the B prompts, one a sample.
-        empty: the empty prompt, one row; read where `guidance_scale` > 1.
+        empty: the empty prompt, one row; used if `guidance_scale` > 1.
         schedule: grid and coefficients on the noise's device.
         guidance_scale: v = v_uncond + g·(v_cond − v_uncond); 1 is unguided.
         batch_size: samples per forward.
         step_noise: draws the noise of the steps, and keeps them if asked to; for a schedule that has noise.
-        on_step: told the share done, in (0, 1], after each solver step.
+        on_step: called after each solver step with the finished share, in (0, 1].
     """
     if step_noise is not None:
         step_noise.start(noise, schedule.steps)
@@ -82,7 +82,7 @@ def sample_latents(
 
 
 class Solve(Protocol):
-    """`sample_latents`, or what computes the same."""
+    """`sample_latents`, or a function that computes the same."""
 
     def __call__(
         self,
@@ -102,7 +102,7 @@ class Solve(Protocol):
 
 
 Decode = Callable[[Tensor], Callable[[], np.ndarray]]
-"""Begins to decode (B, C, H, W) latents and returns what waits for the images, uint8 (B, height, width, 3)."""
+"""Starts decoding (B, C, H, W) latents; the function returned waits for the images, uint8 (B, height, width, 3)."""
 
 
 class Sampler:
@@ -114,9 +114,9 @@ class Sampler:
         encoder: the prompt encoder, shared so that a prompt is encoded once.
         resolution: pixels, or None for what the transformer was trained at.
         batch_size: samples per forward.
-        solve: solves the ODE.
-        decode: how images are decoded; by default plainly, when they are asked for.
-        decodes_ahead: batches whose images are best asked for later, since `decode` works beside the rollout.
+        solve: solves the ODE or SDE.
+        decode: decodes latents; by default plainly, when the images are asked for.
+        decodes_ahead: number of batches after which to ask for images, if `decode` works during the rollout.
 
     Raises UserError if the resolution does not fit the model.
     """
@@ -174,9 +174,9 @@ class Sampler:
         return x0, text
 
     def keep_up(self, mine: int, most: int, prompt: str, schedule: Schedule, guidance_scale: float) -> None:
-        """Forwards for one image that nobody sees, until they are as many as `most` samples need, not only `mine`.
+        """Makes extra forwards, whose images are not used, so that their number is that of `most` samples, not `mine`.
 
-        If weights are sharded, all processes must compute equally often.
+        With sharded weights, all processes must make the same number of forwards.
         """
         for rows in batch_slices(mine, self.batch_size, most):
             if rows.start == rows.stop:

@@ -1,8 +1,7 @@
-"""The few-step sigma grids of the rollout, with each solver step as a handful of numbers.
+"""The few-step sigma grids of the rollout, with the coefficients of each solver step.
 
-Diffusers' schedulers define the grids, so a picture drawn here is the picture that a diffusers pipeline with that
-scheduler draws; the steps themselves are linear in the state and the predictions, and are done by `dgpo_kernels` in one
-pass.
+Diffusers' schedulers define the grids, so an image drawn here is the image that a diffusers pipeline with that
+scheduler draws. The steps are linear in the state and the predictions; `dgpo_kernels` computes each in one pass.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ class Schedule:
     Attributes:
         solver: "dpmpp_2m" or "euler".
         sigmas: (S + 1,) fp32, falling to 0: x_t = (1 − σ)·x0 + σ·noise.
-        timesteps: (S,) fp32, what the transformer is told, in [0, 1000].
+        timesteps: (S,) fp32, the transformer's input, in [0, 1000].
         coefficients: (S, 4) fp32 [σ, a, b, c] with x0 = x − σ·v and x ← a·x + b·x0 + c·x0_previous for "dpmpp_2m";
             (S, 1) fp32 [b] with x ← x + b·v for "euler", b = σ_next − σ if there is no noise.
         noise: None for an ODE; (S, 2) fp32 [a, c] of a stochastic rollout, whose steps are x ← x + b·v + a·x + c·z.
@@ -47,7 +46,7 @@ class Schedule:
 
 
 def make_scheduler(solver: str, shift: float) -> SchedulerMixin:
-    """The diffusers scheduler whose grid, and whose pictures, `make_schedule` reproduces."""
+    """The diffusers scheduler whose grid and images `make_schedule` reproduces."""
     if solver == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     return DPMSolverMultistepScheduler(
@@ -92,9 +91,9 @@ def _stochastic_steps(sigmas: list[float], noise_level: float) -> tuple[list[lis
     """Euler–Maruyama steps of the SDE with the ODE's marginals (Flow-GRPO, arXiv 2505.05470, Eq. 9).
 
     With dt = σ_next − σ and s = noise_level·√(σ/(1 − σ)), a step is
-    x·(1 + s²/(2σ)·dt) + v·(1 + s²·(1 − σ)/(2σ))·dt + s·√(−dt)·z. At σ = 1, where a grid begins but for the rounding of
-    its shift, the next sigma stands in s's denominator. The marginals are the ODE's in the limit of small steps, which
-    the first ones never are: s is unbounded at σ = 1 (docs/objectives.md).
+    x·(1 + s²/(2σ)·dt) + v·(1 + s²·(1 − σ)/(2σ))·dt + s·√(−dt)·z. At σ = 1, where a grid begins (up to the rounding
+    of its shift), the next sigma is used in s's denominator. The marginals are the ODE's in the limit of small steps.
+    The first steps are never small: s is unbounded at σ = 1 (docs/objectives.md).
     """
     drift, noise = [], []
     for sigma, after in pairwise(sigmas):

@@ -42,7 +42,7 @@ class Source(Protocol):
     """Gives every iteration its groups, as a function of the settings and the iteration alone."""
 
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
-        """Does what must be done once before the first iteration, or goes on with it.
+        """Does what must be done once before the first iteration, or continues it.
 
         Args:
             folder: the run's.
