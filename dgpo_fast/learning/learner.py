@@ -165,7 +165,7 @@ class Learner:
 
 
 def learning_rate(settings: Optimizer, iteration: int, iterations: int) -> float:
-    """Learning rate after `iteration` finished iterations. It depends on nothing else, so a resumed run has the same."""
+    """Learning rate after `iteration` finished iterations. It depends on nothing else: a resumed run has the same."""
     left = max(0.0, 1 - iteration / iterations)
     factor = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[settings.lr_decay]
     return settings.lr * factor
