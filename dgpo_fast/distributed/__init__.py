@@ -1,8 +1,8 @@
-"""One run on any number of processes, under torchrun's environment; a run of one process needs none of it.
+"""A run on any number of processes, started by torchrun. A run of one process needs none of it.
 
-* `processes.py`: the process group, and everything that processes tell one another;
+* `processes.py`: the process group, and all communication between processes;
 * `placement.py`: which samples of an iteration belong to which process;
-* `batch_part.py`: what a process must know of the others to learn from its own samples;
+* `batch_part.py`: what a process must know about the others' samples to train on its own;
 * `gradients.py`: the sum of gradients over processes.
 """
 

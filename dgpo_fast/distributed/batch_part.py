@@ -1,4 +1,4 @@
-"""What a process must know of the others to learn from its own samples."""
+"""What a process must know about the others' samples to train on its own."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,15 +13,15 @@ from dgpo_fast.distributed.processes import ALONE, Processes
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Where a process's samples stand among the P·G of all processes, group after group.
+    """The position of a process's samples among the P·G of all processes, numbered group after group.
 
     Attributes:
         first: position of the process's first sample.
         groups: P, of all processes together.
         group_size: G.
         advantage: (P·G,) fp32 of all samples, on the CPU.
-        split: whether some group is held by several processes; the same on every one of them.
-        processes: who they are.
+        split: whether any group is held by several processes; the same on all of them.
+        processes: those that share the iteration.
         what: named in the error if the others do not come.
         edges: with sharded weights, the position of every process's first sample, and the end.
     """
@@ -50,7 +50,7 @@ class BatchPart:
         return slice(min(max(start - self.first, 0), count), min(max(stop - self.first, 0), count))
 
     def only(self, start: int, stop: int) -> "BatchPart":
-        """The same among the whole groups at the positions [start, stop)."""
+        """The part for the whole groups at the positions [start, stop)."""
         return replace(
             self,
             first=max(self.first - start, 0),
@@ -62,7 +62,7 @@ class BatchPart:
     def sum_group_scores(self, score: Tensor) -> Tensor:
         """Group scores of the process's samples (B,), each summed over the processes that hold a part of its group.
 
-        Every process must call it as often as the others, with no samples too.
+        All processes must call it equally often, even without samples.
         """
         if not self.split:
             return score
@@ -75,11 +75,11 @@ class BatchPart:
 def part_of(
     scored: np.ndarray, advantage: Tensor, group_size: int, processes: Processes, what: str, *, sharded: bool
 ) -> BatchPart:
-    """The part of this one of `processes` in an iteration's groups.
+    """This process's part of an iteration's groups.
 
     Args:
-        scored: (P,) bool, which groups could be scored; the others count no more.
-        advantage: (P'·G,) fp32 of the samples of those that could, on the CPU.
+        scored: (P,) bool, which groups could be scored; the others are left out.
+        advantage: (P'·G,) fp32 of the samples of the scored groups, on the CPU.
         group_size: G.
         processes: those that share the iteration.
         what: as `BatchPart.what`.

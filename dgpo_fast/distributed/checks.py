@@ -1,4 +1,4 @@
-"""Whether all processes still hold the same run."""
+"""Checks that all processes hold the same weights and counters."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DriftError(SharedError):
-    """Processes that should hold the same weights do not. What they hold must not be saved."""
+    """Processes that should hold the same weights hold different ones. They must not be saved."""
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ BUCKET_NUMEL = 64 * 2**20
 def sum_gradients(weights: Mapping[str, nn.Parameter], processes: Processes, what: str) -> None:
     """Sums `.grad` of `weights` over all processes in place.
 
-    A weight without a gradient here (a process whose groups were all dropped) counts as zero. A NaN anywhere makes the
-    sum NaN everywhere, so that all processes see the same and none has to be asked.
+    A weight without a gradient here (a process whose groups were all dropped) counts as zero. A NaN on one process
+    makes the sum NaN on all of them, so all processes see the same without further communication.
 
     Args:
         weights: the trained parameters.

@@ -1,4 +1,4 @@
-"""Optimizer steps that must not be taken, on all processes together."""
+"""Skips optimizer steps that must not be taken, on all processes together."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,12 +13,12 @@ from dgpo_fast.records import JsonObject
 class StepGuard:
     """Skips the steps whose gradient is not finite, and ends the run after too many in a row.
 
-    A NaN on one process makes the summed gradient NaN on all of them, so that all decide alike without being asked.
+    A NaN on one process makes the summed gradient NaN on all of them, so all decide alike without communication.
 
     Args:
         limit: skipped steps in a row that end the run.
         processes: those of the run.
-        note: told in one line of every step that is skipped.
+        note: called with one line for every skipped step.
     """
 
     def __init__(self, limit: int, processes: Processes, note: Callable[[str], None]):
@@ -30,7 +30,7 @@ class StepGuard:
 
         Args:
             norm: of the summed gradient, the same on all processes.
-            own_norm: of this process's part of it, which tells whose it was.
+            own_norm: of this process's part, which tells whose gradient is not finite.
             iteration: counted from 1, for messages.
 
         Raises SharedError at the limit.
@@ -58,7 +58,7 @@ def gradient_norm(weights: Mapping[str, nn.Parameter]) -> Tensor:
 
 
 def damage(weights: Mapping[str, Tensor]) -> JsonObject:
-    """What a dump says of weights: how many are not finite, and the largest of the others."""
+    """For a dump: how many weights are not finite, and the largest of the others."""
     return {
         name: {
             "not_finite": int((~torch.isfinite(weight)).sum()),

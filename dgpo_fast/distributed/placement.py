@@ -1,8 +1,8 @@
 """Which samples of an iteration belong to which process.
 
 The P·G samples of an iteration are numbered group after group. A process gets consecutive ones, so a share is a range.
-Every draw is keyed by these numbers, never by the process, and a share is a function of three counts alone: each
-process knows everybody's.
+Every draw is keyed by these numbers, never by the process. A share only depends on three counts, so every process
+knows all shares.
 """
 
 import math
@@ -48,8 +48,8 @@ class Share:
 def place(groups: int, group_size: int, processes: int) -> list[Share]:
     """The share of each process.
 
-    Whole groups if there is one for each process: shares then differ by one group at most, and the loss needs no
-    communication. With fewer groups than processes, samples are dealt out evenly and groups are split.
+    If there is at least one group per process, shares are whole groups. They differ by at most one group, and the loss
+    needs no communication. With fewer groups than processes, samples are dealt out evenly and groups are split.
 
     Args:
         groups: P ≥ 1.

@@ -1,11 +1,11 @@
-"""What the processes of a run tell one another.
+"""Communication between the processes of a run.
 
 `connect` joins the group that torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
-describes. Every wait for others has a name, a deadline and a clock: if the others do not come, the error says what
-was waited for, and the seconds waited go into the metrics. Inside `together` nobody waits in vain: before the others
-communicate there, they hear the error of a process that has failed.
+describes. Every wait has a name, a timeout and a timer: if the others do not come, the error says what was
+waited for, and the seconds waited are logged. If a process fails inside `together`, the others get its error before
+they communicate there, so none waits in vain.
 
-Small values travel as JSON, not as pickles: what another machine sends is data.
+Small values are sent as JSON, never as pickles.
 """
 
 import json
@@ -37,7 +37,7 @@ class SharedError(UserError):
 
 
 class LostError(UserError):
-    """The others did not come: nothing can be agreed on any more."""
+    """Other processes were lost: communication is no longer possible."""
 
 
 @dataclass(eq=False)
@@ -49,9 +49,9 @@ class Processes:
         count: how many there are. Alone, nothing below communicates.
         local_rank: this process among those of its machine.
         local_count: how many those are.
-        timeout_s: how long others are waited for.
+        timeout_s: seconds to wait for others.
         waited_s: seconds spent waiting, since `take_waited_s`.
-        united: inside a block of `together`, where one that fails tells the others.
+        united: whether this process is inside a block of `together`.
     """
 
     rank: int = 0
@@ -67,7 +67,7 @@ class Processes:
         return self.rank == 0
 
     def set_timeout(self, seconds: float, group: dist.ProcessGroup | None = None) -> None:
-        """Waits so long from now on; the settings are known only after the group was joined.
+        """Sets the timeout; the settings are only known after the group was joined.
 
         `group` is one of some of the processes; by default it is that of all.
         """
@@ -93,10 +93,10 @@ class Processes:
         return bool(self.sum(torch.tensor(int(flag)), what))
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
-        """Adds up `tensor` over all processes, in place, and returns it.
+        """Sums `tensor` over all processes, in place, and returns it.
 
-        One on a GPU is sent when all processes are there: NCCL would neither say that one is lost nor how long it
-        waited. The sum itself is not waited for.
+        A tensor on a GPU is sent when all processes are ready, since NCCL reports neither a lost process nor the time
+        it waited. The sum itself is not waited for.
         """
         if self.count > 1:
             self._hear_failures(what)
@@ -107,7 +107,7 @@ class Processes:
         return tensor
 
     def meet(self, what: str, device: torch.device) -> None:
-        """Waits until all processes are here. What this one's GPU has yet to do before is no waiting for others."""
+        """Waits until all processes are here, after this process's GPU has finished its own work."""
         if self.count > 1:
             self._hear_failures(what)
             if device.type == "cuda":
@@ -116,7 +116,7 @@ class Processes:
                 dist.all_reduce(torch.zeros(1))
 
     def gather(self, value: Value, what: str) -> list[Value]:
-        """Everybody's `value`, in the order of ranks. A value is what JSON holds; NaN and infinity are kept."""
+        """The `value` of every process, in the order of ranks. A value is JSON; NaN and infinity are kept."""
         if self.count == 1:
             return [value]
         self._hear_failures(what)
@@ -135,7 +135,7 @@ class Processes:
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
     def broadcast(self, value: object, what: str) -> Any:
-        """Process 0's `value` on every process; what the others give is ignored. JSON, as in `gather`.
+        """Process 0's `value`, on every process. A value is JSON, as in `gather`.
 
         Any is returned: callers know what they have sent.
         """
@@ -165,9 +165,9 @@ class Processes:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """All processes leave the block, or all of them raise the error of the first one that could not.
+        """All processes leave the block, or all raise the error of the first one that failed.
 
-        They may communicate inside it, but begin no other such block there.
+        Processes can communicate inside it, but must not nest such blocks.
         """
         failure: Exception | None = None
         self.united = self.count > 1
@@ -187,7 +187,7 @@ class Processes:
         _raise_first(problems)
 
     def _tell(self, failure: Exception | None, what: str) -> list[str | None]:
-        """Everybody's failure, in a line. Raises this process's own if the others are lost."""
+        """The failures of all processes, one line each. Raises this process's own if the others are lost."""
         try:
             return self.gather(None if failure is None else _one_line(failure), what)
         except LostError:
@@ -217,7 +217,7 @@ class Processes:
     def waiting(self, what: str, counted: bool = True) -> Iterator[None]:
         """Raises LostError, which names `what`, if the others are lost in the block; counts its seconds as waited.
 
-        A block that does other things too is not `counted`, and only errors of the communication become a LostError.
+        If the block also does other things, it is not `counted`, and only communication errors become a LostError.
         """
         start = time.perf_counter()
         try:
@@ -244,7 +244,7 @@ def connect(timeout_s: float = 600.0) -> Processes:
     """Joins the group that the environment describes, or returns a `Processes` of one if it describes none.
 
     Args:
-        timeout_s: how long a process waits for the others before it gives up.
+        timeout_s: seconds to wait for the others.
 
     Tensors on GPUs travel by NCCL, all others by gloo. Raises UserError if the environment is incomplete or the
     others cannot be reached.
@@ -286,7 +286,7 @@ def _integer(name: str, default: int) -> int:
 
 
 def _raise_first(problems: list[str | None]) -> None:
-    """Raises the first of the processes' problems, a line each, on every one of them."""
+    """Raises the first of the processes' problems, one line each, on all of them."""
     for rank, line in enumerate(problems):
         if line is not None:
             where = f" (process {rank})" if problems.count(line) < len(problems) else ""

@@ -1,7 +1,7 @@
 """Full fine-tuning with every copy of the transformer cut into shards (FSDP2's `fully_shard`).
 
-Everything but a forward and a backward works on this process's shards, which are plain tensors: the optimizer, the
-averages, the gradient's norm. A block is whole only while it computes.
+Optimizer, averages and the gradient's norm work on this process's shards, which are plain tensors. A block is only
+gathered for its forward and backward passes.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Shards:
         return self.mesh.size(0) if self.mesh.ndim == 2 else 1
 
     def cut(self, transformer: SD3Transformer2DModel, dtype: torch.dtype) -> dict[str, DTensor]:
-        """Shards `transformer` in place, block by block; its parameters by name from then on.
+        """Shards `transformer` in place, block by block; returns its parameters by name.
 
         Args:
             transformer: the same weights on every process.
@@ -55,7 +55,7 @@ class Shards:
         return {name: cast(DTensor, weight) for name, weight in transformer.named_parameters()}
 
     def whole(self, shard: Tensor, weight: DTensor) -> Tensor:
-        """The whole of what this process holds `shard` of, on the CPU of process 0; nothing on the others.
+        """The whole tensor of which this process holds `shard`, on the CPU of process 0; an empty one on the others.
 
         Args:
             shard: this process's part of a tensor that is cut as `weight` is.

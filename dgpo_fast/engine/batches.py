@@ -15,8 +15,8 @@ beyond which kernels reckon in 64 bits."""
 class BatchSizes:
     """Samples in whole batches of the process that has most of them, the same on all processes.
 
-    What is recorded, compiled and padded has these sizes: with the settings' own, a process with fewer samples would
-    compute rows that nobody needs.
+    Recordings, compiled code and padding use these sizes. With the settings' own sizes, a process with fewer samples
+    would compute unused rows.
 
     Attributes:
         rollout: of a forward that draws images to learn from.

@@ -14,7 +14,7 @@ from dgpo_fast.errors import UserError
 
 GRAPH_MEMORY_GIB = 40.0
 CPU_COMPILE_IMAGES = 50_000
-"""Drawn in a whole run: with fewer, compiling takes longer than it saves."""
+"""Images of a whole run: with fewer, compiling takes longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Reasons:
 
 
 def choose(config: EngineConfig, situation: Situation) -> tuple[Choices, Reasons]:
-    """Turns every "auto" of `config` into a choice. Raises UserError if a setting cannot be had here."""
+    """Turns every "auto" of `config` into a choice. Raises UserError if a setting is not available here."""
     reasons = Reasons()
     compiled = _compile(config, situation, reasons)
     choices = Choices(

@@ -1,4 +1,4 @@
-"""The decoder of a run: in the memory layout that convolutions want, compiled, beside the rollout."""
+"""The decoder of a run: channels_last, compiled, and overlapping with the rollout."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ TIMED_S = 1.0
 class Decoder:
     """Latents → uint8 pictures.
 
-    The first pictures of a decoder that is not plain fp32 are compared with those of one that is. Where they are not
-    finite or differ by more than `LARGEST_MEAN_DIFFERENCE` on average, fp32 takes over.
+    The first pictures of a decoder that is not plain fp32 are compared with those of plain fp32. If they are not finite
+    or differ by more than `LARGEST_MEAN_DIFFERENCE` on average, fp32 takes over.
 
     Args:
         vae: the pipeline's; it stays as it is.
@@ -33,7 +33,7 @@ class Decoder:
         fast: channels_last, in a copy of the decoder.
         compiled: compile that copy, for whole batches.
         overlap: decode on a stream of its own, if there is a GPU.
-        note: told in one line what the comparison found.
+        note: called with one line on the comparison's result.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Decoder:
 
     @property
     def overlaps(self) -> bool:
-        """Whether it works beside what its caller does."""
+        """Whether it works while its caller continues."""
         return self.stream is not None
 
     def __call__(self, latents: Tensor) -> np.ndarray:
@@ -121,7 +121,7 @@ class Decoder:
 
 
 def decoder_ms(decoders: Sequence[Decoder], latents: Tensor) -> list[float]:
-    """Milliseconds that each of `decoders` takes for `latents`, in turns and beside nothing else."""
+    """Milliseconds that each of `decoders` takes for `latents`, measured in turns."""
     ways = [partial(decoder.decode, latents) for decoder in decoders]
     return best_ms(ways, latents.device, TIMED_S)
 

@@ -1,4 +1,4 @@
-"""The engine of a run: makes its choices once and readies the models."""
+"""The engine of a run: makes its choices once and prepares the models."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,14 +26,14 @@ from dgpo_fast.rollout.sampler import Solve, sample_latents
 
 
 class Engine:
-    """Readies the transformers of a run, in place, and says how it draws and decodes.
+    """Prepares the transformers of a run, in place, and provides fast sampling and decoding.
 
     Attributes:
         choices, reasons: what "auto" became, and why.
         sizes: of whole batches.
-        rollout_transformer: draws the images that are learnt from.
-        solve: how.
-        decoder: decodes them.
+        rollout_transformer: draws the training images.
+        solve: solves its ODE.
+        decoder: decodes latents.
 
     Args:
         config: the run's settings.
@@ -41,9 +41,9 @@ class Engine:
         pipeline: theirs; it stays as it is.
         text_tokens: of an encoded prompt.
         processes: how many share the run.
-        note: told in one line what is found out later.
+        note: called with one line for each later finding.
 
-    Raises UserError if a setting cannot be had on this device.
+    Raises UserError if a setting is not available on this device.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class Engine:
         return copied.transformer
 
     def measured(self) -> dict[str, str]:
-        """The choices that were made by measurement, ready for JSON: another time they might fall otherwise."""
+        """The choices made by measurement, ready for JSON; another measurement could give others."""
         names = ("attention", "train_attention", "linear")
         return {"device": device_name(self.models.device), **{name: getattr(self.choices, name) for name in names}}
 
     def adopt(self, measured: dict[str, str] | None) -> None:
-        """Takes another process's choices, or those that a resumed run began with: it then computes what they do.
+        """Adopts the choices of another process or of the resumed run, so that it computes the same.
 
-        What a setting asks for by name stays, and so does everything where `measured` is of another device.
+        Choices that a setting makes by name stay. Nothing is adopted if `measured` is of another device.
         """
         if measured is None or measured["device"] != device_name(self.models.device):
             return

@@ -58,7 +58,7 @@ def quantised(name: str, layer: nn.Linear) -> bool:
 
 
 def check_float8(device: torch.device) -> None:
-    """Raises UserError if rollouts in float8 cannot be had."""
+    """Raises UserError if float8 rollouts are not available."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < SMALLEST_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         raise UserError(f"engine.rollout_precision fp8: {name} has no float8; {REMEDY}")

@@ -1,7 +1,7 @@
 """Measurements made once on a machine.
 
-Kernels that differ in speed differ in rounding too. A run that measured anew could choose another one than the run
-before it, and two runs of one seed would then drift apart in their last bits.
+Kernels that differ in speed also differ in rounding. If every run measured again, two runs of one seed could choose
+different kernels and drift apart in their last bits.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ Measured = TypeVar("Measured")
 def remembered(what: Mapping[str, object], measure: Callable[[], Measured]) -> Measured:
     """What `measure` returned when it was first asked for `what` on this machine.
 
-    Of two processes that measure at the same time both get the result of the one that was done first. Where the user's
-    cache folder cannot be read or written, every process measures for itself.
+    If two processes measure at the same time, both get the result of the one that finished first. If the user's cache
+    folder cannot be read or written, every process measures for itself.
 
     Args:
         what: is measured, as JSON; device, threads, machine and versions are added here.

@@ -13,7 +13,7 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
     """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
 
     Args:
-        x_t: (B, C, H, W) noisy latents, any float dtype. If B is 0 there is a forward, too.
+        x_t: (B, C, H, W) noisy latents, any float dtype. B can be 0; the forward is then made for other processes.
         timestep: () or (B,), in [0, 1000].
         text: the B prompts.
     """
@@ -43,7 +43,7 @@ def predict_pair(
 
 
 def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
-    """Slices of at most `size` that cover `total` rows in order; as many as `most` rows need, the last ones empty."""
+    """Slices of at most `size` that cover `total` rows in order, then empty ones, as many as `most` rows need."""
     starts = range(0, max(total, most), size)
     return (slice(min(start, total), min(start + size, total)) for start in starts)
 

@@ -28,7 +28,7 @@ from dgpo_fast.wording import NO_HUB_NAME
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 FINGERPRINT_ELEMENTS = 256
 ENCODING_BYTES = 2**30
-"""What text encoders take on a GPU beside their weights, at most."""
+"""Upper bound of the GPU memory that text encoders take in addition to their weights."""
 TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -84,7 +84,7 @@ def make_pipeline(
 
 
 def read_model(config: Config) -> Architecture:
-    """The architecture of the model that `config` names; of its weights, nothing is read. Raises UserError."""
+    """The architecture of the model that `config` names, without reading weights. Raises UserError."""
     if config.random_weights:
         return find_architecture(config.model)
     return read_architecture(_find_model(config.model, config.revision))
@@ -128,8 +128,8 @@ def load_text_encoders(
 ) -> StableDiffusion3Pipeline:
     """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
 
-    If they do not fit on a GPU beside what is there, they stay in the CPU's memory, and their layers pass through
-    the GPU one after another (`passes_by_layer`): slower, and the same numbers.
+    If they do not fit in the GPU's free memory, they stay in CPU memory and their layers are moved through the GPU one
+    after another (`passes_by_layer`). This is slower and gives the same numbers.
 
     Args:
         pipeline: stays as it is.

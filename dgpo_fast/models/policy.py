@@ -1,12 +1,12 @@
 """The three sets of weights of a run.
 
 * **base**: the frozen pretrained transformer W. It is the reference, and carries no adapter.
-* **policy**: what is trained. With LoRA it is W + (alpha / rank)·B·A, its W being the *same tensors* as the base's.
-* **behaviour**: one merged copy without adapters in its graph. It draws the rollouts and gives the old predictions. To
-  save its memory, it can be the base's tensors with an adapter of its own instead (`policy.behaviour`).
+* **policy**: what is trained. With LoRA it is W + (alpha / rank)·B·A, where W are the *same tensors* as the base's.
+* **behaviour**: a merged copy without adapters. It draws the rollouts and makes the old predictions. To save memory, it
+  can instead be the base's tensors with a second adapter (`policy.behaviour`).
 
-Nothing is ever switched on or off: `load_behaviour` writes the wanted weights into the behaviour copy, in fp32
-arithmetic, once or twice an iteration.
+No adapter is switched on or off: `load_behaviour` writes weights into the behaviour copy, in fp32 arithmetic, once or
+twice per iteration.
 """
 
 import copy
@@ -57,9 +57,9 @@ class PolicyModels:
 
     Attributes:
         weights: what this process trains, by name.
-        adapted: whether the behaviour weights are an adapter of their own, and no merged copy.
+        adapted: whether the behaviour weights are a second adapter instead of a merged copy.
         shards: None if every process holds all weights.
-        after_load: called when the behaviour copy has got other weights.
+        after_load: called after the behaviour copy's weights have changed.
     """
 
     adapted = False

@@ -53,7 +53,7 @@ class PromptEncoder:
     A pipeline without text encoders gets them from its folder when a prompt is first found nowhere, and they leave
     again as soon as `prepare` has seen to all prompts.
 
-    Raises UserError for no T5 tokens if the pipeline has a T5 encoder.
+    Raises UserError if the pipeline has a T5 encoder and `max_sequence_length` is 0.
 
     Args:
         pipeline: the pipeline; embeddings go to its transformer's device.
@@ -95,13 +95,13 @@ class PromptEncoder:
         return TextEmbeds(tokens[samples], pooled[samples])
 
     def prepare(self, prompts: Iterable[str], on_step: Callable[[float], None] | None = None) -> str:
-        """Encodes a run's prompts ahead of it, so that its text encoders can leave before training needs the memory.
+        """Encodes a run's prompts before training, so that the text encoders can be unloaded.
 
-        Where the prompts do not all fit in the cache, they are encoded when they are needed, and the encoders stay.
+        If not all prompts fit in the cache, they are encoded when they are needed, and the encoders stay.
 
         Args:
-            prompts: all that the run will ask for.
-            on_step: told the share of the missing prompts that is encoded.
+            prompts: all prompts that the run will use.
+            on_step: called with the share of the missing prompts that is encoded.
 
         Returns:
             One line on what was done.
@@ -196,7 +196,7 @@ def make_prompt_encoder(
     Args:
         pipeline: loaded without text encoders, so that they can stay away.
         config: the run's settings.
-        note: told in one line what is wrong with the cache.
+        note: called with one line for each problem with the cache.
     """
     length = config.rollout.max_sequence_length
     if config.prompt_cache == "off" or not lacks_text_encoders(pipeline):

@@ -2,7 +2,7 @@
 
 FLOPs are a function of shapes, so each kind of work is counted once, by the formulas of torch's flop counter, on the
 meta device, where nothing is computed; an iteration's FLOPs are its samples times that. Prompt encoders and reward
-models are not counted, nor is what a forward does again for the backward pass: saving memory must not look like speed.
+models are not counted, nor is recomputation in the backward pass: saving memory must not look like speed.
 """
 
 import re
@@ -32,7 +32,7 @@ REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy f
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "matmul")
 PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)
 FUSED_ATTENTION = FusedAttention(torch.ops.aten._scaled_dot_product_flash_attention)
-"""As on a GPU: the flop counter has a formula of it."""
+"""As on a GPU: the FLOP counter has a formula for it."""
 
 
 @dataclass
@@ -178,17 +178,17 @@ class WorkMeter:
         self.shape: SampleShape | None = None
 
     def sampled(self, text: TextEmbeds, forwards: int) -> None:
-        """Notes one rollout: each prompt of `text` drawn with so many forwards of one sample."""
+        """Counts one rollout: each prompt of `text` takes this many forwards of one sample."""
         self._see(text.prompt, text.pooled)
         self.samples[ROLLOUT] += len(text) * forwards
 
     def decoded(self, images: int) -> None:
-        """Notes decoded images."""
+        """Counts decoded images."""
         self.samples[DECODE] += images
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Notes the forwards, and the backwards they lead to, of the block."""
+        """Counts the forward and backward passes of the block."""
         named = ((REFERENCE, self.models.base), (OLD, self.models.behaviour), (POLICY, self.models.policy))
         hooks = [
             # In front of the engine's hook, which pads a partial batch.
@@ -207,14 +207,14 @@ class WorkMeter:
         return taken
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """What the iteration that ends now and took `seconds` achieved: for `metrics.jsonl`."""
+        """Rates of the iteration that ends now and took `seconds`, for `metrics.jsonl`."""
         self.last = self.take()
         rate = self.flops(self.last) / seconds / 1e12
         rates = {"achieved_tflops": rate}
         return rates | {"mfu_percent": 100 * rate / self.peak_tflops} if self.peak_tflops else rates
 
     def flops(self, samples: dict[str, int]) -> int:
-        """FLOPs of so many samples of each kind of work."""
+        """FLOPs of the given number of samples of each kind of work."""
         new = set(samples) - set(self.flops_per_sample)
         if new:
             model_work = self.model_work()
