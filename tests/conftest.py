@@ -3,11 +3,17 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 
+from dgpo_fast.engine import attention, linear
+from dgpo_fast.evaluation import figures as drawn
+from dgpo_fast.evaluation import results
+from dgpo_fast.models.work import ModelWork, WorkMeter
 from tests.browser import Browser, browser
 from tests.pipelines import save_random_pipeline
 
@@ -65,6 +71,42 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
 def own_prompt_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests, and the processes that they start, leave the user's cache alone."""
     os.environ["DGPO_FAST_CACHE"] = str(tmp_path_factory.mktemp("prompt_cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_runs() -> Iterator[None]:
+    """Runs in the tests' own process leave out what takes longer than a small training and is not what is tested.
+
+    Figures are empty files without the fixture `figures`. FLOPs are counted once for all runs of the same shapes.
+    Kernels are timed in as few rounds as possible.
+    """
+    counted: dict[str, ModelWork] = {}
+    count = WorkMeter.model_work
+
+    def model_work(meter: WorkMeter) -> ModelWork:
+        models = meter.models
+        of = (models.base.config, meter.vae.config, meter.policy, models.dtype, meter.shape, models.adapted)
+        if repr(of) not in counted:
+            counted[repr(of)] = count(meter)
+        return counted[repr(of)]
+
+    def leave_empty(*args: Any) -> None:
+        args[-1].touch()
+
+    with (
+        patch.multiple(results, before_after_grid=leave_empty, reward_curve=leave_empty),
+        patch.object(WorkMeter, "model_work", model_work),
+        patch.dict(attention.TIMED_S, cpu=0.0),
+        patch.object(linear, "TIMED_S", 0.0),
+    ):
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's runs draw their figures."""
+    for name in ("before_after_grid", "reward_curve"):
+        monkeypatch.setattr(results, name, getattr(drawn, name))
 
 
 @pytest.fixture(scope="session")

@@ -51,8 +51,8 @@ def test_stochastic_steps_by_hand() -> None:
     assert noise[1] == pytest.approx([0.49 / 1.0 * -0.25, 0.7 * math.sqrt(0.25)])
 
 
-def gaussian_velocity(x: torch.Tensor, sigma: torch.Tensor, mean: float = 0.6, std: float = 0.3) -> torch.Tensor:
-    """E[ε − x0 | x_t = x] for x0 ~ N(mean, std²)."""
+def gaussian_velocity(x: Any, sigma: Any, mean: float = 0.6, std: float = 0.3) -> Any:
+    """E[ε − x0 | x_t = x] for x0 ~ N(mean, std²), of tensors or of numbers."""
     variance = (1 - sigma) ** 2 * std**2 + sigma**2
     residual = x - (1 - sigma) * mean
     return sigma / variance * residual - (mean + (1 - sigma) * std**2 / variance * residual)
@@ -95,8 +95,7 @@ def moments(steps: int, shift: float, noise_level: float, start: float = 1.0) ->
     states = [(grid[0], mean, variance)]
     steps_of = zip(pairwise(grid), *_stochastic_steps(grid, noise_level), strict=True)
     for (sigma, after), (drift,), (gain, std) in steps_of:
-        at = torch.tensor(sigma, dtype=torch.float64)
-        offset, both = (float(gaussian_velocity(torch.tensor(x, dtype=torch.float64), at)) for x in (0.0, 1.0))
+        offset, both = (gaussian_velocity(x, sigma) for x in (0.0, 1.0))
         slope = 1 + gain + drift * (both - offset)
         mean, variance = slope * mean + drift * offset, slope**2 * variance + std**2
         states.append((after, mean, variance))

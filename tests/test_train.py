@@ -45,7 +45,7 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "dgpo_fast.train", *args]
 
 
-def test_what_a_run_writes(workspace: Path) -> None:
+def test_what_a_run_writes(workspace: Path, figures: None) -> None:
     assert train(["small.yaml", "--evaluation.every", "3"]) == 0
     run = workspace / "runs" / "run"
     expected = {
