@@ -57,7 +57,7 @@ def launched_with_others() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process once all is written."""
+    """Ends this process after all output is written."""
     if launched_with_others():
         # The communication's threads and the interpreter's end race, and may end in an abort.
         sys.stdout.flush()
@@ -67,8 +67,7 @@ def leave(status: int) -> NoReturn:
 
 
 def quieten_libraries() -> None:
-    """Leaves the terminal to the run: what the libraries say while they are imported is about packages nobody needs
-    here."""
+    """Silences the libraries' messages while they are imported; they are about packages that are not needed here."""
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # diffusers imports it wherever it is installed, and it warns of a 4-bit kernel from the hub.

@@ -15,7 +15,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the docstr
 
 
 def _as_list_of_rewards(given: object) -> Sequence[str]:
-    """A single reward stands for a list of one; what YAML makes of other forms is refused with the right one."""
+    """Turns a single reward into a list. Raises ValueError for anything else that is not a list."""
     rewards = [given] if isinstance(given, str) else given
     if not rewards or not isinstance(rewards, list | tuple) or not all(isinstance(one, str) for one in rewards):
         raise ValueError("write rewards: [jpeg=0.1, red=my_reward:Name]")

@@ -1,6 +1,6 @@
 """How settings are read: a recipe's, then those of a YAML file, then those of the command line.
 
-All of them pass through `resolve`: a misspelt key or a wrong type is the same one-line error wherever it was written.
+All of them pass through `resolve`, so a misspelt key or a wrong type gives the same one-line error everywhere.
 """
 
 import difflib
@@ -89,7 +89,7 @@ USUAL_NAMES = {
     "max_steps": "iterations",
     "lora_r": "policy.lora_rank",
 }
-"""What other trainers call a setting, where its name here is not like that."""
+"""Names of settings in other trainers, if they differ from those here."""
 
 
 def _suggest(key: str, known: JsonObject) -> str:
@@ -186,7 +186,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> JsonObject:
-    """Settings from a user's YAML file. Raises UserError naming the file, and the line if there is one."""
+    """Settings from a user's YAML file. Raises UserError naming the file, and the line if it is known."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise UserError(f"{path}: larger than {MAX_YAML_BYTES} bytes: is this a file of settings?")

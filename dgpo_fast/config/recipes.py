@@ -1,11 +1,11 @@
-"""Named starting points. Each is a function that returns a `Config`; most derive from another one.
+"""Recipes: functions that return a `Config`; most derive from another one.
 
 Learning rates of the small recipes with other objectives or data are those of an earlier search; docs/comparison.md
 has the present one.
 
-The `sd35m-*` recipes carry the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. If the
-release's README and its configuration disagree, the configuration counts. Those for Flow-GRPO carry the values of that
-method's release; for Diffusion-DPO none were released, and they share DGPO's.
+The `sd35m-*` recipes have the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. If the release's
+README and its configuration disagree, they follow the configuration. Those for Flow-GRPO have the values of that
+method's release. No values were released for Diffusion-DPO; its recipes share DGPO's.
 """
 
 import difflib
@@ -133,7 +133,7 @@ def sd35m_ocr() -> Config:
 def sd35m_pickscore() -> Config:
     """SD3.5-Medium on human preference (PickScore).
 
-    The papers train it on Pick-a-Pic's prompts, which are not shipped: GenEval's stand for them (`prompts_note`).
+    The papers train it on Pick-a-Pic's prompts, which are not shipped; GenEval's replace them (`prompts_note`).
     """
     base = sd35m_ocr()
     return replace(
@@ -263,7 +263,7 @@ def get_recipe(name: str, origin: str | None = None) -> Config:
 
 
 def prompts_note(config: Config) -> str:
-    """What to know of the prompts that a run takes from its recipe, in one line; empty if there is nothing."""
+    """A note on the recipe's prompts, in one line; empty if there is none."""
     if not config.recipe.startswith("sd35m-pickscore") or config.prompts != "geneval":
         return ""
     return (

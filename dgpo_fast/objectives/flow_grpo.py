@@ -1,6 +1,6 @@
 """Flow-GRPO (arXiv 2505.05470): a policy gradient over every step of a rollout with noise.
 
-A step goes from x to x' with the density of a Gaussian around μ(x) = x + b·v + a·x (`stochastic.py`). With ℓ the
+A step goes from x to x' with the density of a Gaussian around μ(x) = x + b·v + a·x (`rollout/schedule.py`). With ℓ the
 logarithm of that density, the *mean* over the latent's elements, ρ = exp(ℓ_policy − ℓ_rollout) and s the diffusion
 coefficient of the SDE, the loss is the mean over samples and steps of
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class GroupSampler(Generic[T]):
-    """Deals the training prompts, or groups drawn from them, out, `groups` an iteration, reshuffled at every pass.
+    """Deals out the training prompts, or groups drawn from them, `groups` per iteration, reshuffled in every pass.
 
     Args:
         items: what is dealt out.

@@ -30,7 +30,7 @@ COLUMNS = {"prompt": "prompt", "prompts": "prompt", "tag": "tag", "category": "t
 """What the columns of a .csv may be called, in any case, and what they are."""
 
 FEW_HELD_OUT = 10
-"""Below so many held-out prompts, a user is told: means over them say little."""
+"""With fewer held-out prompts than this, the run prints a note: means over them say little."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -61,8 +61,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 def split_held_out(prompts: list[Prompt], size: int) -> PromptSets:
     """Splits off up to `size` distinct prompts, a fifth at most, for evaluation.
 
-    The choice depends on the prompts alone (smallest SHA-256 of what they ask for), neither on a seed nor on their
-    order, so that runs with different seeds are evaluated alike and nothing moves when a file is shuffled.
+    The choice only depends on the prompts (smallest SHA-256 of what they ask for), not on a seed or their order. Runs
+    with different seeds are therefore evaluated on the same prompts, and shuffling a file changes nothing.
     """
     distinct = in_hash_order(prompts)
     if len(distinct) < 5:

@@ -22,7 +22,7 @@ class Prompt:
 
     Attributes:
         text: what the model is asked to draw.
-        metadata: what a reward needs beside the text, e.g. GenEval's `include` list; never changed after creation.
+        metadata: what a reward needs besides the text, e.g. GenEval's `include` list; never changed after creation.
         origin: where the prompt came from, e.g. `"prompts.txt:12"`; empty for generated prompts.
     """
 

@@ -13,7 +13,7 @@ _CHOSEN: "ContextVar[torch.device | None]" = ContextVar("reward device", default
 
 @contextmanager
 def on_device(device: "torch.device | None") -> Iterator[None]:
-    """Inside, rewards load their models onto the `torch.device` given; None leaves the choice to them."""
+    """In the block, rewards load their models onto this `torch.device`; None leaves the choice to them."""
     token = _CHOSEN.set(device)
     try:
         yield

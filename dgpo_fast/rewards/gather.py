@@ -1,8 +1,8 @@
-"""Scores of shares: each process scores the images that it drew, and all of them learn all scores.
+"""Scores of shares: each process scores the images that it drew, and all of them get all scores.
 
-Images stay where they were drawn. Shares are equal counts of images of one size, and where prompts have rewards of
-their own, each share has its part of each kind (`groups.spread`): they cost every process the same, so that there is
-nothing to gain from moving pixels. How long each process took is in the metrics.
+Images stay where they were drawn. Shares have equal numbers of images of one size. If prompts have their own rewards,
+each share has its part of each kind (`prompts.dealing.spread`), so all processes have the same work and moving pixels
+would gain nothing. The metrics have the time that each process took.
 """
 
 import numpy as np

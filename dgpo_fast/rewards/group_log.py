@@ -1,4 +1,4 @@
-"""What an iteration's scored groups tell: metrics, notes to the user, and the end of a run that learns from none."""
+"""Metrics of an iteration's scored groups, notes to the user, and the end of a run that can learn from none."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ EQUAL_TOLD = 3
 
 
 class GroupLog:
-    """Sees the scored groups of each iteration in turn.
+    """Gets the scored groups of each iteration in turn.
 
     Args:
         reward: what scores them.
-        most_lost: iterations in a row in which a reward, or all of them, may score nothing.
-        note: told each line that a user should see.
+        most_lost: iterations in a row in which a reward, or all rewards, score nothing before the run ends.
+        note: called with each line for the user.
     """
 
     def __init__(self, reward: WeightedReward, most_lost: int, note: Callable[[str], None]):
@@ -33,7 +33,7 @@ class GroupLog:
     def take(
         self, iteration: int, prompts: Sequence[Prompt], scores: GroupScores, folder: Path | None
     ) -> dict[str, Any]:
-        """What to log of an iteration's groups; says which of them are dropped.
+        """Metrics of an iteration's groups; notes the dropped ones.
 
         Args:
             iteration: the number that messages give it.
@@ -42,7 +42,7 @@ class GroupLog:
             folder: the run's, which messages name; None if it has none.
 
         Raises SharedError if a reward has scored nothing, on any process, for too many iterations in a row among
-        those that asked it, or if no group was left of so many.
+        those whose prompts use it, or if no group could be scored for as many.
         """
         for line in scores.failures:
             self._note(f"iteration {iteration}: group dropped: {line}")
@@ -55,7 +55,7 @@ class GroupLog:
         return metrics
 
     def _count_equal(self, equal: int, scored: int) -> None:
-        """Counts iterations in a row in which all groups that were scored are equal, and says once what that means."""
+        """Counts iterations in a row in which all scored groups have equal rewards, and notes once what that means."""
         if self._equal_in_a_row is None or not scored:
             return
         self._equal_in_a_row = self._equal_in_a_row + 1 if equal == scored else 0
@@ -67,8 +67,8 @@ class GroupLog:
             )
 
     def _count_lost(self, reward: str, has_scored: bool, failures: list[str], folder: Path | None) -> None:
-        """Counts iterations in a row that were lost on a reward, named as in its `failures`, or on none in particular
-        if it is empty."""
+        """Counts iterations in a row in which a reward, named as in its `failures`, scored nothing; an empty name is
+        for all rewards."""
         lost = self._lost_in_a_row[reward] = 0 if has_scored else self._lost_in_a_row[reward] + 1
         if lost < self._most_lost:
             return

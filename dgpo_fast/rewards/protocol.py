@@ -1,4 +1,4 @@
-"""What a reward is, and what it takes."""
+"""The interface of rewards."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Reward(Protocol):
 
     Two methods and five attributes are optional:
 
-    - `check_prompts(prompts: Sequence[Prompt]) -> None` refuses, with a `UserError`, prompts that cannot be scored.
+    - `check_prompts(prompts: Sequence[Prompt]) -> None` raises `UserError` for prompts that cannot be scored.
       It is called once, before anything is drawn.
     - `self_test() -> None` raises if the reward does not work here, e.g. by scoring an image whose score is known. It
       is called once, when the reward is loaded.
-    - `groups_at_once: int`, for a reward that waits for another machine: it is then called from so many threads at a
-      time, each with the images of another prompt.
-    - `runs_on_cpu = True` says that scoring takes no GPU and depends on the arguments alone. Such a reward may be
-      loaded again in worker processes, which score several groups at a time beside the rollout.
-    - `independent_images = True` says that a picture's score does not depend on the pictures beside it, so that
-      several processes, workers or trainers, may share a group. A run with fewer groups than processes needs it.
-    - `needs_real_pictures = True` says that it cannot score coloured squares, on which a user's own reward is tried out
-      before a run.
-    - `fingerprint: str` tells rewards apart that may be behind one name: kept scores are gone on with under the same
-      one only. Without it, the file of a user's module does.
+    - `groups_at_once: int`, for a reward that waits for another machine: the number of threads that call it at a time,
+      each with the images of another prompt.
+    - `runs_on_cpu = True`: scoring needs no GPU and only depends on the arguments. The reward may be loaded again in
+      worker processes, which score several groups at a time during the rollout.
+    - `independent_images = True`: an image's score does not depend on the other images of its group, so several
+      processes, workers or trainers, may share a group. A run with fewer groups than processes needs it.
+    - `needs_real_pictures = True`: it cannot score coloured squares, with which a user's own reward is tested before a
+      run.
+    - `fingerprint: str` tells apart rewards that may have one name: stored scores are only reused if it is the same.
+      By default, it is a hash of the user's module.
     """
 
     def __call__(
@@ -43,18 +43,18 @@ class Reward(Protocol):
         Args:
             images: uint8 (B, H, W, 3), RGB in 0..255. A copy: the reward may change it.
             prompts: B texts.
-            metadata: B dictionaries of what the prompt's source said beside the text, e.g. GenEval's `include`.
+            metadata: B dictionaries with what the prompt's source has besides the text, e.g. GenEval's `include`.
 
         Returns:
             Scores, floats (B,), higher is better; or `(scores, parts)`, where each of `parts` is (B,) and only logged.
-            Lists and tensors do as well. A score that is not finite, or an exception, drops the prompt's group of
-            images from the step.
+            Lists and tensors are accepted. After a score that is not finite, or an exception, the prompt's group is
+            dropped in this iteration.
         """
         ...
 
 
 def not_finite(scores: np.ndarray) -> str | None:
-    """Of scores (B,), the first that is not finite, in a phrase; None if there is none."""
+    """A phrase that names the first of the scores (B,) that is not finite; None if all are."""
     finite = np.isfinite(scores)
     if finite.all():
         return None

@@ -64,7 +64,7 @@ def parse_spec(spec: str) -> Spec:
 
 
 def parse_specs(specs: Sequence[str]) -> list[Spec]:
-    """`parse_spec` of each; a weight that stands alone behind its reward is refused."""
+    """`parse_spec` of each. A weight separated from its reward by a space is an error."""
     parsed = [parse_spec(spec) for spec in specs]
     for before, spec in pairwise(parsed):
         if _number(spec.source) is not None:
@@ -94,9 +94,9 @@ def load_reward(name: str, source: str | None = None) -> Reward:
 
 
 def fingerprint(source: str, reward: Reward) -> str | None:
-    """What tells a reward from another one that is named alike: its own `fingerprint`, or a hash of its module's file.
+    """Tells apart rewards with the same name: the reward's own `fingerprint`, or a hash of its module's file.
 
-    None for shipped rewards, and where there is no such file.
+    None for shipped rewards, and if there is no such file.
     """
     own = getattr(reward, "fingerprint", None)
     if isinstance(own, str):
@@ -107,7 +107,7 @@ def fingerprint(source: str, reward: Reward) -> str | None:
 
 
 def is_own(reward: Reward) -> bool:
-    """Whether a reward is a user's own code, not one of this package's, which test themselves."""
+    """Whether a reward is a user's own code. Those of this package test themselves."""
     return not getattr(reward, "__module__", "").startswith("dgpo_fast.")
 
 
@@ -172,7 +172,7 @@ def _needed(function: Callable[..., object]) -> list[str]:
 
 
 def _accepts(function: Callable[..., object], arguments: int) -> bool:
-    """Whether `function` can be called with so many positional arguments."""
+    """Whether `function` can be called with this many positional arguments."""
     try:
         inspect.signature(function).bind(*range(arguments))
     except (TypeError, ValueError):

@@ -51,7 +51,7 @@ class WeightedReward:
     """The weighted sum of rewards, `rewards` and `weights` by name; made by `load_rewards`.
 
     A prompt whose metadata names rewards under "reward", one or a list of them, is scored by these alone. `sources`
-    says where rewards were loaded from, and `fingerprints` what was there, where that can be told.
+    are the names or paths that rewards were loaded from, and `fingerprints` tells apart rewards with the same name.
     """
 
     rewards: dict[str, Reward]
@@ -61,11 +61,11 @@ class WeightedReward:
 
     @property
     def contents(self) -> dict[str, str]:
-        """What must be the same for scores to be those of the same rewards, beside their names, as messages call it."""
+        """Fingerprints that stored scores must have to be those of the same rewards, by their names in messages."""
         return {f"{CONTENT}{self.sources[name]}": found for name, found in self.fingerprints.items()}
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Lets every reward refuse prompts that it cannot score. Raises UserError, one line naming the prompt."""
+        """Has every reward check its prompts. Raises UserError, one line naming the prompt, if one cannot be scored."""
         chosen = [self.chosen(prompt) for prompt in prompts]
         for name, reward in self.rewards.items():
             check = getattr(reward, "check_prompts", None)
@@ -74,17 +74,16 @@ class WeightedReward:
                 call(f"reward {name!r}", "cannot check the prompts", check, mine)
 
     def try_out(self, prompts: Sequence[Prompt], counts: Sequence[int], side: int) -> None:
-        """Has each of the user's own rewards score coloured squares for the first prompt that it is chosen for.
+        """Tests each of the user's own rewards with coloured squares, for the first prompt that it is chosen for.
 
-        So a wrong answer is found before a model is loaded, not after the pictures of an evaluation, and one of a wrong
-        length though evaluations ask for single pictures. Rewards that say `needs_real_pictures` are left out.
+        A wrong answer is then found before a model is loaded. Rewards with `needs_real_pictures` are skipped.
 
         Args:
             prompts: those of the run.
-            counts: how many pictures the rewards will be asked for at a time.
+            counts: numbers of pictures that the rewards will get at a time.
             side: of the pictures, in pixels.
 
-        Raises UserError, one line, if a reward's answer would lose the pictures.
+        Raises UserError, one line, if a reward fails on them.
         """
         squares = golden.squares(side)
         for name, reward in self.rewards.items():
@@ -102,11 +101,11 @@ class WeightedReward:
 
     @property
     def dependent_images(self) -> str | None:
-        """The first reward whose score of a picture may depend on the pictures beside it; None if there is none."""
+        """The first reward whose score of a picture may depend on the others of its group; None if there is none."""
         return next((n for n, one in self.rewards.items() if not getattr(one, "independent_images", False)), None)
 
     def check_processes(self, processes: int, groups: int) -> None:
-        """Raises UserError if so many processes would cut groups that a reward must see whole."""
+        """Raises UserError if this many processes would split groups that a reward must see whole."""
         name = self.dependent_images
         if groups < processes and name is not None:
             raise UserError(
@@ -124,7 +123,7 @@ class WeightedReward:
             group_size: G ≥ 1.
 
         A reward that raises, or returns another number of scores, or one that is not finite, invalidates its group.
-        A UserError is no failure of a group but a wrong set-up, and is raised; so is ValueError for wrong arguments.
+        A UserError means that the set-up is wrong, and is raised. ValueError is raised for wrong arguments.
         """
         require_pictures(images)
         if group_size < 1 or len(images) != len(prompts) * group_size:
@@ -136,7 +135,7 @@ class WeightedReward:
     def combine(
         self, answers: Mapping[tuple[int, str], Answer], prompts: Sequence[Prompt], group_size: int
     ) -> GroupScores:
-        """Weighted sums of what the rewards said of P groups of `group_size` images.
+        """Weighted sums of the rewards' answers for P groups of `group_size` images.
 
         Args:
             answers: by the group's index and the reward's name, for each reward that is chosen for the group's prompt.
@@ -165,10 +164,10 @@ class WeightedReward:
     def _answers(
         self, groups: Sequence[np.ndarray], prompts: Sequence[Prompt], chosen: Sequence[list[str]]
     ) -> dict[tuple[int, str], Answer]:
-        """What each reward says of each group that it is chosen for.
+        """Each reward's answer for each group that it is chosen for.
 
-        Rewards that wait for another machine (`groups_at_once`) are asked first, several groups at a time, while this
-        thread goes through the others.
+        Rewards that wait for another machine (`groups_at_once`) start first, several groups at a time, while this
+        thread runs the others.
         """
         asked = [(index, name) for index, names in enumerate(chosen) for name in names]
         waiting = {name: getattr(self.rewards[name], "groups_at_once", 1) for name in self.rewards}
@@ -241,13 +240,13 @@ def require_pictures(images: np.ndarray) -> None:
 
 
 class _NoScores(Exception):
-    """A reward returned what are no scores; the text says what."""
+    """A reward returned something other than scores; the text says what."""
 
 
 def score_group(name: str, reward: Reward, images: np.ndarray, prompt: Prompt) -> Answer:
-    """What the reward `name` says of the images of one prompt, uint8 (G, H, W, 3).
+    """The reward's answer for the images of one prompt, uint8 (G, H, W, 3).
 
-    A UserError is raised: it is no failure of a group.
+    A UserError is raised, since it is not a failure of a group.
     """
     try:
         return _valid_scores(name, reward, images, prompt)

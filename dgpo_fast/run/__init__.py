@@ -1,1 +1,1 @@
-"""What a run keeps and says: its folder, checkpoints, metrics and terminal."""
+"""What a run writes and prints: its folder, checkpoints, metrics and terminal output."""

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are either complete or absent.
 
 A checkpoint is staged in a hidden folder, flushed, hashed and renamed; its manifest is written last. A kill at any
-moment leaves the checkpoints before it as they were. Loading reads safetensors and JSON alone: nothing is unpickled.
+moment leaves earlier checkpoints intact. Loading only reads safetensors and JSON; nothing is unpickled.
 
-`CheckpointWriter` writes in a thread of its own, from a copy of the state in CPU memory, so that training goes on.
+`CheckpointWriter` writes in its own thread from a copy of the state in CPU memory, while training continues.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class State:
-    """What a run goes on from.
+    """What a run resumes from.
 
     Attributes:
         iteration: optimizer steps taken.
@@ -53,10 +53,10 @@ class State:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints while the run goes on.
+    """Writes a run's checkpoints while the run continues.
 
     `save` copies the state to the CPU and returns; a thread writes it. At most one write is under way: the next `save`
-    waits for it. What goes wrong in the thread is raised by the next call, as the one line that `save_checkpoint` says.
+    waits for it. Errors in the thread are raised by the next call, as the one-line UserError of `save_checkpoint`.
 
     Args:
         folder: the run's `checkpoints` folder.
@@ -84,7 +84,7 @@ class CheckpointWriter:
         self.running = self.thread.submit(_write, self.folder, iteration, self.copies, self.keep, self.info)
 
     def check(self) -> None:
-        """Raises what has gone wrong so far, without waiting."""
+        """Raises errors that have occurred so far, without waiting."""
         if self.running is not None and self.running.done():
             self.wait()
 
@@ -115,7 +115,7 @@ def save_checkpoint(
         keep: at least 1.
         info: JSON values for the manifest.
 
-    Raises UserError if the disk refuses; the checkpoints already there stay as they are.
+    Raises UserError if it cannot be written; earlier checkpoints stay intact.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _flat(parts).items()}
     return _write(folder, iteration, tensors, keep, info or {})
@@ -152,7 +152,7 @@ def _write(folder: Path, iteration: int, tensors: dict[str, Tensor], keep: int, 
 
 
 def _keep_newest(folder: Path, iteration: int, keep: int) -> None:
-    """Removes the checkpoints that are too old, and those of later iterations: this run passed them over as broken."""
+    """Removes the checkpoints that are too old, and those of later iterations, which this run skipped as broken."""
     earlier = [path for path in _all(folder) if _iteration(path) <= iteration]
     for path in _all(folder):
         if path not in earlier[:keep]:
@@ -160,7 +160,7 @@ def _keep_newest(folder: Path, iteration: int, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Out of sight first: a kill in the middle leaves no half checkpoint under its name."""
+    """Hides it first: a kill in the middle leaves no partial checkpoint under its name."""
     hidden = path.with_name(f".{path.name}.old")
     path.rename(hidden)
     shutil.rmtree(hidden)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+"""The output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ class Console:
 
     @contextmanager
     def track(self, label: str) -> Iterator[Callable[[float], None]]:
-        """Gives a callback that shows how far one piece of work is: told the share done, in (0, 1]."""
+        """Gives a callback that shows the progress of one piece of work; call it with the finished share, in (0, 1]."""
         if self.rich.quiet or not self.rich.is_terminal:
             self.note(f"{label} …")
             yield lambda share: None
@@ -48,7 +48,7 @@ class Console:
     def count(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[float], None]]:
         """Gives a callback that shows how many of `total` things are done, how fast, and what is left.
 
-        The callback is told the number done, which may be a fraction.
+        Call it with the number done, which may be a fraction.
         """
         first, started_s, shown_s = done, time.monotonic(), time.monotonic()
 

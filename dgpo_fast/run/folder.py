@@ -14,18 +14,18 @@ from dgpo_fast.errors import UserError
 
 LOCK = ".lock"
 HOLDER = ".lock.json"
-"""Who holds the lock, beside it: Windows lets nobody read a file that is locked."""
+"""Says who holds the lock. A separate file, since Windows does not allow reading a locked file."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class FolderLock:
-    """Holds `folder` until this process ends, however it ends: the kernel lets go of the lock.
+    """Locks `folder` until this process ends; the kernel releases the lock in any case.
 
-    If the file system has no locks, says so on stderr and holds nothing.
+    If the file system has no locks, prints a note on stderr and locks nothing.
 
     Args:
         folder: the run's folder.
-        note: JSON values to leave beside the lock, for whoever comes next; see `read_lock`.
+        note: JSON values to store with the lock; `read_lock` returns them.
 
     Raises:
         UserError: another process holds the folder, or its lock cannot be written.
@@ -47,12 +47,12 @@ class FolderLock:
             raise UserError(f"{folder / LOCK}: cannot be written ({error.strerror}): fix it, or its folder") from None
 
     def release(self) -> None:
-        """Lets go before the process ends."""
+        """Releases the lock before the process ends."""
         self.file.close()
 
 
 def read_lock(folder: Path) -> dict[str, Any]:
-    """What the process that holds or held `folder` left beside its lock; empty if there is nothing to read."""
+    """The note of the process that holds or held `folder`; empty if there is none."""
     for name in (HOLDER, LOCK):  # earlier versions wrote it into the lock itself
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def read_lock(folder: Path) -> dict[str, Any]:
 
 
 def _lock(descriptor: int, folder: Path) -> bool:
-    """Whether nobody else holds the lock. The descriptor is closed, and the lock free, when the process ends."""
+    """Whether no other process holds the lock. When this process ends, the lock is released."""
     try:
         return lock_descriptor(descriptor, blocking=False)
     except OSError as error:

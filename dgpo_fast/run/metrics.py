@@ -21,8 +21,8 @@ class Phases:
     """Seconds spent in each phase of an iteration; waits for the GPU at a phase's ends, so that they add up.
 
     Attributes:
-        watch: entered around each phase with its name; a profiler puts its own there.
-        current: the phase that goes on, or that an error has ended; None between phases.
+        watch: a context entered around each phase with its name; a profiler sets its own.
+        current: the current phase, or the one that an error has ended; None between phases.
     """
 
     def __init__(self, device: torch.device):
@@ -77,7 +77,7 @@ class MetricsFile:
     def write(self, metrics: dict[str, Any]) -> None:
         """Appends one line; NaN and infinity become null, which JSON has.
 
-        Raises UserError if the file was removed: what is written then is lost without a word.
+        Raises UserError if the file was removed, since what is written would be lost silently.
         """
         if os.fstat(self.file.fileno()).st_nlink == 0:
             raise UserError(f"{self.path} was removed during the run: its folder is gone; start the run again")
@@ -108,7 +108,7 @@ class Loggers:
         log: which are wanted.
         folder: the run's folder.
         config: the run's settings, for loggers that show them.
-        note: told in one line when a logger is left out.
+        note: called with one line if a logger is left out.
     """
 
     def __init__(self, log: Log, folder: Path, config: dict[str, Any], note: Callable[[str], None]):

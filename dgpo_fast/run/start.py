@@ -74,7 +74,7 @@ def read_start(args: list[str]) -> Start:
 
 
 def iterations_done(folder: Path) -> int | None:
-    """The iteration of the newest checkpoint in `folder`, be it valid or not; None before the first one."""
+    """The iteration of the newest checkpoint in `folder`, valid or not; None before the first one."""
     numbers = (path.name.removeprefix("iteration-") for path in (folder / "checkpoints").glob("iteration-*"))
     return max((int(number) for number in numbers if number.isdecimal()), default=None)
 
@@ -105,7 +105,7 @@ def begun_before(config: Config) -> Path | None:
 
 
 def is_same_job(config: Config, folder: Path) -> bool:
-    """Whether `config` is what the run in `folder` began with, its name included."""
+    """Whether `config`, including its name, is what the run in `folder` began with."""
     if config.name != folder.name or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
         return False
     begun = flat(resolve(Config(), read_yaml(folder / "config.yaml"), str(folder)))
@@ -120,7 +120,7 @@ def shared_start(start: Start | None, processes: "Processes") -> Start:
 
 
 def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
-    """Makes the folder of a new run, with its settings in it, and takes the run's folder for this process.
+    """Makes the folder of a new run, with its settings, and locks the run's folder for this process.
 
     Raises UserError if another run has it.
     """
@@ -136,7 +136,7 @@ def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
 
 
 def new_folder(config: Config) -> Path:
-    """The folder of a new run, not yet made. Raises UserError where it is taken or would lie elsewhere."""
+    """The folder of a new run, not yet made. Raises UserError if it exists or would not be in `runs_dir`."""
     if config.name and (".." in config.name or {"/", "\\"} & set(config.name)):
         raise UserError(f"--name {config.name}: is a path: leave out '/', '\\' and '..'; --runs-dir says where runs go")
     folder = Path(config.runs_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -167,10 +167,10 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
 
 
 def _require_effect(folder: Path, before: Config, after: Config) -> None:
-    """Raises UserError if a resumed run would train nothing, and other settings than before would mean nothing.
+    """Raises UserError if a resumed run would train nothing, so that changed settings would have no effect.
 
-    The number of iterations that are done is allowed: it ends the run there. So are other settings, such as the device,
-    if a run has yet to make its results.
+    The number of finished iterations is allowed: it ends the run there. Changed settings, such as the device, are
+    allowed if the run still has to make its results.
     """
     done = iterations_done(folder) or 0
     if after.iterations < done:

@@ -2,8 +2,8 @@
 
 Where a group is scored depends on its reward:
 
-* one that says `runs_on_cpu = True`: in worker processes, several groups at a time, under a deadline;
-* one that waits for another machine (`groups_at_once`): in threads, so many groups at a time, under a deadline;
+* with `runs_on_cpu = True`: in worker processes, several groups at a time, under a deadline;
+* one that waits for another machine: in threads, `groups_at_once` groups at a time, under a deadline;
 * any other: in one thread of the trainer's process, group after group, on a GPU stream of its own.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MOST_WORKERS = 8
 LEAST_PORTION = 4
-"""Images of a group that are worth a process of their own."""
+"""Images of a group for which a separate process pays off."""
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Task:
 
     Attributes:
         result: the answer, and the seconds that it took.
-        started: when a thread of this process began with it, by `time.perf_counter`; None before that, and elsewhere.
+        started: when a thread of this process began with it, by `time.perf_counter`; None before, and elsewhere.
     """
 
     name: str
@@ -62,8 +62,7 @@ Tasks = queue.Queue[Task | None]
 def count_workers(setting: str | int, device: torch.device) -> int:
     """The number of worker processes for `reward_workers`, which is "auto" or a number.
 
-    On a GPU, auto leaves one core to the trainer. On a CPU there is nothing to hide behind: rollout and reward would
-    share the same cores.
+    On a GPU, auto leaves one core to the trainer. On a CPU it is 0, since rollout and rewards would share the cores.
     """
     if isinstance(setting, int):
         return setting
@@ -73,7 +72,7 @@ def count_workers(setting: str | int, device: torch.device) -> int:
 
 
 CLOSING_S = 1.0
-"""That the threads have to end in."""
+"""In which the threads must end."""
 
 
 class RewardPool:
@@ -84,11 +83,11 @@ class RewardPool:
     Args:
         reward: the rewards and their weights. Worker processes load those that run on the CPU again.
         workers: number of worker processes; with 0, everything is scored in this process.
-        deadline_s: seconds within which a reward must have scored a group. A worker that exceeds it is killed and its
-            group dropped. In this process nothing can be killed: a reward that waits for another machine loses the
-            group, and its thread is replaced; any other ends the run with a UserError.
-        device: the trainer's. On a GPU, rewards of this process are scored beside the trainer's own work.
-        note: told in one line what a user should know.
+        deadline_s: seconds within which a reward must have scored a group. A worker that takes longer is killed and its
+            group dropped. In this process nothing can be killed: if a reward waits for another machine, its group is
+            dropped and its thread replaced; any other reward ends the run with a UserError.
+        device: the trainer's. On a GPU, rewards of this process run during the trainer's own work.
+        note: called with one line for the user.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class RewardPool:
         self.lock = threading.Lock()
 
     def start(self, prompts: Sequence[Prompt], group_size: int) -> Scoring:
-        """Prepares to score the images of P prompts, `group_size` of each, which may then come in any portions."""
+        """Prepares to score `group_size` images of each of P prompts. The images can then be added in any portions."""
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         if not self.threads:
@@ -157,14 +156,14 @@ class RewardPool:
         self.queues[task.name].put(task)
 
     def blocks(self, task: Task) -> bool:
-        """Whether `task` beside the trainer's work would only slow that down: both on the CPU, in one process."""
+        """Whether `task` would only slow down the trainer's work, because both run on the CPU in one process."""
         return self.device.type == "cpu" and self.queues[task.name] is self.tasks_here
 
     def wait(self, task: Task) -> tuple[Answer, float]:
         """The answer to a task, once it is there, and the seconds that it took.
 
         Raises:
-            UserError: the reward's own, or if one hangs in this process, which nothing can stop.
+            UserError: the reward's own, or because one hangs in this process and cannot be stopped.
         """
         while True:
             try:
@@ -267,7 +266,7 @@ class Scoring:
 
     Attributes:
         busy_s: seconds of scoring, summed over processes and rewards; complete after `result`.
-        wait_s: seconds that the caller waited for it. What busy_s has more was hidden behind the caller's own work.
+        wait_s: seconds that the caller waited for it. The rest of busy_s overlapped with the caller's own work.
     """
 
     def __init__(self, pool: RewardPool, prompts: Sequence[Prompt], group_size: int):
@@ -326,7 +325,7 @@ class Scoring:
 
 
 def joined(portions: Sequence[Answer]) -> Answer:
-    """A group's answer from those to its portions: the first failure, or all scores and the parts that all have."""
+    """A group's answer from those for its portions: the first failure, or all scores and the parts that all have."""
     scored = [portion for portion in portions if isinstance(portion, dict)]
     if len(scored) < len(portions):
         return next(portion for portion in portions if isinstance(portion, str))

@@ -55,8 +55,8 @@ class WorkerProcess:
         self.pixels = np.empty(0, np.uint8)
 
     def score(self, name: str, source: str, images: np.ndarray, prompt: Prompt) -> tuple[Answer, float]:
-        """What the reward `name`, loaded from `source`, says of one prompt's images, uint8 (G, H, W, 3), and in how
-        many seconds.
+        """The answer of the reward `name`, loaded from `source`, for one prompt's images, uint8 (G, H, W, 3), and the
+        seconds that it took.
 
         A process that dies or exceeds the deadline costs this group; the next one gets a new process.
 
@@ -84,7 +84,7 @@ class WorkerProcess:
         return answer, seconds
 
     def kill(self) -> None:
-        """Ends the process at once, with whatever it started; callable from any thread."""
+        """Ends the process and its children at once; can be called from any thread."""
         process = self.process
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -109,7 +109,7 @@ class WorkerProcess:
         return self._receive(LOAD_DEADLINE_S)
 
     def _end(self, error: Exception, limit_s: float) -> str:
-        """Cleans up after a process that has not answered, and says in a phrase what became of it."""
+        """Cleans up after a process that has not answered; returns a phrase that says what happened to it."""
         process, self.process = self.process, None
         if process is None:
             return f"its process could not be started ({error})"
