@@ -110,7 +110,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     """Returns when `condition` holds; fails where it does not in time."""
     ends = time.monotonic() + seconds
     while not condition():

@@ -8,9 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +34,7 @@ from dgpo_fast.rewards.remote import png
 from dgpo_fast.train import train
 from tests.pipelines import save_random_pipeline
 from tests.processes import heed_ctrl_c
-from tests.servers import answering
+from tests.servers import answering, wait_for
 
 PROMPTS = ["a cat", "a dog on a hill", "two birds", "a red house", "a boat", "a river"]
 DRAWING = [
@@ -313,13 +311,6 @@ def test_ctrl_c_and_sigkill_lose_nothing(workspace: Path) -> None:
     assert {k: v for k, v in results[0].items() if k not in clock} == {
         k: v for k, v in results[1].items() if k not in clock
     }
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the process did not get there"
-        time.sleep(0.02)
 
 
 def test_a_torn_line_or_a_lost_picture_is_drawn_again_with_its_batch(workspace: Path) -> None:

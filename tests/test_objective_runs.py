@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from safetensors.torch import load_file
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.run.checkpoint import load_newest
-from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
+from tests.runs import untimed
+from tests.servers import wait_for
 
 ROOT = Path(__file__).parents[1]
 NOISE = ["--rollout.solver=euler", "--rollout.noise-level=0.7"]
@@ -30,12 +30,6 @@ SYSTEMS = {
     "diffusion-dpo": ["--objective=diffusion_dpo", "--optimizer.lr=1e-3"],
     "flow-grpo": ["--objective=flow_grpo", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=none", *NOISE],
 }
-
-
-def untimed(folder: Path) -> list[dict]:
-    """The metrics that do not depend on the clock."""
-    clock = ("_s", "_per_s", "_mib", "_tflops", "_percent")
-    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(folder / "metrics.jsonl")]
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -50,7 +44,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(system: str, workspace: Pat
         [sys.executable, "-m", "dgpo_fast.train", *args, "--name", "killed"], stdout=subprocess.DEVNULL
     )
     assert train([*args, "--name", "undisturbed"]) == 0
-    wait_for(workspace / "runs/killed/checkpoints/iteration-000002")
+    wait_for((workspace / "runs/killed/checkpoints/iteration-000002").exists)
     killed.kill()
     killed.wait()
     shutil.rmtree(workspace / "runs/killed/checkpoints/iteration-000008", ignore_errors=True)
@@ -58,13 +52,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(system: str, workspace: Pat
     ours, theirs = workspace / "runs/killed", workspace / "runs/undisturbed"
     assert untimed(ours) == untimed(theirs)
     assert all(torch.equal(tensor, state(theirs)[name]) for name, tensor in state(ours).items())
-
-
-def wait_for(path: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not come"
-        time.sleep(0.02)
 
 
 def test_flow_grpo_takes_several_optimizer_steps(workspace: Path) -> None:
@@ -167,7 +154,7 @@ def test_a_drawing_that_is_killed_goes_on(workspace: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "dgpo_fast.train", *args, "--name", "killed"], stdout=subprocess.DEVNULL
     )
-    wait_for(workspace / "runs/killed/groups/groups-000001.safetensors")
+    wait_for((workspace / "runs/killed/groups/groups-000001.safetensors").exists)
     process.kill()
     process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in Path("runs/killed/groups").glob("g*.safetensors")}
