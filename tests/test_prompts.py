@@ -220,6 +220,53 @@ def test_csv_file(tmp_path, header, swapped):
     assert (plain.text, plain.tag, plain.metadata) == ("a cat", "all", {"prompt": "a cat"})
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "expected"),
+    [
+        ("semicolons.csv", "prompt;tag\na red car, parked;colors\n", {"prompt": "a red car, parked", "tag": "colors"}),
+        ("index.csv", ",Prompts,Category\n0,a cat,Colors\n", {"prompt": "a cat", "tag": "Colors"}),
+        (
+            "parti.tsv",
+            'Prompt\tCategory\tChallenge\tNote\na sign, "Go", now\tText\tBasic\t\n',
+            {"prompt": 'a sign, "Go", now', "tag": "Text", "Challenge": "Basic", "Note": ""},
+        ),
+        ("tabs.csv", "prompt\tseed\na cat\t7\n", {"prompt": "a cat", "seed": "7"}),
+    ],
+)
+def test_tables_of_other_programs(tmp_path, name, table, expected):
+    """Whatever separates the cells; further columns are metadata, and one without a name is an index."""
+    (prompt,) = read_prompts(write(tmp_path / name, table))
+    assert prompt.metadata == expected and prompt.text == expected["prompt"]
+
+
+LINE_ENDS = ["\n", "\r\n", "\r", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize("end", LINE_ENDS, ids=ascii)
+def test_lines_end_as_any_program_ends_them(tmp_path, end):
+    path = write(tmp_path / "lines.txt", end.join(["a cat", "", "a dog", "a bird "]) + end)
+    assert [(p.text, p.origin) for p in read_prompts(path)] == [
+        (text, f"{path}:{number}") for number, text in ((1, "a cat"), (3, "a dog"), (4, "a bird"))
+    ]
+
+
+def test_a_line_end_inside_json_is_part_of_the_prompt(tmp_path):
+    path = write(tmp_path / "one.jsonl", '{"prompt": "a\u2028b"}\r{"prompt": "c"}')
+    assert [p.text for p in read_prompts(path)] == ["a\u2028b", "c"]
+
+
+@given(st.lists(st.sampled_from(["\r", "\n", "x", "x" * 70_000]), max_size=12))
+def test_lines_do_not_depend_on_how_the_file_is_read(tmp_path_factory, pieces):
+    """Python's own reading of the same bytes, in parts whose ends may lie between CR and LF."""
+    content = "".join(pieces) or "x"
+    path = write(tmp_path_factory.getbasetemp() / "parts.txt", content)
+    whole = [line for line in content.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
+    if any(len(line) > MAX_LINE_BYTES for line in whole):
+        assert "line longer than" in message(read_prompts, path)
+    elif whole:
+        assert [p.text for p in read_prompts(path)] == whole
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1), max_size=60))
 def test_split_is_disjoint_complete_and_blind_to_order(texts):
     prompts = [Prompt(text) for text in texts]
@@ -288,7 +335,7 @@ def test_unknown_source(tmp_path, monkeypatch):
     text = message(load_prompts, "genevl")
     assert text == (
         "no prompt source 'genevl': did you mean 'geneval'? "
-        "Name one of geneval, signs, tiny-shapes, tiny-signs, or a .txt, .jsonl or .csv file"
+        "Name one of geneval, signs, tiny-shapes, tiny-signs, or a .txt, .jsonl, .csv or .tsv file"
     )
     assert "did you mean" not in message(load_prompts, "zzzz")
     monkeypatch.chdir(tmp_path)
@@ -301,9 +348,11 @@ def test_bad_paths(tmp_path):
     assert message(load_prompts, str(missing)) == (
         f"{missing}: no such prompt file: check the path (the working folder is {Path.cwd()})"
     )
-    assert message(load_prompts, str(tmp_path)) == f"{tmp_path}: is a folder: name a .txt, .jsonl or .csv file in it"
-    other = write(tmp_path / "p.tsv", "a cat")
-    kinds = "use .txt (one prompt a line), .jsonl (GenEval) or .csv (DrawBench)"
+    assert (
+        message(load_prompts, str(tmp_path)) == f"{tmp_path}: is a folder: name a .txt, .jsonl, .csv or .tsv file in it"
+    )
+    other = write(tmp_path / "p.xlsx", "a cat")
+    kinds = "use .txt (one prompt a line), .jsonl (GenEval), .csv (DrawBench) or .tsv (PartiPrompts)"
     assert message(load_prompts, other) == f"{other}: unknown kind of prompt file: {kinds}"
     assert message(load_prompts, "geneval", eval_source=str(missing)).startswith(f"{missing}: no such prompt file")
 
@@ -315,7 +364,7 @@ def test_unreadable_file(tmp_path):
     assert message(load_prompts, path) == f"{path}: cannot be read: Permission denied"
 
 
-COLUMNS_LEFT = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category")'
+COLUMNS_LEFT = 'one must be "prompt" (or "Prompts"), and at most one "tag" (or "Category")'
 
 
 @pytest.mark.parametrize(
@@ -380,10 +429,12 @@ COLUMNS_LEFT = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category"
             "prompt\n\n",
             ': holds no prompts: write the line "prompt,tag", and a prompt with its tag in each line below',
         ),
-        ("c.csv", "\na cat,Colors\n", ":2: names the columns 'a cat, Colors': leave " + COLUMNS_LEFT),
-        ("c.csv", "Prompts;Category\na;b\n", ":1: names the columns 'Prompts;Category': leave " + COLUMNS_LEFT),
-        ("c.csv", "prompt,Prompts\na,b\n", ":1: names the columns 'prompt, Prompts': leave " + COLUMNS_LEFT),
-        ("c.csv", "Category\nColors\n", ":1: names the columns 'Category': leave " + COLUMNS_LEFT),
+        ("c.csv", "\na cat,Colors\n", ":2: names the columns 'a cat, Colors': " + COLUMNS_LEFT),
+        ("c.csv", "Text;Category\na;b\n", ":1: names the columns 'Text, Category': " + COLUMNS_LEFT),
+        ("c.csv", "prompt,seed,seed\na,1,2\n", ":1: two columns are called 'seed': rename one of them"),
+        ("t.tsv", "prompt\ttag\na\tb\tc\n", ":2: 3 cells below 2 columns: leave tabs out of the prompt"),
+        ("c.csv", "prompt,Prompts\na,b\n", ":1: names the columns 'prompt, Prompts': " + COLUMNS_LEFT),
+        ("c.csv", "Category\nColors\n", ":1: names the columns 'Category': " + COLUMNS_LEFT),
         (
             "c.csv",
             "Prompts,Category\na,b\na cat, asleep,Colors\n",
@@ -431,7 +482,7 @@ def test_longest_line_is_accepted(tmp_path):
 
 @given(st.binary(max_size=300))
 def test_any_bytes_give_prompts_or_one_line(tmp_path_factory, content):
-    for name in ("f.txt", "f.jsonl", "f.csv"):
+    for name in ("f.txt", "f.jsonl", "f.csv", "f.tsv"):
         path = write(tmp_path_factory.getbasetemp() / name, content)
         try:
             sets = load_prompts(path)
@@ -476,6 +527,12 @@ def test_evaluation_that_leaves_nothing_to_train_on(tmp_path):
         ('says "open late" and "closed"', "open late"),
         ("says nothing", None),
         ('half a "pair', None),
+        ('a 12" ruler beside a sign that says "OPEN"', "OPEN"),
+        ("a 5'10\" man with a shirt that says “HI”", "HI"),
+        ('a "quaint" shop with the words: "fresh bread"', "fresh bread"),
+        ('a 12" ruler and a 6" nail', " ruler and a 6"),
+        ('a 12" ruler', None),
+        ('a sign that says ""', None),
         ('""', None),
         ('" "', None),
     ],
@@ -492,6 +549,8 @@ def test_prompts_without_quoted_text_are_named(tmp_path):
         'write the words to be drawn like this: a sign that says "open"'
     )
     assert message(require_quoted_text, [Prompt('a sign that says ""')]).startswith("prompt: no text between double")
+    odd = "no pair of double quotes after a word such as says, and an odd number of them"
+    assert message(require_quoted_text, [Prompt('a 12" ruler', origin="p.txt:3")]).startswith(f"p.txt:3: {odd} in 'a ")
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,7 @@ class Config:
     """If `random_weights` is set, also build the text encoders. Otherwise, random embeddings replace them."""
     prompts: str = "tiny-shapes"
     """Training prompts: a generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with one prompt per line,
-    a GenEval .jsonl file, or a .csv file with prompts and tags."""
+    a GenEval .jsonl file, or a .csv or .tsv file with a column of prompts."""
     eval_prompts: str | None = None
     """Held-out prompts for evaluations, given as `prompts` are. None: a part of `prompts` that is never trained on."""
     rewards: Rewards = ("shapes",)

@@ -35,8 +35,8 @@ class EvaluationSettings:
     """Weights of a run to evaluate. after: the trained weights. before: the weights that training started from.
     None: after."""
     prompts: str | None = None
-    """All prompts of a .txt, .jsonl or .csv file, or the held-out prompts of a generator. None: the run's held-out
-    prompts."""
+    """All prompts of a file (.txt, .jsonl, .csv or .tsv), or the held-out prompts of a generator. None: the held-out
+    prompts of the run."""
     images: Count | None = None
     """Number of images, spread evenly over tags and prompts. None: `images_per_prompt` for every prompt of a file."""
     images_per_prompt: Count = 1

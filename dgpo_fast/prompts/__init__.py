@@ -1,4 +1,4 @@
-"""Prompts to train and to evaluate on: shipped generators, a text file, a GenEval `.jsonl` or a `.csv`."""
+"""Prompts to train and to evaluate on: shipped generators, a text file, a GenEval `.jsonl` or a table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_prompts(source: str, *, eval_source: str | None = None, held_out: int =
 
     Args:
         source: a generator (`geneval`, `signs`, `tiny-shapes`, `tiny-signs`) or the path of a `.txt`, `.jsonl`
-            or `.csv` file.
+            `.csv` or `.tsv` file.
         eval_source: where the evaluation prompts come from, named alike. Without it, a generator gives its own and a
             file's are split off, a fifth of it at most.
         held_out: number of evaluation prompts at most, ≥ 1.

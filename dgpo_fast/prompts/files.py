@@ -1,5 +1,5 @@
-"""Prompt files: `.txt` (one prompt a line), `.jsonl` (GenEval's format: one object a line) and `.csv` (DrawBench's: a
-prompt and its category)."""
+"""Prompt files: `.txt` (one prompt a line), `.jsonl` (GenEval's format: one object a line), and `.csv` and `.tsv` (as
+DrawBench's and PartiPrompts': a table with a column of prompts)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import TRAINING_PROMPTS, Prompt, PromptSets, shorten, without
@@ -23,11 +24,16 @@ CONTENTS = {
     ".txt": "one prompt a line",
     ".jsonl": "one JSON object a line",
     ".csv": 'the line "prompt,tag", and a prompt with its tag in each line below',
+    ".tsv": "the line prompt⇥tag, and a prompt with its tag in each line below",
 }
 SUFFIXES = tuple(CONTENTS)
-KINDS = "a .txt, .jsonl or .csv file"
+KINDS = "a .txt, .jsonl, .csv or .tsv file"
+TABLES = (".csv", ".tsv")
 COLUMNS = {"prompt": "prompt", "prompts": "prompt", "tag": "tag", "category": "tag"}
-"""What the columns of a .csv may be called, in any case, and what they are."""
+"""What these two columns of a table may be called, in any case. All others keep their names."""
+SEPARATORS = ",;\t"
+LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""End a line of text beside CR and LF. In JSON they may stand inside a string."""
 
 FEW_HELD_OUT = 10
 """With fewer held-out prompts than this, the run prints a note: means over them say little."""
@@ -46,12 +52,13 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise UserError(f"{path}: no such prompt file: check the path (the working folder is {Path.cwd()})")
     if path.suffix not in SUFFIXES:
         raise UserError(
-            f"{path}: unknown kind of prompt file: use .txt (one prompt a line), .jsonl (GenEval) or .csv (DrawBench)"
+            f"{path}: unknown kind of prompt file: use .txt (one prompt a line), .jsonl (GenEval), .csv (DrawBench) or "
+            ".tsv (PartiPrompts)"
         )
     lines = ((line, f"{path}:{number}") for number, line in _numbered_lines(path))
     parse: Callable[[str, str], Prompt] = _parse_json if path.suffix == ".jsonl" else _parse_text
-    if path.suffix == ".csv":
-        parse = _csv_parser(*next(lines, ("prompt", "")))
+    if path.suffix in TABLES:
+        parse = _table_parser(*next(lines, ("prompt", "")))
     prompts = [parse(line, origin) for line, origin in lines]
     if not prompts:
         raise UserError(f"{path}: holds no prompts: write {CONTENTS[path.suffix]}")
@@ -84,23 +91,41 @@ def in_hash_order(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Non-blank lines with their numbers, which count from 1; reads one bounded line at a time."""
-    number, offset = 0, 0
+    """Non-blank lines with their numbers, which count from 1; holds a bounded part of the file at a time."""
+    number = 0
     try:
         with path.open("rb") as file:
-            while raw := file.readline(MAX_LINE_BYTES + 2):
-                number += 1
-                line = _decode(raw, f"{path}:{number}", offset)
-                offset += len(raw)
-                if line:
-                    yield number, line
+            for offset, raw in _raw_lines(file):
+                text = _decode(raw, f"{path}:{number + 1}", offset)
+                for line in [text] if path.suffix == ".jsonl" else LINE_ENDS.split(text):
+                    number += 1
+                    if line.strip():
+                        yield number, line
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Position and content of each line, which ends with LF, CR LF or CR; of one that is too long, its beginning."""
+    offset, held = 0, b""
+    while True:
+        more = file.read(MAX_LINE_BYTES)
+        lines = (held + more).splitlines(keepends=True)
+        # A CR at the end of what was read may be the first half of CR LF.
+        held = lines.pop() if more and not lines[-1].endswith(b"\n") else b""
+        for line in lines:
+            yield offset, line.rstrip(b"\r\n")
+            offset += len(line)
+        if len(held) > MAX_LINE_BYTES + 1:
+            yield offset, held
+            return
+        if not more:
+            return
+
+
 def _decode(raw: bytes, origin: str, offset: int) -> str:
-    """One line as text without surrounding blanks; `offset` is the position of its first byte in the file."""
-    if len(raw.rstrip(b"\r\n")) > MAX_LINE_BYTES:
+    """One line as text; `offset` is the position of its first byte in the file."""
+    if len(raw) > MAX_LINE_BYTES:
         raise UserError(f"{origin}: line longer than {MAX_LINE_BYTES} bytes: is this a prompt file?")
     try:
         text = raw.decode("utf-8")
@@ -110,15 +135,15 @@ def _decode(raw: bytes, origin: str, offset: int) -> str:
     if "\0" in text:
         raise UserError(f"{origin}: holds a NUL character: save the file as UTF-8 text")
     # Editors on Windows put a byte order mark in front of the file; it is no part of the first prompt.
-    return (text.removeprefix("\ufeff") if offset == 0 else text).strip()
+    return text.removeprefix("\ufeff") if offset == 0 else text
 
 
 def _parse_text(line: str, origin: str) -> Prompt:
-    return Prompt(line, {}, origin)
+    return Prompt(line.strip(), {}, origin)
 
 
 def _parse_json(line: str, origin: str) -> Prompt:
-    if line.startswith("["):
+    if line.lstrip().startswith("["):
         raise UserError(f"{origin}: is a JSON list: write one object a line, without [ ]")
     try:
         record = json.loads(
@@ -143,32 +168,44 @@ def _parse_json(line: str, origin: str) -> Prompt:
     return Prompt(text.strip(), record, origin)
 
 
-def _csv_parser(line: str, origin: str) -> Callable[[str, str], Prompt]:
-    """What reads the lines below `line`, which names the columns."""
-    header = _cells(line, origin)
+def _table_parser(line: str, origin: str) -> Callable[[str, str], Prompt]:
+    """What reads the lines below `line`, which names the columns and shows what separates them."""
+    separator = max(SEPARATORS, key=line.count)
+    header = _cells(line, origin, separator)
     columns = [COLUMNS.get(name.lower(), name) for name in header]
-    if sorted(columns) not in (["prompt"], ["prompt", "tag"]):
-        wanted = 'one "prompt" (or "Prompts") and at most one "tag" (or "Category")'
-        raise UserError(f"{origin}: names the columns {shorten(', '.join(header))}: leave {wanted}")
+    if columns.count("prompt") != 1 or columns.count("tag") > 1:
+        wanted = 'one must be "prompt" (or "Prompts"), and at most one "tag" (or "Category")'
+        raise UserError(f"{origin}: names the columns {shorten(', '.join(header))}: {wanted}")
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{origin}: two columns are called {shorten(twice)}: rename one of them")
 
     def parse(line: str, origin: str) -> Prompt:
-        cells = _cells(line, origin)
+        cells = _cells(line, origin, separator)
         if len(cells) != len(columns):
             seen = f"{counted(len(cells), 'cell')} below {counted(len(columns), 'column')}"
-            raise UserError(f"{origin}: {seen}: write a prompt that holds commas between double quotes")
-        empty = next((name for name, cell in zip(header, cells, strict=True) if not cell), None)
+            held = f"write a prompt that holds {'commas' if separator == ',' else 'semicolons'} between double quotes"
+            remedy = "leave tabs out of the prompt" if separator == "\t" else held
+            raise UserError(f"{origin}: {seen}: {remedy}")
+        # A column without a name numbers the lines.
+        record = {name: cell for name, cell in zip(columns, cells, strict=True) if name}
+        empty = next((name for name in ("prompt", "tag") if not record.get(name, name)), None)
         if empty is not None:
-            raise UserError(f"{origin}: nothing in the column {shorten(empty)}: fill it in, or remove the line")
-        record = dict(zip(columns, cells, strict=True))
+            named = header[columns.index(empty)]
+            raise UserError(f"{origin}: nothing in the column {shorten(named)}: fill it in, or remove the line")
         return Prompt(record["prompt"], record, origin)
 
     return parse
 
 
-def _cells(line: str, origin: str) -> list[str]:
-    """The cells of a line of CSV, without blanks around them; a cell never goes on in the next line."""
+def _cells(line: str, origin: str, separator: str) -> list[str]:
+    """The cells of a line of a table, without blanks around them; a cell never goes on in the next line.
+
+    Between tabs, a double quote is a letter like any other, as in PartiPrompts.
+    """
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     try:
-        (cells,) = csv.reader([line], strict=True)
+        (cells,) = csv.reader([line.strip(" \r\n")], delimiter=separator, quoting=quoting, strict=True)
     except csv.Error as error:
         remedy = "end each cell on its line, and double the quotes inside quotes"
         raise UserError(f"{origin}: broken CSV ({error}): {remedy}") from error

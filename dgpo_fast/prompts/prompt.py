@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -92,19 +93,40 @@ def in_turn(prompts: Iterable[T], tag_of: Callable[[T], str], count: int) -> lis
     return [by_tag[tags[k]][turn % len(by_tag[tags[k]])] for turn, k in turns]
 
 
+DOUBLE_QUOTES = "“”„‟″＂"
+"""Stand for `"`."""
+_ANNOUNCED = re.compile(
+    r"\b(?:says?|saying|said|reads?|reading|spells?|spelling|(?:en)?titled|labell?ed|called|named|written"
+    r"|text|words?|phrase|letters|message|inscription|title)[\s:,]*\"([^\"]*)\"",
+    re.IGNORECASE,
+)
+
+
 def quoted_text(text: str) -> str | None:
-    """The text between the first pair of double quotes (`"`), or None if there is no pair or nothing in it."""
-    pieces = text.split('"', 2)
-    return pieces[1] if len(pieces) == 3 and pieces[1].strip() else None
+    """The words to be drawn: the double quotes after `says`, `reads`, `titled` and the like, else the first pair.
+
+    None if there is no pair, if there is nothing in it, or if it is not clear which quotes are a pair: `a 12" ruler`.
+    """
+    text = text.translate(dict.fromkeys(map(ord, DOUBLE_QUOTES), '"'))
+    announced = _ANNOUNCED.search(text)
+    if announced:
+        words = announced[1]
+    elif text.count('"') % 2:
+        return None
+    else:
+        words = "".join(text.split('"', 2)[1:2])
+    return words if words.strip() else None
 
 
 def require_quoted_text(prompts: Iterable[Prompt]) -> None:
     """Raises UserError, naming file and line, for the first prompt without text between double quotes."""
     for prompt in prompts:
         if quoted_text(prompt.text) is None:
+            unclear = "no pair of double quotes after a word such as says, and an odd number of them"
+            odd = sum(map(prompt.text.count, f'"{DOUBLE_QUOTES}')) % 2
             raise UserError(
-                f"{prompt.origin or 'prompt'}: no text between double quotes in {shorten(prompt.text)}: "
-                'write the words to be drawn like this: a sign that says "open"'
+                f"{prompt.origin or 'prompt'}: {unclear if odd else 'no text between double quotes'} in "
+                f'{shorten(prompt.text)}: write the words to be drawn like this: a sign that says "open"'
             )
 
 

@@ -1,7 +1,7 @@
 """The `ocr` reward: does the picture show the words that the prompt asks for in quotes?
 
 The words are read by RapidOCR, which carries PaddleOCR's models as ONNX files. With t the target, u what was read, both
-lower-cased and without spaces, and d their edit distance:
+normalised (`normalise`), and d their edit distance:
 
     r(t, u) = 1                           if t occurs in u
     r(t, u) = max(1 − d(t, u) / |t|, 0)   otherwise
@@ -10,6 +10,7 @@ lower-cased and without spaces, and d their edit distance:
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,13 +19,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.prompt import Prompt, quoted_text, require_quoted_text
+from dgpo_fast.prompts.prompt import DOUBLE_QUOTES, Prompt, quoted_text, require_quoted_text, shorten
 from dgpo_fast.records import Metadata
 from dgpo_fast.rewards.protocol import require_images
 
 # Pictures lower than this are a sign and little else, so one without a detected box is read as a single line of text.
 SMALL_PICTURE = 64
 
+_ALIKE = str.maketrans(
+    {**dict.fromkeys("‘’‚‛ʼʹ′`´", "'"), **dict.fromkeys(DOUBLE_QUOTES, '"'), **dict.fromkeys("‐‑‒–—―−", "-")}
+)
 _ENGINE = {
     "Global.log_level": "critical",
     # Every picture is read by one thread, and several pictures at a time.
@@ -47,7 +51,7 @@ _ENGINE = {
 
 
 class OcrReward:
-    """Reads each picture and compares it with the text between the prompt's first pair of double quotes.
+    """Reads each picture and compares it with the text that the prompt has in double quotes (`quoted_text`).
 
     Scores lie in [0, 1]. The part `exact` is 1 if the whole target was read. The score of a picture depends on
     that picture and its prompt alone, not on what is scored with it.
@@ -73,6 +77,8 @@ class OcrReward:
             raise UserError("reward 'ocr' needs RapidOCR: pip install 'rapidocr<4' onnxruntime") from error
         # RapidOCR declares four kinds of results for every call; a whole reading gives the one with texts and scores.
         self._engine: Any = RapidOCR(params=dict(_ENGINE))
+        self._letters = set(map(normalise, self._engine._load_rec_model().postprocess_op.character))
+        self._letters.update("".join(self._letters))  # of what one character is two letters, as of ½
         self._pool = ThreadPoolExecutor(workers or _default_threads(), thread_name_prefix="ocr")
 
     def __call__(
@@ -95,8 +101,17 @@ class OcrReward:
         return ["".join(texts) for texts, _ in self._pool.map(self._read_one, images)]
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raises UserError, with file and line, for a prompt without text between double quotes."""
+        """Raises UserError, with file and line, for a prompt without text between double quotes, or whose text has
+        letters that the engine cannot read: its best possible score would be below 1."""
         require_quoted_text(prompts)
+        for prompt in prompts:
+            words = quoted_text(prompt.text) or ""
+            unread = "".join(dict.fromkeys(letter for letter in normalise(words) if letter not in self._letters))
+            if unread:
+                raise UserError(
+                    f"{prompt.origin or 'prompt'}: reward 'ocr' cannot read {unread!r} in {shorten(words)}: leave "
+                    "these letters out, or remove the line"
+                )
 
     def self_test(self) -> None:
         """Raises UserError unless a printed word is read right, with the confidence that the engine has in it when it
@@ -128,8 +143,15 @@ def as_engine_wants(image: np.ndarray) -> np.ndarray:
 
 
 def normalise(text: str) -> str:
-    """`text` in lower case and without white space, as targets and readings are compared."""
-    return "".join(text.lower().split())
+    """`text` as targets and readings are compared: what looks alike is alike.
+
+    Unicode's NFKC (one form of é, `％` and `…`), one kind of apostrophe, of double quote and of dash, without case and
+    without white space.
+    """
+    text = unicodedata.normalize("NFC", text).translate(_ALIKE)
+    # The small letter of İ is an i with one more dot above it.
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
+    return unicodedata.normalize("NFC", "".join(unicodedata.normalize("NFKC", folded).translate(_ALIKE).split()))
 
 
 def similarity(target: str, text: str) -> float:
