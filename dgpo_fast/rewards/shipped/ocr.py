@@ -148,10 +148,10 @@ def normalise(text: str) -> str:
     Unicode's NFKC (one form of é, `％` and `…`), one kind of apostrophe, of double quote and of dash, without case and
     without white space.
     """
-    text = unicodedata.normalize("NFC", text).translate(_ALIKE)
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFC", text).translate(_ALIKE)).casefold()
+    letters = "".join(unicodedata.normalize("NFKC", folded).translate(_ALIKE).split())
     # The small letter of İ is an i with one more dot above it.
-    folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
-    return unicodedata.normalize("NFC", "".join(unicodedata.normalize("NFKC", folded).translate(_ALIKE).split()))
+    return unicodedata.normalize("NFC", letters).replace("i\u0307", "i")
 
 
 def similarity(target: str, text: str) -> float:
