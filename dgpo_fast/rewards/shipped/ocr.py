@@ -150,8 +150,8 @@ def normalise(text: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFC", text).translate(_ALIKE)).casefold()
     letters = "".join(unicodedata.normalize("NFKC", folded).translate(_ALIKE).split())
-    # The small letter of İ is an i with one more dot above it.
-    return unicodedata.normalize("NFC", letters).replace("i\u0307", "i")
+    # The small letter of İ is an i with one more dot above it, which no composed letter takes in.
+    return unicodedata.normalize("NFC", letters.replace("\u0307", ""))
 
 
 def similarity(target: str, text: str) -> float:
