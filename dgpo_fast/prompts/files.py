@@ -203,9 +203,11 @@ def _cells(line: str, origin: str, separator: str) -> list[str]:
 
     Between tabs, a double quote is a letter like any other, as in PartiPrompts.
     """
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    line = line.strip(" \r\n")
+    if separator == "\t":
+        return [cell.strip() for cell in line.split("\t")]
     try:
-        (cells,) = csv.reader([line.strip(" \r\n")], delimiter=separator, quoting=quoting, strict=True)
+        (cells,) = csv.reader([line], delimiter=separator, strict=True)
     except csv.Error as error:
         remedy = "end each cell on its line, and double the quotes inside quotes"
         raise UserError(f"{origin}: broken CSV ({error}): {remedy}") from error
