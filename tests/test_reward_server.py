@@ -267,6 +267,18 @@ def test_bad_settings_give_one_line(args, expected, tmp_path, monkeypatch, capsy
     assert captured.err.startswith(f"error: {expected.replace('TAKEN', port)}")
 
 
+@pytest.mark.parametrize("library", ["starlette", "uvicorn"])
+def test_without_its_libraries_it_says_what_to_install(library: str) -> None:
+    code = (
+        f"import sys; sys.modules[{library!r}] = None; sys.argv = ['reward_server', '--reward', 'jpeg']; "
+        "from dgpo_fast.config.command_line import run_command; from dgpo_fast.rewards.serving.server import serve; "
+        "sys.exit(run_command(serve))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    expected = 'python -m dgpo_fast.reward_server needs starlette and uvicorn: pip install "dgpo_fast[server]"'
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {expected}\n")
+
+
 def test_rewards_may_be_named_one_by_one(folder: Path) -> None:
     with reward_server("--reward", "jpeg", "--reward=shapes=0.5", folder=folder) as server:
         assert JsonClient(server.url).get("/health").content["rewards"] == {"jpeg": 1.0, "shapes": 0.5}
@@ -487,31 +499,48 @@ def test_addresses_that_are_none(server: Process) -> None:
 
 
 HEAD = b"POST /score HTTP/1.1\r\nHost: a\r\n"
+TYPED = HEAD + b"Content-Type: application/json\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 BAD_HEADS = {
-    "garbage": (b"\x00\x01\x02\r\n\r\n", b'{"error": '),
-    "no length": (HEAD + b"Content-Type: application/json\r\n\r\n{}", b"HTTP/1.1 411 "),
-    "two lengths": (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", b"HTTP/1.1 411 "),
-    "chunked": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", b"HTTP/1.1 411 "),
-    "negative": (HEAD + b"Content-Length: -1\r\n\r\n", b"HTTP/1.1 400 "),
-    "no number": (HEAD + b"Content-Length: 1_0\r\n\r\n", b"HTTP/1.1 400 "),
-    "plus": (HEAD + b"Content-Length: +2\r\n\r\n{}", b"HTTP/1.1 400 "),
-    "huge": (HEAD + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n", b"HTTP/1.1 400 "),
-    "a web page's type": (HEAD + b"Content-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", b"HTTP/1.1 415 "),
-    "too long": (HEAD + b"Content-Type: application/json\r\nContent-Length: 5000000\r\n\r\n", b"HTTP/1.1 413 "),
-    "ends early": (HEAD + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{}", b"HTTP/1.1 400 "),
-    "long line": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b"HTTP/1.1 414 "),
-    "long header": (b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000 + b"\r\n\r\n", b"HTTP/1.1 431 "),
-    "many headers": (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 431 "),
-    "another method": (b"DELETE /score HTTP/1.1\r\nHost: a\r\n\r\n", b"HTTP/1.1 501 "),
-    "another version": (b"GET /health HTTP/9.9\r\n\r\n", b'{"error": "Invalid HTTP version (9.9)"}'),
-    "another page": (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 404 "),
+    "garbage": (b"\x00\x01\x02\r\n\r\n", 400, "illegal request line"),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400, "Missing mandatory Host: header"),
+    "no length": (TYPED + b"\r\n{}", 411, "one Content-Length is needed"),
+    "two lengths": (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 411, "one Content-Length is needed"),
+    "chunked": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411, "one Content-Length is needed"),
+    "both": (
+        TYPED + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        411,
+        "one Content-Length is needed",
+    ),
+    "another encoding": (TYPED + b"Transfer-Encoding: gzip\r\n\r\n{}", 501, "Only Transfer-Encoding: chunked"),
+    "negative": (HEAD + b"Content-Length: -1\r\n\r\n", 400, "bad Content-Length"),
+    "no number": (HEAD + b"Content-Length: 1_0\r\n\r\n", 400, "bad Content-Length"),
+    "plus": (HEAD + b"Content-Length: +2\r\n\r\n{}", 400, "bad Content-Length"),
+    "huge": (HEAD + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n", 400, "bad Content-Length"),
+    "a web page's type": (
+        HEAD + b"Content-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
+        415,
+        "Content-Type must be application/json",
+    ),
+    "too long": (TYPED + b"Content-Length: 5000000\r\n\r\n", 413, "5000000 bytes, more than --max-body-mib 4"),
+    "ends early": (TYPED + b"Content-Length: 50\r\n\r\n{}", 400, "the request ended early"),
+    "ends in its head": (b"GET /health HTTP/1.1\r\nHost:", 400, "the request ended early"),
+    "long line": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414, "first line is too long"),
+    "a line without end": (b"GET /" + b"a" * 300_000, 414, "first line is too long"),
+    "long header": (GET + b"A: " + b"a" * 70_000 + b"\r\n\r\n", 431, "too many headers, or too long ones"),
+    "a header without end": (GET + b"A: " + b"a" * 300_000, 431, "Receive buffer too long"),
+    "many headers": (GET + b"A: b\r\n" * 200 + b"\r\n", 431, "too many headers, or too long ones"),
+    "another method": (b"DELETE /score HTTP/1.1\r\nHost: a\r\n\r\n", 501, "Unsupported method ('DELETE')"),
+    "another version": (b"GET /health HTTP/9.9\r\n\r\n", 505, "Invalid HTTP version (9.9)"),
+    "another page": (GET + b"\r\n", 404, "no such address '/': there are /health, /score, /check"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_HEADS)
 def test_heads_that_are_none(server: Process, kind: str) -> None:
-    data, expected = BAD_HEADS[kind]
-    assert raw(server, data).startswith(expected)
+    data, status, reason = BAD_HEADS[kind]
+    head, _, body = raw(server, data).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and reason in json.loads(body)["error"], (head, body)
     assert serves(server)
 
 

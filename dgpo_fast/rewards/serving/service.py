@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,12 +68,11 @@ class Counts:
 
 
 class RewardService:
-    """Scores one request at a time, in the order of their arrival, however many threads ask."""
+    """Scores one request at a time, in the order of their arrival, in a thread of its own."""
 
     def __init__(self, reward: WeightedReward, limits: Limits):
         self.reward, self.limits, self.counts = reward, limits, Counts()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="reward")
-        self._lock = threading.Lock()
         self._waiting = 0
         self._closing = False
         self._began: float | None = None
@@ -99,7 +99,7 @@ class RewardService:
             "limits": {"images": self.limits.images, "pixels": self.limits.pixels},
         }
 
-    def answer(self, path: str, body: bytes, is_gone: Callable[[], bool]) -> dict[str, Any]:
+    async def answer(self, path: str, body: bytes, is_gone: Callable[[], bool]) -> dict[str, Any]:
         """The answer to a request at `path`, after those that came before it.
 
         Args:
@@ -110,31 +110,27 @@ class RewardService:
         Raises:
             Refused: whatever else happens.
         """
-        work = {"/score": self._score, "/check": self._check}.get(path)
-        if work is None:
-            raise Refused(404, f"no such address {path[:60]!r}: there are /health, /score, /check")
-        with self._lock:
-            if self._closing or self._waiting >= self.limits.waiting:
-                state = "closing" if self._closing else f"busy with {self._waiting} requests"
-                raise Refused(503, f"the reward server is {state}")
-            queue, self._waiting = self._waiting, self._waiting + 1
-        future = self._worker.submit(self._work, work, body, is_gone)
+        work = {"/score": self._score, "/check": self._check}[path]
+        if self._closing or self._waiting >= self.limits.waiting:
+            state = "closing" if self._closing else f"busy with {self._waiting} requests"
+            raise Refused(503, f"the reward server is {state}")
+        queue, self._waiting = self._waiting, self._waiting + 1
+        future = asyncio.wrap_future(self._worker.submit(self._work, work, body, is_gone))
         try:
-            return {**future.result(self.limits.deadline_s), "queue": queue}
-        except TimeoutError:
-            future.cancel()
-            raise Refused(504, f"no score within {self.limits.deadline_s:g} s") from None
-        except CancelledError:
-            raise Refused(503, "the reward server is closing") from None
+            await asyncio.wait([future], timeout=self.limits.deadline_s)
+            if future.cancelled():
+                raise Refused(503, "the reward server is closing")
+            if not future.done():
+                raise Refused(504, f"no score within {self.limits.deadline_s:g} s")
+            return {**future.result(), "queue": queue}
         finally:
-            with self._lock:
-                self._waiting -= 1
+            future.cancel()
+            self._waiting -= 1
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Finishes the request that is being scored and refuses all others."""
-        with self._lock:
-            self._closing = True
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._closing = True
+        await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
 
     def _work(self, work: Work, body: bytes, is_gone: Callable[[], bool]) -> dict[str, Any]:
         if is_gone():
