@@ -1,7 +1,7 @@
 """Memory that a CPU run keeps between its tensors.
 
-The C library hands large freed blocks back to the system, and the next tensor of that size gets pages that have to be
-found and cleared again: a run's tensors come and go in the same few sizes thousands of times an iteration.
+The C library returns large freed blocks to the system, and the next tensor of that size gets new pages, which must be
+cleared. A run creates and frees tensors of the same few sizes thousands of times per iteration.
 """
 
 import ctypes

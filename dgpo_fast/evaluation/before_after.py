@@ -19,7 +19,7 @@ from dgpo_fast.wording import counted, number, resume_command
 
 
 class RunEvaluations:
-    """Scores weights of one run on the same held-out prompts and initial noise every time.
+    """Scores weights of one run, always on the same held-out prompts and initial noise.
 
     All processes must call each method together. The behaviour copy is left with the weights that were scored.
 
@@ -53,10 +53,10 @@ class RunEvaluations:
         """The scores of `weights`.
 
         Args:
-            on_step: told the share done, in (0, 1].
-            remedy: ends the error's line.
+            on_step: called with the finished share, in (0, 1].
+            remedy: the end of the error's line.
 
-        Raises UserError if not one image could be scored.
+        Raises UserError if no image could be scored.
         """
         self.models.load_behaviour(weights)
         with self.processes.waiting("the shards of the evaluation", counted=False):
@@ -77,7 +77,7 @@ class RunEvaluations:
         return result
 
     def between(self, weights: Weights) -> dict[str, Any]:
-        """What to log of `weights` between two iterations; if they cannot be scored, a note and nothing."""
+        """Metrics of `weights` between two iterations; empty, with a note, if they cannot be scored."""
         try:
             summary = self.scores(weights).summary()
         except UserError as error:
@@ -86,9 +86,9 @@ class RunEvaluations:
         return {f"heldout_{key}": summary[key] for key in ("reward_mean", "reward_ci95")}
 
     def before(self, folder: Path) -> Evaluation | None:
-        """Scores of the model as it came; None on processes other than the first.
+        """Scores of the original model; None on processes other than the first.
 
-        A resumed run has them in its `folder` already, if its rewards are the same.
+        A resumed run reads them from its `folder` if its rewards are the same.
         """
         path, contents = folder / BEFORE_FILE, self.rewards.reward.contents
         earlier = earlier_evaluation(path, contents, self.console.note) if self.processes.first else None
@@ -105,16 +105,16 @@ class RunEvaluations:
     def after(
         self, weights: Weights, folder: Path, before: Evaluation | None, source: dict[str, Any], iteration: int
     ) -> None:
-        """Scores what was trained; the first process writes summary and pictures, and shows them.
+        """Scores the trained weights; the first process writes summary and pictures and prints the results.
 
         Args:
-            weights: what was trained.
+            weights: the trained weights.
             folder: the run's.
-            before: what `before` gave.
-            source: what the source of the groups says of itself.
-            iteration: how many are done.
+            before: the result of `before`.
+            source: the summary of the groups' source.
+            iteration: number of finished iterations.
 
-        Raises UserError if the disk refuses.
+        Raises UserError if results cannot be written.
         """
         after = self._tracked("after", weights, f"; fix it, then resume with: {resume_command(folder)}")
         if before is None:

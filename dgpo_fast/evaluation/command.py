@@ -38,7 +38,7 @@ one given by --recipe. After Ctrl-C or a kill, the same command continues the ev
 
 
 def evaluate(args: list[str]) -> int:
-    """Evaluates as the command line says; returns the exit status."""
+    """Runs the command line's evaluation; returns the exit status."""
     args = list(args)
     if {"-h", "--help"} & set(args):
         print_settings(USAGE, EvaluationSettings())

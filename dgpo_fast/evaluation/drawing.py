@@ -96,9 +96,9 @@ class Drawing:
         self.drawn = 0
 
     def run(self) -> list[Row]:
-        """Draws and scores what is not there yet; returns the rows of all pictures.
+        """Draws and scores missing pictures; returns the rows of all pictures.
 
-        What is done stays done, whatever is raised; UserError if a reward cannot score anything.
+        Finished pictures are kept if an error is raised. Raises UserError if a reward cannot score anything.
         """
         lock = self.folder.begin(self.made_with, renew=self.renew)
         try:
@@ -159,7 +159,7 @@ class Drawing:
         ]
 
     def _score_again(self, rows: list[Row]) -> list[Row]:
-        """The rows, those that a reward failed on scored once more from their pictures."""
+        """The rows. Those that a reward failed on are scored again from their pictures."""
         failed = [row for row in rows if row.failed]
         for start in range(0, len(failed), self.settings.batch_size):
             batch = failed[start : start + self.settings.batch_size]
@@ -182,7 +182,7 @@ class Drawing:
 
 
 def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], dict[str, Any]]:
-    """The prompts, one for each image, and what the folder is made with, as far as that is known without the model.
+    """The prompts, one per image, and what is known of the evaluation without the model.
 
     Raises UserError if the folder was made with something else.
     """
@@ -206,7 +206,7 @@ def choose_prompts(settings: EvaluationSettings) -> list[Prompt]:
 
 
 def describe_prompts(settings: EvaluationSettings) -> str:
-    """Where the prompts come from, for people."""
+    """A phrase that says where the prompts come from."""
     if settings.prompts is not None:
         return settings.prompts
     config = run_config(settings.model)

@@ -23,7 +23,7 @@ NEEDED = ("model", "lora", "weights", "rewards", "seed", "num_inference_steps", 
 """What the folder is read for."""
 
 DIGESTS = {"prompts_sha256": "other prompts", "weights_sha256": "other weights", "lora_sha256": "another LoRA"}
-"""What it was made with if these differ."""
+"""What the message calls each setting if it differs."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _number(value: float | None) -> float:
 
 
 def describe_model(made_with: dict[str, Any]) -> str:
-    """What was evaluated, for people."""
+    """A phrase that says what was evaluated."""
     lora = f" with {Path(made_with['lora']).name}" if made_with["lora"] else ""
     training = f" {made_with['weights']} training" if made_with["weights"] else ""
     return f"{made_with['model']}{lora}{training}"
@@ -94,7 +94,7 @@ def _was_trained_further(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 class EvaluationFolder:
-    """Reads and writes one evaluation. A picture's line is in the index only when picture and scores are there."""
+    """Reads and writes one evaluation. A picture's line is only in the index if picture and scores exist."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -111,9 +111,9 @@ class EvaluationFolder:
         return found
 
     def require_same(self, wanted: dict[str, Any], *, renew: bool = False) -> None:
-        """Raises UserError if the folder holds something else than what is `wanted`; a new one may hold anything.
+        """Raises UserError if the folder holds another evaluation than `wanted`.
 
-        If it is to `renew`, what a run had trained before it was trained further is no error.
+        With `renew`, an evaluation of the run before it was trained further is accepted.
         """
         if not self.path.exists():
             return
@@ -147,10 +147,10 @@ class EvaluationFolder:
         return (self.path / MADE_WITH).is_file() and _was_trained_further(self.made_with(), wanted)
 
     def begin(self, made_with: dict[str, Any], *, renew: bool = False) -> FolderLock:
-        """Makes the folder, or goes on in it, and takes it for this process.
+        """Creates the folder, or continues in it, and locks it for this process.
 
-        If it is to `renew`, what its run had drawn before it was trained further is removed. Raises UserError if
-        it was made with something else, or another process is at work in it.
+        With `renew`, an evaluation of the run before it was trained further is removed. Raises UserError if the
+        folder holds another evaluation, or if another process is at work in it.
         """
         self.require_same(made_with, renew=renew)
         (self.path / "images").mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ class EvaluationFolder:
         return lock
 
     def rows(self) -> list[Row]:
-        """The pictures that are there with their scores, in order, up to the first that is missing."""
+        """The pictures that exist, with their scores, in order, up to the first that is missing."""
         path = self.path / INDEX
         try:
             rows = [Row.from_json(line) for line in read_metrics(path)] if path.is_file() else []
@@ -189,7 +189,7 @@ class EvaluationFolder:
         Image.fromarray(image).save(self.path / f"images/{sample:06d}.png", compress_level=4)
 
     def resume(self, batch_size: int) -> list[Row]:
-        """`rows` in whole batches, so that what is still to be drawn is drawn as it would have been; the rest goes."""
+        """`rows` in whole batches, so that later batches are those of an uninterrupted evaluation; the rest goes."""
         rows = self.rows()
         if len(rows) < self.made_with()["images_count"]:
             rows = rows[: len(rows) // batch_size * batch_size]
@@ -197,7 +197,7 @@ class EvaluationFolder:
         return rows
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Writes the index anew, in one step."""
+        """Rewrites the index in one step."""
         staged = self.path / f".{INDEX}"
         staged.write_text("".join(json_line(row.to_json()) for row in rows), encoding="utf-8")
         staged.replace(self.path / INDEX)

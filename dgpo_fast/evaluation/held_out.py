@@ -1,4 +1,4 @@
-"""A run's own evaluations: the same held-out prompts and initial noise every time, so that before and after can be
+"""A run's own evaluations, always on the same held-out prompts and initial noise, so that before and after can be
 compared."""
 
 import json
@@ -34,8 +34,8 @@ class Evaluation:
         images: (N, H, W, 3) uint8; only the first ones if loaded from a file.
         parts: named parts of the reward, (N,) each.
         failures: one line per image that could not be scored.
-        contents: what tells the rewards from others of their names (`WeightedReward.contents`); None if that is
-            not known, as of files of earlier versions.
+        contents: fingerprints of the rewards (`WeightedReward.contents`); None if they are unknown, as in files of
+            earlier versions.
     """
 
     prompts: list[Prompt]
@@ -55,15 +55,15 @@ class Evaluation:
         }
 
     def gain(self, before: "Evaluation") -> dict | None:
-        """The mean difference from `before`, picture by picture, with the interval of these differences, in all and
-        per tag, as `summary` has the scores; None if other prompts were drawn before."""
+        """The mean difference from `before`, picture by picture, with its interval, overall and per tag, as in
+        `summary`; None if `before` has other prompts."""
         if [prompt.text for prompt in self.prompts] != [prompt.text for prompt in before.prompts]:
             return None
         gains = replace(self, rewards=self.rewards.astype(np.float64) - before.rewards)
         return {**_scores(gains.rewards, gains.prompts), "tags": gains.by_tag()}
 
     def save(self, path: Path) -> None:
-        """Writes scores, and the first images, which are the ones that pictures show."""
+        """Writes the scores and the first images, which the run's pictures show."""
         prompts = json.dumps([[p.text, p.metadata] for p in self.prompts])
         arrays = {"prompts": np.array(prompts), "rewards": self.rewards, "images": self.images[:SHOWN_IMAGES]}
         arrays |= {f"part:{name}": values for name, values in self.parts.items()}
@@ -125,12 +125,11 @@ def evaluate(
 ) -> Evaluation:
     """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
 
-    Each of `processes` draws whole forwards of the sampler if there is one for each, so that an image is the same
-    to the last bit on any number of them; all of them get the scores of all images, and the first images. Where the
-    sampler's weights are `sharded`, they compute equally often.
+    If there are enough, each of `processes` draws whole batches of the sampler, so that an image is bitwise equal for
+    any number of processes. All of them get all scores, and the first images. If the sampler's weights are `sharded`,
+    they make equally many forwards. There must be an image for each process.
 
-    Raises UserError if not one image could be scored, which ends with `remedy`. There must be an image for each
-    process.
+    Raises UserError, which ends with `remedy`, if no image could be scored.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     unit = sampler.batch_size if len(chosen) >= sampler.batch_size * processes.count else 1
@@ -170,13 +169,13 @@ def draw_images(
     seed: int,
     on_step: Callable[[float], None] | None = None,
 ) -> np.ndarray:
-    """Images of B prompts, uint8 (B, H, W, 3), from noise that is a function of `seed` and their numbers alone.
+    """Images of B prompts, uint8 (B, H, W, 3), from noise that only depends on `seed` and their numbers.
 
     Args:
         sampler: draws with its transformer's weights.
         schedule: the sigma grid.
         first: the number of the first image; the others follow.
-        on_step: told the share done, in (0, 1].
+        on_step: called with the finished share, in (0, 1].
     """
     samples = torch.arange(first, first + len(prompts), device=next(sampler.transformer.parameters()).device)
     x0, _ = sampler.latents(

@@ -1,4 +1,4 @@
-"""What an evaluation found: `results.json`, the table on the console and the contact sheet."""
+"""The results of an evaluation: `results.json`, the table on the console and the contact sheet."""
 
 import importlib.metadata
 import math
@@ -23,7 +23,7 @@ from dgpo_fast.run.metrics import write_json
 from dgpo_fast.wording import FEWEST_PROMPTS, number
 
 SUM = "reward"
-"""The weighted sum, beside the rewards' own names."""
+"""Name of the weighted sum."""
 SHEET_IMAGES = 48
 COLUMNS = 4
 
@@ -80,7 +80,7 @@ def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console
     Args:
         folder: the evaluation's, complete.
         rows: its pictures.
-        facts: what else belongs into `results.json`, by its name.
+        facts: additional values for `results.json`, by name.
     """
     made_with = folder.made_with()
     results = summarise(rows, made_with["rewards"])

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: scores before and after, summary, pictures, and the last lines that it says."""
+"""The results of a run: scores before and after, summary, pictures, and the last lines that it prints."""
 
 import shlex
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
 
 
 def earlier_evaluation(path: Path, contents: dict[str, str], note: Callable[[str], None]) -> Evaluation | None:
-    """What an earlier start of the run has saved; None where it has not, or, with a note, where it is damaged or was
-    scored by other rewards than those whose `contents` are given (`WeightedReward.contents`)."""
+    """The evaluation that an earlier start of the run has saved. None if there is none, or, with a note, if it is
+    damaged or was scored by rewards with other `contents` (`WeightedReward.contents`)."""
     if not path.is_file():
         return None
     try:
@@ -52,12 +52,12 @@ def write_results(
 
     Args:
         folder: the run's, with its `metrics.jsonl`.
-        before, after: scores of the model as it came and as it is.
+        before, after: scores of the original and of the trained model.
         config: the run's.
-        source: what the source of the groups says of itself.
-        iteration: how many are done.
+        source: the summary of the groups' source.
+        iteration: number of finished iterations.
         console: shows the table and the last lines.
-        evaluated: what before and after are scores on, as in "held-out prompts".
+        evaluated: the prompts of before and after, as in "held-out prompts".
     """
     after.save(folder / AFTER_FILE)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -90,7 +90,7 @@ def write_results(
 
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
-    """Raises UserError if the disk refuses what the block writes into the run's folder."""
+    """Raises UserError if the block cannot write to the run's folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -101,7 +101,7 @@ def written_to(folder: Path) -> Iterator[None]:
 
 
 def last_lines(summary: dict[str, Any], metrics: list[dict[str, Any]], group_size: int, folder: Path) -> list[str]:
-    """What a run's end says below its table: of what was learnt and lost, where it all is, and how to look at it.
+    """The lines below a run's final table: what was learned and lost, where results are, and how to view them.
 
     Args:
         summary: what `summary.json` holds.

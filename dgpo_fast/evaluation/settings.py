@@ -118,7 +118,7 @@ def run_config(folder: str) -> Config:
 
 
 def trained_weights(folder: Path, config: Config) -> Path:
-    """The file that says that the run in `folder` has its weights. Raises UserError if it has none yet."""
+    """The file of the trained weights of the run in `folder`. Raises UserError if there are none yet."""
     trained = folder / ("pytorch_lora_weights.safetensors" if config.policy.train == "lora" else "model_index.json")
     if not trained.is_file():
         raise UserError(
@@ -135,7 +135,7 @@ def require_weights(settings: EvaluationSettings) -> None:
 
 
 def _require_there(source: str) -> None:
-    """Raises UserError for a path that does not exist, before it is taken for a name on the hub."""
+    """Raises UserError for a path that does not exist, so that it is not taken for a name on the hub."""
     path = Path(source).expanduser()
     if source == "tiny" or path.exists():
         return
@@ -164,7 +164,7 @@ def _require_what_fits(settings: EvaluationSettings) -> None:
 
 
 def has_default_output(settings: EvaluationSettings) -> bool:
-    """Whether a run's evaluation goes where this command puts it by itself, and not where the user said."""
+    """Whether a run's evaluation goes to its default folder."""
     return is_run(settings.model) and settings.output == str(_default_output(settings, None))
 
 

@@ -47,7 +47,7 @@ class Comparison:
         folders: A and B.
         names: what they are called.
         rows: pairs of rows with the same prompt and noise.
-        scores: the scores that both have, the first one being what pairs are ordered by at first.
+        scores: the scores that both have. Pairs are ordered by the first one initially.
     """
 
     folders: tuple[EvaluationFolder, EvaluationFolder]
@@ -62,7 +62,7 @@ class Comparison:
     def totals(self, score: str) -> list[dict[str, Any]]:
         """Means of A, B and their paired difference with its 95 % interval: of all pairs, then per tag.
 
-        Pairs that lack a score count nowhere.
+        Pairs without a score are left out.
         """
         tags: dict[str, list[int]] = {}
         for index, (row, _) in enumerate(self.rows):
@@ -125,7 +125,7 @@ def read_comparison(a: Path, b: Path) -> Comparison:
 
 
 def require_comparable(names: Sequence[str], made_with: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError if two evaluations, drawn or still to be drawn, have other noise or no reward in common.
+    """Raises UserError if two evaluations, finished or not, have different noise or no reward in common.
 
     Args:
         names: of both, for the error.
@@ -174,7 +174,7 @@ def print_totals(comparison: Comparison, console: Console) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raises UserError where `path` is a file that is no such page, or a folder, or lies in none."""
+    """Raises UserError if `path` is a folder or another file, or if its folder does not exist."""
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder; name a file in it, such as {path / 'page.html'}")
     if not path.parent.is_dir():
@@ -189,7 +189,7 @@ def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:
     Args:
         comparison: the two evaluations.
         path: the file.
-        most_pairs: how many pairs it may hold; of more, it has the lowest and the highest differences in each score.
+        most_pairs: maximum number of pairs. If there are more, those with the lowest and highest differences are shown.
     """
     shown = choose_pairs(comparison, most_pairs)
     script = SCRIPT.read_text(encoding="utf-8")
@@ -209,8 +209,8 @@ def write_page(comparison: Comparison, path: Path, most_pairs: int) -> None:
 def choose_pairs(comparison: Comparison, most: int) -> list[int]:
     """Numbers of the pairs to show, by the difference in the first score: the worst first, unscored ones last.
 
-    If there are more than `most`, every score in turn takes its lowest and its highest, so that the first pages are
-    the right ones whatever the page is ordered by; pairs without any difference are then left out.
+    If there are more than `most`, every score in turn adds its lowest and its highest, so that the first pages are
+    right for any order. Pairs without a difference are then left out.
     """
     differences = [comparison.differences(score) for score in comparison.scores]
     # Equal differences in a score are ordered by the first one, as the page orders them.

@@ -1,11 +1,11 @@
-"""What a run holds in memory: predicted, measured, and chosen for.
+"""The memory of a run: predicted, measured, and the settings chosen to fit.
 
-* `live.py`: bytes of tensors alive, on any device;
-* `simulate.py`: forwards and backwards on the meta device, where they take no memory;
-* `predict.py`: all that a run will hold, by what holds it and by phase;
+* `live.py`: bytes of live tensors, on any device;
+* `simulate.py`: forward and backward passes on the meta device, which take no memory;
+* `predict.py`: all memory of a run, by its kind and by phase;
 * `micro_batch.py`: the largest micro-batch that fits;
-* `low.py`: the setting that saves all there is to save;
+* `low.py`: `low_memory`: all settings that save memory;
 * `advice.py`: the settings that save most;
-* `plan.py`: what a run uses of these;
+* `plan.py`: what a run uses of these modules;
 * `cards.py`: on which GPUs a run fits (`python -m dgpo_fast.memory`).
 """

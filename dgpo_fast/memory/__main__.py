@@ -1,4 +1,4 @@
-"""`python -m dgpo_fast.memory`: what a run will hold on a GPU, and on which cards it fits, before there is one."""
+"""`python -m dgpo_fast.memory`: predicts the GPU memory of a run and the cards that it fits on, without a GPU."""
 
 from dgpo_fast.config.command_line import configure, run_command, take_count
 from dgpo_fast.config.help import print_help
@@ -14,7 +14,7 @@ The sizes of SD3.5-Medium are known. Any other model on the hub is downloaded fi
 
 
 def memory(args: list[str]) -> int:
-    """Predicts as the command line says; returns the exit status."""
+    """Runs the command line's prediction; returns the exit status."""
     if {"-h", "--help"} & set(args):
         print_help(USAGE, args)
         return 0

@@ -1,4 +1,4 @@
-"""What would help if the memory was not enough, by prediction."""
+"""Settings that would help if memory runs out, by prediction."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from dgpo_fast.memory.predict import Predictor, readable
 
 SHOWN = 3
 WORTHWHILE = 0.005
-"""Of the memory needed: what saves less is not named."""
+"""Share of the needed memory: settings that save less are not named."""
 PREDICTED_PHASE = {"rollout": "rollout", "decode": "decoding", "train": "training", "optimizer": "optimizer"}
 
 
@@ -20,7 +20,7 @@ class Remedy:
     Attributes:
         setting: as the command line takes it.
         saved: predicted bytes less.
-        new_run: whether a run that has begun cannot take it.
+        new_run: whether it needs a new run.
     """
 
     setting: str
@@ -49,7 +49,7 @@ def remedies(predictor: Predictor, config: Config, micro_batch: int, phase: str 
 
 
 def sentence(found: list[Remedy], *, begun: bool) -> str:
-    """The remedies in words, for a run that has `begun` or for one that may still be started otherwise."""
+    """The remedies in words, for a run that has `begun` or for one that has not."""
     if not found:
         return "no setting is predicted to save much: a smaller model or --rollout.resolution is needed"
     notes = [" in a new run" if begun and remedy.new_run else "" for remedy in found]

@@ -14,7 +14,7 @@ from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.models.architecture import Architecture
 
 CARDS_GB = (16, 24, 32, 48, 80, 141)
-"""Memory of common cards, which have about so many GiB."""
+"""Memory of common cards; their GiB are about the same number."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Fit:
 
     Attributes:
         card_gb: the card's memory.
-        micro_batch: of the run; the largest that fits, if that is left open.
-        prediction: what it holds.
-        fits: whether that leaves the headroom which a run of `policy.micro_batch` "auto" leaves.
+        micro_batch: of the run; if "auto", the largest that fits.
+        prediction: the memory that it needs.
+        fits: whether it leaves the same headroom as `policy.micro_batch` "auto".
         remedies: settings that would save most, if it does not.
     """
 

@@ -1,6 +1,6 @@
-"""Bytes of tensors alive, counted from the operations that make them: on any device, the meta device too.
+"""Bytes of live tensors, counted from the operations that create them, on any device, also the meta device.
 
-What an operation needs inside itself, the allocator's rounding and everything that is not a tensor are not counted.
+Not counted: workspaces inside operations, the allocator's rounding, and anything that is not a tensor.
 """
 
 import gc

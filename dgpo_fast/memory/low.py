@@ -1,19 +1,18 @@
-"""Everything that trades speed for memory, as one setting."""
+"""All settings that trade speed for memory, as one setting."""
 
 from dataclasses import replace
 
 from dgpo_fast.config import Config
 
 BATCH = 8
-"""Images a forward of the rollout: enough to keep a small card busy at 512 × 512."""
+"""Images per forward of the rollout: enough to keep a small card busy at 512 × 512."""
 
 
 def with_low_memory(config: Config) -> Config:
-    """`config` as it takes least memory, where `low_memory` asks for that; what it learns stays the same.
+    """`config` with the least memory, if `low_memory` is set. What it learns stays the same.
 
-    Adapters are switched, so that there is no merged copy; blocks are checkpointed; pictures are decoded one at a time;
-    averages are kept by the CPU; no rollout is recorded; the micro-batch is the largest that fits. Text encoders
-    that do not fit beside the model pass layer by layer in any case.
+    The behaviour weights are an adapter instead of a merged copy; blocks are checkpointed; images are decoded one at a
+    time; the slow average is in CPU memory; rollouts are not recorded; the micro-batch is the largest that fits.
     """
     if not config.low_memory:
         return config

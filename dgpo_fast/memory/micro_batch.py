@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits. Its size is a matter of speed and memory: the gradient is the same at any."""
+"""The largest micro-batch that fits. Its size affects speed and memory, not the gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dgpo_fast.models.policy import PolicyModels, autocast
 from dgpo_fast.models.prompt_encoder import TextEmbeds
 
 MOST_ON_A_CPU = 128
-"""Samples: beyond so many a CPU gains nothing by more at once."""
+"""Samples: larger micro-batches gain nothing on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class MemoryLine:
 
     @classmethod
     def predicted(cls, predictor: Predictor, config: Config) -> "MemoryLine":
-        """Of all that the device holds in a training step of `config`, by prediction."""
+        """All memory of a training step of `config`, by prediction."""
         return cls.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
 
     def largest(self, available: float) -> int:
-        """Most samples that take no more than `available` bytes; 0 if not one does."""
+        """The largest number of samples that take at most `available` bytes; can be 0."""
         return max(int((available - self.fixed) // self.per_sample), 0)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class MemoryLine:
 
 
 def fit(most: int, samples: int, group_size: int) -> int:
-    """A micro-batch of at most `most` samples: whole groups if one fits, and little padding in the last one.
+    """A micro-batch of at most `most` samples: whole groups if one fits, with little padding in the last micro-batch.
 
     Args:
         most: ≥ 1.
@@ -68,7 +68,7 @@ def in_groups(micro_batch: int, group_size: int) -> str:
 
 
 class TrainingMemory:
-    """Measures what the policy's forward and backward take on a GPU, with random inputs and without a step.
+    """Measures the GPU memory of the policy's forward and backward, with random inputs and without a step.
 
     Args:
         models: the run's; their gradients are dropped.
@@ -79,7 +79,7 @@ class TrainingMemory:
         self.models, self.shape = models, shape
 
     def __call__(self, samples: int) -> int:
-        """Peak bytes of one micro-batch beside weights and gradients. Raises torch.OutOfMemoryError."""
+        """Peak bytes of one micro-batch in addition to weights and gradients. Raises torch.OutOfMemoryError."""
         device = self.models.device
         # Blocks that are compiled run as they are: the sizes tried here are not those of the run.
         with torch.compiler.set_stance("force_eager"):

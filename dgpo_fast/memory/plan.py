@@ -1,4 +1,4 @@
-"""The memory of one run: predicted before anything is allocated, measured once, and what helps if it runs out."""
+"""The memory of one run: predicted before anything is allocated, measured once, with advice if it runs out."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +18,9 @@ from dgpo_fast.models.loading import free_bytes
 from dgpo_fast.models.policy import PolicyModels
 
 CPU_SHARE = 0.5
-"""Of a CPU's free memory that a micro-batch may be chosen for: other programs want some too."""
+"""Share of a CPU's free memory that a micro-batch may take: other programs need some too."""
 HEADROOM_SHARE, HEADROOM_BYTES = 0.05, 2**30
-"""Of a GPU's memory, left for fragmentation and for what operations need inside themselves."""
+"""Share of a GPU's memory that is left for fragmentation and workspaces."""
 
 MADE_LATER = ("gradients", "optimizer states", "averages", "recorded rollouts", "float8 copy", "decoder's copy")
 """Of what a prediction holds: made after the micro-batch is measured."""
@@ -32,14 +32,14 @@ def headroom(total: int) -> float:
 
 
 class MemoryPlan:
-    """Chooses the micro-batch of a run and says what its memory goes to.
+    """Chooses the micro-batch of a run and predicts its memory.
 
     Args:
         architecture: of the run's model.
         device: the run's.
         dtype: the run's.
         processes: those that share the run.
-        note: told in one line what is predicted and chosen.
+        note: called with one line on what is predicted and chosen.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class MemoryPlan:
         self.auto = False
 
     def predict(self, config: Config) -> Config:
-        """Says what the run will hold; `low_memory` becomes the settings it stands for, and `policy.micro_batch` "auto"
-        the largest that is predicted to fit."""
+        """Prints the predicted memory. Returns `config` with `low_memory` expanded into its settings and
+        `policy.micro_batch` "auto" replaced by the largest that is predicted to fit."""
         config = with_low_memory(config)
         free, chosen = self.free_bytes(), ""
         self.auto = config.policy.micro_batch == "auto"
@@ -85,11 +85,12 @@ class MemoryPlan:
         return self.predictor.predict(config, config.policy.micro_batch_size).peak
 
     def measure(self, config: Config, models: PolicyModels) -> Config:
-        """`config` with the largest micro-batch that fits this GPU, by two measured steps; as it is on a CPU.
+        """`config` with the largest micro-batch that fits this GPU, by two measured steps.
 
-        As it is too if weights are sharded: a process that ran out of memory would leave the others waiting.
+        On a CPU, `config` is returned unchanged. With sharded weights too, since a process that ran out of memory would
+        leave the others waiting.
 
-        Raises UserError if not one sample fits.
+        Raises UserError if not even one sample fits.
         """
         if not self.auto or self.device.type != "cuda" or config.distributed.shard != "none":
             return config
@@ -124,7 +125,7 @@ class MemoryPlan:
         raise AssertionError("the loop returns or raises")
 
     def error(self, error: torch.OutOfMemoryError, config: Config, phase: str | None, iteration: int) -> UserError:
-        """What to raise in place of `error` in iteration `iteration`: one line, with what would help most."""
+        """The UserError to raise instead of `error` in iteration `iteration`: one line, with what would help most."""
         advice = self.advice(config, phase, begun=iteration > 0)
         return UserError(f"iteration {iteration}, {phase}: {str(error).splitlines()[0]} {advice}")
 

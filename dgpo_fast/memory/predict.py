@@ -1,7 +1,7 @@
-"""What a run will hold in memory, from its settings and its model's configuration: before anything is allocated.
+"""Predicts the memory of a run from its settings and its model's configuration, before anything is allocated.
 
-Predicted are bytes of tensors on the run's device. Not predicted: what operations need inside themselves (workspaces of
-convolutions), the allocator's rounding, the CUDA context, and reward models.
+Predictions are bytes of tensors on the run's device. They exclude workspaces inside operations, the allocator's
+rounding, the CUDA context, and reward models.
 """
 
 import json
@@ -43,8 +43,8 @@ class Prediction:
     """Predicted bytes of tensors.
 
     Attributes:
-        held: by what holds them, all through training.
-        phases: most at once in each phase of an iteration beside what is held.
+        held: by kind, during all of training.
+        phases: the most in each phase of an iteration, in addition to what is held.
     """
 
     held: Mapping[str, int]
@@ -88,7 +88,7 @@ class Predictor:
         dtype: of the run.
         processes: that share the run.
         local_processes: those of them on this machine.
-        on_gpu: whether the run's device is a GPU: what is kept in the CPU's memory does not count then.
+        on_gpu: whether the run's device is a GPU, so that CPU memory does not count.
         graphs: whether rollouts are recorded there if the settings leave it open.
     """
 
@@ -141,7 +141,7 @@ class Predictor:
         return held if self._shards(config) == 1 else self._shared_out(held, self._shards(config))
 
     def _shared_out(self, held: dict[str, int], shards: int) -> dict[str, int]:
-        """What one of `shards` holds. Buffers and the decoder are not cut."""
+        """What one of `shards` holds. Buffers and the decoder are not sharded."""
         buffers = sum(buffer.numel() for buffer in self.transformer.buffers()) * self.dtype.itemsize
         return {
             **{name: nbytes if name in WHOLE else nbytes // shards for name, nbytes in held.items()},
@@ -150,7 +150,7 @@ class Predictor:
         }
 
     def _shards(self, config: Config) -> int:
-        """Into how many parts the weights, and all that belongs to them, are cut."""
+        """The number of shards of the weights and of everything that belongs to them."""
         return {"none": 1, "full": self.processes, "hybrid": self.local_processes}[config.distributed.shard]
 
     def _recorded(self, config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""Bytes that forwards and backwards take beside weights, counted by running them on the meta device.
+"""Bytes of forward and backward passes in addition to weights, counted by running them on the meta device.
 
 Only one transformer block of each kind is run: blocks of a kind save the same, so the model's whole depth is the sum.
 """
@@ -57,7 +57,7 @@ class Activations:
 
 
 class MixedPrecision(TorchFunctionMode):
-    """What autocast to bf16 does to the few operations of these models: the meta device has no autocast."""
+    """Emulates autocast to bf16 for the operations of these models, since the meta device has no autocast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def shallow(config: JsonObject) -> tuple[JsonObject, list[int]]:
 
 
 class Simulation:
-    """A run's forwards and backwards without data. Made by `simulation`, which keeps it.
+    """A run's forward and backward passes without data. Made and cached by `simulation`.
 
     Args:
         transformer: its configuration.

@@ -1,7 +1,6 @@
 """Pipelines with random weights, built from their configuration on the device: for benchmarks, without a download.
 
-Nothing that such a pipeline draws, and no reward of it, means anything. Its shapes, its arithmetic and its memory are
-those of the trained one.
+Its images and rewards are meaningless. Its shapes, arithmetic and memory are those of the trained pipeline.
 """
 
 import hashlib

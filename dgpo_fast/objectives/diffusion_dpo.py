@@ -31,7 +31,7 @@ PAIR = 2
 
 
 class DiffusionDPOObjective(Objective):
-    """The objective of one run; see the module's text for the loss."""
+    """Diffusion-DPO; the module's docstring has the loss."""
 
     @classmethod
     def traits(cls, config: Config) -> Traits:
@@ -59,7 +59,7 @@ class DiffusionDPOObjective(Objective):
         return pairs.learn(partial(self._learn, models=models), partial(self._learn_of_equal, models=models))
 
     def _learn_of_equal(self, pairs: Batch, models: PolicyModels) -> dict[str, Tensor]:
-        """What pairs of equal rewards add: −log sigmoid(0) each, whatever is predicted, and no gradient."""
+        """Pairs of equal rewards: each has the loss −log sigmoid(0) and no gradient."""
         if not self.skip_equal_groups:
             return self._learn(pairs, models)
         zero_gradients(models)

@@ -1,4 +1,4 @@
-"""Groups of equal rewards: they prefer no image to another, and only a KL term reaches the weights through them."""
+"""Groups of equal rewards: they prefer no image, so only a KL term gives them a gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ class Sorted:
     preferring_share: float
 
     def learn(self, preferring: Learn, equal: Learn) -> dict[str, Tensor]:
-        """Has each kind learnt from by its own function.
+        """Trains on each kind with its own function.
 
         Returns means over samples: `loss` and `kl` of all groups, the others of those that prefer.
         """

@@ -29,7 +29,7 @@ from dgpo_fast.rollout.step_noise import gaussian_log_prob
 
 
 class FlowGRPOObjective(Objective):
-    """The objective of one run; see the module's text for the loss."""
+    """Flow-GRPO; the module's docstring has the loss."""
 
     @classmethod
     def traits(cls, config: Config) -> Traits:
@@ -57,7 +57,7 @@ class FlowGRPOObjective(Objective):
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """See `Objective.accumulate`.
 
-        Metrics are means over samples and steps. A sample of advantage 0, whose ratio reaches no weight, counts in
+        Metrics are means over samples and steps. A sample of advantage 0, whose ratio has no gradient, counts in
         `ratio_deviation` as 0.
         """
         learnt = self._learnt_from(batch)

@@ -101,7 +101,7 @@ def work_rows(
 
     Args:
         batches: samples in one forward or decode, by kind.
-        decodes_beside: whether decoding runs beside the rollout, so that their seconds are those of both together.
+        decodes_beside: whether decoding overlaps with the rollout, so that their seconds are those of both together.
     """
     rows = []
     seconds = [kind_seconds(recording) for recording in recordings]
@@ -134,7 +134,7 @@ def work_rows(
 def _work(
     model_work: ModelWork, batches: dict[str, int], samples: dict[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs and bytes by class of operation of so many samples of each kind of work."""
+    """FLOPs and bytes by class of operation of the given number of samples of each kind of work."""
     flops: dict[str, float] = {}
     moved: dict[str, float] = {}
     for kind, count in samples.items():
@@ -327,7 +327,7 @@ def processes_row(recordings: Sequence[Recording]) -> Processes | None:
 
 
 def rewards_row(recordings: Sequence[Recording]) -> Rewards | None:
-    """Reward time hidden behind other work, where the run's rewards say."""
+    """Reward time that overlapped with other work, if the run's rewards report it."""
     if any("reward_busy_s" not in recording.metrics for recording in recordings):
         return None
     busy, wait = (float(np.median([r.metrics[f"reward_{name}_s"] for r in recordings])) for name in ("busy", "wait"))
@@ -339,7 +339,7 @@ def candidates(timings: Iterable[JsonObject]) -> dict[str, list[Candidate]]:
 
     Args:
         timings: of each candidate what it is "for", its "name", "forward_ms" and "backward_ms" if they were
-            measured, whether it was "chosen", and as "obstacle" why it could not be had.
+            measured, whether it was "chosen", and as "obstacle" why it was not available.
     """
     tables: dict[str, list[Candidate]] = {}
     for timing in timings:

@@ -31,7 +31,7 @@ USAGE = """Profile a few iterations of a training run and write report.html, rep
 
 
 def profile(args: list[str]) -> int:
-    """Profiles as the command line says; returns the exit status."""
+    """Runs the command line's profile; returns the exit status."""
     given, args = list(args), list(args)
     if {"-h", "--help"} & set(args):
         print_help(USAGE, args)
@@ -115,7 +115,7 @@ def shared_plan(plan: Plan | None, processes: "Processes") -> Plan:
 
 
 def new_folder(config: Config) -> Path:
-    """The folder of a new profile, not yet made. Raises UserError where it is taken."""
+    """The folder of a new profile, not yet made. Raises UserError if it exists."""
     folder = Path(config.runs_dir) / (config.name or f"profile-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists():
         raise UserError(f"{folder} exists: choose another --name")

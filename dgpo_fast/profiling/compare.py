@@ -49,7 +49,7 @@ class Row:
 
     @property
     def verdict(self) -> Literal["better", "worse", ""]:
-        """Whether the second is better; "" where it is even, or neither way is better."""
+        """Whether the second is better; "" if they are equal, or if neither direction is better."""
         value, ratio = self.first or self.second, self.ratio
         if value is None or value.better is None or ratio is None or abs(ratio - 1) < EVEN:
             return ""

@@ -1,4 +1,4 @@
-"""Power, clocks and utilisation of an NVIDIA GPU, sampled through NVML beside the run."""
+"""Power, clocks and utilisation of an NVIDIA GPU, sampled through NVML during the run."""
 
 import threading
 import time
@@ -55,7 +55,7 @@ def energy_between_j(samples: list[PowerSample], start_s: float, end_s: float) -
 class PowerMeter:
     """Samples a GPU in a thread between `start` and `stop`.
 
-    If NVML is not to be had (no nvidia-ml-py, no NVIDIA driver), `note` says why and there are no samples.
+    If NVML is not available (no nvidia-ml-py, no NVIDIA driver), `note` says why and there are no samples.
 
     Args:
         device: the run's device.

@@ -1,6 +1,6 @@
 """The numbers of a profile: `report.json`, written by one command and read back to compare two runs.
 
-What could not be measured on a device is None or empty, and `notes` says why if that is not plain.
+What could not be measured on a device is None or empty; `notes` says why if it is not obvious.
 """
 
 import json
