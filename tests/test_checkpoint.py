@@ -83,9 +83,11 @@ import itertools, sys, torch
 from pathlib import Path
 from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
 writer = CheckpointWriter(Path(sys.argv[1]), keep=2, info={})
-print("ready", flush=True)
 for iteration in itertools.count(int(sys.argv[2])):
     writer.save(iteration, {"policy": {"w": torch.full((200, 1000), float(iteration))}})
+    if iteration == int(sys.argv[2]):
+        writer.wait()
+        print("ready", flush=True)
 """
 
 
