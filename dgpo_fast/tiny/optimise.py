@@ -39,6 +39,44 @@ class OutOfTime(Exception):
     """The time allowed was spent before the last step."""
 
 
+@dataclass
+class Progress:
+    """How far a stage is: what its checkpoint holds."""
+
+    optimizer: torch.optim.Optimizer
+    weights: list[nn.Parameter]
+    average: list[Tensor]
+    step: int = 0
+
+    def save(self, file: Path, config: Pretraining) -> None:
+        """Writes the checkpoint `file`. A killed run leaves either the old one or the new one, never half of one."""
+        state = {
+            "config": asdict(config),
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "weights": [p.detach() for p in self.weights],
+            "average": self.average,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, file)
+
+    def load(self, file: Path, config: Pretraining) -> None:
+        """Goes on from the checkpoint `file`. Raises UserError if it was made with another configuration."""
+        state = torch.load(file, map_location=self.weights[0].device, weights_only=True)
+        changed = [name for name, value in asdict(config).items() if state["config"].get(name) != value]
+        if changed:
+            raise UserError(
+                f"{file} was made with another {', '.join(changed)}: use the same or start in another --work folder"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            torch._foreach_copy_([*self.weights], state["weights"])
+            torch._foreach_copy_(self.average, state["average"])
+        self.step = int(state["step"])
+
+
 def optimise(stage: Stage, session: Session) -> None:
     """Runs a stage from its checkpoint, if there is one, and leaves the averaged weights in its modules.
 
@@ -49,11 +87,14 @@ def optimise(stage: Stage, session: Session) -> None:
     weights = [p for module in stage.modules for p in module.parameters()]
     average = [p.detach().clone() for p in weights]
     optimizer = torch.optim.AdamW(weights, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    progress = Progress(optimizer, weights, average)
     file = session.folder / f"{stage.name}.pt"
-    step = _load_checkpoint(file, config, optimizer, weights, average) if file.exists() else 0
+    if file.exists():
+        progress.load(file, config)
     last_save = time.monotonic()
     time_over = False
-    while step < stage.steps and not time_over:
+    while progress.step < stage.steps and not time_over:
+        step = progress.step
         # Draws depend on seed, stage and step only, so that a resumed run repeats them.
         key = np.random.SeedSequence([config.seed, step, *stage.name.encode()]).generate_state(1, np.uint64)[0]
         batch = stage.draw(torch.Generator().manual_seed(int(key) >> 1))
@@ -61,16 +102,16 @@ def optimise(stage: Stage, session: Session) -> None:
         _update(stage, optimizer, weights, step)
         # The first averages forget the random start.
         torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(config.ema, (1 + step) / (10 + step)))
-        step += 1
-        session.report(stage, step, loss)
+        progress.step += 1
+        session.report(stage, progress.step, loss)
         if session.saves and time.monotonic() - last_save >= config.checkpoint_every_s:
-            _save_checkpoint(file, config, optimizer, weights, average, step)
+            progress.save(file, config)
             last_save = time.monotonic()
     if session.saves:
-        _save_checkpoint(file, config, optimizer, weights, average, step)
+        progress.save(file, config)
     with torch.no_grad():
         torch._foreach_copy_([*weights], average)
-    if step < stage.steps:
+    if progress.step < stage.steps:
         raise OutOfTime
 
 
@@ -102,45 +143,3 @@ def _update(stage: Stage, optimizer: torch.optim.Optimizer, weights: list[nn.Par
     for group in optimizer.param_groups:
         group["lr"] = stage.lr * warm_up * decay
     optimizer.step()
-
-
-def _save_checkpoint(
-    file: Path,
-    config: Pretraining,
-    optimizer: torch.optim.Optimizer,
-    weights: list[nn.Parameter],
-    average: list[Tensor],
-    step: int,
-) -> None:
-    state = {
-        "config": asdict(config),
-        "step": step,
-        "optimizer": optimizer.state_dict(),
-        "weights": [p.detach() for p in weights],
-        "average": average,
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    torch.save(state, partial)
-    # A killed run leaves either the old checkpoint or the new one, never half of one.
-    os.replace(partial, file)
-
-
-def _load_checkpoint(
-    file: Path,
-    config: Pretraining,
-    optimizer: torch.optim.Optimizer,
-    weights: list[nn.Parameter],
-    average: list[Tensor],
-) -> int:
-    state = torch.load(file, map_location=weights[0].device, weights_only=True)
-    changed = [name for name, value in asdict(config).items() if state["config"].get(name) != value]
-    if changed:
-        raise UserError(
-            f"{file} was made with another {', '.join(changed)}: use the same or start in another --work folder"
-        )
-    optimizer.load_state_dict(state["optimizer"])
-    with torch.no_grad():
-        torch._foreach_copy_([*weights], state["weights"])
-        torch._foreach_copy_(average, state["average"])
-    return int(state["step"])
