@@ -13,7 +13,6 @@ import torch
 from dgpo_kernels import philox_normal
 
 from dgpo_fast.config.command_line import configure
-from dgpo_fast.distributed import BatchPart
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.forward import predict
 from dgpo_fast.objectives.levels import draw_training_steps
@@ -77,17 +76,17 @@ def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_gradient_of_my_objective_is_that_of_its_loss(
     micro_batch: int, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Σ softmax(advantage)·|v − (ε − x0)|², written out over whole groups: the same at any micro-batch."""
+    """The mean of exp(advantage)·|v − (ε − x0)|², written out over all samples: the same at any micro-batch."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     case = Case(random_pipeline, replace(make_config(), objective="my_objective:RewardWeighted"))
-    case.batch = batch = replace(case.batch, part=BatchPart(0, GROUPS, SIZE, case.batch.advantage))
+    batch = case.batch
     [step] = draw_training_steps(batch.iteration, count=1, among=batch.schedule.steps, seed=case.config.seed)
     sigma, timestep = batch.schedule.sigmas[step], batch.schedule.timesteps[step]
     seed = stream_seed(case.config.seed, "training noise")
     noise = philox_normal(batch.x0.shape[1:], batch.group_index, seed=seed, draw=batch.iteration)
     policy_v = predict(case.models.policy, (1 - sigma) * batch.x0 + sigma * noise, timestep, batch.text)
-    error = (policy_v - (noise - batch.x0)).square().mean((1, 2, 3)).reshape(GROUPS, SIZE)
-    loss = (torch.softmax(batch.advantage.reshape(GROUPS, SIZE), dim=1) * error).sum(1).mean()
+    error = (policy_v - (noise - batch.x0)).square().mean((1, 2, 3))
+    loss = (torch.exp(batch.advantage) * error).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(case.models.weights.values()))])
     found, metrics = case.gradient(micro_batch)
     assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)

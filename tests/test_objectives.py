@@ -676,7 +676,7 @@ def test_an_objective_from_outside_is_treated_as_it_declares(random_pipeline: Pa
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"objective": "ppo"}, "no objective 'ppo': name one of dgpo, diffusion_dpo, flow_grpo, or your own as "),
+        ({"objective": "ppo"}, f"no objective 'ppo': name one of {', '.join(BUILT_IN)}, or your own as "),
         ({"objective": "nowhere:Mine"}, "objective 'nowhere:Mine': no module 'nowhere' in the working folder or among"),
         ({"objective": "dgpo_fast.config:DGPO"}, "objective 'dgpo_fast.config:DGPO' cannot be made: ValidationError: "),
         (
