@@ -155,9 +155,9 @@ def test_a_refusal_is_read_though_the_server_hangs_up_while_the_body_is_on_its_w
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"<html>", "answers with what is no JSON: b'<html>'"),
-        (b'{"scores": [NaN]}', "answers with what is no JSON: b'{\"scores\": [NaN]}'"),
-        (b"[" * 200_000, "answers with what is no JSON: b'[[["),
+        (b"<html>", "answers with something that is not JSON: b'<html>'"),
+        (b'{"scores": [NaN]}', "answers with something that is not JSON: b'{\"scores\": [NaN]}'"),
+        (b"[" * 200_000, "answers with something that is not JSON: b'[[["),
         (b" " * (http_client.MAX_REPLY_BYTES + 1), f"answers with more than {http_client.MAX_REPLY_BYTES} bytes"),
     ],
 )

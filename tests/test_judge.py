@@ -115,7 +115,7 @@ BAD_ANSWERS = {
     "no choices": ({"choices": []}, "no chat completion: {'choices': []}"),
     "something else": ([1], "no chat completion: [1]"),
     "nothing": (None, "no chat completion: None"),
-    "no JSON": (b"hello", "answers with what is no JSON"),
+    "no JSON": (b"hello", "answers with something that is not JSON"),
     "refused": ((400, {"error": {"message": "content policy"}}), "content policy"),
     "gone": ((503, {}), "status 503"),
 }

@@ -248,7 +248,7 @@ def test_a_token_is_needed_where_there_is_one(folder: Path, monkeypatch: pytest.
             "--reward jpeg --host no.such.host.invalid --token-file good.txt",
             "--host no.such.host.invalid --port 8000: ",
         ),
-        ("--reward jpeg --port TAKEN", "--host 127.0.0.1 --port TAKEN: cannot be listened at (Address already in use"),
+        ("--reward jpeg --port TAKEN", "--host 127.0.0.1 --port TAKEN: cannot listen there (Address already in use"),
         ("--reward jpeg --port 70000", "command line: port: input should be less than or equal to 65535, not '70000'"),
         ("--reward jpge", "no reward 'jpge': did you mean 'jpeg'? "),
         ("--rewards jpeg", "command line: unknown setting 'rewards': did you mean 'reward'?"),
@@ -294,7 +294,7 @@ def test_no_server_is_one_clear_line() -> None:
         load_rewards([url])
     assert str(caught.value) == (
         f"no reward server answers: {url}: Connection refused: start it with "
-        "`python -m dgpo_fast.reward_server --reward NAME`, or mend the address"
+        "`python -m dgpo_fast.reward_server --reward NAME`, or fix the address"
     )
 
 
@@ -309,7 +309,7 @@ def test_another_kind_of_server_is_none() -> None:
 def test_swapped_channels_and_wrong_ranges_on_the_way_are_seen(server, monkeypatch, change) -> None:
     original = png.encode_png
     monkeypatch.setattr(png, "encode_png", lambda image: original(np.ascontiguousarray(change(image))))
-    with pytest.raises(UserError, match="failed its self-test: coloured squares did not arrive as they were sent"):
+    with pytest.raises(UserError, match="failed its self-test: coloured squares arrived changed"):
         load_rewards([server.url])
 
 
@@ -354,11 +354,11 @@ def test_a_server_without_check_scores_golden_pictures_at_the_start() -> None:
         assert (sent == golden.squares()).all()
         assert request["prompt"] == "two cats" and request["metadata"] == {"include": [1]}
         start = "URL failed its self-test with 4 coloured squares and the prompt 'two cats': "
-        end = ": mend its /score (docs/rewards.md)"
+        end = ": fix its /score (docs/rewards.md)"
         for scores, seen in (
             ([0.1], "scores: 1 numbers for 4 pictures"),
             ([[0.1]] * 4, "scores: no numbers: [[0.1], [0.1], [0.1], [0.1]]"),
-            ([1, 2, 3, 1e999], "answers with what is no JSON: "),
+            ([1, 2, 3, 1e999], "answers with something that is not JSON: "),
             ([1, 2, 3, 1e60], "returned infinity, or a number beyond float32, for picture 4 of 4"),
             ([1, 2, 3, 10**400], "int too large to convert to float"),
         ):
@@ -387,13 +387,13 @@ WRONG_ANSWERS = {
     "words": ({"scores": ["0.5", "0.5"]}, "scores: no numbers: ['0.5', '0.5']"),
     "booleans": ({"scores": [True, False]}, "scores: no numbers: [True, False]"),
     "nulls": ({"scores": [None, 1]}, "scores: no numbers: [None, 1]"),
-    "NaN": (b'{"scores": [NaN, 1]}', "answers with what is no JSON"),
+    "NaN": (b'{"scores": [NaN, 1]}', "answers with something that is not JSON"),
     "infinite": (b'{"scores": [1e999, 1]}', "returned infinity, or a number beyond float32, for picture 1 of 2"),
     "beyond float": (b'{"scores": [1' + b"0" * 400 + b", 1]}", "OverflowError"),
     "parts": ({"scores": [1, 2], "parts": [1]}, '"parts" is no object'),
     "a part too long": ({"scores": [1, 2], "parts": {"a": [1, 2, 3]}}, "part 'a': 3 numbers for 2 pictures"),
     "oversized": (b" " * (16 * 2**20 + 1), "answers with more than 16777216 bytes"),
-    "no JSON": (b"<html>", "answers with what is no JSON"),
+    "no JSON": (b"<html>", "answers with something that is not JSON"),
     "failed": ((500, {"error": "out of memory"}), "out of memory"),
 }
 

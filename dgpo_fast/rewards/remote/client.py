@@ -8,8 +8,8 @@ A request and its answer are JSON, with pictures as PNG files in base64: nothing
     POST /score   {"prompt": …, "metadata": {…}, "images": […]}
                   → {"scores": […], "parts": {"ocr/exact": […]}, "queue": 2}
 
-`/check` is optional: a server of another make may answer it with 404, and is then asked at the start to score golden
-pictures for the run's first prompt. `independent_images` is optional too, see `Reward`.
+`/check` is optional. If a server answers it with 404, it is tested at the start by scoring golden pictures for the
+run's first prompt. `independent_images` is optional too, see `Reward`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class RemoteReward:
         Args:
             url: the server's address, `http://127.0.0.1:8000`.
             token: what the server was given under `--token-file`; by default the environment's DGPO_REWARD_TOKEN.
-            deadline_s: what a group of pictures may take, all attempts together.
-            attempts: how often a server that is away or too busy is asked for a group.
+            deadline_s: seconds that a group of pictures may take, including all attempts.
+            attempts: maximum number of attempts for a group if the server is unavailable or too busy.
 
         Raises:
-            UserError: an address or a token that is none.
+            UserError: an invalid address or token.
         """
         self.fingerprint: str | None = None  # as the server says when it is tested
         self._url = url
@@ -71,9 +71,9 @@ class RemoteReward:
         """Scores float32 (B,) and parts of uint8 images (B, H, W, 3), one request for each run of equal prompts.
 
         Raises:
-            UserError: images of another type or shape, or what only another set-up mends: a token that is refused,
-                prompts or pictures that the server refuses.
-            Unanswered: no answer in time, or none of use.
+            UserError: images of another type or shape, or a wrong set-up: the server refuses the token, the prompts or
+                the pictures.
+            Unanswered: no answer in time, or no usable one.
         """
         require_images(self._url, images)
         answers = []
@@ -94,7 +94,7 @@ class RemoteReward:
         )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Lets the server refuse prompts that it cannot score. Raises UserError, with file and line.
+        """Has the server check the prompts. Raises UserError, with file and line, if it cannot score one.
 
         A server without /check must score golden pictures for the first prompt instead.
         """
@@ -105,12 +105,12 @@ class RemoteReward:
                 return self._try_out(chunk[0])
 
     def self_test(self) -> None:
-        """Raises UserError unless the server answers, accepts the token, and sees pictures as they were sent."""
+        """Raises UserError unless the server answers, accepts the token, and receives pictures unchanged."""
         try:
             health = JsonClient(self._url, secret=self._token, deadline_s=10, attempts=1).get("/health").content
         except Unanswered as error:
             self._refuse(error)
-            remedy = "start it with `python -m dgpo_fast.reward_server --reward NAME`, or mend the address"
+            remedy = "start it with `python -m dgpo_fast.reward_server --reward NAME`, or fix the address"
             raise UserError(f"no reward server answers: {error}: {remedy}") from None
         if not isinstance(health, dict) or not isinstance(health.get("rewards"), dict):
             raise UserError(f"{self._url} is no reward server: its /health names no rewards")
@@ -128,7 +128,7 @@ class RemoteReward:
         except (KeyError, TypeError, ValueError):
             arrived = False
         if not arrived:
-            raise UserError(f"{self._url} failed its self-test: coloured squares did not arrive as they were sent")
+            raise UserError(f"{self._url} failed its self-test: coloured squares arrived changed")
 
     def _try_out(self, prompt: Prompt) -> None:
         """Raises UserError unless the server gives each golden picture a finite score for `prompt`."""
@@ -141,7 +141,7 @@ class RemoteReward:
         except (Unanswered, ValueError, OverflowError) as error:
             seen = str(error)
         asked = f"{len(squares)} coloured squares and the prompt {shorten(prompt.text)}"
-        raise UserError(f"{self._url} failed its self-test with {asked}: {seen}: mend its /score (docs/rewards.md)")
+        raise UserError(f"{self._url} failed its self-test with {asked}: {seen}: fix its /score (docs/rewards.md)")
 
     def _check(self, request: JsonObject) -> Any:
         """The JSON of the server's /check, None if it has none. Raises UserError if it refuses or is lost."""
@@ -160,7 +160,7 @@ class RemoteReward:
             raise
 
     def _refuse(self, error: Unanswered) -> None:
-        """Raises UserError for what trying again with other pictures would not mend."""
+        """Raises UserError for errors that another attempt or other pictures would not fix."""
         if error.status in (401, 403):
             state = "refuses the token in" if self._token else "wants a token: put it into"
             raise UserError(f"reward server {self._url} {state} the environment variable {TOKEN_VARIABLE}") from None
@@ -198,7 +198,7 @@ def _read(reply: Reply, size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _numbers(values: object, size: int, what: str, or_null: bool = False) -> np.ndarray:
-    """A JSON list of so many numbers as float32; null, where allowed, becomes NaN."""
+    """A JSON list of `size` numbers as float32. If allowed, null becomes NaN."""
     if not isinstance(values, list) or len(values) != size:
         got = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
         raise ValueError(f"{what}: {got} for {size} pictures")

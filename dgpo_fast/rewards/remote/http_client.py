@@ -27,10 +27,10 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0
 
 
 class Unanswered(Exception):
-    """A request got no answer that is of use, in one line.
+    """A request got no usable answer; the text says why, in one line.
 
     Attributes:
-        status: the HTTP status, None where there was no answer at all.
+        status: the HTTP status, None if there was no answer at all.
     """
 
     def __init__(self, message: str, status: int | None = None):
@@ -39,11 +39,11 @@ class Unanswered(Exception):
 
 
 class Reply(NamedTuple):
-    """What came back.
+    """An answer.
 
     Attributes:
-        content: the answer's JSON, whatever it is: the caller checks it.
-        attempts: requests until it came.
+        content: the answer's JSON, unchecked.
+        attempts: number of requests.
         seconds: of all of them.
     """
 
@@ -58,23 +58,23 @@ class JsonClient:
     It goes through the proxy that the environment names (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), but to this
     machine directly.
 
-    A server that could not be reached is asked once per call, without waiting, until it answers again, so that a dead
-    one costs a run no more than one round of retries.
+    After a failed call, each call makes only one attempt until the server answers again, so that a dead server costs a
+    run no more than one round of retries.
     """
 
     def __init__(self, url: str, *, secret: str | None = None, deadline_s: float = 120.0, attempts: int = 6):
         """
         Args:
-            url: where the server is, `http[s]://host[:port][/path]`.
+            url: the server's address, `http[s]://host[:port][/path]`.
             secret: sent as a bearer token, printable ASCII; no message ever holds it.
-            deadline_s: what a call may take, all attempts and waits together.
-            attempts: how often a call is tried where trying again may help.
+            deadline_s: seconds that a call may take, including all attempts and waits.
+            attempts: maximum number of attempts, if another one may help.
 
         Raises:
-            UserError: an address or a proxy that is none, or a secret that cannot be sent.
+            UserError: an invalid address or proxy, or a secret that cannot be sent.
         """
         if secret is not None and not (secret.isascii() and secret.isprintable() and " " not in secret):
-            raise UserError(f"the secret for {url} holds blanks, line ends or letters beyond ASCII: write it anew")
+            raise UserError(f"the secret for {url} holds blanks, line ends or letters beyond ASCII: write it again")
         self.url = url.rstrip("/")
         self._secret, self._deadline_s, self._attempts = secret, deadline_s, attempts
         self._reachable = True
@@ -148,7 +148,9 @@ class JsonClient:
         try:
             return json.loads(data, parse_constant=_refuse)
         except (ValueError, RecursionError):
-            raise Unanswered(f"{self.url} answers with what is no JSON: {self._shown(repr(data[:60]))}", 200) from None
+            raise Unanswered(
+                f"{self.url} answers with something that is not JSON: {self._shown(repr(data[:60]))}", 200
+            ) from None
 
     def _unanswered(self, error: Exception, attempts: int, late: bool) -> Unanswered:
         if isinstance(error, _Passing):
@@ -161,7 +163,7 @@ class JsonClient:
         return Unanswered(f"{self.url}{self._via}: {self._shown(reason)}{times}", getattr(error, "status", None))
 
     def _shown(self, text: str) -> str:
-        """`text` from the server, fit for one line of a message; a server may repeat the secret it was sent."""
+        """`text` from the server for one line of a message, without the secret, which a server may repeat."""
         line = one_line(text)[:200]
         return line.replace(self._secret, "…") if self._secret else line
 

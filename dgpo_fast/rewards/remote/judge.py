@@ -1,6 +1,6 @@
-"""Judges: models with eyes behind an OpenAI-compatible server (vLLM, SGLang, …), asked for a score of each picture.
+"""Judges: vision-language models behind an OpenAI-compatible server (vLLM, SGLang, …) that score each picture.
 
-A file of settings says where the judge is, what it is asked, and how its answer is read:
+A settings file has the judge's address, the question, and how to read the answer:
 
     url: http://127.0.0.1:8000/v1
     model: CodeGoat24/UnifiedReward-7b-v1.5
@@ -42,48 +42,48 @@ _CHANGE_NO_SCORE = ("url", "api_key_variable", "requests_at_once", "deadline_s",
 
 @dataclass(kw_only=True, config=STRICT)
 class JudgeSettings:
-    """A judge over HTTP."""
+    """Settings of a judge."""
 
     preset: Literal["unifiedreward", "deqa"] | None = None
-    """Where the settings below start from."""
+    """Preset that the settings below start from. None: no preset."""
     url: str = ""
-    """Base address of the interface, up to and with its version: `http://127.0.0.1:8000/v1`."""
+    """Address of the API, up to and including its version: `http://127.0.0.1:8000/v1`."""
     model: str = ""
-    """The model's name, as the server knows it."""
+    """The model's name on the server."""
     prompt: str = ""
-    """What the judge is asked; `{prompt}` stands for the picture's prompt."""
+    """The question; `{prompt}` is replaced by the picture's prompt."""
     image_first: bool = True
-    """Whether the picture comes before the question."""
+    """Send the picture before the question."""
     score: str | None = None
-    """A regular expression with one group, the score; the last match in the answer counts."""
+    """A regular expression whose one group is the score; its last match in the answer counts."""
     levels: dict[str, float] | None = None
-    """In place of `score`: words that the answer may hold, and their scores. The score is their mean, weighted with the
-    probabilities that the judge gave them where the first of them stands."""
+    """Instead of `score`: words that the answer may contain, and their scores. The score is the mean of these,
+    weighted by the judge's probabilities at the position of the first such word."""
     lowest: float = 1.0
-    """Bound on the scores that are read; an answer beyond it is a failure."""
+    """Lower bound of the score. An answer outside the bounds is a failure."""
     highest: float = 5.0
-    """The other bound."""
+    """Upper bound of the score."""
     divisor: Positive = 5.0
     """The reward is the score divided by this."""
     image_size: Count | None = None
-    """Resize pictures so that their longest side has so many pixels."""
+    """Longest side, in pixels, that pictures are resized to. None: no resizing."""
     max_tokens: Count | None = 512
-    """Length of an answer. None: not sent."""
+    """Maximum length of an answer, in tokens. None: not sent."""
     temperature: float | None = 0.0
-    """None: not sent."""
+    """Sampling temperature. None: not sent."""
     extra: str = ""
-    """More of the request, as a JSON object: `{"seed": 0}`."""
+    """Additional fields of the request, as a JSON object: `{"seed": 0}`."""
     api_key_variable: str | None = None
-    """The environment variable that holds the key. It is never written anywhere."""
+    """Environment variable with the API key. The key is never written to a file."""
     requests_at_once: Annotated[int, Field(ge=1, le=256)] = 16
-    """Pictures that are being judged at a time."""
+    """Number of pictures judged at a time."""
     deadline_s: Positive = 120.0
-    """What one picture may take, all attempts together."""
+    """Seconds that one picture may take, including all attempts."""
     attempts: Count = 6
-    """How often a judge that is away or too busy is asked for a picture."""
+    """Maximum number of attempts for one picture if the judge is unavailable or too busy."""
     self_test: Literal["caption", "quality", "answer"] = "caption"
-    """What is tried at the start: that the right caption beats a wrong one, that a photograph beats noise, or just that
-    there is an answer that can be read."""
+    """What is tested at the start. caption: the right caption beats a wrong one. quality: a photograph beats noise.
+    answer: there is an answer that can be read."""
 
 
 # UnifiedReward takes any wording of its task; this one is ours. It ends with what `score` looks for.
@@ -110,14 +110,14 @@ PRESETS: dict[str, JsonObject] = {
 class JudgeReward:
     """The score that a judge gives each picture for its prompt, divided by `divisor`.
 
-    Parts: `raw`, the score as the judge gives it, `latency_s` and `attempts`. A picture whose answer is missing or
-    cannot be read fails its group; nothing stands in for it.
+    Parts: `raw` (the judge's score before the division), `latency_s` and `attempts`. If a picture's answer is missing
+    or cannot be read, its group fails.
     """
 
     independent_images = True
 
     def __init__(self, settings: JudgeSettings) -> None:
-        """Raises UserError for settings that do not work together, or a key that is not there."""
+        """Raises UserError if settings contradict each other, or if the key is missing."""
         self._settings = settings
         self._name = settings.model or "judge"
         _check(settings)
@@ -134,7 +134,7 @@ class JudgeReward:
 
     @classmethod
     def from_file(cls, path: str | Path) -> JudgeReward:
-        """A judge by its file of settings, YAML or JSON. Raises UserError, one line that names file and setting."""
+        """A judge from its settings file, YAML or JSON. Raises UserError, one line that names file and setting."""
         given = read_yaml(Path(path))
         preset = given.get("preset")
         start = resolve(JudgeSettings(), PRESETS.get(preset, {}) if isinstance(preset, str) else {}, "preset")
@@ -146,7 +146,7 @@ class JudgeReward:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 (B,) and parts of uint8 images (B, H, W, 3); metadata plays no part.
+        """Scores float32 (B,) and parts of uint8 images (B, H, W, 3); metadata are not used.
 
         Raises:
             UserError: images of another type or shape, or a key, model or address that the judge does not accept.

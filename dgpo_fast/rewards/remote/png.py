@@ -1,4 +1,4 @@
-"""Pictures on their way to another machine: PNG files, written from arrays and read with suspicion."""
+"""PNG files for sending pictures to another machine: written from arrays, and read without trust."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class TooLarge(ValueError):
-    """More than may be unpacked."""
+    """An image that is too large to be unpacked."""
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -25,11 +25,11 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes, max_pixels: int) -> np.ndarray:
-    """The image, uint8 (H, W, 3), in a PNG file of 8-bit RGB, which nobody vouches for.
+    """The image, uint8 (H, W, 3), in an untrusted PNG file of 8-bit RGB.
 
     Raises:
         TooLarge: more than `max_pixels`, which are counted before anything is unpacked.
-        ValueError: no such PNG.
+        ValueError: the file is not such a PNG.
     """
     if data[:8] != _SIGNATURE or data[12:16] != b"IHDR" or len(data) < 24:
         raise ValueError("no PNG")

@@ -39,7 +39,7 @@ MAX_LINE_BYTES = 2**16
 MAX_BODIES = 8  # of the largest size, that are held at a time
 STATUS_EVERY_S = 60.0
 HANGS = 10.0
-"""Times the deadline, after which a request that is being scored is thought to hang."""
+"""Multiple of the deadline after which the reward is considered to hang."""
 
 
 class Server(uvicorn.Server):
@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
         if busy_s > HANGS * self._service.limits.deadline_s:
             print(
                 f"error: the reward has been at one request for {busy_s:.0f} s, {HANGS:g} times --deadline-s, "
-                "and nothing can stop it: mend it, or raise --deadline-s, and start the server again",
+                "and cannot be stopped: fix it, or raise --deadline-s, and start the server again",
                 file=sys.stderr,
                 flush=True,
             )
@@ -158,7 +158,7 @@ def application(service: RewardService, token: str | None, max_body_bytes: int) 
 
 
 class _Gate:
-    """Turns away what is no request of a client that knows the token, before anything of it is read."""
+    """Refuses requests without the token before their body is read."""
 
     def __init__(self, app: ASGIApp, token: str | None, refuse: Any):
         self._app, self._token, self._refuse = app, token, refuse

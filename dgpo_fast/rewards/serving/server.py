@@ -1,7 +1,7 @@
 """`python -m dgpo_fast.reward_server --reward NAME …`: rewards for runs on other machines, or in other environments.
 
-JSON and PNG files over HTTP (see `rewards.remote` for the requests): nothing that comes in is ever executed. Without a
-token only this machine may ask.
+JSON and PNG files over HTTP (see `rewards.remote` for the requests): nothing in a request is executed. Without a token,
+only this machine can send requests.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.remote.http_client import is_loopback
 from dgpo_fast.rewards.serving.service import Limits, RewardService
 
-USAGE = """Score pictures for runs on other machines or in other environments.
+USAGE = """Score images for training runs on other machines or in other Python environments.
 
   python -m dgpo_fast.reward_server --reward ocr
   python -m dgpo_fast.reward_server --reward pickscore=1 aesthetic=0.2 --host 0.0.0.0 --token-file token.txt
 
-In the run: --rewards http://HOST:PORT, with the token in the environment variable DGPO_REWARD_TOKEN."""
+In the run, use --rewards http://HOST:PORT, with the token in the environment variable DGPO_REWARD_TOKEN."""
 
 MIN_TOKEN_LENGTH = 16
 
@@ -35,27 +35,28 @@ class ServerSettings:
     """A reward server."""
 
     reward: tuple[str, ...] = ()
-    """What scores: names, `module:attribute` or judges' files, with `=weight`, as in a run's `--rewards`."""
+    """Rewards that score the images, as in a run's `--rewards`: names, `module:attribute`, or judges' files, each
+    with an optional weight (`NAME=0.5`)."""
     host: str = "127.0.0.1"
-    """Address to listen at. Any but this machine's own needs a token."""
+    """Address to listen on. Any address that other machines can reach needs `token_file`."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """Port to listen at. 0: one that is free."""
+    """Port to listen on. 0: any free port."""
     token_file: str | None = None
-    """A file with the token, 16 characters or more, that clients must send."""
+    """File with the token that clients must send, at least 16 characters. None: only this machine can send requests."""
     max_images: Count = 256
-    """Images of one request."""
+    """Maximum number of images per request."""
     max_megapixels: Positive = 64.0
-    """Pixels of all images of one request, in millions."""
+    """Maximum number of pixels of all images of a request, in millions."""
     max_body_mib: Count = 128
-    """Size of one request."""
+    """Maximum size of a request, in MiB."""
     max_waiting: Count = 256
-    """Requests that may wait; more are turned away and may come again."""
+    """Maximum number of requests in the queue. Further requests are refused; clients try again later."""
     deadline_s: Positive = 120.0
-    """What a request may wait and take, in seconds."""
+    """Seconds from a request's arrival within which it must be scored; after that it is refused."""
 
 
 def read_token(settings: ServerSettings) -> str | None:
-    """The token that clients need, None where none is needed. Raises UserError where it must be and is not."""
+    """The token that clients need, None if none is needed. Raises UserError if one is needed and missing."""
     if settings.token_file is None:
         if not is_loopback(settings.host):
             make = '`python -c "import secrets; print(secrets.token_hex())" > token.txt`'
@@ -113,5 +114,5 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen()
     except OSError as error:
         place = f"--host {host} --port {port}"
-        raise UserError(f"{place}: cannot be listened at ({error.strerror or error}): choose another") from None
+        raise UserError(f"{place}: cannot listen there ({error.strerror or error}): choose another") from None
     return listener

@@ -1,4 +1,4 @@
-"""What a reward server does with a request, whatever it comes over: checks, the queue, and one worker that scores."""
+"""Handles requests of a reward server, independent of the transport: checks, the queue, and one scoring worker."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what is taken on."""
+    """Limits of requests."""
 
     images: int
     """Of one request."""
     pixels: int
     """Of all images of one request."""
     waiting: int
-    """Requests, the one that is being scored included."""
+    """Number of requests, including the one that is being scored."""
     deadline_s: float
-    """For a request, from its arrival to its answer."""
+    """Seconds from a request's arrival to its answer."""
 
 
 @dataclass
@@ -79,12 +79,12 @@ class RewardService:
 
     @property
     def busy_s(self) -> float:
-        """Seconds that the request which is being scored has taken so far; 0 where none is."""
+        """Seconds that the current request has been scored for; 0 if there is none."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
     def health(self) -> dict[str, Any]:
-        """What runs here and how much is waiting."""
+        """The server's rewards, limits, queue and counts."""
         counts = self.counts
         return {
             "rewards": self.reward.weights,
