@@ -1,12 +1,12 @@
-"""Encoded prompts on disk: each distinct prompt is encoded once, ever.
+"""Encoded prompts on disk: each distinct prompt is encoded only once.
 
 A prompt is one small safetensors file, memory-mapped when it is read:
 
     FOLDER/SCOPE/ab/abcdef….safetensors     SCOPE/scope.json says what the embeddings in it depend on
 
-Runs share the folder without locks. A file appears whole, by a rename, or not at all; its name says what is in it; its
-checksum covers name and content, so that what a kill or a disk has spoilt is found, removed and encoded again. Nothing
-here can end a run: a folder that cannot be written is read as far as it goes.
+Runs share the folder without locks. A file is created by a rename, so it is complete or absent. Its checksum covers
+name and content: files damaged by a kill or a disk are found, removed and encoded again. Errors here never end a run: a
+folder that cannot be written is still read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Row = tuple[Tensor, Tensor]
 """An encoded prompt: tokens (T, D) and pooled (E,), on the CPU in the encoders' dtype."""
 
 FREE_SHARE = 0.05
-"""Share of the disk that the cache leaves free: a run's checkpoints need it more."""
+"""Share of the disk that the cache leaves free for checkpoints."""
 ABANDONED_S = 3600.0
 """Age of an unfinished file whose writer must have died."""
 RACY_S = 2.0

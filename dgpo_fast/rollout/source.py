@@ -23,10 +23,10 @@ class Groups:
         prompts: P.
         text: (B) embeddings of the process's own samples.
         x0: (B, C, H, W) fp32 final latents of the process's own samples.
-        scores: what the rewards said of all samples.
+        scores: of all samples.
         share: which of the P·G samples are the process's own.
-        transitions: every step of the rollout of its own samples, if it was kept.
-        metrics: what else to log of drawing them.
+        transitions: every step of the rollout of the process's own samples, if they were kept.
+        metrics: additional metrics of drawing them.
     """
 
     prompts: list[Prompt]
@@ -39,7 +39,7 @@ class Groups:
 
 
 class Source(Protocol):
-    """Gives every iteration its groups, as a function of the settings and the iteration alone."""
+    """Provides the groups of every iteration; they only depend on the settings and the iteration."""
 
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
         """Does what must be done once before the first iteration, or continues it.
@@ -52,7 +52,7 @@ class Source(Protocol):
         ...
 
     def prompts_of(self, iterations: range) -> list[Prompt]:
-        """The prompts that `iterations`, and what comes before the first one, ask for; some may be there twice."""
+        """The prompts that `iterations` and the work before the first one need; some may occur twice."""
         ...
 
     def collect(self, iteration: int) -> Groups:

@@ -33,7 +33,7 @@ class Transitions:
 
 
 class StepNoise:
-    """Noise of a rollout's steps: a function of (seed, draw, step, sample) alone, so that runs resume exactly.
+    """Noise of a rollout's steps. It only depends on (seed, draw, step, sample), so that runs resume exactly.
 
     Args:
         samples: (B,) int64 indices of the samples.
@@ -47,7 +47,7 @@ class StepNoise:
         self.transitions: Transitions | None = None
 
     def start(self, noise: Tensor, steps: int) -> None:
-        """Makes room for the steps that start from `noise` (B, C, H, W), if they are to be kept."""
+        """Allocates memory for the steps that start from `noise` (B, C, H, W), if they are kept."""
         if self.keep:
             states = noise.new_empty(steps + 1, *noise.shape)
             states[0] = noise

@@ -22,7 +22,7 @@ _MARGIN = 0.2  # by which a photograph must beat what shows nothing; the scores 
 
 
 class AestheticReward:
-    """How well people like a picture, 1 to 10, whatever the prompt; the mean of photographs is about 5.
+    """How well people like a picture, 1 to 10, regardless of the prompt; the mean of photographs is about 5.
 
     The predictor's five layers, 768-1024-128-64-16-1, have no activations in between, so they are multiplied out once.
     """
@@ -36,7 +36,7 @@ class AestheticReward:
             weights: `sac+logos+ava1-l14-linearMSE.pth` (3.7 MB), a file or the address it is downloaded from.
 
         Raises:
-            UserError: one of the two cannot be had, is another one under the published name, or does not fit the other.
+            UserError: one of the two is not available, is another model under the published name, or does not fit.
         """
         self._clip = Clip.load("aesthetic", OPENAI, clip)
         loaded = models.load_weights("aesthetic", weights, lambda: _download(str(weights)))
@@ -45,7 +45,7 @@ class AestheticReward:
         self._weight, self._bias = weight.to(device), bias.to(device)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
-        """Scores float32 (B,) of uint8 images (B, H, W, 3); prompts and metadata play no part.
+        """Scores float32 (B,) of uint8 images (B, H, W, 3); prompts and metadata are not used.
 
         Raises:
             UserError: images of another type or shape.

@@ -65,7 +65,7 @@ class Clip:
     ) -> Clip:
         """Loads a model and its tokenizer (by default the model's own) by hub name or folder, for the reward `name`.
 
-        Raises UserError if one of the two cannot be had, or a model under the name of `published` is another one.
+        Raises UserError if one of the two is not available, or a model under the name of `published` is another one.
         """
         from transformers import AutoTokenizer, CLIPModel
 
@@ -74,7 +74,7 @@ class Clip:
         return cls(loaded, models.load_pretrained(name, AutoTokenizer.from_pretrained, tokenizer or model))
 
     def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in 0..255 as the model wants them, (B, 3, S, S)."""
+        """Images (B, 3, H, W) in 0..255 as inputs of the model, (B, 3, S, S)."""
         return models.normalise(self._square(pixels, self._size), models.CLIP_MEAN, models.CLIP_STD)
 
     @torch.inference_mode()
@@ -111,9 +111,9 @@ class Clip:
         return F.normalize(torch.cat(found), dim=-1)[[row[text] for text in texts]]
 
     def self_test(self, name: str) -> None:
-        """Raises UserError unless squares in four colours and their descriptions find one another, both ways.
+        """Raises UserError unless squares in four colours and their descriptions match, both ways.
 
-        A model with other weights than its own, swapped channels or images in another range fail this.
+        Wrong weights, swapped channels, and images in another range fail this test.
         """
         cosines = (self.features(golden.squares()) @ self.text_features(golden.TEXTS).T).cpu().numpy()
         colors = list(golden.COLORS)
@@ -173,7 +173,7 @@ class ClipScoreReward(CosineReward):
             divisor: 30 as DGPO trains, 100 as DiffusionNFT does.
 
         Raises:
-            UserError: the model cannot be had, or is another one under the published name.
+            UserError: the model is not available, or is another one under the published name.
         """
         clip = Clip.load("clipscore", OPENAI, model)
         super().__init__("clipscore", clip, clip.scale / divisor, (10 / divisor, 45 / divisor))
@@ -199,7 +199,7 @@ class PickScoreReward(CosineReward):
             divisor: 26 as Flow-GRPO and DGPO train.
 
         Raises:
-            UserError: one of the two cannot be had, or is another one under the published name.
+            UserError: one of the two is not available, or is another one under the published name.
         """
         clip = Clip.load("pickscore", PICKSCORE, model, tokenizer)
         super().__init__("pickscore", clip, clip.scale / divisor, (5 / divisor, 45 / divisor))

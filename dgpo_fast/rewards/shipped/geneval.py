@@ -1,7 +1,7 @@
 """The `geneval-hf` reward: GenEval with transformers' Mask2Former as the detector and CLIP as the judge of colours.
 
-GenEval's own detector is mmdet's Mask2Former with Swin-S. This one has the same architecture and another training, so
-single pictures can come out differently, above all in counting, where only detections beyond 0.9 count.
+GenEval's own detector is mmdet's Mask2Former with Swin-S. This one has the same architecture but different weights, so
+results of single pictures can differ, most of all in counting, where only detections above 0.9 count.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class GenevalReward:
                 (see `geneval_rules`). `correct` and `strict` do not depend on it.
 
         Raises:
-            UserError: a model cannot be had, is not of this kind or is another one under the published name; or an
+            UserError: a model is not available, is not of this kind or is another one under the published name; or an
                 unknown rule.
         """
         if rule not in ("fixed", "compat"):
@@ -146,7 +146,7 @@ class Detector:
             longest_side: the bound on their other side.
 
         Raises:
-            UserError: the model cannot be had, is another one under the published name, or is not for COCO's 80
+            UserError: the model is not available, is another one under the published name, or is not for COCO's 80
                 classes in their usual order.
         """
         from transformers import Mask2FormerForUniversalSegmentation
@@ -239,7 +239,7 @@ class ColorJudge:
     """Names the colour of an object: CLIP compares its crop, on grey, with three descriptions per colour."""
 
     def __init__(self, clip: str | Path) -> None:
-        """Loads the model, by hub name or folder. Raises UserError if it cannot be had."""
+        """Loads the model, by hub name or folder. Raises UserError if it is not available."""
         self._clip = Clip.load("geneval-hf", OPENAI, clip)
         self._classifiers: dict[str, torch.Tensor] = {}
 

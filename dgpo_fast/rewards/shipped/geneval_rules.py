@@ -1,4 +1,4 @@
-"""GenEval's rules (Ghosh et al. 2023): from the objects found in a picture to its scores, with no model in sight.
+"""GenEval's rules (Ghosh et al. 2023): from the objects found in a picture to its scores. No model is involved.
 
 Metadata is GenEval's: `include`, a list of {"class", "count", "color"?, "position"?: [relation, index of an earlier
 entry]}, all of which must be met, and `exclude`, a list of {"class", "count"}, none of which may be reached.
@@ -40,8 +40,8 @@ class Detection:
         name: its class.
         confidence: in [0, 1].
         box: left, top, right, bottom in pixels; right and bottom lie one past the last pixel.
-        mask: bool (H, W), where it is; None where nobody asks for colours.
-        color: its colour, "" if nobody looked.
+        mask: bool (H, W); None if no colours are asked for.
+        color: its colour, "" if it was not determined.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Scores(NamedTuple):
 
 
 def keep(detections: Sequence[Detection], tag: str) -> list[Detection]:
-    """Those that count, most confident first: beyond 0.3, or 0.9 for the tag `counting`, and 16 of a class at most."""
+    """Detections that count, most confident first: above 0.3, or 0.9 for the tag `counting`, at most 16 per class."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     kept: list[Detection] = []
     for detection in sorted(detections, key=lambda d: -d.confidence):

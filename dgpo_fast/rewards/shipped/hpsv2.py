@@ -64,7 +64,7 @@ class HpsReward(CosineReward):
             tokenizer: hub name or folder of any CLIP's tokenizer.
 
         Raises:
-            UserError: one of the two cannot be had, or the file is another model's.
+            UserError: one of the two is not available, or the file is another model's.
         """
         from transformers import AutoTokenizer, CLIPModel
 

@@ -64,7 +64,7 @@ class ImageRewardReward:
             tokenizer: hub name or folder of BERT's uncased tokenizer.
 
         Raises:
-            UserError: one of the two cannot be had, or the file is another model's.
+            UserError: one of the two is not available, or the file is another model's.
         """
         from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel
 
@@ -84,7 +84,7 @@ class ImageRewardReward:
         self._tokenizer = models.load_pretrained("imagereward", AutoTokenizer.from_pretrained, tokenizer)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
-        """Scores float32 (B,) of uint8 images (B, H, W, 3) for B prompts; metadata plays no part.
+        """Scores float32 (B,) of uint8 images (B, H, W, 3) for B prompts; metadata are not used.
 
         Raises:
             UserError: images of another type or shape.

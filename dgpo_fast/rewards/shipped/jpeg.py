@@ -28,7 +28,7 @@ class JpegReward:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 (B,) for uint8 (B, H, W, 3) images; prompts and metadata play no part.
+        """Scores float32 (B,) for uint8 (B, H, W, 3) images; prompts and metadata are not used.
 
         Raises:
             UserError: images of another type or shape.

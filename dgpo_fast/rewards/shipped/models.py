@@ -1,4 +1,4 @@
-"""What rewards that are neural networks share: loading with one-line errors, and image preparation."""
+"""Shared code of rewards that are neural networks: loading with one-line errors, and image preparation."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Published(NamedTuple):
     """What tells it from its siblings: values of its configuration by their dotted names."""
 
     def require(self, reward: str, source: str | Path, config: object) -> None:
-        """Raises UserError where `source` has the published model's name and `config`, its configuration, other sizes.
+        """Raises UserError if `source` has the published model's name but `config`, its configuration, has other sizes.
 
-        A model that goes by another name was chosen by the user, who may know better.
+        A model with another name is accepted as the user's choice.
         """
         if Path(source).name != Path(self.source).name:
             return
@@ -53,7 +53,7 @@ def default_device() -> torch.device:
 
 
 def load_pretrained(name: str, loader: Callable[..., Any], source: str | Path) -> Any:
-    """`loader(source)`, where `loader` is a `from_pretrained` of transformers; a model comes whole, in fp32, to score.
+    """`loader(source)`, where `loader` is a `from_pretrained` of transformers. Models are complete and in fp32.
 
     Args:
         name: the reward, for the message.
@@ -87,7 +87,7 @@ def load_weights(name: str, source: str | Path, fetch: Callable[[], str | Path])
     Only tensors are unpickled; no code in the file is run. A dictionary below `"state_dict"` counts as the whole.
 
     Raises:
-        UserError: one line, if the file cannot be had or holds no weights.
+        UserError: one line, if the file is not available or holds no weights.
     """
     try:
         path = source if Path(source).is_file() else fetch()
@@ -110,9 +110,9 @@ def hub_file(source: str | Path) -> str:
 
 
 def fill(name: str, source: str | Path, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Loads `weights` into `module`, which they must fill, and moves it to the device, ready to score.
+    """Loads `weights` into `module` and moves it to the device, in eval mode. Every weight of the module must be there.
 
-    Weights beyond the module's are left: checkpoints carry heads that scoring does not use.
+    Other weights are ignored: checkpoints contain heads that scoring does not use.
 
     Raises:
         UserError: one line naming the first weight that is absent or of another shape.

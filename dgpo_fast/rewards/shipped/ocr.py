@@ -1,6 +1,6 @@
 """The `ocr` reward: does the picture show the words that the prompt asks for in quotes?
 
-The words are read by RapidOCR, which carries PaddleOCR's models as ONNX files. With t the target, u what was read, both
+RapidOCR, which contains PaddleOCR's models as ONNX files, reads the words. With t the target, u what was read, both
 normalised (`normalise`), and d their edit distance:
 
     r(t, u) = 1                           if t occurs in u
@@ -53,8 +53,8 @@ _ENGINE = {
 class OcrReward:
     """Reads each picture and compares it with the text that the prompt has in double quotes (`quoted_text`).
 
-    Scores lie in [0, 1]. The part `exact` is 1 if the whole target was read. The score of a picture depends on
-    that picture and its prompt alone, not on what is scored with it.
+    Scores lie in [0, 1]. The part `exact` is 1 if the whole target was read. The score of a picture only
+    depends on that picture and its prompt.
     """
 
     runs_on_cpu = True
