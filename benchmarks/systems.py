@@ -17,8 +17,8 @@ from benchmarks.baselines import BASELINES, Baseline, Inputs, Oracle, Text
 from benchmarks.rewards import Brightness
 from dgpo_fast.build import build
 from dgpo_fast.config import Config
-from dgpo_fast.models.forward import predict
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.forward import forwards_per_step, predict
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.models.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.levels import draw_training_steps
@@ -63,7 +63,7 @@ class Ours:
     @torch.no_grad()
     def forward(self, x_t: Tensor, timestep: Tensor, text: Text, empty: Text) -> Tensor:
         """One forward of the reference."""
-        return predict(self.trainer.models.base, x_t, timestep, TextEmbeds(text.prompt, text.pooled))
+        return predict(self.trainer.models.base, x_t, timestep, TextEmbeds.of_samples(text.prompt, text.pooled))
 
     def inputs(self, iteration: int, groups: int) -> Inputs:
         """What the trainer draws in `iteration`."""
@@ -72,7 +72,7 @@ class Ours:
         prompts = trainer.source.prompts.draw(iteration)[:groups]
         samples = torch.arange(groups * size, device=self.device)
         steps = draw_training_steps(
-            iteration, count=count, among=config.dgpo.high_noise_steps or trainer.schedule.steps, seed=config.seed
+            iteration, count=count, among=config.dgpo.high_noise_steps or trainer.draw.schedule.steps, seed=config.seed
         )
         seed = stream_seed(config.seed, "training noise")
         return Inputs(
@@ -80,8 +80,8 @@ class Ours:
             noise=initial_noise(
                 trainer.sampler.shape, samples, seed=stream_seed(config.seed, "initial noise"), draw=iteration
             ),
-            sigmas=[float(trainer.schedule.sigmas[step]) for step in steps],
-            timesteps=[float(trainer.schedule.timesteps[step]) for step in steps],
+            sigmas=[float(trainer.draw.schedule.sigmas[step]) for step in steps],
+            timesteps=[float(trainer.draw.schedule.timesteps[step]) for step in steps],
             training_noise=[
                 philox_normal(
                     trainer.sampler.shape, samples // size, seed=seed, draw=iteration * count + slot, device=self.device
@@ -102,11 +102,10 @@ class Ours:
     def flops(self, images: int) -> int:
         """Of an iteration that trains on all groups: what its samples need, however they are computed."""
         config, work = self.trainer.config, self.trainer.work
-        forwards = config.rollout.num_inference_steps * (2 if config.rollout.guidance_scale > 1 else 1)
         trained = images * config.dgpo.timesteps
-        guided_reference = config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0
-        samples = {ROLLOUT: images * forwards, DECODE: images, POLICY: trained, BACKWARD: trained}
-        samples |= {REFERENCE: trained * (2 if guided_reference else 1)}
+        reference = forwards_per_step(config.dgpo.kl_guidance_scale) if config.dgpo.kl_weight > 0 else 1
+        samples = {ROLLOUT: images * self.trainer.draw.forwards, DECODE: images, POLICY: trained, BACKWARD: trained}
+        samples |= {REFERENCE: trained * reference}
         return work.flops(samples | ({OLD: trained} if config.dgpo.clip_range is not None else {}))
 
 
@@ -199,10 +198,10 @@ class Comparison:
         x0 = torch.randn(inputs.noise.shape, generator=generator).to(self.device)
         advantage = torch.randn(size, generator=generator).to(self.device)
         advantage = advantage - advantage.mean()
-        text, empty = self.trainer.encoder(inputs.prompts), self.trainer.encoder([""])
+        text, empty = self.trainer.encoder(inputs.prompts), self.trainer.encoder.empty
         index = torch.zeros(size, dtype=torch.int64, device=self.device)
-        batch = Batch(0, x0, text, empty, advantage, index, size, self.trainer.schedule)
-        plain = (x0, advantage, Text(text.prompt, text.pooled), Text(empty.prompt, empty.pooled), inputs)
+        batch = Batch(0, x0, text, empty, advantage, index, size, self.trainer.draw.schedule)
+        plain = (x0, advantage, Text(*text.gathered()), Text(*empty.gathered()), inputs)
         self._build("oracle", Oracle)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             exact = _flat(_gradient(self.systems.pop("oracle"), plain), self.weights)
@@ -284,8 +283,8 @@ class Comparison:
     def _parts(self, name: str, system: Any, inputs: Inputs) -> dict[str, list[float]]:
         """Milliseconds per image of the decoder, and of one forward of the reference with a group in it."""
         size = self.config.rollout.group_size
-        text, empty = self.trainer.encoder(inputs.prompts[:size]), self.trainer.encoder([""])
-        plain = Text(text.prompt, text.pooled), Text(empty.prompt, empty.pooled)
+        text, empty = self.trainer.encoder(inputs.prompts[:size]), self.trainer.encoder.empty
+        plain = Text(*text.gathered()), Text(*empty.gathered())
         x_t, timestep = inputs.noise[:size], torch.tensor(inputs.timesteps[0], device=self.device)
         forward = system.forward if name == OURS else torch.no_grad()(system.reference)
         actions = {"decode_ms": lambda: system.decode(x_t), "forward_ms": lambda: forward(x_t, timestep, *plain)}

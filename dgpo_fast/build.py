@@ -34,10 +34,11 @@ from dgpo_fast.objectives.registry import traits
 from dgpo_fast.prompts import PromptSets, load_prompts
 from dgpo_fast.prompts.dealing import GroupSampler
 from dgpo_fast.rewards import RewardPool, WeightedReward, count_workers, load_rewards
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.offline import OfflineSource
 from dgpo_fast.rollout.online import OnlineSource, RolloutWorker
 from dgpo_fast.rollout.sampler import Sampler
-from dgpo_fast.rollout.schedule import Schedule, make_schedule
+from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.rollout.source import Source
 from dgpo_fast.run.console import Console
 from dgpo_fast.run.metrics import Phases
@@ -58,9 +59,9 @@ class Parts:
         reward, reward_pool: the rewards, and the threads and processes in which they run.
         memory: the memory that the run will need.
         pipeline, models, encoder: the model, its sets of weights, and its prompts.
-        engine: fast forward passes.
-        sampler, schedule: draw the training images.
-        eval_sampler, eval_schedule: draw held-out images.
+        engine: what makes the forwards fast.
+        sampler, draw: what draws the images to learn from, and how.
+        eval_sampler, eval_draw: what draws held-out images, and how.
         evaluations: scores on held-out prompts.
         phases, work: seconds and FLOPs of an iteration.
         learner: from groups to new weights.
@@ -81,9 +82,9 @@ class Parts:
     encoder: PromptEncoder
     engine: Engine
     sampler: Sampler
-    schedule: Schedule
+    draw: Draw
     eval_sampler: Sampler
-    eval_schedule: Schedule
+    eval_draw: Draw
     evaluations: RunEvaluations
     phases: Phases
     work: WorkMeter
@@ -113,19 +114,17 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     config = memory.measure(config, models)
     encoder = make_prompt_encoder(pipeline, config, console.note)
     engine = _start_engine(config, models, pipeline, encoder, processes, console)
-    rollout, evaluation = config.rollout, config.evaluation
-    sampler = _make_sampler(config, pipeline, engine.rollout_transformer, encoder, engine, engine.sizes.rollout)
-    eval_sampler = _make_sampler(config, pipeline, models.behaviour, encoder, engine, engine.sizes.evaluation)
-    schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.shift, rollout.noise_level)
-    eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.shift).to(device)
+    sampler = _make_sampler(config, pipeline, engine.rollout_transformer, encoder, engine)
+    eval_sampler = _make_sampler(config, pipeline, models.behaviour, encoder, engine)
+    draw, eval_draw = _make_draws(config, engine, device)
     phases = Phases(device)
     work = WorkMeter(models, pipeline.vae, config.policy, sampler.shape)
     learner = Learner(config, models, processes, phases, work, console.note)
     worker = RolloutWorker(
-        rollout,
+        config.rollout.group_size,
         models,
         sampler,
-        schedule.to(device),
+        draw,
         pool,
         keep_transitions=traits(config).needs_transitions,
         phases=phases,
@@ -145,10 +144,10 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         encoder=encoder,
         engine=engine,
         sampler=sampler,
-        schedule=schedule.to(device),
+        draw=draw,
         eval_sampler=eval_sampler,
-        eval_schedule=eval_schedule,
-        evaluations=RunEvaluations(config, prompts, pool, eval_sampler, eval_schedule, models, processes, console),
+        eval_draw=eval_draw,
+        evaluations=RunEvaluations(config, prompts, pool, eval_sampler, eval_draw, models, processes, console),
         phases=phases,
         work=work,
         learner=learner,
@@ -223,7 +222,7 @@ def _start_engine(
     processes: Processes,
     console: Console,
 ) -> Engine:
-    text_tokens = encoder([""]).prompt.shape[1]  # finds text encoders that cannot be loaded
+    text_tokens = encoder.empty.prompt.shape[1]  # finds text encoders that cannot be loaded
     engine = Engine(config, models, pipeline, text_tokens, console.note, processes=processes.count)
     engine.adopt(processes.broadcast(engine.measured(), "the engine's choices"))
     return engine
@@ -235,17 +234,26 @@ def _make_sampler(
     transformer: SD3Transformer2DModel,
     encoder: PromptEncoder,
     engine: Engine,
-    batch_size: int,
 ) -> Sampler:
     return Sampler(
         pipeline,
         transformer,
         encoder,
         resolution=config.rollout.resolution,
-        batch_size=batch_size,
         solve=engine.solve,
         decode=engine.decoder.start,
         decodes_ahead=int(engine.decoder.overlaps),
+    )
+
+
+def _make_draws(config: Config, engine: Engine, device: torch.device) -> tuple[Draw, Draw]:
+    """How images to learn from are drawn, and how held-out ones are."""
+    rollout, evaluation, sizes = config.rollout, config.evaluation, engine.sizes
+    schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.shift, rollout.noise_level)
+    eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.shift)
+    return (
+        Draw(schedule.to(device), rollout.guidance_scale, sizes.rollout),
+        Draw(eval_schedule.to(device), evaluation.guidance_scale, sizes.evaluation),
     )
 
 

@@ -42,8 +42,8 @@ class Trainer:
         self.memory, self.engine = parts.memory, parts.engine
         self.pipeline, self.encoder = parts.pipeline, parts.encoder
         self.models, self.learner, self.source = parts.models, parts.learner, parts.source
-        self.sampler, self.schedule = parts.sampler, parts.schedule
-        self.eval_sampler, self.eval_schedule = parts.eval_sampler, parts.eval_schedule
+        self.sampler, self.draw = parts.sampler, parts.draw
+        self.eval_sampler, self.eval_draw = parts.eval_sampler, parts.eval_draw
         self.evaluations, self.checkpoints = parts.evaluations, parts.checkpoints
         self.phases, self.work = parts.phases, parts.work
         self.group_log = GroupLog(self.reward, self.config.max_lost_iterations, self.console.note)
@@ -172,11 +172,11 @@ class Trainer:
             iteration=self.iteration,
             x0=groups.x0[rows],
             text=groups.text[rows],
-            empty=self.encoder([""]),
+            empty=self.encoder.empty,
             advantage=part.advantage[part.first : part.first + len(rows)].to(self.device),
             group_index=(rows + share.start) // share.group_size,
             group_size=share.group_size,
-            schedule=self.schedule,
+            schedule=self.draw.schedule,
             transitions=None if groups.transitions is None else groups.transitions[rows],
             part=part,
         )

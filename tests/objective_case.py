@@ -43,7 +43,7 @@ class Case:
             iteration=7,
             x0=torch.randn(GROUPS * SIZE, 16, 8, 8, generator=generator),
             text=encoder(["a cat", "a dog", "a house"]).repeat_interleave(SIZE),
-            empty=encoder([""]),
+            empty=encoder.empty,
             advantage=(advantage - advantage.mean(1, keepdim=True)).flatten(),
             group_index=torch.arange(GROUPS).repeat_interleave(SIZE),
             group_size=SIZE,

@@ -39,7 +39,7 @@ def written_out(case: Case) -> torch.Tensor:
         with torch.no_grad():
             conditional = predict(models.base, x_t, timestep, batch.text)
             old = predict(models.behaviour, x_t, timestep, batch.text)
-            empty = predict(models.base, x_t, timestep, batch.empty.expand(len(x_t)))
+            empty = predict(models.base, x_t, timestep, batch.empty.repeat_interleave(len(x_t)))
             kl_v = empty + config.kl_guidance_scale * (conditional - empty)
         ref = old if config.reference == "ema" else conditional
         policy = predict(models.policy, x_t, timestep, batch.text)

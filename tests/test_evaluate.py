@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from dgpo_fast.config import Policy
 from dgpo_fast.config.command_line import run_command
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation import drawing
 from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.folder import NEEDED, EvaluationFolder, Row
 from dgpo_fast.evaluation.held_out import Evaluation
@@ -31,6 +30,7 @@ from dgpo_fast.models.loading import find_lora, load_pipeline, merge_lora
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards.remote import png
+from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.train import train
 from tests.pipelines import save_random_pipeline
 from tests.processes import heed_ctrl_c
@@ -332,15 +332,15 @@ def test_a_torn_line_or_a_lost_picture_is_drawn_again_with_its_batch(workspace: 
 
 def test_images_do_not_pile_up_in_memory(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a batch is drawn, the one before it may still be scored; no third one is alive."""
-    alive, counts, original = [], [], drawing.draw_images
+    alive, counts, original = [], [], Sampler.decode
 
-    def draw_images(*args: object, **kwargs: object) -> np.ndarray:
+    def decode(self: Sampler, x0: torch.Tensor) -> np.ndarray:
         counts.append(sum(reference() is not None for reference in alive))
-        images = original(*args, **kwargs)  # type: ignore[arg-type]
+        images = original(self, x0)
         alive.append(weakref.ref(images))
         return images
 
-    monkeypatch.setattr(drawing, "draw_images", draw_images)
+    monkeypatch.setattr(Sampler, "decode", decode)
     evaluate(["model", *SMALL, "--images-per-prompt", "6", "--output", "out"])
     assert len(counts) == 9 and max(counts) <= 2
 

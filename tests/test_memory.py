@@ -32,7 +32,7 @@ from dgpo_fast.models.architecture import read_architecture, sd35_medium
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
@@ -109,7 +109,7 @@ def real_peak(models: PolicyModels, batch: int) -> int:
     """Peak bytes of a forward and backward of real tensors, beside weights and gradients."""
     for weight in models.weights.values():
         weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
-    text = TextEmbeds(
+    text = TextEmbeds.of_samples(
         torch.randn(batch, *SHAPE.text, dtype=models.dtype), torch.randn(batch, SHAPE.pooled, dtype=models.dtype)
     )
     x_t = torch.randn(batch, *SHAPE.latent, dtype=models.dtype)
@@ -365,7 +365,7 @@ def test_a_given_micro_batch_is_not_measured(gpu: Any) -> None:
 def test_more_than_is_free_is_said_before(gpu: Any) -> None:
     memory, _, notes = gpu(free=20 * GB)
     memory.predict(configure(["sd35m-geneval"]))
-    assert notes[0].startswith("predicted memory 41.")
+    assert notes[0].startswith("predicted memory 40.8 GiB")
     assert "more than the 18.6 GiB that are free. Start with one of these" in notes[1]
     assert "--policy.micro-batch 8 (15." in notes[1]
 

@@ -26,7 +26,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.memory.predict import Predictor
 from dgpo_fast.models.architecture import read_architecture
 from dgpo_fast.models.forward import predict
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective, best_and_worst
@@ -34,6 +34,7 @@ from dgpo_fast.objectives.flow_grpo import diffusion
 from dgpo_fast.objectives.levels import predict_levels
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.objectives.registry import BUILT_IN, load_objective, traits
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.schedule import Schedule, _stochastic_steps, make_schedule
 from dgpo_fast.rollout.step_noise import StepNoise, Transitions, gaussian_log_prob
@@ -65,10 +66,9 @@ def roll_out(schedule: Schedule, noise: torch.Tensor, step_noise: StepNoise | No
         def __call__(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
             return (gaussian_velocity(hidden_states, timestep.reshape(-1, 1, 1, 1) / 1000),)
 
-    text = TextEmbeds(torch.zeros(len(noise), 1, 1), torch.zeros(len(noise), 1))
-    return sample_latents(
-        Transformer(), noise, text, text[:1], schedule, guidance_scale=1.0, batch_size=3, step_noise=step_noise
-    )  # type: ignore[arg-type]
+    text = TextEmbeds.of_samples(torch.zeros(len(noise), 1, 1), torch.zeros(len(noise), 1))
+    draw = Draw(schedule, guidance_scale=1.0, batch_size=len(noise))
+    return sample_latents(Transformer(), noise, text, text[:1], draw, step_noise=step_noise)  # type: ignore[arg-type]
 
 
 def start(samples: int) -> torch.Tensor:
@@ -224,9 +224,7 @@ def grpo_case(folder: Path, **flow_grpo: object) -> Case:
         case.batch.x0,
         case.batch.text,
         case.batch.empty,
-        schedule,
-        guidance_scale=rollout.guidance_scale,
-        batch_size=5,
+        Draw(schedule, rollout.guidance_scale, batch_size=GROUPS * SIZE),
         step_noise=step_noise,
     )
     case.batch = replace(case.batch, x0=x0, schedule=schedule, transitions=step_noise.transitions)
@@ -240,7 +238,7 @@ def grpo_written_out(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
     def mean(transformer: object, x: torch.Tensor, sigma: torch.Tensor, dt: torch.Tensor, s: float) -> torch.Tensor:
         conditional = predict(transformer, x, 1000 * sigma, batch.text)  # type: ignore[arg-type]
-        empty = predict(transformer, x, 1000 * sigma, batch.empty.expand(len(x)))  # type: ignore[arg-type]
+        empty = predict(transformer, x, 1000 * sigma, batch.empty.repeat_interleave(len(x)))  # type: ignore[arg-type]
         v = empty + 2.0 * (conditional - empty)
         return x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
 
@@ -313,8 +311,8 @@ def test_flow_grpo_by_hand() -> None:
     batch = Batch(
         iteration=0,
         x0=after.reshape(3, 2, 1, 1),
-        text=TextEmbeds(torch.zeros(3, 1, 1), torch.zeros(3, 1)),
-        empty=TextEmbeds(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
+        text=TextEmbeds.of_samples(torch.zeros(3, 1, 1), torch.zeros(3, 1)),
+        empty=TextEmbeds.of_samples(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
         advantage=torch.tensor([1.0, -2.0, 1.0]),
         group_index=torch.zeros(3, dtype=torch.int64),
         group_size=3,
@@ -372,8 +370,8 @@ def make_batch(advantage: np.ndarray) -> Batch:
     return Batch(
         iteration=0,
         x0=number.reshape(-1, 1, 1, 1),
-        text=TextEmbeds(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
-        empty=TextEmbeds(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
+        text=TextEmbeds.of_samples(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
+        empty=TextEmbeds.of_samples(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
         advantage=torch.from_numpy(advantage).flatten(),
         group_index=torch.arange(groups).repeat_interleave(size),
         group_size=size,
@@ -589,17 +587,17 @@ def test_any_levels_in_any_batches(samples: int, most: int, batch_size: int, lev
 
     def forward(x: torch.Tensor, timestep: torch.Tensor, text: TextEmbeds) -> dict[str, torch.Tensor]:
         forwards.append(len(x))
-        return {"v": torch.stack([x.flatten(), timestep, text.pooled.flatten()], 1)}
+        return {"v": torch.stack([x.flatten(), timestep, text.gathered()[1].flatten()], 1)}
 
     numbers = torch.arange(samples, dtype=torch.float32)
-    text = TextEmbeds(numbers.reshape(-1, 1, 1), numbers.reshape(-1, 1) / 10)
+    text = TextEmbeds.of_samples(numbers.reshape(-1, 1, 1), numbers.reshape(-1, 1) / 10)
     x_t = [(100 * level + numbers).reshape(-1, 1, 1, 1) for level in range(levels)]
     timesteps = [torch.tensor(float(level)) if level % 2 else level + numbers / 100 for level in range(levels)]
     ahead = max(samples, most)
     for level, found in enumerate(predict_levels(forward, x_t, timesteps, text, batch_size, most)):
         assert len(forwards) == -(-(level + 1) * ahead // batch_size)
         if ahead:
-            expected = [x_t[level].flatten(), timesteps[level].expand(samples), text.pooled.flatten()]
+            expected = [x_t[level].flatten(), timesteps[level].expand(samples), text.gathered()[1].flatten()]
             assert torch.equal(found["v"], torch.stack(expected, 1))
     assert max(forwards, default=0) <= batch_size and sum(forwards) == levels * samples
 

@@ -271,16 +271,8 @@ class _Performance:
 
     def _pictures(self, texts: list[str], stream: str) -> np.ndarray:
         trainer = self.trainer
-        samples = torch.arange(len(texts), device=trainer.device)
-        x0, _ = trainer.sampler.latents(
-            texts,
-            samples,
-            trainer.eval_schedule,
-            guidance_scale=trainer.config.evaluation.guidance_scale,
-            seed=stream_seed(0, stream),
-            draw=0,
-        )
-        return trainer.sampler.decode(x0)
+        batches = trainer.sampler.batches(texts, trainer.eval_draw, first=0, seed=stream_seed(0, stream))
+        return trainer.sampler.decode(torch.cat(list(batches)))
 
     def _write_points(self) -> None:
         write_json(self.folder / POINTS, {"run": self.run.as_json(), "points": self.points})

@@ -19,6 +19,7 @@ from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.linear import use_onednn
 from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.forward import forwards_per_step
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.registry import traits
@@ -170,8 +171,8 @@ class Engine:
             return StaticBatches([sizes.policy, 2 * sizes.policy], training=training)
         if transformer is self.models.base:
             return StaticBatches([2 * sizes.frozen] if objective.guided_base else [sizes.frozen, 2 * sizes.frozen])
-        drawn = _rows(sizes.rollout, config.rollout.guidance_scale)
-        shown = _rows(sizes.evaluation, config.evaluation.guidance_scale)
+        drawn = sizes.rollout * forwards_per_step(config.rollout.guidance_scale)
+        shown = sizes.evaluation * forwards_per_step(config.evaluation.guidance_scale)
         return StaticBatches([drawn, shown, sizes.frozen])
 
     def _situation(self, latent: tuple[int, ...], text_tokens: int) -> Situation:
@@ -179,7 +180,7 @@ class Engine:
         tokens = latent[1] * latent[2] // transformer.config.patch_size**2
         # Kernels differ in rounding: any number of processes takes those that one alone would take.
         sizes = batch_sizes(config, processes=1)
-        rows = _rows(sizes.rollout, rollout.guidance_scale)
+        rows = sizes.rollout * forwards_per_step(rollout.guidance_scale)
         return Situation(
             device=self.models.device,
             dtype=self.models.dtype,
@@ -189,8 +190,3 @@ class Engine:
             images=config.iterations * rollout.groups * rollout.group_size,
             sharded=self.models.shards is not None,
         )
-
-
-def _rows(samples: int, guidance_scale: float) -> int:
-    """Of a forward that draws `samples` images."""
-    return 2 * samples if guidance_scale > 1 else samples

@@ -7,18 +7,17 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from dgpo_fast.engine.graphs import Recorder, Recording
-from dgpo_fast.models.forward import batch_slices
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import sample_latents
-from dgpo_fast.rollout.schedule import Schedule
-from dgpo_fast.rollout.step_noise import StepNoise
+from dgpo_fast.rollout.step_noise import StepNoise, Transitions
 
-OF_ALL_SAMPLES = ("empty_prompt", "empty_pooled", "draw")
+OF_ALL_SAMPLES = ("empty_prompt", "empty_pooled", "number")
 """Inputs with one row, whatever the batch."""
 
 
 class RecordedRollouts:
-    """`sample_latents` without the host: each batch is one replay. A last partial batch is padded.
+    """`sample_latents` without the host: each batch is one replay. A partial batch is padded.
 
     Weights may change in place between calls; they are read where they are.
 
@@ -28,8 +27,7 @@ class RecordedRollouts:
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
-        # What a recording reads is kept beside it; their ids are its key.
-        self.recordings: dict[tuple, tuple[Recording, SD3Transformer2DModel, Schedule]] = {}
+        self.recordings: dict[tuple, Recording] = {}  # what a recording reads is kept as a part of its key
 
     @torch.no_grad()
     def __call__(
@@ -38,76 +36,51 @@ class RecordedRollouts:
         noise: Tensor,
         text: TextEmbeds,
         empty: TextEmbeds,
-        schedule: Schedule,
+        draw: Draw,
         *,
-        guidance_scale: float,
-        batch_size: int,
         step_noise: StepNoise | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """See `sample_latents`; `on_step` is told after each batch."""
+        """See `sample_latents`; `on_step` is told after the last step."""
+        prompt, pooled = text.gathered()
+        inputs = {"noise": noise, "prompt": prompt, "pooled": pooled}
+        inputs |= {"empty_prompt": empty.prompt, "empty_pooled": empty.pooled}
         if step_noise is not None:
-            step_noise.start(noise, schedule.steps)
-        x0 = torch.empty_like(noise)
-        for rows in batch_slices(len(noise), batch_size):
-            inputs = {"noise": noise[rows], "prompt": text.prompt[rows], "pooled": text.pooled[rows]}
-            inputs |= {"empty_prompt": empty.prompt, "empty_pooled": empty.pooled}
-            if step_noise is not None:
-                inputs["samples"] = step_noise.samples[rows]
-                inputs["draw"] = torch.full((1,), int(step_noise.draw), device=noise.device)
-            recording = self._recording(transformer, inputs, schedule, guidance_scale, batch_size, step_noise)
-            x0[rows], *kept = recording(inputs)
-            if step_noise is not None and kept:
-                step_noise.take(rows, *kept)
-            if on_step:
-                on_step(rows.stop / len(noise))
+            inputs |= {"samples": step_noise.samples}
+            inputs |= {"number": torch.full((1,), int(step_noise.draw), device=noise.device)}
+        recorded = self._recording(transformer, inputs, draw, step_noise)(inputs)
+        x0, *kept = (output.clone() for output in recorded)  # the next replay overwrites them
+        if step_noise is not None and kept:
+            states, log_prob = kept
+            step_noise.transitions = Transitions(states.transpose(0, 1), log_prob.T)
+        if on_step:
+            on_step(1.0)
         return x0
 
     def _recording(
-        self,
-        transformer: SD3Transformer2DModel,
-        inputs: Mapping[str, Tensor],
-        schedule: Schedule,
-        guidance_scale: float,
-        batch_size: int,
-        step_noise: StepNoise | None,
+        self, transformer: SD3Transformer2DModel, inputs: Mapping[str, Tensor], draw: Draw, step_noise: StepNoise | None
     ) -> Recording:
         shapes = tuple(tuple(tensor.shape[1:]) for tensor in inputs.values())
         seed, keep = (step_noise.seed, step_noise.keep) if step_noise else (0, False)
-        key = (id(transformer), id(schedule), guidance_scale, batch_size, seed, keep, shapes)
+        key = (transformer, draw, seed, keep, shapes)
         if key not in self.recordings:
-            whole = {name: _repeat_last(x, batch_size) for name, x in inputs.items() if name not in OF_ALL_SAMPLES}
-            recording = Recording(
-                lambda static: _solve(transformer, static, schedule, guidance_scale, seed, keep),
-                {**inputs, **whole},
-                self.recorder,
+            whole = {name: _repeat_last(x, draw.batch_size) for name, x in inputs.items() if name not in OF_ALL_SAMPLES}
+            self.recordings[key] = Recording(
+                lambda static: _solve(transformer, static, draw, seed, keep), {**inputs, **whole}, self.recorder
             )
-            self.recordings[key] = recording, transformer, schedule
-        return self.recordings[key][0]
+        return self.recordings[key]
 
 
 def _solve(
-    transformer: SD3Transformer2DModel,
-    static: Mapping[str, Tensor],
-    schedule: Schedule,
-    guidance_scale: float,
-    seed: int,
-    keep: bool,
+    transformer: SD3Transformer2DModel, static: Mapping[str, Tensor], draw: Draw, seed: int, keep: bool
 ) -> tuple[Tensor, ...]:
     """x0; and the steps, with the batch in front, if they are kept."""
     step_noise = None
     if "samples" in static:
-        step_noise = StepNoise(static["samples"], seed=seed, draw=static["draw"][0], keep=keep)
-    x0 = sample_latents(
-        transformer,
-        static["noise"],
-        TextEmbeds(static["prompt"], static["pooled"]),
-        TextEmbeds(static["empty_prompt"], static["empty_pooled"]),
-        schedule,
-        guidance_scale=guidance_scale,
-        batch_size=len(static["noise"]),
-        step_noise=step_noise,
-    )
+        step_noise = StepNoise(static["samples"], seed=seed, draw=static["number"][0], keep=keep)
+    text = TextEmbeds.of_samples(static["prompt"], static["pooled"])
+    empty = TextEmbeds.of_samples(static["empty_prompt"], static["empty_pooled"])
+    x0 = sample_latents(transformer, static["noise"], text, empty, draw, step_noise=step_noise)
     kept = step_noise.transitions if step_noise else None
     return (x0,) if kept is None else (x0, kept.states.transpose(0, 1), kept.log_prob.T)
 

@@ -12,8 +12,8 @@ from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.prompts import PromptSets
 from dgpo_fast.rewards import RewardPool
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler
-from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.run.console import Console
 from dgpo_fast.wording import counted, number, resume_command
 
@@ -28,7 +28,7 @@ class RunEvaluations:
         prompts: with those that are held out.
         rewards: score the images.
         sampler: draws with the behaviour copy.
-        schedule: of the evaluations, on the sampler's device.
+        draw: how.
         models: the run's.
         processes: those that share the run.
         console: shows progress.
@@ -40,13 +40,13 @@ class RunEvaluations:
         prompts: PromptSets,
         rewards: RewardPool,
         sampler: Sampler,
-        schedule: Schedule,
+        draw: Draw,
         models: PolicyModels,
         processes: Processes,
         console: Console,
     ):
         self.config, self.prompts, self.rewards = config, prompts, rewards
-        self.sampler, self.schedule, self.models = sampler, schedule, models
+        self.sampler, self.draw, self.models = sampler, draw, models
         self.processes, self.console = processes, console
 
     def scores(self, weights: Weights, on_step: Callable[[float], None] | None = None, remedy: str = "") -> Evaluation:
@@ -64,7 +64,7 @@ class RunEvaluations:
                 self.sampler,
                 self.prompts.held_out,
                 self.rewards,
-                self.schedule,
+                self.draw,
                 self.config.evaluation,
                 on_step,
                 self.processes,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
-from dgpo_fast.evaluation.held_out import draw_images
 from dgpo_fast.evaluation.settings import (
     EvaluationSettings,
     has_default_output,
@@ -36,9 +36,11 @@ from dgpo_fast.models.loading import (
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_prompts
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
-from dgpo_fast.rollout.sampler import Sampler
+from dgpo_fast.rollout.draw import Draw
+from dgpo_fast.rollout.sampler import Sampler, plain_decoding
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.run.console import Console
+from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import counted
 
 PNG_THREADS = 8
@@ -79,13 +81,13 @@ class Drawing:
                 pipeline.transformer,
                 self.encoder,
                 resolution=settings.resolution,
-                batch_size=settings.batch_size,
+                decode=plain_decoding(pipeline.vae, settings.batch_size),
             )
         except UserError as error:  # a run's settings have longer names
             raise UserError(str(error).replace("rollout.", "")) from None
         reward.try_out(self.prompts, (1,), self.sampler.shape[1] * pipeline.vae_scale_factor)
         schedule = make_schedule(settings.solver, settings.num_inference_steps, settings.shift)
-        self.schedule = schedule.to(self.device)
+        self.draw = Draw(schedule.to(self.device), settings.guidance_scale, settings.batch_size)
         self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests, **reward.contents}
         self.folder.require_same(self.made_with, renew=self.renew)
         if self.folder.is_outdated(self.made_with):
@@ -117,8 +119,9 @@ class Drawing:
         self.drawn = total - len(rows)
         with self.console.count("images", total, done=len(rows)) as on_images, ThreadPoolExecutor(1) as beside:
             pending: Future[list[Row]] | None = None
-            for start in range(len(rows), total, size):
-                images = self._draw(start, on_images)
+            starts = range(len(rows), total, size)
+            for start, x0 in zip(starts, self._latents(len(rows), on_images), strict=True):
+                images = self.sampler.decode(x0)
                 if pending:
                     rows += pending.result()
                 pending = beside.submit(self._finish, start, images, is_first=not rows)
@@ -126,16 +129,15 @@ class Drawing:
                 rows += pending.result()
         return rows
 
-    def _draw(self, start: int, on_images: Callable[[float], None]) -> np.ndarray:
-        prompts = self.prompts[start : start + self.settings.batch_size]
-        return draw_images(
-            self.sampler,
-            prompts,
-            self.schedule,
-            first=start,
-            guidance_scale=self.settings.guidance_scale,
-            seed=self.settings.seed,
-            on_step=lambda share: on_images(start + share * len(prompts)),
+    def _latents(self, first: int, on_images: Callable[[float], None]) -> Iterator[Tensor]:
+        """Of the pictures from number `first` on, a batch at a time."""
+        texts = [prompt.text for prompt in self.prompts[first:]]
+        return self.sampler.batches(
+            texts,
+            self.draw,
+            first=first,
+            seed=stream_seed(self.settings.seed, "evaluation"),
+            on_step=lambda share: on_images(first + share * len(texts)),
         )
 
     def _finish(self, start: int, images: np.ndarray, *, is_first: bool) -> list[Row]:

@@ -17,8 +17,8 @@ from dgpo_fast.evaluation.statistics import Mean
 from dgpo_fast.prompts import Prompt, in_turn
 from dgpo_fast.rewards import RewardPool, WeightedReward
 from dgpo_fast.rewards.gather import gather_scores
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler
-from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.seeds import stream_seed
 
 SHOWN_IMAGES = 24
@@ -116,7 +116,7 @@ def evaluate(
     sampler: Sampler,
     prompts: list[Prompt],
     reward: WeightedReward | RewardPool,
-    schedule: Schedule,
+    draw: Draw,
     config: EvaluationConfig,
     on_step: Callable[[float], None] | None = None,
     processes: Processes = ALONE,
@@ -125,28 +125,20 @@ def evaluate(
 ) -> Evaluation:
     """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
 
-    If there are enough, each of `processes` draws whole batches of the sampler, so that an image is bitwise equal for
-    any number of processes. All of them get all scores, and the first images. If the sampler's weights are `sharded`,
-    they make equally many forwards. There must be an image for each process.
+    Each of `processes` draws whole batches of `draw` if there is one for each, so that an image is the same to the last
+    bit on any number of them; all of them get the scores of all images, and the first images. If the sampler's weights
+    are `sharded`, they compute equally often.
 
     Raises UserError, which ends with `remedy`, if no image could be scored.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
-    unit = sampler.batch_size if len(chosen) >= sampler.batch_size * processes.count else 1
+    unit = draw.batch_size if len(chosen) >= draw.batch_size * processes.count else 1
     ranges = even_ranges(len(chosen), processes.count, unit)
     start, stop = ranges[processes.rank]
-    images = draw_images(
-        sampler,
-        chosen[start:stop],
-        schedule,
-        first=start,
-        guidance_scale=config.guidance_scale,
-        seed=config.seed,
-        on_step=on_step,
-    )
+    images = draw_images(sampler, chosen[start:stop], draw, first=start, seed=config.seed, on_step=on_step)
     if sharded:
         most = max(end - first for first, end in ranges)
-        sampler.keep_up(stop - start, most, chosen[start].text, schedule, config.guidance_scale)
+        sampler.keep_up(stop - start, most, sampler.encoder([chosen[start].text]), draw)
     mine = reward.score_groups(images, chosen[start:stop], group_size=1)
     scores = gather_scores(mine, Share(start, stop, 1), len(chosen), processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)
@@ -162,10 +154,9 @@ def evaluate(
 def draw_images(
     sampler: Sampler,
     prompts: Sequence[Prompt],
-    schedule: Schedule,
+    draw: Draw,
     *,
     first: int,
-    guidance_scale: float,
     seed: int,
     on_step: Callable[[float], None] | None = None,
 ) -> np.ndarray:
@@ -173,18 +164,10 @@ def draw_images(
 
     Args:
         sampler: draws with its transformer's weights.
-        schedule: the sigma grid.
+        draw: how.
         first: the number of the first image; the others follow.
-        on_step: called with the finished share, in (0, 1].
+        seed: of the evaluation.
+        on_step: told the share done, in (0, 1].
     """
-    samples = torch.arange(first, first + len(prompts), device=next(sampler.transformer.parameters()).device)
-    x0, _ = sampler.latents(
-        [prompt.text for prompt in prompts],
-        samples,
-        schedule,
-        guidance_scale=guidance_scale,
-        seed=stream_seed(seed, "evaluation"),
-        draw=0,
-        on_step=on_step,
-    )
-    return sampler.decode(x0)
+    texts, stream = [prompt.text for prompt in prompts], stream_seed(seed, "evaluation")
+    return sampler.decode(torch.cat(list(sampler.batches(texts, draw, first=first, seed=stream, on_step=on_step))))

@@ -11,7 +11,7 @@ from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import PolicyModels, autocast
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 
 MOST_ON_A_CPU = 128
 """Samples: larger micro-batches gain nothing on a CPU."""
@@ -98,7 +98,7 @@ class TrainingMemory:
         torch.cuda.empty_cache()
 
     def _backward(self, samples: int) -> None:
-        text = TextEmbeds(self._random(samples, *self.shape.text), self._random(samples, self.shape.pooled))
+        text = TextEmbeds.of_samples(self._random(samples, *self.shape.text), self._random(samples, self.shape.pooled))
         x_t = self._random(samples, *self.shape.latent)
         with autocast(self.models):
             velocity = predict(self.models.policy, x_t, torch.tensor(500.0, device=self.models.device), text)

@@ -14,12 +14,13 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from dgpo_fast.config import Config
-from dgpo_fast.distributed.placement import largest_share
+from dgpo_fast.distributed.placement import largest_share, place
 from dgpo_fast.engine.batches import decode_batch
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.learning.optimizers import CHUNK_NUMEL, state_bytes
 from dgpo_fast.memory.simulate import Simulation, Trained, simulation
 from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.forward import forwards_per_step
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import weight_storage
@@ -159,10 +160,11 @@ class Predictor:
         return wanted and self._shards(config) == 1
 
     def _rollout_forward(self, config: Config) -> int:
-        guided = 2 if config.rollout.guidance_scale > 1 else 1
         adapter = config.policy.train == "lora" and config.policy.behaviour == "adapter"
         batch = min(config.rollout.batch_size, self.local_samples(config))
-        return self._simulation(config).forward(batch * guided, policy=adapter)
+        return self._simulation(config).forward(
+            batch * forwards_per_step(config.rollout.guidance_scale), policy=adapter
+        )
 
     def _storage(self, config: Config) -> str:
         return weight_storage(config.policy, self.dtype, sharded=self._shards(config) > 1)
@@ -182,15 +184,15 @@ class Predictor:
         samples = self.local_samples(config)
         batch, micro_batch = min(rollout.batch_size, samples), min(micro_batch, samples)
         latent = prod(shape.latent)
-        drawn = samples * (self._text_row(config) + latent * FP32)
-        guided = 2 if rollout.guidance_scale > 1 else 1
-        base_guided = 2 if traits(config).guided_base else 1
+        drawn = self._texts(config) + samples * latent * FP32
+        forwards = forwards_per_step(rollout.guidance_scale)
+        base_forwards = 2 if traits(config).guided_base else 1
         # A batch's own text, beside it that of its guided pairs, and the solver's states.
-        solving = batch * ((1 + guided * (guided > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
+        solving = batch * ((forwards + (forwards > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
         return {
             "rollout": drawn + solving + (0 if self._recorded(config) else self._rollout_forward(config)),
             "decoding": drawn + simulated.decoding(min(decode_batch(config, shape.latent), batch)),
-            "reference forwards": self.inputs(config) + simulated.forward(batch * base_guided),
+            "reference forwards": self.inputs(config) + simulated.forward(batch * base_forwards),
             "training": self.inputs(config)
             + simulated.training(micro_batch).peak
             + micro_batch * latent * LOSS_TENSORS * FP32,
@@ -204,7 +206,7 @@ class Predictor:
         states = config.rollout.num_inference_steps + 1 if objective.needs_transitions else 1 + objective.levels_at_once
         # Predictions are there for one level, and for the batch that goes on from it into the next one.
         compared = COMPARED * (samples + batch) * latent * self.dtype.itemsize
-        return samples * (self._text_row(config) + states * latent * FP32) + compared
+        return self._texts(config) + samples * states * latent * FP32 + compared
 
     def _stepping(self, config: Config) -> int:
         sizes = trained_sizes(self.transformer, config)
@@ -234,6 +236,12 @@ class Predictor:
             (tokens, model.joint_attention_dim),
             model.pooled_projection_dim,
         )
+
+    def _texts(self, config: Config) -> int:
+        """Of the encoded prompts of an iteration, each once, on the process that has most of them."""
+        rollout = config.rollout
+        shares = place(rollout.groups, rollout.group_size, self.processes)
+        return max(len(share.parts) for share in shares) * self._text_row(config)
 
     def _text_row(self, config: Config) -> int:
         shape = self.shape(config)

@@ -2,49 +2,22 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
-from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import has_t5, lacks_text_encoders, load_text_encoders, passes_by_layer
 from dgpo_fast.models.prompt_cache import PromptCache, Row, content_digest, default_folder
+from dgpo_fast.models.text_embeds import TextEmbeds
 
 FILE_OVERHEAD_BYTES = 1024
 """What a cached prompt's file holds beside its embeddings, at most."""
-
-
-@dataclass(frozen=True)
-class TextEmbeds:
-    """Encoded prompts.
-
-    Attributes:
-        prompt: (B, T, D) token embeddings of the CLIP encoders followed by those of T5.
-        pooled: (B, E) pooled CLIP embeddings.
-    """
-
-    prompt: Tensor
-    pooled: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pooled)
-
-    def __getitem__(self, rows: slice | Tensor) -> "TextEmbeds":
-        return TextEmbeds(self.prompt[rows], self.pooled[rows])
-
-    def repeat_interleave(self, count: int) -> "TextEmbeds":
-        """Each row `count` times: prompts → samples of groups."""
-        return TextEmbeds(self.prompt.repeat_interleave(count, 0), self.pooled.repeat_interleave(count, 0))
-
-    def expand(self, batch: int) -> "TextEmbeds":
-        """A single row seen as `batch` rows, without a copy."""
-        return TextEmbeds(self.prompt.expand(batch, -1, -1), self.pooled.expand(batch, -1))
 
 
 class PromptEncoder:
@@ -89,10 +62,15 @@ class PromptEncoder:
         rows = {text: self._find(text) or self._encode(text) for text in dict.fromkeys(prompts)}
         for text, row in rows.items():
             self._remember(text, row)
-        order = {text: index for index, text in enumerate(rows)}
-        samples = torch.tensor([order[text] for text in prompts], device=self.device)
+        number = {text: index for index, text in enumerate(rows)}
+        index = torch.tensor([number[text] for text in prompts], device=self.device)
         tokens, pooled = (torch.stack(tensors).to(self.device) for tensors in zip(*rows.values(), strict=True))
-        return TextEmbeds(tokens[samples], pooled[samples])
+        return TextEmbeds(tokens, pooled, index)
+
+    @cached_property
+    def empty(self) -> TextEmbeds:
+        """The empty prompt, one row, for guidance; it stays on the device."""
+        return self([""])
 
     def prepare(self, prompts: Iterable[str], on_step: Callable[[float], None] | None = None) -> str:
         """Encodes a run's prompts before training, so that the text encoders can be unloaded.

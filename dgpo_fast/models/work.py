@@ -25,7 +25,7 @@ from dgpo_fast.config import Policy as PolicyConfig
 from dgpo_fast.models.datasheet import peak_tflops
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import PolicyModels, with_lora
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 
 ROLLOUT, DECODE, BOTH = "rollout", "decode", "rollout with decode"
 REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy forward", "backward"

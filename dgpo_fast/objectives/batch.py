@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.step_noise import Transitions
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.forward import batch_slices, predict
 from dgpo_fast.models.policy import PolicyModels, autocast
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.levels import Forward, predict_levels
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.models.forward import batch_slices
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.seeds import stream_seed
 
 Forward = Callable[[Tensor, Tensor, TextEmbeds], Mapping[str, Tensor]]
@@ -68,6 +68,4 @@ def _rows(levels: Sequence[Tensor], rows: slice) -> Tensor:
 
 def _repeated(text: TextEmbeds, rows: slice) -> TextEmbeds:
     """Rows of `text` repeated endlessly."""
-    if rows.stop <= len(text):
-        return text[rows]
-    return text[torch.arange(rows.start, rows.stop, device=text.pooled.device) % len(text)]
+    return text[torch.arange(rows.start, rows.stop, device=text.index.device) % max(len(text), 1)]

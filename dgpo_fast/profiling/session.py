@@ -105,9 +105,8 @@ class Session:
         trainer, config, recordings = self.trainer, self.trainer.config, recorder.recordings
         device = device_row(trainer.device, trainer.models.dtype, rates)
         model_work = trainer.work.model_work()
-        guided = 2 if config.rollout.guidance_scale > 1 else 1
         batches = trainer.work.batches | {
-            ROLLOUT: trainer.sampler.batch_size * guided,
+            ROLLOUT: trainer.draw.batch_size * trainer.draw.forwards_per_step,
             DECODE: trainer.engine.decoder.batch_size,
         }
         work = build.work_rows(

@@ -149,7 +149,7 @@ class OfflineSource:
         prompts = self._dealer(drawing).draw(number)
         prompts = prompts[: len(drawing.files[number])]
         weights = self.worker.models.initial_weights()
-        groups = self.worker.draw(prompts, weights, seed=drawing.seed, draw=number)
+        groups = self.worker.draw_groups(prompts, weights, seed=drawing.seed, number=number)
         if groups.scores.valid.any():
             home.write(number, groups, time.perf_counter() - started)
         return groups.scores

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgpo_fast.config import Rollout
 from dgpo_fast.distributed import ALONE, Processes, place
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels, Weights
@@ -18,8 +17,8 @@ from dgpo_fast.prompts.dealing import GroupSampler, spread
 from dgpo_fast.rewards import RewardPool
 from dgpo_fast.rewards.gather import gather_scores
 from dgpo_fast.rewards.pool.pool import Scoring
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler
-from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.rollout.step_noise import StepNoise, joined
 from dgpo_fast.run.console import Console
@@ -31,10 +30,10 @@ class RolloutWorker:
     """Draws, decodes and scores groups with given weights.
 
     Args:
-        rollout: its settings.
+        group_size: images of each prompt.
         models: its behaviour copy draws.
         sampler: draws with that copy.
-        schedule: the grid, on the models' device.
+        draw: how.
         rewards: score the images.
         keep_transitions: whether every step of a rollout with noise is kept.
         phases: seconds of each part go there.
@@ -43,27 +42,27 @@ class RolloutWorker:
 
     def __init__(
         self,
-        rollout: Rollout,
+        group_size: int,
         models: PolicyModels,
         sampler: Sampler,
-        schedule: Schedule,
+        draw: Draw,
         rewards: RewardPool,
         *,
         keep_transitions: bool,
         phases: Phases,
         work: WorkMeter,
     ):
-        self.rollout, self.models, self.sampler, self.schedule = rollout, models, sampler, schedule
+        self.group_size, self.models, self.sampler, self.draw = group_size, models, sampler, draw
         self.rewards, self.keep_transitions, self.phases, self.work = rewards, keep_transitions, phases, work
 
-    def draw(
-        self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, draw: int, processes: Processes = ALONE
+    def draw_groups(
+        self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, number: int, processes: Processes = ALONE
     ) -> Groups:
-        """Draws one group per prompt with `weights`. The noise only depends on (seed, draw, position).
+        """One group of each prompt by `weights`; the noise is a function of (seed, number, position) alone.
 
         Each of `processes` draws and scores its share; all of them must call this together.
         """
-        size, batch_size = self.rollout.group_size, self.rollout.batch_size
+        size = self.group_size
         share = place(len(prompts), size, processes.count)[processes.rank]
         texts = [prompts[position // size].text for position in range(share.start, share.stop)]
         scoring = self.rewards.start([prompts[position // size] for position in share.pieces], share.piece_size)
@@ -72,21 +71,20 @@ class RolloutWorker:
         with self.phases("rollout"):
             self.models.load_behaviour(weights)
         latents, noises, waiting = [], [], deque()  # type: ignore[var-annotated]
-        for rows in batch_slices(len(texts), batch_size):
+        for rows in batch_slices(len(texts), self.draw.batch_size):
             with self.phases("rollout"):
                 samples = torch.arange(share.start + rows.start, share.start + rows.stop, device=self.models.device)
-                noises.append(self._step_noise(samples, seed, draw))
-                x0, _ = self.sampler.latents(
-                    texts[rows],
+                noises.append(self._step_noise(samples, seed, number))
+                x0 = self.sampler.latents(
+                    text[rows],
                     samples,
-                    self.schedule,
-                    guidance_scale=self.rollout.guidance_scale,
+                    self.draw,
                     seed=stream_seed(seed, "initial noise"),
-                    draw=draw,
+                    number=number,
                     step_noise=noises[-1],
                 )
             latents.append(x0)
-            self.work.sampled(text[rows], forwards=self.schedule.steps * (2 if self.rollout.guidance_scale > 1 else 1))
+            self.work.sampled(text[rows], self.draw.forwards)
             waiting.append(self.sampler.start_decoding(x0))
             # If images are decoded beside the next batch's rollout, they are asked for after it.
             if len(waiting) > self.sampler.decodes_ahead:
@@ -96,10 +94,10 @@ class RolloutWorker:
         if self.models.shards is not None:
             most = max(map(len, place(len(prompts), size, processes.count)))
             with self.phases("rollout"):
-                self.sampler.keep_up(len(texts), most, texts[0], self.schedule, self.rollout.guidance_scale)
+                self.sampler.keep_up(len(texts), most, text, self.draw)
         with self.phases("reward"):
             mine = scoring.result()
-        scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {draw + 1}")
+        scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {number + 1}")
         metrics = {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
         return Groups(list(prompts), text, torch.cat(latents), scores, share, joined(noises), metrics)
 
@@ -110,10 +108,10 @@ class RolloutWorker:
         with self.phases("reward"):
             scoring.add(images)  # scored beside the rollout of the next batch
 
-    def _step_noise(self, samples: torch.Tensor, seed: int, draw: int) -> StepNoise | None:
-        if self.schedule.noise is None:
+    def _step_noise(self, samples: torch.Tensor, seed: int, number: int) -> StepNoise | None:
+        if self.draw.schedule.noise is None:
             return None
-        return StepNoise(samples, seed=stream_seed(seed, "step noise"), draw=draw, keep=self.keep_transitions)
+        return StepNoise(samples, seed=stream_seed(seed, "step noise"), draw=number, keep=self.keep_transitions)
 
 
 class OnlineSource:
@@ -140,7 +138,9 @@ class OnlineSource:
     def collect(self, iteration: int) -> Groups:
         """See `Source.collect`."""
         prompts = spread(self.prompts.draw(iteration), lambda prompt: tuple(self.worker.rewards.reward.chosen(prompt)))
-        return self.worker.draw(prompts, self.weights(), seed=self.seed, draw=iteration, processes=self.processes)
+        return self.worker.draw_groups(
+            prompts, self.weights(), seed=self.seed, number=iteration, processes=self.processes
+        )
 
     def summary(self) -> dict[str, Any]:
         """See `Source.summary`."""

@@ -1,19 +1,20 @@
 """Draws images: a few-step ODE or SDE from noise to latents, then the decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step, philox_normal
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from dgpo_fast.models.forward import batch_slices, predict, predict_pair
 from dgpo_fast.models.latents import decode_plainly, latent_shape
-from dgpo_fast.models.prompt_encoder import PromptEncoder, TextEmbeds
-from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.step_noise import StepNoise
 
 
@@ -36,49 +37,44 @@ def sample_latents(
     noise: Tensor,
     text: TextEmbeds,
     empty: TextEmbeds,
-    schedule: Schedule,
+    draw: Draw,
     *,
-    guidance_scale: float,
-    batch_size: int,
     step_noise: StepNoise | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """Solves the ODE from `noise` and returns x0, (B, C, H, W) fp32. A trajectory is kept only if asked for.
+    """Solves the ODE of one batch from `noise` and returns x0, (B, C, H, W) fp32.
+
+    A trajectory is kept only where asked for.
 
     Args:
         transformer: predicts the velocities; it should have no adapters.
         noise: (B, C, H, W) fp32 at σ = 1.
         text: the B prompts, one a sample.
-        empty: the empty prompt, one row; used if `guidance_scale` > 1.
-        schedule: grid and coefficients on the noise's device.
-        guidance_scale: v = v_uncond + g·(v_cond − v_uncond); 1 is unguided.
-        batch_size: samples per forward.
-        step_noise: draws the noise of the steps, and keeps them if asked to; for a schedule that has noise.
-        on_step: called after each solver step with the finished share, in (0, 1].
+        empty: the empty prompt, one row; read with guidance.
+        draw: grid and guidance.
+        step_noise: draws the noise of the steps, and keeps them where asked to; for a schedule that has noise.
+        on_step: told the share done, in (0, 1], after each solver step.
     """
+    schedule, guidance_scale = draw.schedule, draw.guidance_scale
     if step_noise is not None:
         step_noise.start(noise, schedule.steps)
-    chunks = []
-    for rows in batch_slices(len(noise), batch_size):
-        x, x0_previous = noise[rows], None
-        for step in range(schedule.steps):
-            timestep = schedule.timesteps[step]
-            if guidance_scale > 1:
-                conditional, unconditional = predict_pair(transformer, x, timestep, text[rows], empty)
-            else:
-                conditional, unconditional = predict(transformer, x, timestep, text[rows]), None
-            velocities, numbers = (conditional, unconditional), schedule.coefficients[step]
-            if schedule.solver == "euler":
-                moved = guided_euler_step(x, *velocities, guidance_scale=guidance_scale, coefficients=numbers)
-                x = moved if step_noise is None else step_noise.add(x, moved, schedule, step, rows)
-            else:
-                x, x0_previous = guided_dpmpp_2m_step(
-                    x, *velocities, x0_previous, guidance_scale=guidance_scale, coefficients=numbers
-                )
-            if on_step:
-                on_step((rows.start + len(x) * (step + 1) / schedule.steps) / len(noise))
-        chunks.append(x)
-    return torch.cat(chunks)
+    x, x0_previous = noise, None
+    for step in range(schedule.steps):
+        timestep, coefficients = schedule.timesteps[step], schedule.coefficients[step]
+        if draw.guided:
+            velocities: tuple[Tensor, Tensor | None] = predict_pair(transformer, x, timestep, text, empty)
+        else:
+            velocities = predict(transformer, x, timestep, text), None
+        if schedule.solver == "euler":
+            moved = guided_euler_step(x, *velocities, guidance_scale=guidance_scale, coefficients=coefficients)
+            x = moved if step_noise is None else step_noise.add(x, moved, schedule, step)
+        else:
+            x, x0_previous = guided_dpmpp_2m_step(
+                x, *velocities, x0_previous, guidance_scale=guidance_scale, coefficients=coefficients
+            )
+        if on_step:
+            on_step((step + 1) / schedule.steps)
+    return x
 
 
 class Solve(Protocol):
@@ -90,10 +86,8 @@ class Solve(Protocol):
         noise: Tensor,
         text: TextEmbeds,
         empty: TextEmbeds,
-        schedule: Schedule,
+        draw: Draw,
         *,
-        guidance_scale: float,
-        batch_size: int,
         step_noise: StepNoise | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> Tensor:
@@ -105,18 +99,22 @@ Decode = Callable[[Tensor], Callable[[], np.ndarray]]
 """Starts decoding (B, C, H, W) latents; the function returned waits for the images, uint8 (B, height, width, 3)."""
 
 
+def plain_decoding(vae: AutoencoderKL, batch_size: int) -> Decode:
+    """Decodes when the images are asked for, `batch_size` at a time."""
+    return lambda latents: partial(decode_plainly, vae, latents, batch_size)
+
+
 class Sampler:
     """Draws and decodes images of prompts with one transformer.
 
     Args:
-        pipeline: gives the text encoders and the decoder.
+        pipeline: its decoder says what shape latents have.
         transformer: gives the velocities; its weights may change between calls.
         encoder: the prompt encoder, shared so that a prompt is encoded once.
         resolution: pixels, or None for what the transformer was trained at.
-        batch_size: samples per forward.
-        solve: solves the ODE or SDE.
-        decode: decodes latents; by default plainly, when the images are asked for.
-        decodes_ahead: number of batches after which to ask for images, if `decode` works during the rollout.
+        solve: solves the ODE.
+        decode: how images are decoded.
+        decodes_ahead: batches whose images are best asked for later, since `decode` works beside the rollout.
 
     Raises UserError if the resolution does not fit the model.
     """
@@ -128,60 +126,86 @@ class Sampler:
         encoder: PromptEncoder,
         *,
         resolution: int | None,
-        batch_size: int,
+        decode: Decode,
         solve: Solve = sample_latents,
-        decode: Decode | None = None,
         decodes_ahead: int = 0,
     ):
         self.pipeline = pipeline
         self.transformer = transformer
         self.encoder = encoder
-        self.batch_size = batch_size
         self.solve = solve
-        self.start_decoding: Decode = decode or (lambda x0: partial(decode_plainly, pipeline.vae, x0, batch_size))
+        self.start_decoding = decode
         self.decodes_ahead = decodes_ahead
         self.shape = latent_shape(transformer, pipeline.vae, resolution)
 
+    @property
+    def device(self) -> torch.device:
+        """The transformer's."""
+        return next(self.transformer.parameters()).device
+
     def latents(
         self,
-        prompts: Sequence[str],
+        text: TextEmbeds,
         samples: Tensor,
-        schedule: Schedule,
+        draw: Draw,
         *,
-        guidance_scale: float,
         seed: int,
-        draw: int,
+        number: int,
         step_noise: StepNoise | None = None,
         on_step: Callable[[float], None] | None = None,
-    ) -> tuple[Tensor, TextEmbeds]:
-        """x0 (B, C, H, W) fp32 for B prompts, and their embeddings.
+    ) -> Tensor:
+        """x0 (B, C, H, W) fp32 of one batch.
 
-        `samples` (B,) int64 keys the initial noise; `step_noise` is for a schedule that has noise.
+        Args:
+            text: the B prompts, at most `draw.batch_size`.
+            samples: (B,) int64, their numbers in the rollout, on the transformer's device.
+            draw: how.
+            seed: of the initial noise's stream.
+            number: of the rollout, such as the iteration. The noise is a function of (seed, number, sample) alone.
+            step_noise: for a schedule that has noise.
+            on_step: told the share done, in (0, 1], after each solver step.
         """
-        text = self.encoder(prompts)
-        noise = initial_noise(self.shape, samples, seed=seed, draw=draw)
-        x0 = self.solve(
-            self.transformer,
-            noise,
-            text,
-            self.encoder([""]),
-            schedule,
-            guidance_scale=guidance_scale,
-            batch_size=self.batch_size,
-            step_noise=step_noise,
-            on_step=on_step,
-        )
-        return x0, text
+        noise = initial_noise(self.shape, samples, seed=seed, draw=number)
+        empty = self.encoder.empty
+        return self.solve(self.transformer, noise, text, empty, draw, step_noise=step_noise, on_step=on_step)
 
-    def keep_up(self, mine: int, most: int, prompt: str, schedule: Schedule, guidance_scale: float) -> None:
-        """Makes extra forwards, whose images are not used, so that their number is that of `most` samples, not `mine`.
+    def batches(
+        self,
+        prompts: Sequence[str],
+        draw: Draw,
+        *,
+        first: int,
+        seed: int,
+        on_step: Callable[[float], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """x0 (B, C, H, W) fp32 of one batch after another, without noise in the steps.
+
+        Args:
+            prompts: one an image; those of a batch are encoded when it is drawn.
+            draw: how.
+            first: the number of the first image; the others follow.
+            seed: of the initial noise's stream.
+            on_step: told the share of all images that is done, in (0, 1].
+        """
+        for rows in batch_slices(len(prompts), draw.batch_size):
+
+            def on_batch_step(share: float, rows: slice = rows) -> None:
+                if on_step:
+                    on_step((rows.start + share * (rows.stop - rows.start)) / len(prompts))
+
+            samples = torch.arange(first + rows.start, first + rows.stop, device=self.device)
+            text = self.encoder(prompts[rows])
+            yield self.latents(text, samples, draw, seed=seed, number=0, on_step=on_batch_step)
+
+    def keep_up(self, mine: int, most: int, text: TextEmbeds, draw: Draw) -> None:
+        """Forwards for one image that nobody sees, until they are as many as `most` samples need, not only `mine`.
 
         With sharded weights, all processes must make the same number of forwards.
         """
-        for rows in batch_slices(mine, self.batch_size, most):
+        nobody = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for rows in batch_slices(mine, draw.batch_size, most):
             if rows.start == rows.stop:
-                nobody = torch.zeros(1, dtype=torch.int64, device=next(self.transformer.parameters()).device)
-                self.latents([prompt], nobody, schedule, guidance_scale=guidance_scale, seed=0, draw=0)
+                self.latents(text[:1], nobody, draw, seed=0, number=0)
 
     def decode(self, x0: Tensor) -> np.ndarray:
         """Latents → uint8 images (B, height, width, 3)."""

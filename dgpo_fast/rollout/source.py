@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dgpo_fast.distributed import Share
-from dgpo_fast.models.prompt_encoder import TextEmbeds
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import GroupScores
 from dgpo_fast.rollout.step_noise import Transitions

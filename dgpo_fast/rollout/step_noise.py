@@ -53,30 +53,23 @@ class StepNoise:
             states[0] = noise
             self.transitions = Transitions(states, noise.new_empty(steps, len(noise)))
 
-    def take(self, rows: slice, states: Tensor, log_prob: Tensor) -> None:
-        """Keeps the steps of the samples `rows` from a recorded rollout: (B, S + 1, C, H, W) and (B, S)."""
-        assert self.transitions is not None, "no room was made for these steps"
-        self.transitions.states[:, rows] = states.transpose(0, 1)
-        self.transitions.log_prob[:, rows] = log_prob.T
-
-    def add(self, x: Tensor, moved: Tensor, schedule: Schedule, step: int, rows: slice) -> Tensor:
+    def add(self, x: Tensor, moved: Tensor, schedule: Schedule, step: int) -> Tensor:
         """The state after grid step `step`.
 
         Args:
-            x: state before the step, of the samples `rows`.
+            x: state before the step.
             moved: x + b·v.
             schedule: a grid with noise.
             step: index of the step.
-            rows: which of the samples.
         """
         assert schedule.noise is not None, "this rollout's schedule has no noise"
         gain, std = schedule.noise[step]
         draw = self.draw * schedule.steps + step
-        z = philox_normal(tuple(x.shape[1:]), self.samples[rows], seed=self.seed, draw=draw, device=x.device)
+        z = philox_normal(tuple(x.shape[1:]), self.samples, seed=self.seed, draw=draw, device=x.device)
         after = moved + gain * x + std * z
         if self.transitions is not None:
-            self.transitions.states[step + 1, rows] = after
-            self.transitions.log_prob[step, rows] = gaussian_log_prob(z, std)
+            self.transitions.states[step + 1] = after
+            self.transitions.log_prob[step] = gaussian_log_prob(z, std)
         return after
 
 

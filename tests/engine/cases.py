@@ -10,14 +10,16 @@ from torch import Tensor
 from dgpo_fast.config import DGPO, EMA, Config, DiffusionDPO, Engine, FlowGRPO, Policy, Rollout
 from dgpo_fast.engine import Engine as RunEngine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
+from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.registry import load_objective
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.schedule import make_schedule
-from dgpo_fast.rollout.step_noise import StepNoise, Transitions, gaussian_log_prob
+from dgpo_fast.rollout.step_noise import StepNoise, Transitions, gaussian_log_prob, joined
 from dgpo_fast.seeds import stream_seed
 
 CPU = torch.device("cpu")
@@ -87,16 +89,16 @@ class EngineCase:
             checkpoint_blocks(self.models.policy, config.engine.checkpointing)
         self.notes: list[str] = []
         self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
-        text_tokens = self.encoder([""]).prompt.shape[1]
+        text_tokens = self.encoder.empty.prompt.shape[1]
         self.engine = RunEngine(config, self.models, self.pipeline, text_tokens, self.notes.append)
         rollout = config.rollout
-        self.schedule = make_schedule(rollout.solver, 4, 3.0, rollout.noise_level).to(device)
+        schedule = make_schedule(rollout.solver, 4, 3.0, rollout.noise_level).to(device)
+        self.draw = Draw(schedule, rollout.guidance_scale, rollout.batch_size)
         self.sampler = Sampler(
             self.pipeline,
             self.engine.rollout_transformer,
             self.encoder,
             resolution=None,
-            batch_size=rollout.batch_size,
             solve=self.engine.solve,
             decode=self.engine.decoder.start,
         )
@@ -110,21 +112,25 @@ class EngineCase:
         self.new = {n: w + spread[n] * torch.randn(w.shape, generator=generator) for n, w in self.old.items()}
         self.models.load_weights(self.new)
 
-    def rollout(self, prompts: list[str] | None = None, draw: int = 0, step_noise: StepNoise | None = None) -> Tensor:
-        """x0 of seven samples drawn by the policy's weights: a whole batch of five and a partial one."""
+    def rollout(self, prompts: list[str] | None = None, number: int = 0, keep: bool = False) -> Tensor:
+        """x0 of seven samples drawn by the policy's weights: a whole batch of five and a partial one.
+
+        A rollout with noise that is to `keep` its steps leaves them in `transitions`.
+        """
         self.models.load_behaviour(self.new)
         prompts = prompts or PROMPTS
-        texts = [prompts[n % len(prompts)] for n in range(7)]
-        x0, _ = self.sampler.latents(
-            texts,
-            torch.arange(7, device=self.device),
-            self.schedule,
-            guidance_scale=self.config.rollout.guidance_scale,
-            seed=3,
-            draw=draw,
-            step_noise=step_noise,
-        )
-        return x0
+        text = self.encoder([prompts[n % len(prompts)] for n in range(7)])
+        samples, x0 = torch.arange(7, device=self.device), []
+        noises: list[StepNoise | None] = []
+        for rows in batch_slices(7, self.draw.batch_size):
+            is_noisy = self.draw.schedule.noise is not None
+            noises.append(StepNoise(samples[rows] + 100 * number, seed=5, draw=number, keep=keep) if is_noisy else None)
+            drawn = self.sampler.latents(
+                text[rows], samples[rows], self.draw, seed=3, number=number, step_noise=noises[-1]
+            )
+            x0.append(drawn)
+        self.transitions = joined(noises)
+        return torch.cat(x0)
 
     def batch(self) -> Batch:
         """Three groups at one noise level or another, of which the second prefers nothing."""
@@ -137,19 +143,19 @@ class EngineCase:
             iteration=7,
             x0=x0,
             text=self.encoder(PROMPTS).repeat_interleave(SIZE),
-            empty=self.encoder([""]),
+            empty=self.encoder.empty,
             advantage=advantage.flatten().to(self.device),
             group_index=torch.arange(GROUPS, device=self.device).repeat_interleave(SIZE),
             group_size=SIZE,
-            schedule=self.schedule,
-            transitions=self._transitions(x0) if self.schedule.noise is not None else None,
+            schedule=self.draw.schedule,
+            transitions=self._transitions(x0) if self.draw.schedule.noise is not None else None,
         )
 
     def _transitions(self, x: Tensor) -> Transitions:
         """Steps from `x` by noise alone: as if a policy had drawn them whose velocity is 0."""
-        assert self.schedule.noise is not None
+        assert self.draw.schedule.noise is not None
         generator, states, log_prob = torch.Generator().manual_seed(3), [x], []
-        for gain, std in self.schedule.noise:
+        for gain, std in self.draw.schedule.noise:
             z = torch.randn(x.shape, generator=generator).to(x)
             states.append(states[-1] + gain * states[-1] + std * z)
             log_prob.append(gaussian_log_prob(z, std))

@@ -29,7 +29,7 @@ def test_offline_groups_are_drawn_by_one_process() -> None:
 def test_forwards_are_padded_to_a_process_s_share(random_pipeline: Path) -> None:
     """Three groups of 4 in batches of 5 on three processes: rollouts have pairs of 4, micro-batches of 8 have 4."""
     case = EngineCase(random_pipeline, make_config())
-    tokens = case.encoder([""]).prompt.shape[1]
+    tokens = case.encoder.empty.prompt.shape[1]
     engine = Engine(case.config, case.models, case.pipeline, tokens, print, processes=3)
     drawn, trained = engine._batches(case.models.behaviour), engine._batches(case.models.policy)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_run_draws_no_more_than_it_has(workspace: Path) -> None:
     """Rollouts are recorded at the sampler's size: 12 samples an iteration and 10 held-out images, in batches of 50."""
     trainer = Trainer(build(configure(["small.yaml", "--rollout.batch-size", "50", "--evaluation.images", "10"])))
     trainer.close()
-    assert (trainer.sampler.batch_size, trainer.eval_sampler.batch_size) == (12, 10)
+    assert (trainer.draw.batch_size, trainer.eval_draw.batch_size) == (12, 10)
 
 
 def test_the_decoder_holds_no_tensor_beyond_32_bits() -> None:

@@ -29,7 +29,7 @@ def test_nothing_is_compiled_after_the_first_iteration(
     loaded, batch = load_objective(case.config), case.batch()
     for iteration, preferring in enumerate((2, 3, 1)):
         with torch._dynamo.config.patch(error_on_recompile=iteration > 0):
-            case.rollout([["a cat"], ["big red car", "a dog"], ["two birds"]][iteration], draw=iteration)
+            case.rollout([["a cat"], ["big red car", "a dog"], ["two birds"]][iteration], number=iteration)
             advantage = torch.where(torch.arange(12) < 4 * preferring, batch.advantage + 1.0, 0.0)
             text = case.encoder(["a dog", "a big house", "a car"][iteration:] * 12)[slice(0, 12)]
             changed = replace(batch, iteration=iteration, advantage=advantage, text=text, x0=batch.x0 + iteration)

@@ -16,8 +16,8 @@ from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.latents import decode_plainly
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.schedule import make_schedule
-from dgpo_fast.rollout.step_noise import StepNoise
 from tests.engine.cases import EngineCase, make_config
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -51,15 +51,12 @@ def test_replayed_rollouts_with_noise(random_pipeline: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain = EngineCase(random_pipeline, make_config(), torch.float32, CUDA)
     fast = EngineCase(random_pipeline, make_config(cuda_graphs="on"), torch.float32, CUDA)
-    plain.schedule = fast.schedule = make_schedule("euler", 4, 3.0, noise_level=0.7).to(CUDA)
-    for draw in (4, 9):
-        drawn, noises = [], []
-        for case in (plain, fast):
-            noises.append(StepNoise(torch.arange(7, device=CUDA), seed=5, draw=draw, keep=True))
-            drawn.append(case.rollout(draw=draw, step_noise=noises[-1]))
+    plain.draw = fast.draw = Draw(make_schedule("euler", 4, 3.0, noise_level=0.7).to(CUDA), 3.0, 5)
+    for number in (4, 9):
+        drawn = [case.rollout(number=number, keep=True) for case in (plain, fast)]
         assert relative(*drawn) < 1e-4
-        assert relative(noises[1].transitions.states, noises[0].transitions.states) < 1e-4
-        assert torch.allclose(noises[1].transitions.log_prob, noises[0].transitions.log_prob, atol=1e-5)
+        assert relative(fast.transitions.states, plain.transitions.states) < 1e-4
+        assert torch.allclose(fast.transitions.log_prob, plain.transitions.log_prob, atol=1e-5)
     assert len(fast.engine.solve.recordings) == 1
 
 

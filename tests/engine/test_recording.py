@@ -1,15 +1,14 @@
 """Recorded rollouts, by a recorder that is stricter than CUDA graphs; the real one is in `test_cuda.py`."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dgpo_fast.engine.recorded import RecordedRollouts
+from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.schedule import make_schedule
-from dgpo_fast.rollout.step_noise import StepNoise
 from tests.engine.cases import EngineCase, make_config
 from tests.engine.tape import Tape, TapeRecorder
 
@@ -23,8 +22,7 @@ def case(random_pipeline: Path) -> EngineCase:
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_replays_draw_what_the_plain_path_draws(case: EngineCase, solver: str, guidance_scale: float) -> None:
     """Other prompts, noise and weights under one recording; the last batch is partial. Nothing is recorded twice."""
-    case.config = replace(case.config, rollout=replace(case.config.rollout, guidance_scale=guidance_scale))
-    case.schedule, plain = make_schedule(solver, 4, 3.0), case.sampler.solve
+    case.draw, plain = Draw(make_schedule(solver, 4, 3.0), guidance_scale, 5), case.sampler.solve
     recorder = TapeRecorder()
     recorded = RecordedRollouts(recorder)
     for draw, prompts in enumerate((["a cat"], ["two birds", "a house", "a cat"])):
@@ -32,7 +30,7 @@ def test_replays_draw_what_the_plain_path_draws(case: EngineCase, solver: str, g
         case.sampler.solve = recorded
         found = case.rollout(prompts, draw)
         if draw == 0:
-            (tape,), (recording, *_) = recorder.tapes, next(iter(recorded.recordings.values()))
+            (tape,), (recording,) = recorder.tapes, recorded.recordings.values()
             addresses = {name: tensor.data_ptr() for name, tensor in recording.inputs.items()}
         case.sampler.solve = plain
         expected = case.rollout(prompts, draw)
@@ -46,19 +44,18 @@ def test_replays_draw_the_noise_of_each_step(case: EngineCase, keep: bool, monke
     """Of their own draw and samples, under one recording, and keep the steps that an objective learns from."""
     # Equal groups share their noise on a CPU alone; to find them is to wait for a GPU.
     monkeypatch.setattr(torch, "unique", lambda groups, return_inverse: (groups, torch.arange(len(groups))))
-    case.schedule, plain = make_schedule("euler", 4, 3.0, noise_level=0.7), case.sampler.solve
+    case.draw, plain = Draw(make_schedule("euler", 4, 3.0, noise_level=0.7), 3.0, 5), case.sampler.solve
     recorder = TapeRecorder()
     recorded = RecordedRollouts(recorder)
     drawn = []
     for draw in (4, 9):
-        both = [StepNoise(torch.arange(7) + 100 * draw, seed=5, draw=draw, keep=keep) for _ in range(2)]
         case.sampler.solve = recorded
-        found = case.rollout(draw=draw, step_noise=both[0])
+        found, mine = case.rollout(number=draw, keep=keep), case.transitions
         case.sampler.solve = plain
-        drawn.append(case.rollout(draw=draw, step_noise=both[1]))
+        drawn.append(case.rollout(number=draw, keep=keep))
+        theirs = case.transitions
         assert torch.allclose(found, drawn[-1], atol=1e-5)
         if keep:
-            mine, theirs = (noise.transitions for noise in both)
             assert mine is not None and theirs is not None and torch.equal(mine.states[-1], found)
             assert torch.allclose(mine.states, theirs.states, atol=1e-5)
             assert torch.allclose(mine.log_prob, theirs.log_prob, atol=1e-6)
@@ -66,12 +63,12 @@ def test_replays_draw_the_noise_of_each_step(case: EngineCase, keep: bool, monke
 
 
 def test_replays_run_no_python_of_the_model(case: EngineCase) -> None:
-    forwards = []
+    forwards, case.draw = [], Draw(make_schedule("dpmpp_2m", 4, 3.0), 3.0, 5)
     hook = case.models.behaviour.register_forward_pre_hook(lambda *_: forwards.append(1))
     plain, case.sampler.solve = case.sampler.solve, RecordedRollouts(TapeRecorder())
-    case.rollout(draw=1)
+    case.rollout(number=1)
     recorded = len(forwards)
-    case.rollout(draw=2)
+    case.rollout(number=2)
     hook.remove()
     case.sampler.solve = plain
     assert recorded == len(forwards) > 0
