@@ -168,18 +168,18 @@ class Trainer:
             f"the group scores of iteration {self.iteration + 1}",
             sharded=self.models.shards is not None,
         )
-        return Batch(
+        drawn = Batch(
             iteration=self.iteration,
-            x0=groups.x0[rows],
-            text=groups.text[rows],
+            x0=groups.x0,
+            text=groups.text,
             empty=self.encoder.empty,
-            advantage=part.advantage[part.first : part.first + len(rows)].to(self.device),
-            group_index=(rows + share.start) // share.group_size,
+            advantage=torch.zeros(len(share), device=self.device),
+            group_index=torch.arange(share.start, share.stop, device=self.device) // share.group_size,
             group_size=share.group_size,
             schedule=self.draw.schedule,
-            transitions=None if groups.transitions is None else groups.transitions[rows],
-            part=part,
+            transitions=groups.transitions,
         )
+        return drawn.taken(rows, part)
 
     def _phases(self, iteration_s: float) -> dict[str, Any]:
         """Seconds per phase of this process; waiting time and imbalance of all processes."""

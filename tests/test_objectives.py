@@ -579,10 +579,10 @@ def test_savings_do_not_change_what_processes_learn_together(
 
 
 @settings(deadline=None)
-@given(st.integers(0, 7), st.integers(0, 9), st.integers(1, 6), st.integers(1, 5))
-def test_any_levels_in_any_batches(samples: int, most: int, batch_size: int, levels: int) -> None:
-    """Every level gets its own predictions, with its own timesteps and prompts; a process has made as many forwards
-    before it gets a level as one with `most` samples, and never predicts a level before its rows are needed."""
+@given(st.integers(1, 7), st.integers(1, 6), st.integers(1, 5))
+def test_any_levels_in_any_batches(samples: int, batch_size: int, levels: int) -> None:
+    """Every level gets its own predictions, with its own timesteps and prompts, and never before its rows are
+    needed."""
     forwards = []
 
     def forward(x: torch.Tensor, timestep: torch.Tensor, text: TextEmbeds) -> dict[str, torch.Tensor]:
@@ -593,13 +593,34 @@ def test_any_levels_in_any_batches(samples: int, most: int, batch_size: int, lev
     text = TextEmbeds.of_samples(numbers.reshape(-1, 1, 1), numbers.reshape(-1, 1) / 10)
     x_t = [(100 * level + numbers).reshape(-1, 1, 1, 1) for level in range(levels)]
     timesteps = [torch.tensor(float(level)) if level % 2 else level + numbers / 100 for level in range(levels)]
-    ahead = max(samples, most)
-    for level, found in enumerate(predict_levels(forward, x_t, timesteps, text, batch_size, most)):
-        assert len(forwards) == -(-(level + 1) * ahead // batch_size)
-        if ahead:
-            expected = [x_t[level].flatten(), timesteps[level].expand(samples), text.gathered()[1].flatten()]
-            assert torch.equal(found["v"], torch.stack(expected, 1))
-    assert max(forwards, default=0) <= batch_size and sum(forwards) == levels * samples
+    for level, found in enumerate(predict_levels(forward, x_t, timesteps, text, batch_size)):
+        assert len(forwards) == -(-(level + 1) * samples // batch_size)
+        expected = [x_t[level].flatten(), timesteps[level].expand(samples), text.pooled.flatten()]
+        assert torch.equal(found["v"], torch.stack(expected, 1))
+    assert max(forwards) <= batch_size and sum(forwards) == levels * samples
+
+
+@pytest.mark.parametrize("objective", SAVING)
+@pytest.mark.parametrize("micro_batch", [3, 12])
+def test_padding_adds_nothing(objective: str, micro_batch: int, random_pipeline: Path) -> None:
+    """With sharded weights, processes of two groups, of one and of none send equally many rows through the policy and
+    the base, whatever the padding holds; gradients and metrics add up to those of one process."""
+    case = saving_case(objective, random_pipeline, batch_timesteps=True)
+    whole, gradient, metrics, counts = case.batch, 0, {}, []
+    expected = case.gradient(micro_batch)
+    edges = tuple(SIZE * group for group in (0, 2, 3, 3))
+    for first, stop in pairwise(edges):
+        part = BatchPart(first, GROUPS, SIZE, whole.advantage, edges=edges)
+        case.batch = whole.taken(torch.arange(first, stop), part)
+        assert (len(case.batch.x0), case.batch.own) == (2 * SIZE, stop - first)
+        assert case.batch.weight.tolist() == [1.0] * (stop - first) + [0.0] * case.batch.padding
+        mine = watched(case, micro_batch)
+        gradient = gradient + mine[0]
+        counts.append(mine[2])
+        for name, value in mine[1].items():
+            metrics[name] = metrics.get(name, 0.0) + float(value)
+    assert counts[0] == counts[1] == counts[2]
+    assert_same((gradient, metrics), expected)
 
 
 ROOMS_WITHOUT_NAMES = ("engine", "learning", "memory", "rollout", "run")

@@ -1,5 +1,11 @@
-"""What a process must know about the others' samples to train on its own."""
+"""What a process must know of the others to compute its own samples.
 
+If weights are sharded, a block is whole only while all processes compute it: they must make equally many forwards.
+Processes with fewer samples therefore fill up with rows of weight 0, copies of their first one. `filled` does it for
+images to draw, and `BatchPart.missing` says how many rows a batch to learn from needs.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -41,9 +47,13 @@ class BatchPart:
         return self.groups * self.group_size
 
     @property
-    def most(self) -> int:
-        """With sharded weights, the largest number of samples that a process holds; else 0."""
-        return 0 if self.edges is None else max(stop - start for start, stop in pairwise(self.edges))
+    def in_step(self) -> bool:
+        """Whether the processes wait for one another while they learn: they share groups, or weights."""
+        return self.split or self.edges is not None
+
+    def missing(self, own: int) -> int:
+        """Rows of weight 0 that this process needs beside its `own` samples; 0 unless weights are sharded."""
+        return 0 if self.edges is None else max(stop - start for start, stop in pairwise(self.edges)) - own
 
     def rows(self, start: int, stop: int, count: int) -> slice:
         """Which of the process's `count` samples lie at the positions [start, stop)."""
@@ -57,6 +67,20 @@ class BatchPart:
             groups=(stop - start) // self.group_size,
             advantage=self.advantage[start:stop],
             edges=None if self.edges is None else tuple(min(max(e, start), stop) - start for e in self.edges),
+        )
+
+    def chosen(self, positions: Tensor, advantage: Tensor, group_size: int) -> "BatchPart":
+        """The same among the samples at `positions`, which rise: groups of `group_size` with `advantage`."""
+
+        def count_before(edge: int) -> int:
+            return int((positions < edge).sum())
+
+        return replace(
+            self,
+            first=count_before(self.first),
+            group_size=group_size,
+            advantage=advantage,
+            edges=None if self.edges is None else tuple(map(count_before, self.edges)),
         )
 
     def sum_group_scores(self, score: Tensor) -> Tensor:
@@ -97,3 +121,13 @@ def part_of(
         what=what,
         edges=(*starts, int(samples.sum())) if sharded else None,
     )
+
+
+def filled(ranges: Sequence[range], rank: int, *, sharded: bool) -> list[int]:
+    """The numbers of process `rank`; if weights are `sharded`, its first one again until there are as many as anywhere.
+
+    Args:
+        ranges: of each process; none is empty.
+    """
+    own = ranges[rank]
+    return [*own, *[own.start] * (max(map(len, ranges)) - len(own) if sharded else 0)]

@@ -12,6 +12,7 @@ import torch
 
 from dgpo_fast.config import Evaluation as EvaluationConfig
 from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
+from dgpo_fast.distributed.batch_part import filled
 from dgpo_fast.distributed.placement import even_ranges
 from dgpo_fast.evaluation.statistics import Mean
 from dgpo_fast.prompts import Prompt, in_turn
@@ -133,12 +134,10 @@ def evaluate(
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     unit = draw.batch_size if len(chosen) >= draw.batch_size * processes.count else 1
-    ranges = even_ranges(len(chosen), processes.count, unit)
-    start, stop = ranges[processes.rank]
-    images = draw_images(sampler, chosen[start:stop], draw, first=start, seed=config.seed, on_step=on_step)
-    if sharded:
-        most = max(end - first for first, end in ranges)
-        sampler.keep_up(stop - start, most, sampler.encoder([chosen[start].text]), draw)
+    ranges = [range(*ends) for ends in even_ranges(len(chosen), processes.count, unit)]
+    start, stop = ranges[processes.rank].start, ranges[processes.rank].stop
+    drawn = [chosen[number] for number in filled(ranges, processes.rank, sharded=sharded)]
+    images = draw_images(sampler, drawn, draw, first=start, seed=config.seed, on_step=on_step)[: stop - start]
     mine = reward.score_groups(images, chosen[start:stop], group_size=1)
     scores = gather_scores(mine, Share(start, stop, 1), len(chosen), processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)

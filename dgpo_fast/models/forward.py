@@ -13,7 +13,7 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
     """Velocity v(x_t, t, c), (B, C, H, W), in the transformer's dtype.
 
     Args:
-        x_t: (B, C, H, W) noisy latents, any float dtype. B can be 0; the forward is then made for other processes.
+        x_t: (B, C, H, W) noisy latents, any float dtype.
         timestep: () or (B,), in [0, 1000].
         text: the B prompts.
     """
@@ -41,9 +41,6 @@ def predict_pair(
 def _velocity(
     transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, prompt: Tensor, pooled: Tensor
 ) -> Tensor:
-    if len(x_t) == 0:  # the others compute, and need this process's shards: a forward of which nothing is used
-        x_t, prompt, pooled = (rows.new_zeros(1, *rows.shape[1:]) for rows in (x_t, prompt, pooled))
-        return _velocity(transformer, x_t, timestep.new_ones(1), prompt, pooled)[:0]
     return transformer(
         hidden_states=x_t.to(prompt.dtype),
         timestep=timestep.expand(len(x_t)),
@@ -53,15 +50,19 @@ def _velocity(
     )[0]
 
 
-def batch_slices(total: int, size: int, most: int = 0) -> Iterator[slice]:
-    """Slices of at most `size` that cover `total` rows in order, then empty ones, as many as `most` rows need."""
-    starts = range(0, max(total, most), size)
-    return (slice(min(start, total), min(start + size, total)) for start in starts)
+def batch_slices(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `total` rows in order."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def is_guided(guidance_scale: float) -> bool:
+    """Whether a prediction at this scale needs that of the empty prompt beside its own."""
+    return guidance_scale > 1
 
 
 def forwards_per_step(guidance_scale: float) -> int:
-    """Forwards that a prediction of one sample takes: with guidance, that of the empty prompt beside its own."""
-    return 2 if guidance_scale > 1 else 1
+    """Forwards that a prediction of one sample takes: 2 with guidance, else 1."""
+    return 2 if is_guided(guidance_scale) else 1
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:

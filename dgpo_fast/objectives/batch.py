@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.text_embeds import TextEmbeds
@@ -27,6 +29,7 @@ class Batch:
         schedule: the rollout's grid.
         transitions: every step of the rollout, for an objective that `needs_transitions`.
         part: where these samples stand among those of all processes; None if they are all.
+        padding: the last rows, so many of them, have weight 0: with sharded weights, forwards need them.
     """
 
     iteration: int
@@ -39,6 +42,17 @@ class Batch:
     schedule: Schedule
     transitions: Transitions | None = None
     part: BatchPart | None = None
+    padding: int = 0
+
+    @property
+    def own(self) -> int:
+        """The process's own samples, without the padding."""
+        return len(self.x0) - self.padding
+
+    @property
+    def weight(self) -> Tensor:
+        """(B,) fp32: 1 for each of the process's own samples, 0 for padding."""
+        return (torch.arange(len(self.x0), device=self.x0.device) < self.own).float()
 
     @property
     def groups(self) -> int:
@@ -50,13 +64,8 @@ class Batch:
         """P·G, the number of samples that the loss is a mean over, including those of other processes."""
         return self.groups * self.group_size
 
-    @property
-    def most(self) -> int:
-        """The number of forwards must be that of this many samples: see `BatchPart.most`."""
-        return 0 if self.part is None else self.part.most
-
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
-        """The batch of some of the samples. The caller must keep groups whole, or give a `group_size`."""
+        """The same for some of the rows; the caller knows which are whole groups, and which are padding."""
         return replace(
             self,
             x0=self.x0[rows],
@@ -64,7 +73,18 @@ class Batch:
             advantage=self.advantage[rows],
             group_index=self.group_index[rows],
             transitions=None if self.transitions is None else self.transitions[rows],
+            padding=0,
         )
+
+    def taken(self, rows: slice | Tensor, part: BatchPart) -> "Batch":
+        """Some of the process's own samples as a batch of `part`, which gives their advantages, with its padding."""
+        own = self[rows]
+        count, missing = len(own.x0), part.missing(len(own.x0))
+        if missing:
+            index = torch.arange(len(self.x0), device=self.x0.device)[rows]
+            own = self[pad(index, (0, missing))]
+        advantage = pad(part.advantage[part.first : part.first + count], (0, missing)).to(self.x0.device)
+        return replace(own, advantage=advantage, group_size=part.group_size, part=part, padding=missing)
 
     def split(self, parts: int) -> list["Batch"]:
         """Up to `parts` batches of whole groups, as even as they can be; none is empty on all processes together."""
@@ -74,7 +94,7 @@ class Batch:
     def _between(self, start: int, end: int) -> "Batch":
         if self.part is None:
             return self[start:end]
-        return replace(self[self.part.rows(start, end, len(self.x0))], part=self.part.only(start, end))
+        return self.taken(self.part.rows(start, end, self.own), self.part.only(start, end))
 
 
 def add_metrics(totals: dict[str, Any], values: dict[str, Tensor], weight: float) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.config import Config
-from dgpo_fast.models.forward import guided, predict, predict_pair
+from dgpo_fast.models.forward import guided, is_guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
@@ -34,7 +34,7 @@ class DGPOObjective(Objective):
         """See `Objective.traits`."""
         return Traits(
             levels_at_once=config.dgpo.timesteps if config.engine.batch_timesteps else 1,
-            guided_base=config.dgpo.kl_guidance_scale > 1 and config.dgpo.kl_weight > 0,
+            guided_base=is_guided(config.dgpo.kl_guidance_scale) and config.dgpo.kl_weight > 0,
             shardable=True,
         )
 

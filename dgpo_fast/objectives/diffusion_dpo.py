@@ -78,8 +78,7 @@ class DiffusionDPOObjective(Objective):
             at_once=self.needs.levels_at_once,
         ):
             metrics = self.loss.backward(comparison, models, weight=self.config.beta / count)
-            if "loss" in metrics:  # not of a process that holds neither image of any pair
-                metrics["loss"] = self.config.beta * metrics["loss"]
+            metrics["loss"] = self.config.beta * metrics["loss"]
             add_metrics(totals, metrics, 1 / count)
         return totals
 
@@ -111,9 +110,7 @@ def best_and_worst(batch: Batch) -> Batch:
     advantage = (1.0 - 2.0 * order.flatten()) * differ
     if batch.part is None:
         return replace(batch[places], advantage=advantage, group_size=PAIR)
-    first, stop = batch.part.first, batch.part.first + len(batch.x0)
-    mine = (places >= first) & (places < stop)
-    edges = None if batch.part.edges is None else tuple(int((places < edge).sum()) for edge in batch.part.edges)
-    part = replace(batch.part, first=int((places < first).sum()), group_size=PAIR, advantage=advantage, edges=edges)
+    first = batch.part.first
+    mine = (places >= first) & (places < first + batch.own)
     rows = (places[mine] - first).to(batch.x0.device)
-    return replace(batch[rows], advantage=advantage[mine].to(batch.x0.device), group_size=PAIR, part=part)
+    return batch.taken(rows, batch.part.chosen(places, advantage, PAIR))

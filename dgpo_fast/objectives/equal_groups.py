@@ -48,7 +48,7 @@ class Sorted:
 def sort_groups(batch: Batch) -> Sorted:
     """Sorts `batch`; all of it counts as preferring if processes work in step: they share groups or weights."""
     part = batch.part or BatchPart(0, batch.groups, batch.group_size, batch.advantage.cpu())
-    if part.split or part.edges is not None:
+    if part.in_step:
         return Sorted(batch, None, 1.0)
     equal = (part.advantage.reshape(-1, batch.group_size) == 0).all(1)
     if not equal.any():

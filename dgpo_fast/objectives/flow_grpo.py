@@ -18,7 +18,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from dgpo_fast.config import Config
-from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
+from dgpo_fast.models.forward import batch_slices, guided, is_guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
@@ -34,12 +34,12 @@ class FlowGRPOObjective(Objective):
     @classmethod
     def traits(cls, config: Config) -> Traits:
         """See `Objective.traits`."""
-        guided = config.rollout.guidance_scale > 1
+        needs_pairs = is_guided(config.rollout.guidance_scale)
         return Traits(
             needs_transitions=True,
             levels_at_once=max(config.rollout.num_inference_steps - 1, 1) if config.engine.batch_timesteps else 1,
-            guided_base=guided,
-            guided_policy=guided,
+            guided_base=needs_pairs,
+            guided_policy=needs_pairs,
             shardable=True,
         )
 
@@ -65,26 +65,32 @@ class FlowGRPOObjective(Objective):
             zero_gradients(models)
             return {name: batch.x0.new_zeros(()) for name in ("loss", "clipped_fraction", "ratio_deviation")}
         steps = max(learnt.schedule.steps - 1, 1)
+        weight = learnt.weight
         totals: dict[str, Tensor] = {}
         for step, ref_v in zip(range(steps), self._reference(learnt, models, steps), strict=True):
-            for rows in batch_slices(len(learnt.x0), self.micro_batch, learnt.most):
-                if rows.start == rows.stop:  # nothing to learn, but the others need this process's shards
-                    self._policy_v(learnt[rows], models, step).sum().backward()
-                    continue
+            for rows in batch_slices(len(learnt.x0), self.micro_batch):
                 share = (rows.stop - rows.start) / (learnt.samples * steps)
-                metrics = self._loss(learnt[rows], models, step, None if ref_v is None else ref_v[rows])
+                reference = None if ref_v is None else ref_v[rows]
+                metrics = self._loss(learnt[rows], models, step, reference, weight[rows])
                 (share * metrics["loss"]).backward()
                 add_metrics(totals, metrics, share)
         return totals
 
     def _learnt_from(self, batch: Batch) -> Batch | None:
-        """The groups that can change the gradient. A KL term needs all forwards of all of them."""
+        """The groups that can change the gradient; None if there are none. A KL term needs all forwards of all."""
+        if len(batch.x0) == 0:
+            return None
         if self.config.kl_weight > 0 or not self.skip_equal_groups:
             return batch
         return sort_groups(batch).preferring
 
-    def _loss(self, batch: Batch, models: PolicyModels, step: int, ref_v: Tensor | None) -> dict[str, Tensor]:
-        """The loss of step `step`, a mean over `batch`, and what to log of it."""
+    def _loss(
+        self, batch: Batch, models: PolicyModels, step: int, ref_v: Tensor | None, weight: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss of step `step`, a mean over `batch`, and what to log of it.
+
+        Rows of `weight` (B,) 0 have advantage 0, so that the KL term alone must be told of them.
+        """
         assert batch.transitions is not None and batch.schedule.noise is not None
         mean = transition_mean(batch, step, self._policy_v(batch, models, step))
         std = batch.schedule.noise[step, 1]
@@ -98,7 +104,9 @@ class FlowGRPOObjective(Objective):
         }
         if ref_v is not None:
             ref_mean = transition_mean(batch, step, ref_v)
-            kl = (mean - ref_mean).square().mean() / (2 * diffusion(batch, step).square())
+            kl = (weight[:, None, None, None] * (mean - ref_mean).square()).mean() / (
+                2 * diffusion(batch, step).square()
+            )
             metrics |= {"loss": metrics["loss"] + self.config.kl_weight * kl, "kl": kl}
         return metrics
 
@@ -116,8 +124,8 @@ class FlowGRPOObjective(Objective):
         for some in batch_slices(steps, self.needs.levels_at_once):
             x, timesteps = batch.transitions.states[some], batch.schedule.timesteps[some]
             forward = partial(self._predict, models, batch.empty)
-            levels = predict_levels(forward, list(x), list(timesteps), batch.text, self.forward_batch, batch.most)
-            yield from (predicted.get("ref_v") for predicted in levels)
+            levels = predict_levels(forward, list(x), list(timesteps), batch.text, self.forward_batch)
+            yield from (predicted["ref_v"] for predicted in levels)
 
     def _predict(
         self, models: PolicyModels, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds
@@ -128,7 +136,7 @@ class FlowGRPOObjective(Objective):
         self, transformer: SD3Transformer2DModel, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds
     ) -> Tensor:
         """With the rollout's guidance, (B, C, H, W)."""
-        if self.guidance_scale == 1:
+        if not is_guided(self.guidance_scale):
             return predict(transformer, x, timestep, text)
         return guided(*predict_pair(transformer, x, timestep, text, empty), self.guidance_scale)
 

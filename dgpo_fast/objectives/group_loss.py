@@ -19,6 +19,7 @@ from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.levels import Forward, predict_levels
 
 ReduceScores = Callable[[Tensor], Tensor]
+"""A micro-batch's parts of its samples' group scores → the whole scores, (B,) each."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Comparison:
             reference (None: `ref_v`).
         seed, draw: of the noise in `x_t`.
         part: where these samples stand among those of all processes; None if they are all.
+        padding: see `Batch.padding`.
     """
 
     x0: Tensor
@@ -51,6 +53,7 @@ class Comparison:
     old_v: Tensor | None = None
     kl_v: Tensor | None = None
     part: BatchPart | None = None
+    padding: int = 0
 
     @property
     def groups(self) -> int:
@@ -58,9 +61,18 @@ class Comparison:
         return len(self) // self.group_size if self.part is None else self.part.groups
 
     @property
-    def most(self) -> int:
-        """See `BatchPart.most`."""
-        return 0 if self.part is None else self.part.most
+    def samples(self) -> int:
+        """P·G, the samples that the loss is a mean over."""
+        return self.groups * self.group_size
+
+    @property
+    def split(self) -> bool:
+        """Whether some group is held by several processes."""
+        return self.part is not None and self.part.split
+
+    def own(self, rows: slice) -> slice:
+        """Those of `rows` that are no padding: the first ones, or none."""
+        return slice(rows.start, max(rows.start, min(rows.stop, len(self) - self.padding)))
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -78,7 +90,7 @@ class Level:
 def compare(
     batch: Batch, levels: Sequence[Level], forward: Forward, *, seed: int, batch_size: int, at_once: int
 ) -> Iterator[Comparison]:
-    """The samples of `batch` at each of `levels`, with the predictions of frozen weights.
+    """The samples of `batch` at each of `levels`, beside what frozen weights predict there; nothing of no samples.
 
     Args:
         batch: whole groups, each of which shares its noise.
@@ -88,14 +100,17 @@ def compare(
         batch_size: samples per forward.
         at_once: levels that are predicted together.
     """
+    if len(batch.x0) == 0:
+        if batch.part is not None:
+            for _ in levels:  # the others may add up the scores of groups that they share
+                batch.part.sum_group_scores(batch.advantage)
+        return
     for slots in batch_slices(len(levels), at_once):
         some = levels[slots]
         x_t = [group_noise(batch.x0, of.sigma, batch.group_index, seed=seed, draw=of.draw) for of in some]
         timesteps = [of.timestep for of in some]
-        predictions = predict_levels(forward, x_t, timesteps, batch.text, batch_size, batch.most)
+        predictions = predict_levels(forward, x_t, timesteps, batch.text, batch_size)
         for level, noisy, predicted in zip(some, x_t, predictions, strict=True):
-            if not predicted:  # of a process that holds no sample: nothing of it is read
-                predicted = {"ref_v": noisy}
             yield Comparison(
                 x0=batch.x0,
                 x_t=noisy,
@@ -107,6 +122,7 @@ def compare(
                 seed=seed,
                 draw=level.draw,
                 part=batch.part,
+                padding=batch.padding,
                 **predicted,
             )
 
@@ -129,56 +145,64 @@ class GroupLoss:
 
     def backward(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
         """Adds the gradient of `weight` times the loss to the policy; returns the loss and per-sample means."""
+        if comparison.split and len(comparison) <= self.micro_batch:
+            return self._split_groups(comparison, models, weight)
+        if comparison.split or comparison.group_size > self.micro_batch:
+            return self._two_passes(comparison, models, weight)
+        return self._whole_groups(comparison, models, weight)
+
+    def _whole_groups(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
+        """Micro-batches of whole groups: each finds the scores of its own."""
         metrics: dict[str, Tensor] = {}
-        for rows, loss in self._micro_batches(comparison, models):
-            (weight * loss.loss).backward()
-            add_metrics(metrics, {"loss": loss.loss}, 1.0)
-            share = (rows.stop - rows.start) / (comparison.groups * comparison.group_size)
-            add_metrics(metrics, _means(loss), share)
+        size = self.micro_batch // comparison.group_size * comparison.group_size
+        for rows in batch_slices(len(comparison), size):
+            add_metrics(metrics, self._learn(comparison, models, weight, rows, None), 1.0)
         return metrics
 
-    def _micro_batches(self, comparison: Comparison, models: PolicyModels) -> Iterator[tuple[slice, DGPOLoss]]:
-        """Rows and loss of each micro-batch, ready for its backward pass."""
-        part, everything = comparison.part, slice(0, len(comparison))
-        most = max(len(comparison), comparison.most)
-        split = part is not None and part.split
-        group_score: Tensor | None = None
-        size = self.micro_batch // comparison.group_size * comparison.group_size
-        reduce: ReduceScores | None = part.sum_group_scores if part is not None and split else None
-        if split and 0 < most <= self.micro_batch:
-            policy_v = _policy_v(comparison, models, everything)
-            if len(policy_v):
-                yield everything, self._loss(comparison, policy_v, everything, reduce)
-            elif reduce is not None:
-                reduce(comparison.advantage)
-                policy_v.sum().backward()
-            return
-        if split or size == 0:
-            # A group does not fit. Its weight σ(s) needs all its samples, so a first pass without gradients computes s.
-            size, group_score = self.micro_batch, self._group_score(comparison, models, reduce)
-        for rows in batch_slices(len(comparison), size, most):
-            policy_v = _policy_v(comparison, models, rows)
-            if len(policy_v) == 0:
-                policy_v.sum().backward()  # nothing to learn, but the others need this process's shards
-                continue
-            known = None if group_score is None else partial(_rows_of, group_score, rows)
-            yield rows, self._loss(comparison, policy_v, rows, known)
+    def _split_groups(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
+        """One micro-batch on each process: between forward and backward they add up the scores of groups they share."""
+        assert comparison.part is not None
+        everything = slice(0, len(comparison))
+        return self._learn(comparison, models, weight, everything, comparison.part.sum_group_scores)
+
+    def _two_passes(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
+        """Micro-batches below a group, whose weight σ(s) needs all of its samples: a pass without gradients finds s."""
+        group_score = self._group_score(comparison, models)
+        metrics: dict[str, Tensor] = {}
+        for rows in batch_slices(len(comparison), self.micro_batch):
+            known = partial(_known, group_score[comparison.own(rows)])
+            add_metrics(metrics, self._learn(comparison, models, weight, rows, known), 1.0)
+        return metrics
+
+    def _learn(
+        self, comparison: Comparison, models: PolicyModels, weight: float, rows: slice, scores: ReduceScores | None
+    ) -> dict[str, Tensor]:
+        """Forward and backward of the micro-batch `rows`; its part of the metrics.
+
+        `scores` gives the scores of groups that are not whole in `rows`; see `dgpo_kernels.dgpo_loss`.
+        """
+        loss = self._loss(comparison, _policy_v(comparison, models, rows), rows, scores)
+        (weight * loss.loss).backward()
+        count = rows.stop - rows.start
+        metrics = {"loss": loss.loss.detach()}
+        add_metrics(metrics, _means(loss, count), count / comparison.samples)
+        return metrics
 
     @torch.no_grad()
-    def _group_score(self, comparison: Comparison, models: PolicyModels, reduce: ReduceScores | None) -> Tensor:
-        """s of each sample's group, (B,), from a pass over all samples without gradients."""
-        chunks = batch_slices(len(comparison), self.forward_batch, comparison.most)
-        parts = [_policy_v(comparison, models, rows) for rows in chunks]
-        if len(comparison) == 0:
-            return comparison.advantage if reduce is None else reduce(comparison.advantage)
-        policy_v = torch.cat(parts)
-        return self._loss(comparison, policy_v, slice(0, len(comparison)), reduce).group_score
+    def _group_score(self, comparison: Comparison, models: PolicyModels) -> Tensor:
+        """s of each own sample's group, from a pass over all samples without a gradient."""
+        batches = batch_slices(len(comparison), self.forward_batch)
+        policy_v = torch.cat([_policy_v(comparison, models, rows) for rows in batches])
+        scores = comparison.part.sum_group_scores if comparison.part is not None and comparison.split else None
+        return self._loss(comparison, policy_v, slice(0, len(comparison)), scores).group_score
 
-    def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, reduce: ReduceScores | None) -> DGPOLoss:
+    def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, scores: ReduceScores | None) -> DGPOLoss:
+        """Of the policy's predictions for `rows`; the padding among them is left out."""
+        rows = comparison.own(rows)
         ref_v = comparison.ref_v[rows]
         kl_v = ref_v if comparison.kl_v is None else comparison.kl_v[rows]
         return dgpo_loss(
-            policy_v,
+            policy_v[: rows.stop - rows.start],
             ref_v,
             comparison.x0[rows],
             comparison.advantage[rows],
@@ -192,12 +216,12 @@ class GroupLoss:
             kl_weight=self.kl_weight,
             num_groups=comparison.groups,
             group_size=comparison.group_size,
-            reduce_group_scores=reduce,
+            reduce_group_scores=scores,
         )
 
 
-def _rows_of(group_score: Tensor, rows: slice, _: Tensor) -> Tensor:
-    return group_score[rows]
+def _known(group_score: Tensor, _: Tensor) -> Tensor:
+    return group_score
 
 
 def _policy_v(comparison: Comparison, models: PolicyModels, rows: slice) -> Tensor:
@@ -206,14 +230,15 @@ def _policy_v(comparison: Comparison, models: PolicyModels, rows: slice) -> Tens
         return predict(models.policy, comparison.x_t[rows], timestep, comparison.text[rows])
 
 
-def _means(loss: DGPOLoss) -> dict[str, Tensor]:
-    metrics = {
-        "dsm_policy": loss.dsm_policy.mean(),
-        "dsm_gap": (loss.dsm_policy - loss.dsm_ref).mean(),
-        "group_weight": torch.sigmoid(loss.group_score.float()).mean(),
+def _means(loss: DGPOLoss, count: int) -> dict[str, Tensor]:
+    """Means over `count` rows, of which those without a loss are padding and add nothing."""
+    values = {
+        "dsm_policy": loss.dsm_policy,
+        "dsm_gap": loss.dsm_policy - loss.dsm_ref,
+        "group_weight": torch.sigmoid(loss.group_score.float()),
     }
     if loss.dsm_old is not None:
-        metrics["clipped_fraction"] = loss.clipped.float().mean()
+        values["clipped_fraction"] = loss.clipped.float()
     if loss.kl is not None:
-        metrics["kl"] = loss.kl.mean()
-    return metrics
+        values["kl"] = loss.kl
+    return {name: value.sum() / count for name, value in values.items()}

@@ -22,32 +22,26 @@ def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) ->
 
 @torch.no_grad()
 def predict_levels(
-    forward: Forward,
-    x_t: Sequence[Tensor],
-    timesteps: Sequence[Tensor],
-    text: TextEmbeds,
-    batch_size: int,
-    most: int = 0,
+    forward: Forward, x_t: Sequence[Tensor], timesteps: Sequence[Tensor], text: TextEmbeds, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     """Predictions of `forward` for the same B samples at one noise level after another, without gradients.
 
-    A batch can span two levels, so only the last batch may be partial. Predictions are made when they are asked for:
-    only those of one level and one batch are held. They are empty if there is no sample.
+    A batch goes on from one level into the next, so that only the last one is not full. Predictions are made as they
+    are asked for: those of a level and of a batch are all that is held.
 
     Args:
         forward: gets at most `batch_size` samples.
         x_t: (B, C, H, W) noisy latents of each level.
         timesteps: () or (B,) of each level, in [0, 1000].
-        text: the B prompts.
+        text: the B prompts, at least one.
         batch_size: samples per forward.
-        most: the number of forwards must be that of `most` samples: see `BatchPart.most`.
     """
-    samples, ahead = len(text), max(len(text), most)
-    batches = batch_slices(len(x_t) * samples, batch_size, len(x_t) * most)
+    samples = len(text)
+    batches = batch_slices(len(x_t) * samples, batch_size)
     ready: dict[str, list[Tensor]] = {}
     forwards = 0
     for level in range(len(x_t)):
-        while forwards * batch_size < (level + 1) * ahead:
+        while forwards * batch_size < (level + 1) * samples:
             rows, forwards = next(batches), forwards + 1
             timestep = _rows([of_level.expand(samples) for of_level in timesteps], rows)
             for name, predicted in forward(_rows(x_t, rows), timestep, _repeated(text, rows)).items():
@@ -59,13 +53,11 @@ def predict_levels(
 
 def _rows(levels: Sequence[Tensor], rows: slice) -> Tensor:
     """Rows of `levels` laid end to end, equally many of each."""
-    samples = max(len(levels[0]), 1)
-    first = min(rows.start // samples, len(levels) - 1)
-    some = levels[first : max(-(-rows.stop // samples), first + 1)]
-    start = first * samples
-    return torch.cat(list(some))[rows.start - start : rows.stop - start]
+    samples = len(levels[0])
+    first, stop = rows.start // samples, -(-rows.stop // samples)
+    return torch.cat(list(levels[first:stop]))[rows.start - first * samples : rows.stop - first * samples]
 
 
 def _repeated(text: TextEmbeds, rows: slice) -> TextEmbeds:
     """Rows of `text` repeated endlessly."""
-    return text[torch.arange(rows.start, rows.stop, device=text.index.device) % max(len(text), 1)]
+    return text[torch.arange(rows.start, rows.stop, device=text.index.device) % len(text)]

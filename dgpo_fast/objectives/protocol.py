@@ -22,8 +22,7 @@ class Traits:
             (`levels.predict_levels`).
         guided_base: whether the base predicts pairs for guidance, and nothing else.
         guided_policy: whether the policy does.
-        shardable: whether it runs on sharded weights, where all processes must make equally many forwards
-            (`Batch.most`).
+        shardable: whether it runs on sharded weights, where some rows of a batch may be padding (`Batch.weight`).
     """
 
     needs_transitions: bool = False

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dgpo_fast.models.forward import forwards_per_step
+from dgpo_fast.models.forward import forwards_per_step, is_guided
 from dgpo_fast.rollout.schedule import Schedule
 
 
@@ -21,14 +21,14 @@ class Draw:
     batch_size: int
 
     @property
+    def guided(self) -> bool:
+        """Whether the empty prompt is predicted too."""
+        return is_guided(self.guidance_scale)
+
+    @property
     def forwards_per_step(self) -> int:
         """Forwards of a sample in each step: 2 with guidance, else 1."""
         return forwards_per_step(self.guidance_scale)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the empty prompt is predicted too."""
-        return self.forwards_per_step > 1
 
     @property
     def forwards(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dgpo_fast.distributed import ALONE, Processes, place
+from dgpo_fast.distributed.batch_part import filled
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
@@ -63,43 +64,45 @@ class RolloutWorker:
         Each of `processes` draws and scores its share; all of them must call this together.
         """
         size = self.group_size
-        share = place(len(prompts), size, processes.count)[processes.rank]
-        texts = [prompts[position // size].text for position in range(share.start, share.stop)]
+        shares = place(len(prompts), size, processes.count)
+        share, ranges = shares[processes.rank], [range(each.start, each.stop) for each in shares]
+        positions = filled(ranges, processes.rank, sharded=self.models.shards is not None)
         scoring = self.rewards.start([prompts[position // size] for position in share.pieces], share.piece_size)
         with self.phases("encode"):
-            text = self.sampler.encoder(texts)
+            text = self.sampler.encoder([prompts[position // size].text for position in positions])
         with self.phases("rollout"):
             self.models.load_behaviour(weights)
+        samples = torch.tensor(positions, device=self.models.device)
         latents, noises, waiting = [], [], deque()  # type: ignore[var-annotated]
-        for rows in batch_slices(len(texts), self.draw.batch_size):
+        for rows in batch_slices(len(positions), self.draw.batch_size):
             with self.phases("rollout"):
-                samples = torch.arange(share.start + rows.start, share.start + rows.stop, device=self.models.device)
-                noises.append(self._step_noise(samples, seed, number))
+                noises.append(self._step_noise(samples[rows], seed, number))
                 x0 = self.sampler.latents(
                     text[rows],
-                    samples,
+                    samples[rows],
                     self.draw,
                     seed=stream_seed(seed, "initial noise"),
                     number=number,
                     step_noise=noises[-1],
                 )
+            x0 = x0[: max(len(share) - rows.start, 0)]
+            if len(x0) == 0:
+                continue
             latents.append(x0)
-            self.work.sampled(text[rows], self.draw.forwards)
+            self.work.sampled(text[: len(x0)], self.draw.forwards)
             waiting.append(self.sampler.start_decoding(x0))
             # If images are decoded beside the next batch's rollout, they are asked for after it.
             if len(waiting) > self.sampler.decodes_ahead:
                 self._score(waiting.popleft(), scoring)
         while waiting:
             self._score(waiting.popleft(), scoring)
-        if self.models.shards is not None:
-            most = max(map(len, place(len(prompts), size, processes.count)))
-            with self.phases("rollout"):
-                self.sampler.keep_up(len(texts), most, text, self.draw)
         with self.phases("reward"):
             mine = scoring.result()
         scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {number + 1}")
         metrics = {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
-        return Groups(list(prompts), text, torch.cat(latents), scores, share, joined(noises), metrics)
+        own, transitions = slice(0, len(share)), joined(noises)
+        transitions = None if transitions is None else transitions[own]
+        return Groups(list(prompts), text[own], torch.cat(latents), scores, share, transitions, metrics)
 
     def _score(self, decoding: Callable[[], np.ndarray], scoring: Scoring) -> None:
         with self.phases("decode"):

@@ -44,7 +44,7 @@ def sample_latents(
 ) -> Tensor:
     """Solves the ODE of one batch from `noise` and returns x0, (B, C, H, W) fp32.
 
-    A trajectory is kept only where asked for.
+    A trajectory is kept only if asked for.
 
     Args:
         transformer: predicts the velocities; it should have no adapters.
@@ -52,7 +52,7 @@ def sample_latents(
         text: the B prompts, one a sample.
         empty: the empty prompt, one row; read with guidance.
         draw: grid and guidance.
-        step_noise: draws the noise of the steps, and keeps them where asked to; for a schedule that has noise.
+        step_noise: draws the noise of the steps, and keeps them if asked to; for a schedule that has noise.
         on_step: told the share done, in (0, 1], after each solver step.
     """
     schedule, guidance_scale = draw.schedule, draw.guidance_scale
@@ -196,16 +196,6 @@ class Sampler:
             samples = torch.arange(first + rows.start, first + rows.stop, device=self.device)
             text = self.encoder(prompts[rows])
             yield self.latents(text, samples, draw, seed=seed, number=0, on_step=on_batch_step)
-
-    def keep_up(self, mine: int, most: int, text: TextEmbeds, draw: Draw) -> None:
-        """Forwards for one image that nobody sees, until they are as many as `most` samples need, not only `mine`.
-
-        With sharded weights, all processes must make the same number of forwards.
-        """
-        nobody = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for rows in batch_slices(mine, draw.batch_size, most):
-            if rows.start == rows.stop:
-                self.latents(text[:1], nobody, draw, seed=0, number=0)
 
     def decode(self, x0: Tensor) -> np.ndarray:
         """Latents → uint8 images (B, height, width, 3)."""
