@@ -4,13 +4,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dgpo_fast.build import build
 from dgpo_fast.config import Config
 from dgpo_fast.config.reading import to_dict, write_yaml
 from dgpo_fast.distributed import ALONE, Processes, SharedError
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject
 from dgpo_fast.run.start import Start, open_folder
 from dgpo_fast.run.stop_signal import StopSignal
 from dgpo_fast.trainer import Trainer
@@ -31,7 +31,7 @@ def set_up(config: Config, processes: Processes = ALONE) -> Iterator[Trainer]:
 
 @contextmanager
 def stepping(
-    trainer: Trainer, folder: Path, should_stop: Callable[[], bool], settings: dict[str, Any] | None = None
+    trainer: Trainer, folder: Path, should_stop: Callable[[], bool], settings: JsonObject | None = None
 ) -> Iterator[None]:
     """Prepares `trainer` for the steps in the block: offline groups are drawn, and logs and progress are open.
 

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from dgpo_fast.engine import attention, linear
 from dgpo_fast.engine.attention import Shape, Timing
 from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject
 
 GRAPH_MEMORY_GIB = 40.0
 CPU_COMPILE_IMAGES = 50_000
@@ -37,7 +37,7 @@ class Choices:
     linear: str
     decoder: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Ready for JSON."""
         return asdict(self)
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -13,6 +12,7 @@ from PIL import Image
 from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards.weighted import CONTENT
 from dgpo_fast.run.folder import HOLDER, LOCK, FolderLock
 from dgpo_fast.run.metrics import json_line, read_metrics
@@ -52,7 +52,7 @@ class Row:
         """The picture's place in the folder."""
         return f"images/{self.sample:06d}.png"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The row as a line of the index."""
         return {
             "sample": self.sample,
@@ -65,7 +65,7 @@ class Row:
         }
 
     @classmethod
-    def from_json(cls, line: dict[str, Any]) -> "Row":
+    def from_json(cls, line: JsonObject) -> "Row":
         """What `to_json` gave."""
         scores = {name: _number(value) for name, value in line["scores"].items()}
         prompt = Prompt(line["prompt"], line["metadata"])
@@ -76,18 +76,18 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def describe_model(made_with: dict[str, Any]) -> str:
+def describe_model(made_with: JsonObject) -> str:
     """A phrase that says what was evaluated."""
     lora = f" with {Path(made_with['lora']).name}" if made_with["lora"] else ""
     training = f" {made_with['weights']} training" if made_with["weights"] else ""
     return f"{made_with['model']}{lora}{training}"
 
 
-def _first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+def _first_difference(found: JsonObject, wanted: JsonObject) -> str | None:
     return next((name for name, value in wanted.items() if found.get(name) != value), None)
 
 
-def _was_trained_further(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _was_trained_further(found: JsonObject, wanted: JsonObject) -> bool:
     """Whether what was `found` is of a run as it is `wanted`, but for weights that it has trained since."""
     trained = "lora_sha256" if "lora_sha256" in wanted else "weights_sha256"
     return wanted.get("weights") == "after" and _first_difference(found, wanted) == trained
@@ -99,7 +99,7 @@ class EvaluationFolder:
     def __init__(self, path: Path):
         self.path = path
 
-    def made_with(self) -> dict[str, Any]:
+    def made_with(self) -> JsonObject:
         """Settings, prompts and weights. Raises UserError if no evaluation is there."""
         path = self.path / MADE_WITH
         if not path.is_file():
@@ -110,7 +110,7 @@ class EvaluationFolder:
             raise UserError(f"{path}: lacks '{lacking}'; the evaluation is damaged, make it again")
         return found
 
-    def require_same(self, wanted: dict[str, Any], *, renew: bool = False) -> None:
+    def require_same(self, wanted: JsonObject, *, renew: bool = False) -> None:
         """Raises UserError if the folder holds another evaluation than `wanted`.
 
         With `renew`, an evaluation of the run before it was trained further is accepted.
@@ -142,11 +142,11 @@ class EvaluationFolder:
             other = f"another {different}"
         raise UserError(f"{self.path} was made with {other}: choose another --output, or remove that folder")
 
-    def is_outdated(self, wanted: dict[str, Any]) -> bool:
+    def is_outdated(self, wanted: JsonObject) -> bool:
         """Whether its run has been trained further since it was made."""
         return (self.path / MADE_WITH).is_file() and _was_trained_further(self.made_with(), wanted)
 
-    def begin(self, made_with: dict[str, Any], *, renew: bool = False) -> FolderLock:
+    def begin(self, made_with: JsonObject, *, renew: bool = False) -> FolderLock:
         """Creates the folder, or continues in it, and locks it for this process.
 
         With `renew`, an evaluation of the run before it was trained further is removed. Raises UserError if the

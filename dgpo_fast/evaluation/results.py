@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 from safetensors import SafetensorError
@@ -13,9 +12,10 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.figures import before_after_grid, reward_curve
 from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.run.console import Console, duration
 from dgpo_fast.run.metrics import read_metrics, write_json
-from dgpo_fast.wording import counted, resume_command
+from dgpo_fast.wording import counted, one_line, resume_command
 
 BEFORE_FILE, AFTER_FILE = "evaluation_before.npz", "evaluation_after.npz"
 
@@ -43,7 +43,7 @@ def write_results(
     before: Evaluation,
     after: Evaluation,
     config: Config,
-    source: dict[str, Any],
+    source: JsonObject,
     iteration: int,
     console: Console,
     evaluated: str,
@@ -94,13 +94,13 @@ def written_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{folder}: results could not be saved ({reason}); free space, then resume with: {resume_command(folder)}"
         ) from None
 
 
-def last_lines(summary: dict[str, Any], metrics: list[dict[str, Any]], group_size: int, folder: Path) -> list[str]:
+def last_lines(summary: JsonObject, metrics: list[Metrics], group_size: int, folder: Path) -> list[str]:
     """The lines below a run's final table: what was learned and lost, where results are, and how to view them.
 
     Args:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,7 @@ from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dic
 from dgpo_fast.config.recipes import get_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import SUFFIXES
+from dgpo_fast.records import JsonObject
 from dgpo_fast.run.search import near_run, runs_there
 from dgpo_fast.wording import NO_HUB_NAME, resume_command
 
@@ -145,7 +146,7 @@ def _require_there(source: str) -> None:
         raise UserError(f"{source}: no such run or folder{runs_there(source)}")
 
 
-def lasting(settings: EvaluationSettings) -> dict[str, Any]:
+def lasting(settings: EvaluationSettings) -> JsonObject:
     """What must stay the same when an evaluation is continued."""
     return {name: value for name, value in to_dict(settings).items() if name not in FREE}
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
 from dgpo_fast.evaluation.statistics import Mean
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.rewards.weighted import CONTENT
 from dgpo_fast.run.console import Console
@@ -59,7 +60,7 @@ class Comparison:
         """B − A for every pair, float64 (N,), NaN if one of the two was not scored."""
         return column([b for _, b in self.rows], score) - column([a for a, _ in self.rows], score)
 
-    def totals(self, score: str) -> list[dict[str, Any]]:
+    def totals(self, score: str) -> list[JsonObject]:
         """Means of A, B and their paired difference with its 95 % interval: of all pairs, then per tag.
 
         Pairs without a score are left out.
@@ -71,7 +72,7 @@ class Comparison:
         groups += sorted(tags.items()) if len(tags) > 1 else []
         return [{"tag": tag, **self._total(score, members)} for tag, members in groups]
 
-    def _total(self, score: str, members: Sequence[int]) -> dict[str, Any]:
+    def _total(self, score: str, members: Sequence[int]) -> JsonObject:
         pairs = [self.rows[index] for index in members]
         difference = self.differences(score)[members]
         known = np.isfinite(difference)
@@ -124,7 +125,7 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     return Comparison(folders, _names(a, b), pairs, shared)
 
 
-def require_comparable(names: Sequence[str], made_with: Sequence[dict[str, Any]]) -> None:
+def require_comparable(names: Sequence[str], made_with: Sequence[JsonObject]) -> None:
     """Raises UserError if two evaluations, finished or not, have different noise or no reward in common.
 
     Args:
@@ -237,7 +238,7 @@ def _as_json(value: object) -> str:
     return json.dumps(finite(value), allow_nan=False).replace("<", "\\u003c")
 
 
-def _describe(comparison: Comparison, shown: Sequence[int]) -> dict[str, Any]:
+def _describe(comparison: Comparison, shown: Sequence[int]) -> JsonObject:
     rows = comparison.rows
     height, width = comparison.folders[0].read_image(rows[0][0]).shape[:2]
     made_with = [folder.made_with() for folder in comparison.folders]
@@ -262,7 +263,7 @@ def _describe(comparison: Comparison, shown: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _score(comparison: Comparison, name: str) -> dict[str, Any]:
+def _score(comparison: Comparison, name: str) -> JsonObject:
     totals = comparison.totals(name)
     places = decimals((totals[0]["high"] - totals[0]["low"]) / 2)
     for total in totals:
@@ -271,13 +272,13 @@ def _score(comparison: Comparison, name: str) -> dict[str, Any]:
     return {"name": "weighted sum" if name == SUM else name, "places": places, "totals": totals}
 
 
-def _pairs(comparison: Comparison, shown: Sequence[int]) -> Iterator[dict[str, Any]]:
-    def describe(index: int) -> dict[str, Any]:
+def _pairs(comparison: Comparison, shown: Sequence[int]) -> Iterator[JsonObject]:
+    def describe(index: int) -> JsonObject:
         row = comparison.rows[index][0]
         sides = {side: one(number, index) for number, side in enumerate("ab")}
         return {"sample": row.sample, "prompt": row.prompt.text, "tag": row.prompt.tag, **sides}
 
-    def one(number: int, index: int) -> dict[str, Any]:
+    def one(number: int, index: int) -> JsonObject:
         row = comparison.rows[index][number]
         scores = [float(column([row], name)[0]) for name in comparison.scores]
         return {"image": _image_url(comparison.folders[number], row), "scores": scores}

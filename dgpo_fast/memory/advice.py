@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dgpo_fast.config import Config
 from dgpo_fast.memory.predict import Predictor, readable
+from dgpo_fast.records import JsonObject
 
 SHOWN = 3
 WORTHWHILE = 0.005
@@ -64,7 +64,7 @@ def _alternatives(config: Config, micro_batch: int, processes: int) -> Iterator[
     smaller = micro_batch // 2 // size * size or micro_batch // 2
     if smaller:
         yield f"--policy.micro-batch {smaller}", config, smaller, False
-    changes: list[tuple[str, dict[str, Any], bool]] = []
+    changes: list[tuple[str, JsonObject, bool]] = []
     if rollout.batch_size > 1:
         half = rollout.batch_size // 2
         changes.append((f"--rollout.batch-size {half}", {"rollout": replace(rollout, batch_size=half)}, False))

@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import TRAINING_PROMPTS, Prompt, PromptSets, shorten, without
-from dgpo_fast.records import JsonObject
+from dgpo_fast.records import JsonObject, refuse_constant
 from dgpo_fast.wording import counted
 
 MAX_LINE_BYTES = 100_000
@@ -147,7 +147,7 @@ def _parse_json(line: str, origin: str) -> Prompt:
         raise UserError(f"{origin}: is a JSON list: write one object a line, without [ ]")
     try:
         record = json.loads(
-            line, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant, parse_float=_finite
+            line, object_pairs_hook=_without_repeated_keys, parse_constant=refuse_constant, parse_float=_finite
         )
         json.dumps(record, ensure_ascii=False).encode()  # as the run will write it, keys and all
     except UnicodeEncodeError as error:
@@ -229,7 +229,3 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{shorten(number)} is beyond all numbers")
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")

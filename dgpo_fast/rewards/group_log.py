@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dgpo_fast.distributed import SharedError
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.records import Metrics
 from dgpo_fast.rewards import GroupScores, WeightedReward
 from dgpo_fast.wording import counted, resume_command
 
@@ -30,9 +30,7 @@ class GroupLog:
         self._lost_in_a_row: Counter[str] = Counter()
         self._equal_in_a_row: int | None = 0  # None once it was told
 
-    def take(
-        self, iteration: int, prompts: Sequence[Prompt], scores: GroupScores, folder: Path | None
-    ) -> dict[str, Any]:
+    def take(self, iteration: int, prompts: Sequence[Prompt], scores: GroupScores, folder: Path | None) -> Metrics:
         """Metrics of an iteration's groups; notes the dropped ones.
 
         Args:
@@ -79,9 +77,9 @@ class GroupLog:
         raise SharedError(f"{what}; the last failure: {last}; fix the reward{go_on}")
 
 
-def _metrics(scores: GroupScores) -> dict[str, Any]:
+def _metrics(scores: GroupScores) -> Metrics:
     kept = scores.rewards[scores.valid].astype(np.float64)
-    metrics: dict[str, Any] = {
+    metrics: Metrics = {
         "reward_mean": float(kept.mean()) if kept.size else None,
         "reward_std": float(kept.std()) if kept.size else None,
         "groups_equal_count": int((np.ptp(kept, axis=1) == 0).sum()) if kept.size else 0,

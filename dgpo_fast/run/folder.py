@@ -6,11 +6,11 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 from filelock import lock_descriptor
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject
 
 LOCK = ".lock"
 HOLDER = ".lock.json"
@@ -31,7 +31,7 @@ class FolderLock:
         UserError: another process holds the folder, or its lock cannot be written.
     """
 
-    def __init__(self, folder: Path, note: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, note: JsonObject | None = None):
         try:
             self.file = (folder / LOCK).open("ab")
             if not _lock(self.file.fileno(), folder):
@@ -51,7 +51,7 @@ class FolderLock:
         self.file.close()
 
 
-def read_lock(folder: Path) -> dict[str, Any]:
+def read_lock(folder: Path) -> JsonObject:
     """The note of the process that holds or held `folder`; empty if there is none."""
     for name in (HOLDER, LOCK):  # earlier versions wrote it into the lock itself
         try:

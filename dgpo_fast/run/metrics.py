@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dgpo_fast.config import Log
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import JsonObject, Metrics
+from dgpo_fast.wording import one_line
 
-Logger = Callable[[dict[str, Any]], None]
+Logger = Callable[[Metrics], None]
 
 
 class Phases:
@@ -74,7 +75,7 @@ class MetricsFile:
         self.path = path
         self.file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: dict[str, Any]) -> None:
+    def write(self, metrics: Metrics) -> None:
         """Appends one line; NaN and infinity become null, which JSON has.
 
         Raises UserError if the file was removed, since what is written would be lost silently.
@@ -85,7 +86,7 @@ class MetricsFile:
         self.file.flush()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     try:
@@ -94,7 +95,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: a line is damaged; fix or remove it") from None
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: JsonObject) -> None:
     """Writes `value` as indented JSON in one step: the file is the old one or the new one."""
     staged = path.with_name(f".{path.name}")
     staged.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -111,7 +112,7 @@ class Loggers:
         note: called with one line if a logger is left out.
     """
 
-    def __init__(self, log: Log, folder: Path, config: dict[str, Any], note: Callable[[str], None]):
+    def __init__(self, log: Log, folder: Path, config: JsonObject, note: Callable[[str], None]):
         self.note = note
         self.loggers: dict[str, Logger] = {}
         if log.tensorboard:
@@ -119,7 +120,7 @@ class Loggers:
         if log.wandb is not None:
             self._try("W&B", lambda: self.loggers.update({"W&B": _wandb(log, folder, config)}))
 
-    def write(self, metrics: dict[str, Any]) -> None:
+    def write(self, metrics: Metrics) -> None:
         """Hands one iteration's metrics on."""
         for name, logger in list(self.loggers.items()):
             self._try(name, lambda logger=logger: logger(metrics))  # type: ignore[misc]
@@ -129,7 +130,7 @@ class Loggers:
             action()
         except Exception as error:  # another project's logger may fail in any way; metrics.jsonl has everything
             self.loggers.pop(name, None)
-            self.note(f"{name} is off: {' '.join(f'{type(error).__name__}: {error}'.split())}")
+            self.note(f"{name} is off: {one_line(f'{type(error).__name__}: {error}')}")
 
 
 def _tensorboard(folder: Path) -> Logger:
@@ -137,7 +138,7 @@ def _tensorboard(folder: Path) -> Logger:
 
     writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def log(metrics: dict[str, Any]) -> None:
+    def log(metrics: Metrics) -> None:
         for name, value in metrics.items():
             if isinstance(value, int | float):
                 writer.add_scalar(name, value, metrics["iteration"])
@@ -146,14 +147,14 @@ def _tensorboard(folder: Path) -> Logger:
     return log
 
 
-def _wandb(log: Log, folder: Path, config: dict[str, Any]) -> Logger:
+def _wandb(log: Log, folder: Path, config: JsonObject) -> Logger:
     import wandb
 
     run = wandb.init(project=log.wandb, dir=str(folder), name=folder.name, config=config)
     return lambda metrics: run.log(metrics, step=metrics["iteration"])
 
 
-def json_line(metrics: dict[str, Any]) -> str:
+def json_line(metrics: Metrics) -> str:
     """One line of JSON with its end; NaN and infinity become null."""
     return json.dumps(finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
 

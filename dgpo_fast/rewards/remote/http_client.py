@@ -13,11 +13,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import httpx
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import refuse_constant
 from dgpo_fast.wording import one_line
 
 MAX_REPLY_BYTES = 16 * 2**20
@@ -146,7 +147,7 @@ class JsonClient:
 
     def _parsed(self, data: bytes) -> Any:
         try:
-            return json.loads(data, parse_constant=_refuse)
+            return json.loads(data, parse_constant=refuse_constant)
         except (ValueError, RecursionError):
             raise Unanswered(
                 f"{self.url} answers with something that is not JSON: {self._shown(repr(data[:60]))}", 200
@@ -268,7 +269,3 @@ def _error_in(data: bytes) -> str:
     if isinstance(error, Mapping):
         error = error.get("message")
     return error if isinstance(error, str) else ""
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")

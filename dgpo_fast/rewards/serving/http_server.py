@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import h11
@@ -78,7 +79,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         print(self._greeting, flush=True)
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal closes the server; the second one ends the process as it is."""
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
@@ -157,10 +158,13 @@ def application(service: RewardService, token: str | None, max_body_bytes: int) 
     return app
 
 
+Refuse = Callable[[Request, Exception], Awaitable[Response]]
+
+
 class _Gate:
     """Refuses requests without the token before their body is read."""
 
-    def __init__(self, app: ASGIApp, token: str | None, refuse: Any):
+    def __init__(self, app: ASGIApp, token: str | None, refuse: Refuse):
         self._app, self._token, self._refuse = app, token, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -249,7 +253,7 @@ async def _body(request: Request, size: int) -> bytes:
 class _Connection(H11Protocol):
     """One connection, which brings one request, with deadlines for what uvicorn waits for without end."""
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **given: Any) -> None:  # as uvicorn makes it
         super().__init__(**given)
         self.app_state = {"connection": self}
         self._timer: asyncio.TimerHandle | None = None

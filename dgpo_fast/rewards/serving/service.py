@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt
+from dgpo_fast.records import JsonObject, refuse_constant
 from dgpo_fast.rewards.remote import png
 from dgpo_fast.rewards.weighted import WeightedReward
+from dgpo_fast.wording import one_line
 
-Work = Callable[[bytes], dict[str, Any]]
+Work = Callable[[bytes], JsonObject]
 
 
 class Refused(Exception):
@@ -83,7 +84,7 @@ class RewardService:
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> JsonObject:
         """The server's rewards, limits, queue and counts."""
         counts = self.counts
         return {
@@ -99,7 +100,7 @@ class RewardService:
             "limits": {"images": self.limits.images, "pixels": self.limits.pixels},
         }
 
-    async def answer(self, path: str, body: bytes, is_gone: Callable[[], bool]) -> dict[str, Any]:
+    async def answer(self, path: str, body: bytes, is_gone: Callable[[], bool]) -> JsonObject:
         """The answer to a request at `path`, after those that came before it.
 
         Args:
@@ -132,7 +133,7 @@ class RewardService:
         self._closing = True
         await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
 
-    def _work(self, work: Work, body: bytes, is_gone: Callable[[], bool]) -> dict[str, Any]:
+    def _work(self, work: Work, body: bytes, is_gone: Callable[[], bool]) -> JsonObject:
         if is_gone():
             raise Refused(499, "the client has gone")
         self._began = time.monotonic()
@@ -141,7 +142,7 @@ class RewardService:
         finally:
             self._began = None
 
-    def _score(self, body: bytes) -> dict[str, Any]:
+    def _score(self, body: bytes) -> JsonObject:
         request = _parsed(body)
         prompt = _prompt(request.get("prompt"), request.get("metadata", {}))
         images = self._images(request)
@@ -158,7 +159,7 @@ class RewardService:
         parts = {name: _or_null(values[0]) for name, values in scores.parts.items()}
         return {"scores": scores.rewards[0].tolist(), "parts": parts}
 
-    def _check(self, body: bytes) -> dict[str, Any]:
+    def _check(self, body: bytes) -> JsonObject:
         request = _parsed(body)
         listed = request.get("prompts", [])
         if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
@@ -170,7 +171,7 @@ class RewardService:
             raise Refused(422, str(error)) from None
         return {"means": self._images(request).mean((1, 2)).tolist()} if "images" in request else {}
 
-    def _images(self, request: dict[str, Any]) -> np.ndarray:
+    def _images(self, request: JsonObject) -> np.ndarray:
         """uint8 (B, H, W, 3), B ≥ 1, out of base64."""
         encoded = request.get("images")
         if not isinstance(encoded, list) or not encoded or not all(isinstance(one, str) for one in encoded):
@@ -193,24 +194,20 @@ class RewardService:
         return np.stack(images)
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _parsed(body: bytes) -> JsonObject:
     try:
-        request = json.loads(body, parse_constant=_refuse_constant)
+        request = json.loads(body, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"no JSON: {' '.join(str(error).split())[:100]}") from None
+        raise Refused(400, f"no JSON: {one_line(error)[:100]}") from None
     if not isinstance(request, dict):
         raise Refused(400, "no JSON object")
     return request
 
 
-def _prompt(text: Any, metadata: Any, origin: Any = "") -> Prompt:
+def _prompt(text: object, metadata: object, origin: object = "") -> Prompt:
     if not isinstance(text, str) or not isinstance(metadata, dict) or not isinstance(origin, str):
         raise Refused(400, "a prompt is a text with an object of metadata")
     return Prompt(text, metadata, origin)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _or_null(values: np.ndarray) -> list[float | None]:
