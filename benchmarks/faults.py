@@ -4,7 +4,7 @@
 
 Each fault hits a run of two CPU processes joined by gloo, which is then resumed where it ended, and its metrics are
 compared with those of a run that nothing happened to. Writes `benchmarks/results/cpu/faults.json` and the table in
-`docs/scaling.md`: with `--only` some rows of both, with `--table` the latter alone. The disk's faults mount a small
+`docs/scaling.md`; `--only` renews some rows of both, `--table` only the table. The disk's faults mount a small
 tmpfs, which needs root.
 """
 
@@ -97,7 +97,7 @@ class Outcome:
         statuses: exit statuses of the processes.
         said: what the run said of it.
         reached: iterations in metrics.jsonl at the end of the disturbed run.
-        resumed_after: iteration that the run went on from; None where it was not resumed.
+        resumed_after: iteration that the run went on from; None if it was not resumed.
         resumed_statuses: exit statuses of the resumed run.
         passed_over: what the resumed run said of checkpoints that it did not take.
         final: iterations in metrics.jsonl at the very end.

@@ -90,7 +90,7 @@ def bench(folder: Path) -> int:
 
 
 def time_us(row: dict[str, Any]) -> float:
-    """GPU time where it was measured, else that of the call."""
+    """GPU time if it was measured, else that of the call."""
     return row.get("gpu_us_50", row["call_us_50"])
 
 

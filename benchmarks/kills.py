@@ -8,7 +8,7 @@ none that has a checkpoint's name may be broken. Writes `benchmarks/results/cpu/
 `docs/scaling.md`.
 
 The processes are forked from one that has imported everything, so that 50 of them take minutes. What is done in a
-`--folder` can be stopped (Ctrl-C) and gone on with.
+`--folder` can be stopped (Ctrl-C) and continued.
 """
 
 import argparse
@@ -86,7 +86,7 @@ class Victim:
         return processes
 
     def start_or_resume(self, iterations: int) -> Processes:
-        """Goes on; begins again where nothing was saved yet."""
+        """Goes on; begins again if nothing was saved yet."""
         if any(self.checkpoints.glob("iteration-*")):
             return self.start("--resume", "runs/killed", "--iterations", str(iterations))
         shutil.rmtree(self.home, ignore_errors=True)
@@ -117,7 +117,7 @@ class Victim:
             time.sleep(0.001)
 
     def left(self, had: int) -> dict[str, Any]:
-        """What a kill left on the disk, where there was the checkpoint `had` before, -1 for none."""
+        """What a kill left on the disk, if there was the checkpoint `had` before, -1 for none."""
         half_written = len(list(self.checkpoints.glob(".iteration-*")))
         names = [path.name for path in self.checkpoints.glob("iteration-*")]
         try:

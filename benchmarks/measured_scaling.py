@@ -9,7 +9,7 @@ process has one thread; the machine should be idle and have a core for each. The
 that comes later waits less, so the pure communication is that of the process that communicated shortest, iteration by
 iteration.
 
-Writes `benchmarks/results/cpu/scaling.json` and the table in `docs/scaling.md`; `--table` the latter alone.
+Writes `benchmarks/results/cpu/scaling.json` and the table in `docs/scaling.md`; `--table` writes only the table.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Each node has a torchrun with one CPU process. They meet over a link of two virtual network cards, which is taken down
 in mid-run and up again. Writes `benchmarks/results/cpu/nodes.json` and the table in
-`docs/scaling.md`; `--table` the latter alone. Needs root.
+`docs/scaling.md`; `--table` writes only the table. Needs root.
 """
 
 import argparse

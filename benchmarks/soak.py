@@ -2,13 +2,13 @@
 
     python -m benchmarks.soak [--recipe tiny-shapes] [--minutes 120] [--name soak] [--busy] [--setting value …]
 
-The recipe's run goes on for so many minutes with a checkpoint about every minute, and is sampled from outside every few
-seconds, its child processes included. A straight line is fitted to each series after a warm-up; its slope's standard
-error comes from the means of blocks, since neighbouring samples are not independent. A series is flat where the slope
-is within three standard errors of 0, or where it makes less than 1 % of the mean over the whole run.
+The recipe trains for the given number of minutes with a checkpoint about every minute. It is sampled from outside
+every few seconds, including its child processes. A straight line is fitted to each series after a warm-up. Its slope's
+standard error comes from the means of blocks, since neighbouring samples are not independent. A series is flat if the
+slope is within three standard errors of 0, or if it makes less than 1 % of the mean over the whole run.
 
 Speed is measured twice: seconds on the wall, and seconds of the processors at work for an iteration, which other work
-on the machine hardly changes. With `--busy`, where there is other work, the first are drawn but not judged.
+on the machine hardly changes. With `--busy`, if there is other work, the first are drawn but not judged.
 
 Writes `benchmarks/results/cpu/NAME.json` and `NAME.png`. Ends with status 1 where something grows.
 """

@@ -303,7 +303,7 @@ def _gradient(system: Baseline, batch: tuple[Any, ...]) -> dict[str, Tensor]:
 
 
 def _flat(gradient: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-    """All of it, or enough, as one fp64 vector on the CPU; 0 where a weight has no gradient."""
+    """All of it, or enough, as one fp64 vector on the CPU; 0 if a weight has no gradient."""
     every = -(-sum(weight.numel() for weight in weights.values()) // COMPARED_NUMEL)
     return torch.cat(
         [

@@ -82,7 +82,7 @@ class Bench:
         groups: P, groups an iteration.
         rounds: measured iterations of each system, after one that warms up.
         minutes: time for all rows.
-        only: texts, of which a row's name must contain one; all rows where there are none.
+        only: texts, of which a row's name must contain one; all rows if there are none.
         path: the results' file; rows that are not measured now stay as they are.
         systems: which of A, B and C stand beside ours.
         settings: further settings of every run.
@@ -198,7 +198,7 @@ class Bench:
         return [*args, "--rollout.max-sequence-length", "0", "--policy.lora-rank", "16", *self.settings]
 
     def case(self, case: Case) -> dict[str, Any]:
-        """A, B, C and ours on the same inputs; ours alone where nothing fits beside it."""
+        """A, B, C and ours on the same inputs; ours alone if nothing fits beside it."""
         args = self.arguments(case, text_encoders=case.train == "lora" and not self.small)
         systems = () if self.alone(case) else self.systems
         comparison = Comparison(

@@ -22,7 +22,7 @@ Report = Mapping[str, Any]
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The results at `path`; none where there is no such file."""
+    """The results at `path`; none if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -35,7 +35,7 @@ class Comparison:
     Args:
         settings: of the command.
 
-    Raises UserError where a system or the device is unknown.
+    Raises UserError if a system or the device is unknown.
     """
 
     def __init__(self, settings: CompareSettings):
@@ -121,9 +121,9 @@ class Comparison:
         return None if self.spent_before_s is None else self.spent_before_s + time.monotonic() - self.started_s
 
     def _plan(self) -> Plan:
-        """The plan of an earlier start, with more seeds and trials where there are to be more, or a new one.
+        """The plan of an earlier start, with more seeds and trials if there are to be more, or a new one.
 
-        Raises UserError where the earlier one had other settings.
+        Raises UserError if the earlier one had other settings.
         """
         wanted = {
             "kind": self.kind,

@@ -38,7 +38,7 @@ class Curve:
         return float(self.x[index]), float(self.mean[index])
 
     def reaches(self, level: float) -> float | None:
-        """What is spent when the mean first is `level`; None where it never is."""
+        """What is spent when the mean first is `level`; None if it never is."""
         above = np.flatnonzero(self.mean >= level)
         return float(self.x[above[0]]) if len(above) else None
 

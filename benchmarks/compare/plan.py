@@ -95,7 +95,7 @@ def fitted(plan: Plan, budget_s: float, processes: int, base: Mapping[str, Any],
         base: result of the base run: the seconds of setting up and of evaluations.
         draw_s: seconds in which the offline systems' data is drawn for one seed.
 
-    Raises UserError where that leaves less than a second for a run.
+    Raises UserError if that leaves less than a second for a run.
     """
     searches, finals = len(plan.systems) * plan.trials, len(plan.systems) * plan.seeds
     per_search = base["set_up_s"] + base["evaluation_s"]
@@ -127,8 +127,8 @@ def wanted(plan: Plan, results: Results) -> Iterator[Run]:
 def trials(plan: Plan, system: str, results: Results) -> list[Run]:
     """The settings of `system` that are tried: three learning rates, then whatever lies beyond the best so far.
 
-    Where the best learning rate is the largest or the smallest, that is another one beyond it, and then half the
-    groups. Else it is half the groups, and then a quarter of them where half were better, or twice as many where not.
+    If the best learning rate is the largest or the smallest, that is another one beyond it, and then half the
+    groups. Else it is half the groups, and then a quarter of them where half were better, or twice as many if not.
     """
     centre = SYSTEMS[system].lr
     tried = [plan.trial(system, rate * centre, plan.groups) for rate in RATES[: plan.trials]]

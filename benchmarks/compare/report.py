@@ -135,7 +135,7 @@ def about(plan: Plan, results: Sequence[Mapping[str, Any]], machine: Mapping[str
 
 def update_document(document: Path, folder: Path) -> bool:
     """Replaces the parts of a Markdown file between `<!-- compare: NAME -->` and `<!-- end -->` by `NAME.md`, and
-    `figures` by the figures. False where there is no such file."""
+    `figures` by the figures. False if there is no such file."""
     if not document.is_file():
         return False
     document.write_text(with_parts(document, folder), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One run of the comparison: so many seconds of training, with evaluations in between that do not count."""
+"""One run of the comparison: training for a given time, with evaluations in between that do not count."""
 
 import json
 import shutil
@@ -203,7 +203,7 @@ class _Performance:
         }
 
     def _train_to_the_end(self, bank: PatchBank | None) -> bool:
-        """False where it was asked to stop before."""
+        """False if it was asked to stop before."""
         self._resume()
         if not self.points:
             self.spent.seconds = self.spent.wall_s = self.drawing_s

@@ -32,7 +32,7 @@ def _accompany(run: Run, scale: Scale, device: str) -> dict[str, Any]:
 class Workers:
     """So many processes that do runs.
 
-    All runs share the machine alike: where one is left alone, a process trains beside it and throws away what comes
+    All runs share the machine alike: if one is left alone, a process trains beside it and throws away what comes
     out, so that its seconds can be compared with those of the others.
 
     Args:
@@ -87,7 +87,7 @@ class Workers:
             show({run.name: shares.get(run.name, 0.0) for run in self.running.values()})
 
     def _fill(self, pick: Callable[[set[str]], Run | None]) -> None:
-        """Starts runs while there are free processes, companions where there are no runs, and ends idle companions."""
+        """Starts runs while there are free processes, companions if there are no runs, and ends idle companions."""
         while len(self.running) < self.count:
             run = pick({run.name for run in self.running.values()})
             if run is None:

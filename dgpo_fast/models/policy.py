@@ -217,5 +217,5 @@ def with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: in
 
 
 def autocast(models: PolicyModels) -> torch.autocast:
-    """bf16 arithmetic for the policy's forward where the run is in bf16 and trained weights are fp32."""
+    """bf16 arithmetic for the policy's forward if the run is in bf16 and trained weights are fp32."""
     return torch.autocast(models.device.type, dtype=torch.bfloat16, enabled=models.mixed)

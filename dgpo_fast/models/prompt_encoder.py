@@ -169,7 +169,7 @@ class PromptEncoder:
 def make_prompt_encoder(
     pipeline: StableDiffusion3Pipeline, config: Config, note: Callable[[str], None]
 ) -> PromptEncoder:
-    """The encoder that `config` asks for, with its cache on disk where `pipeline` comes from a folder.
+    """The encoder that `config` asks for, with its cache on disk if `pipeline` comes from a folder.
 
     Args:
         pipeline: loaded without text encoders, so that they can stay away.

@@ -29,7 +29,7 @@ class Batch:
         schedule: the rollout's grid.
         transitions: every step of the rollout, for an objective that `needs_transitions`.
         part: where these samples stand among those of all processes; None if they are all.
-        padding: the last rows, so many of them, have weight 0: with sharded weights, forwards need them.
+        padding: the number of rows at the end that have weight 0; with sharded weights, forwards need them.
     """
 
     iteration: int

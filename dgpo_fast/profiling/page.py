@@ -65,7 +65,7 @@ def document(title: str, body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[str], label: str) -> str:
-    """A table in a box that scrolls sideways where the page is too narrow; `rows` are HTML."""
+    """A table in a box that scrolls sideways if the page is too narrow; `rows` are HTML."""
     cells = "".join(f'<th scope="col"{_aligned(cell)}>{escape(cell)}</th>' for cell in head)
     return (
         f'<div class="table" role="region" tabindex="0" aria-label="{escape(label)}"><table>'

@@ -159,7 +159,7 @@ def _make(what: str, attribute: Callable[..., object]) -> Reward:
 
 
 def _needed(function: Callable[..., object]) -> list[str]:
-    """The names of the arguments that `function` cannot be called without, where they can be known."""
+    """The names of the arguments that `function` cannot be called without, if they are known."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

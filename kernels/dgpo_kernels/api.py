@@ -231,7 +231,7 @@ def guided_euler_step(
 ) -> Tensor:
     """Guidance and one Euler step of the probability-flow ODE in one pass: x_next = x + (σ_next − σ)·v.
 
-    v = v_uncond + g·(v_cond − v_uncond) (classifier-free guidance, Ho and Salimans, 2022), or v_cond where
+    v = v_uncond + g·(v_cond − v_uncond) (classifier-free guidance, Ho and Salimans, 2022), or v_cond if
     ``v_uncond`` is None. Not differentiable.
 
     Args:
@@ -263,7 +263,7 @@ def guided_dpmpp_2m_step(
 ) -> tuple[Tensor, Tensor]:
     """Guidance and one step of DPM-Solver++(2M) (Lu et al., 2022, Algorithm 2) in one pass.
 
-    v as in :func:`guided_euler_step`; x0 = x − σ·v; x_next = a·x + b·x0 + c·x0_prev, without the last term where
+    v as in :func:`guided_euler_step`; x0 = x − σ·v; x_next = a·x + b·x0 + c·x0_prev, without the last term if
     ``x0_prev`` is None. Not differentiable.
 
     Args:

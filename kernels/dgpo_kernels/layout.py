@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def channels_of(tensor: Tensor) -> int:
-    """The call's layout: the number of channels where ``tensor`` is channels_last in a readable way, else 0."""
+    """The call's layout: the number of channels if ``tensor`` is channels_last in a readable way, else 0."""
     if _dense(tensor, range(1, tensor.dim())) or tensor.dim() != 4 or not _dense(tensor, (2, 3, 1)):
         return 0
     return tensor.shape[1] if tensor.shape[1] % 4 == 0 and math.prod(tensor.shape[1:]) < 1 << 31 else 0

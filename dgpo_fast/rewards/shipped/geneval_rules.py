@@ -140,7 +140,7 @@ def graded_compat(matched: Sequence[Matched]) -> float:
     """The mean that Flow-GRPO's and DGPO's release trains on, with its peculiarities.
 
     Unlike `graded`: a count's term is negative beyond twice the count; colour and position share one 0 if the count
-    is wrong; position has no term where the colour is wrong; it is 0 if the entry it relates to is not met exactly;
+    is wrong; position has no term if the colour is wrong; it is 0 if the entry it relates to is not met exactly;
     and a failed position counts as two terms, 0 and 1.
     """
     terms: list[float] = []
