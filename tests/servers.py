@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -17,7 +18,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dgpo_fast.rewards.remote import png
+from dgpo_fast.rewards.remote.http_client import JsonClient, Unanswered
+
 Answer = Callable[[str, bytes, Any], Any]
+TOKEN = "0123456789abcdef-token"
+OWN_REWARDS = """
+import threading, time
+
+class Slow:
+    "Takes its time, and would notice a second caller."
+    def __init__(self):
+        self.busy = threading.Lock()
+    def __call__(self, images, prompts, metadata):
+        assert self.busy.acquire(blocking=False), "two at a time"
+        time.sleep(metadata[0].get("seconds", 0.0))
+        self.busy.release()
+        return images.mean((1, 2, 3))
+
+def picky(images, prompts, metadata):
+    if prompts[0] == "raise":
+        raise RuntimeError("no score for this one")
+    return [float(prompts[0])] * len(images)
+"""
 
 
 class Process:
@@ -116,3 +141,57 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < ends, "it did not happen in time"
         time.sleep(0.02)
+
+
+def own_rewards(folder: Path) -> Path:
+    """`folder` with rewards in own.py, and tokens in token.txt."""
+    (folder / "own.py").write_text(OWN_REWARDS)
+    (folder / "token.txt").write_text(f"{TOKEN}\n")
+    return folder
+
+
+@contextlib.contextmanager
+def limited_server(folder: Path) -> Iterator[Process]:
+    """A server with low limits, which must have nothing to say when it ends."""
+    limits = ("--max-images", "8", "--max-megapixels", "1", "--max-body-mib", "4", "--max-waiting", "80")
+    with reward_server("--reward", "slow=own:Slow", *limits, folder=folder) as running:
+        yield running
+        status, _, errors = running.stop()
+        assert (status, errors) == (0, ""), "nothing that was sent surprised it"
+
+
+def picture(value: int = 100, size: int = 8) -> np.ndarray:
+    return np.full((size, size, 3), value, np.uint8)
+
+
+def as_text(image: np.ndarray) -> str:
+    return base64.b64encode(png.encode_png(image)).decode()
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "p", "metadata": {}, "images": [as_text(picture())], **changes}
+
+
+def post(server: Process, body: Any, path: str = "/score") -> Any:
+    """What the server answers, or its status and message."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        return JsonClient(server.url, attempts=1, deadline_s=20).post(path, data).content
+    except Unanswered as error:
+        return error.status, str(error)
+
+
+def raw(server: Process, data: bytes, close: bool = True) -> bytes:
+    """The answer to whatever is sent, to its end."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(data)
+        if close:
+            connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+        return received
+
+
+def serves(server: Process) -> bool:
+    return post(server, request())["scores"] == [100]
