@@ -49,6 +49,7 @@ class Trainer:
         self.group_log = GroupLog(self.reward, self.config.max_lost_iterations, self.console.note)
         self.folder: Path | None = None
         self.sinks: tuple[Sink, ...] = ()
+        self.loggers: Loggers | None = None
 
     @property
     def iteration(self) -> int:
@@ -88,7 +89,8 @@ class Trainer:
         sinks: list[Sink] = []
         if self.processes.first:
             sinks.append(MetricsFile(folder / "metrics.jsonl", until=self.iteration).write)
-            sinks.append(Loggers(self.config.log, folder, settings, self.console.note).write)
+            self.loggers = Loggers(self.config.log, folder, settings, self.console.note)
+            sinks.append(self.loggers.write)
         self.log_to(folder, *sinks)
 
     def log_to(self, folder: Path, *sinks: Sink) -> None:
@@ -104,8 +106,10 @@ class Trainer:
         return self.processes.any(flag, f"the others at the end of iteration {self.iteration}")
 
     def close(self) -> None:
-        """Stops the threads and processes of the run."""
+        """Ends what the run has started: threads, processes and loggers."""
         self.reward_pool.close()
+        if self.loggers is not None:
+            self.loggers.close()
 
     def step(self) -> dict[str, Any]:
         """One iteration: draws and scores groups, takes the optimizer steps, updates the averages.

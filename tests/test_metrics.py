@@ -59,7 +59,7 @@ def test_a_logger_that_fails_later_is_dropped(tmp_path: Path, monkeypatch: pytes
             raise ConnectionError("no\nnetwork")
         received.append(step)
 
-    run = types.SimpleNamespace(log=log)
+    run = types.SimpleNamespace(id="1", log=log, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
     notes: list[str] = []
     loggers = Loggers(Log(wandb="project"), tmp_path, {}, notes.append)

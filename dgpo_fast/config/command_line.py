@@ -1,6 +1,7 @@
 """What all commands share: errors in one line, and settings from a recipe, a YAML file and the command line."""
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -30,6 +31,9 @@ DISK_ERRORS = {
 def run_command(command: Callable[[list[str]], int | None]) -> int:
     """Runs `command` with the command line's arguments and returns the exit status, errors printed in one line."""
     quieten_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal without some letter
     try:
         status = command(sys.argv[1:]) or 0
         print(end="", flush=True)  # here, where a reader that has left is no error

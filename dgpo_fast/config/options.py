@@ -1,9 +1,10 @@
 """Every setting of a run: what it means, its unit, its bounds. A `Config` is checked when it is made."""
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 Count = Annotated[int, Field(ge=1)]
@@ -11,6 +12,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or a name in its place; `~` is the user's home."""
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the docstrings are what `--help` prints
 
 
@@ -61,7 +64,7 @@ class Data:
     groups once, before training."""
     offline_groups: Count = 1024
     """Number of groups that an offline run draws. Training repeats them as often as needed."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Folder of the offline groups. Other runs can reuse them. None: a folder inside the run's folder."""
 
 
@@ -207,7 +210,8 @@ class EMA:
     """Upper bound of the decay of the slow average, which is evaluated and saved: min(eval_decay_max, (1 + i) / (10
     + i)) in iteration i. 0: no averaging."""
     eval_every: Count = 8
-    """Update the slow average every N iterations."""
+    """Update the slow average every N iterations. The saved average has the last iteration in it, whatever N is. In a
+    run shorter than N, the policy itself is saved."""
     offload: bool = False
     """Keep the slow average in CPU memory."""
 
@@ -261,8 +265,8 @@ class Log:
 
     tensorboard: bool = False
     """Write TensorBoard events to the run's folder."""
-    wandb: str | None = None
-    """Weights & Biases project to log to. None: do not log there."""
+    wandb: Annotated[str | None, BeforeValidator(lambda given: None if given == "off" else given)] = None
+    """Weights & Biases project to log to. None, or off: do not log there."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -319,7 +323,7 @@ class Config:
 
     recipe: str = "tiny-shapes"
     """Recipe that the settings start from."""
-    model: str = "tiny"
+    model: PathText = "tiny"
     """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the Hugging Face
     hub."""
     revision: str | None = None
@@ -328,10 +332,10 @@ class Config:
     """Build the model from its configuration with random weights, without downloading them. For benchmarks."""
     random_text_encoders: bool = False
     """If `random_weights` is set, also build the text encoders. Otherwise, random embeddings replace them."""
-    prompts: str = "tiny-shapes"
+    prompts: PathText = "tiny-shapes"
     """Training prompts: a generator (tiny-shapes, tiny-signs, geneval, signs), a .txt file with one prompt per line,
     a GenEval .jsonl file, or a .csv or .tsv file with a column of prompts."""
-    eval_prompts: str | None = None
+    eval_prompts: PathText | None = None
     """Held-out prompts for evaluations, given as `prompts` are. None: a part of `prompts` that is never trained on."""
     rewards: Rewards = ("shapes",)
     """Rewards to maximise, each with an optional weight (`NAME=0.5`, default 1): names (shapes, ocr, geneval-hf,
@@ -363,7 +367,7 @@ class Config:
     fits, smaller rollout batches and no CUDA graphs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the model. auto: bf16 on a GPU that supports it, else fp32."""
-    runs_dir: str = "runs"
+    runs_dir: PathText = "runs"
     """Folder in which the run's folder is created."""
     name: str | None = None
     """Name of the run's folder. None: recipe, date and time."""

@@ -4,6 +4,7 @@ All of them pass through `resolve`, so a misspelt key or a wrong type gives the 
 """
 
 import difflib
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TypeVar
@@ -90,16 +91,26 @@ USUAL_NAMES = {
     "lora_r": "policy.lora_rank",
 }
 """Names of settings in other trainers, if they differ from those here."""
+PURPOSES = {
+    "lora": "training starts from the model as it is; python -m dgpo_fast.evaluate --lora draws with a LoRA",
+    "negative_prompt": "guidance goes away from the empty prompt, and from no other",
+    "height": "rollout.resolution is the side of square images",
+    "width": "rollout.resolution is the side of square images",
+}
+"""What there is for a purpose whose usual setting is not here, though others have names like it."""
 
 
 def _suggest(key: str, known: JsonObject) -> str:
-    usual = USUAL_NAMES.get(key.rsplit(".", 1)[-1])
+    last = key.rsplit(".", 1)[-1]
+    usual = USUAL_NAMES.get(last)
     if usual in _flat(known):
         return f": did you mean '{usual}'?"
+    if last in PURPOSES:
+        return f": {PURPOSES[last]}"
     names = [*_flat(known), *(name for name, value in known.items() if isinstance(value, dict))]
     last_parts = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
-    close = close or [last_parts[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last_parts), n=1)]
+    close = close or [last_parts[n] for n in difflib.get_close_matches(last, list(last_parts), n=1, cutoff=0.7)]
     return f": did you mean '{close[0]}'?" if close else "; --help lists them"
 
 
@@ -185,8 +196,18 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+# As YAML 1.2 has it: `off` and `no` are words that settings use, and a date is a name of a run.
+_PlainLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _TIMESTAMP)]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_yaml(path: Path) -> JsonObject:
     """Settings from a user's YAML file. Raises UserError naming the file, and the line if it is known."""
+    path = path.expanduser()
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise UserError(f"{path}: larger than {MAX_YAML_BYTES} bytes: is this a file of settings?")

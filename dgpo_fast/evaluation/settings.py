@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config import STRICT, Config, Count, Guidance, Positive, Rewards
+from dgpo_fast.config import STRICT, Config, Count, Guidance, PathText, Positive, Rewards
 from dgpo_fast.config.command_line import take_option
 from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dict
 from dgpo_fast.config.recipes import get_recipe
@@ -26,16 +26,16 @@ FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
 class EvaluationSettings:
     """An evaluation: draw and score images of a Stable Diffusion 3 pipeline, or of a training run."""
 
-    model: str = "tiny"
+    model: PathText = "tiny"
     """What to evaluate: `tiny` (shipped), a pipeline's folder, a name on the Hugging Face hub, or a run's folder."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. None: its default branch."""
-    lora: str | None = None
+    lora: PathText | None = None
     """A LoRA to load into the model: a .safetensors file, or the folder that contains it. None: no LoRA."""
     weights: Literal["after", "before"] | None = None
     """Weights of a run to evaluate. after: the trained weights. before: the weights that training started from.
     None: after."""
-    prompts: str | None = None
+    prompts: PathText | None = None
     """All prompts of a file (.txt, .jsonl, .csv or .tsv), or the held-out prompts of a generator. None: the held-out
     prompts of the run."""
     images: Count | None = None
@@ -70,7 +70,7 @@ class EvaluationSettings:
     one less than the number of CPU cores, at most 8; on a CPU 0."""
     reward_deadline_s: Positive = 300.0
     """Seconds that a reward may take to score an image."""
-    output: str | None = None
+    output: PathText | None = None
     """Folder to write. None: a folder in evaluations/, named after the model, the LoRA and the prompts."""
 
 

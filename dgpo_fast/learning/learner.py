@@ -93,7 +93,7 @@ class Learner:
         ema = self.config.ema
         self.old.update(self.models.weights, min(ema.old_decay_max, ema.old_decay_per_step * step))
         if step % ema.eval_every == 0:
-            self.slow.update(self.models.weights, min(ema.eval_decay_max, (1 + step) / (10 + step)))
+            self.slow.update(self.models.weights, self._slow_decay(step))
 
     def complete(self) -> None:
         """Counts an iteration as done. Both in one statement: an interrupt finds the old state or the new one."""
@@ -104,8 +104,21 @@ class Learner:
         self.halfway = True
 
     def evaluated_weights(self) -> Weights:
-        """What is evaluated and saved: the slow average, or the policy itself in a run too short for an average."""
-        return self.slow.weights if self.iteration >= self.config.ema.eval_every else self.models.weights
+        """What is evaluated and saved: the slow average, or the policy itself in a run too short for an average.
+
+        The last iteration is always in it: if the average was last updated before, a copy of it is updated once more.
+        """
+        every = self.config.ema.eval_every
+        if self.iteration < every:
+            return self.models.weights
+        if self.iteration % every == 0:
+            return self.slow.weights
+        last = MovingAverage(self.slow.weights, torch.device("cpu"))  # not at the cost of a GPU's memory
+        last.update(self.models.weights, self._slow_decay(self.iteration))
+        return last.weights
+
+    def _slow_decay(self, step: int) -> float:
+        return min(self.config.ema.eval_decay_max, (1 + step) / (10 + step))
 
     def rollout_weights(self) -> Weights:
         """What draws the next iteration's images."""

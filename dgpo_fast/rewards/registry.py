@@ -56,6 +56,9 @@ def parse_spec(spec: str) -> Spec:
         pieces.pop()
     name, source = pieces[0], pieces[-1]
     has_own_name = len(pieces) == 2 and name.isprintable() and (":" in source or source.endswith(JUDGE_FILES))
+    shipped, colon, given = source.partition(":")
+    if shipped in BUILT_IN and colon and _number(given) is not None:
+        raise UserError(f"reward {spec!r}: a weight is written {shipped}={given}")
     if len(pieces) == 2 and source in BUILT_IN:
         raise UserError(f"reward {spec!r}: {source} is shipped and takes no short name: write {source} or {source}=0.5")
     if not name or not math.isfinite(weight) or not (len(pieces) == 1 or has_own_name):

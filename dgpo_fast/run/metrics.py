@@ -16,6 +16,8 @@ from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.wording import one_line
 
 Logger = Callable[[Metrics], None]
+WANDB_ID = "wandb_id.txt"
+"""In a run's folder: the W&B run that it logs to, after it is resumed too."""
 
 
 class Phases:
@@ -114,7 +116,7 @@ class Loggers:
 
     def __init__(self, log: Log, folder: Path, config: JsonObject, note: Callable[[str], None]):
         self.note = note
-        self.loggers: dict[str, Logger] = {}
+        self.loggers: dict[str, tuple[Logger, Callable[[], object]]] = {}
         if log.tensorboard:
             self._try("TensorBoard", lambda: self.loggers.update(TensorBoard=_tensorboard(folder)))
         if log.wandb is not None:
@@ -122,10 +124,16 @@ class Loggers:
 
     def write(self, metrics: Metrics) -> None:
         """Hands one iteration's metrics on."""
-        for name, logger in list(self.loggers.items()):
-            self._try(name, lambda logger=logger: logger(metrics))  # type: ignore[misc]
+        for name, (write, _) in list(self.loggers.items()):
+            self._try(name, lambda write=write: write(metrics))  # type: ignore[misc]
 
-    def _try(self, name: str, action: Callable[[], None]) -> None:
+    def close(self) -> None:
+        """Has everything written that the loggers hold back: without it, the end of a run is missing there."""
+        for name, (_, close) in list(self.loggers.items()):
+            self._try(name, close)
+        self.loggers.clear()
+
+    def _try(self, name: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # another project's logger may fail in any way; metrics.jsonl has everything
@@ -133,7 +141,7 @@ class Loggers:
             self.note(f"{name} is off: {one_line(f'{type(error).__name__}: {error}')}")
 
 
-def _tensorboard(folder: Path) -> Logger:
+def _tensorboard(folder: Path) -> tuple[Logger, Callable[[], object]]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))
@@ -144,14 +152,24 @@ def _tensorboard(folder: Path) -> Logger:
                 writer.add_scalar(name, value, metrics["iteration"])
         writer.flush()
 
-    return log
+    return log, writer.close
 
 
 def _wandb(log: Log, folder: Path, config: JsonObject) -> Logger:
     import wandb
 
-    run = wandb.init(project=log.wandb, dir=str(folder), name=folder.name, config=config)
-    return lambda metrics: run.log(metrics, step=metrics["iteration"])
+    known = folder / WANDB_ID
+    run_id = known.read_text(encoding="utf-8").strip() if known.is_file() else None
+    run = wandb.init(
+        project=log.wandb,
+        dir=str(folder),
+        name=folder.name,
+        config=config,
+        id=run_id,
+        resume="allow" if run_id else None,
+    )
+    known.write_text(f"{run.id}\n", encoding="utf-8")
+    return lambda metrics: run.log(metrics, step=metrics["iteration"]), run.finish
 
 
 def json_line(metrics: Metrics) -> str:

@@ -56,6 +56,7 @@ def read_start(args: list[str]) -> Start:
     args = list(args)
     resume = take_option(args, "resume")
     if resume:
+        resume = os.path.expanduser(resume)
         if args and not args[0].startswith("-"):
             raise UserError(f"--resume takes its settings from the run: leave '{args[0]}' out")
         config = resumed_config(Path(resume), args)
