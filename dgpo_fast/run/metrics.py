@@ -155,7 +155,7 @@ def _tensorboard(folder: Path) -> tuple[Logger, Callable[[], object]]:
     return log, writer.close
 
 
-def _wandb(log: Log, folder: Path, config: JsonObject) -> Logger:
+def _wandb(log: Log, folder: Path, config: JsonObject) -> tuple[Logger, Callable[[], object]]:
     import wandb
 
     known = folder / WANDB_ID
