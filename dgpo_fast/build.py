@@ -5,7 +5,6 @@ Errors in the settings are found here, before a folder is created.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -33,6 +32,7 @@ from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.registry import traits
 from dgpo_fast.prompts import PromptSets, load_prompts
 from dgpo_fast.prompts.dealing import GroupSampler
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, WeightedReward, count_workers, load_rewards
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.offline import OfflineSource
@@ -266,7 +266,7 @@ def _make_source(
     return OnlineSource(worker, dealt, config.seed, learner.rollout_weights, processes)
 
 
-def _about_checkpoints(config: Config, processes: Processes, engine: Engine) -> Callable[[], dict[str, Any]]:
+def _about_checkpoints(config: Config, processes: Processes, engine: Engine) -> Callable[[], JsonObject]:
     """Gives what every checkpoint's manifest says of the run. The engine's choices may change when it is resumed."""
     about = {"code": code_version(), "config": to_dict(config), "processes": processes.count}
     return lambda: about | {"engine": engine.measured()}

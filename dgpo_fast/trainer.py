@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +15,13 @@ from dgpo_fast.evaluation.results import written_to
 from dgpo_fast.models.policy import Weights
 from dgpo_fast.objectives.advantages import advantages
 from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.rewards.group_log import GroupLog
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.run.metrics import Loggers, MetricsFile, peak_memory_mib
 from dgpo_fast.run.version import code_version
 
-Sink = Callable[[dict[str, Any]], None]
+Sink = Callable[[Metrics], None]
 """Gets the metrics of each iteration."""
 
 
@@ -84,7 +84,7 @@ class Trainer:
         self.work.take()
         self.processes.take_waited_s()
 
-    def open_logs(self, folder: Path, settings: dict[str, Any]) -> None:
+    def open_logs(self, folder: Path, settings: JsonObject) -> None:
         """Opens metrics.jsonl, dropping what lies after the checkpoint resumed from, and the optional loggers."""
         sinks: list[Sink] = []
         if self.processes.first:
@@ -111,7 +111,7 @@ class Trainer:
         if self.loggers is not None:
             self.loggers.close()
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Metrics:
         """One iteration: draws and scores groups, takes the optimizer steps, updates the averages.
 
         Returns the logged metrics.
@@ -136,7 +136,7 @@ class Trainer:
                 self._log(metrics)
         return metrics
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self) -> Metrics:
         """Trains on the groups that could be scored, if any; returns metrics."""
         number = self.iteration + 1
         try:
@@ -185,7 +185,7 @@ class Trainer:
         )
         return drawn.taken(rows, part)
 
-    def _phases(self, iteration_s: float) -> dict[str, Any]:
+    def _phases(self, iteration_s: float) -> Metrics:
         """Seconds per phase of this process; waiting time and imbalance of all processes."""
         mine = self.phases.take()
         if self.processes.count == 1:
@@ -206,7 +206,7 @@ class Trainer:
         every = (self.config.distributed.check_every, self.config.checkpoint.every)
         if self.processes.count == 1 or not any(n and self.iteration % n == 0 for n in every):
             return
-        state: dict[str, Any] = {"iteration": self.iteration}
+        state: JsonObject = {"iteration": self.iteration}
         if self.models.shards is None:  # else each process has its own
             averages = {**self.learner.old.weights, **{f"slow.{n}": w for n, w in self.learner.slow.weights.items()}}
             state |= {"weights": checksum(self.models.weights), "averages": checksum(averages)}
@@ -216,7 +216,7 @@ class Trainer:
             self.learner.spoil()
             raise
 
-    def _log(self, metrics: dict[str, Any]) -> None:
+    def _log(self, metrics: Metrics) -> None:
         metrics["peak_memory_mib"] = peak_memory_mib(self.device)
         for sink in self.sinks:
             sink(metrics)

@@ -43,7 +43,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Situation:
+class Workload:
     """What choices depend on besides the settings.
 
     Attributes:
@@ -81,57 +81,57 @@ class Reasons:
     timings: dict[str, tuple[Timing, ...]] = field(default_factory=dict)
 
 
-def choose(config: EngineConfig, situation: Situation) -> tuple[Choices, Reasons]:
+def choose(config: EngineConfig, workload: Workload) -> tuple[Choices, Reasons]:
     """Turns every "auto" of `config` into a choice. Raises UserError if a setting is not available here."""
     reasons = Reasons()
-    compiled = _compile(config, situation, reasons)
+    compiled = _compile(config, workload, reasons)
     choices = Choices(
         compile=compiled,
-        cuda_graphs=_cuda_graphs(config, situation, reasons),
-        attention=_attention(config, situation, reasons, compiled, training=False),
-        train_attention=_attention(config, situation, reasons, compiled, training=True),
-        linear=_linear(config, situation, reasons),
+        cuda_graphs=_cuda_graphs(config, workload, reasons),
+        attention=_attention(config, workload, reasons, compiled, training=False),
+        train_attention=_attention(config, workload, reasons, compiled, training=True),
+        linear=_linear(config, workload, reasons),
         decoder="fast" if config.decoder == "auto" else config.decoder,
     )
     return choices, reasons
 
 
-def _compile(config: EngineConfig, situation: Situation, reasons: Reasons) -> bool:
+def _compile(config: EngineConfig, workload: Workload, reasons: Reasons) -> bool:
     if config.compile == "off":
         return False
-    problem = _no_compiler(situation)
+    problem = _no_compiler(workload)
     if config.compile == "on":
         if problem:
             raise UserError(f"engine.compile on: {problem}; use --engine.compile off")
         return True
-    if not problem and not situation.on_gpu and situation.images < CPU_COMPILE_IMAGES:
+    if not problem and not workload.on_gpu and workload.images < CPU_COMPILE_IMAGES:
         problem = f"on a CPU it only saves time in runs of {CPU_COMPILE_IMAGES:,} images or more"
     reasons.lines.append(f"blocks are not compiled: {problem}" if problem else "blocks are compiled")
     return not problem
 
 
-def _no_compiler(situation: Situation) -> str:
-    if situation.sharded:
+def _no_compiler(workload: Workload) -> str:
+    if workload.sharded:
         return "blocks with sharded weights cannot be compiled as one graph"
-    if situation.on_gpu:
+    if workload.on_gpu:
         from torch.utils._triton import has_triton
 
         return "" if has_triton() else "no triton for this GPU"
     return "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler (g++) is installed"
 
 
-def _cuda_graphs(config: EngineConfig, situation: Situation, reasons: Reasons) -> bool:
-    if config.cuda_graphs == "on" and not situation.on_gpu:
+def _cuda_graphs(config: EngineConfig, workload: Workload, reasons: Reasons) -> bool:
+    if config.cuda_graphs == "on" and not workload.on_gpu:
         raise UserError("engine.cuda_graphs on: needs a CUDA GPU; use --engine.cuda-graphs auto")
-    if situation.sharded:
+    if workload.sharded:
         if config.cuda_graphs == "on":
             raise UserError("engine.cuda_graphs on: not with sharded weights; use --engine.cuda-graphs auto")
         return False
     if config.cuda_graphs != "auto":
         return config.cuda_graphs == "on"
-    if not situation.on_gpu:
+    if not workload.on_gpu:
         return False
-    gib, roomy = memory_gib(situation.device), room_for_graphs(situation.device)
+    gib, roomy = memory_gib(workload.device), room_for_graphs(workload.device)
     reasons.lines.append(
         f"rollouts are {'' if roomy else 'not '}recorded as CUDA graphs: they keep their memory, of {gib:.0f} GiB"
     )
@@ -148,20 +148,20 @@ def memory_gib(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
-def _attention(config: EngineConfig, situation: Situation, reasons: Reasons, compiled: bool, *, training: bool) -> str:
-    purpose, shapes = ("training", situation.train_shapes) if training else ("rollouts", situation.rollout_shapes)
+def _attention(config: EngineConfig, workload: Workload, reasons: Reasons, compiled: bool, *, training: bool) -> str:
+    purpose, shapes = ("training", workload.train_shapes) if training else ("rollouts", workload.rollout_shapes)
     if config.attention != "auto":
-        problem = attention.obstacle(config.attention, situation.device, situation.dtype)
+        problem = attention.obstacle(config.attention, workload.device, workload.dtype)
         if compiled and not problem:
-            problem = attention.graph_obstacle(config.attention, shapes[0], situation.device, situation.dtype)
+            problem = attention.graph_obstacle(config.attention, shapes[0], workload.device, workload.dtype)
         if problem:
             raise UserError(f"engine.attention {config.attention}: {problem}; use --engine.attention auto")
         return config.attention
-    timings = attention.timings(shapes, situation.device, situation.dtype, compiled)
+    timings = attention.timings(shapes, workload.device, workload.dtype, compiled)
     reasons.timings[purpose] = timings
     chosen = attention.fastest(timings, training=training)
     if compiled and chosen != "native":
-        problem = attention.graph_obstacle(chosen, shapes[0], situation.device, situation.dtype, whole=True)
+        problem = attention.graph_obstacle(chosen, shapes[0], workload.device, workload.dtype, whole=True)
         if problem:
             reasons.lines.append(f"attention of {purpose} not by {chosen}, the fastest: {problem}")
             chosen = "native"
@@ -175,17 +175,17 @@ def _in_words(timing: Timing, training: bool) -> str:
     return f"{timing.name} {milliseconds:.3g} ms" if milliseconds is not None else f"{timing.name}: {timing.obstacle}"
 
 
-def _linear(config: EngineConfig, situation: Situation, reasons: Reasons) -> str:
+def _linear(config: EngineConfig, workload: Workload, reasons: Reasons) -> str:
     if config.linear == "torch":
         return "torch"
-    fits = not situation.on_gpu and situation.dtype == torch.float32 and linear.available()
+    fits = not workload.on_gpu and workload.dtype == torch.float32 and linear.available()
     if config.linear == "onednn":
         if not fits:
             raise UserError("engine.linear onednn: is for fp32 runs on a CPU; use --engine.linear auto")
         return "onednn"
     if not fits:
         return "torch"
-    torch_ms, onednn_ms = remembered({"linear": situation.width}, lambda: linear.time_linear(1024, situation.width))
+    torch_ms, onednn_ms = remembered({"linear": workload.width}, lambda: linear.time_linear(1024, workload.width))
     chosen = "onednn" if onednn_ms * linear.FASTER_BY < torch_ms else "torch"
     reasons.lines.append(f"linear layers by {chosen} (torch {torch_ms:.3g} ms, onednn {onednn_ms:.3g} ms)")
     return chosen

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -11,7 +10,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
 from dgpo_fast.engine.batches import batch_sizes, decode_batch
-from dgpo_fast.engine.choices import Situation, choose
+from dgpo_fast.engine.choices import Workload, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.decoder import Decoder, decoder_ms
 from dgpo_fast.engine.fp8 import Float8Copy
@@ -23,6 +22,7 @@ from dgpo_fast.models.forward import forwards_per_step
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.registry import traits
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rollout.sampler import Solve, sample_latents
 
 
@@ -60,7 +60,7 @@ class Engine:
         if config.engine.keep_memory and models.device.type == "cpu":
             keep_freed_memory()
         latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
-        self.choices, self.reasons = choose(config.engine, self._situation(latent, text_tokens))
+        self.choices, self.reasons = choose(config.engine, self._workload(latent, text_tokens))
         self.rollout_transformer = models.behaviour
         self._apply()
         if config.engine.rollout_precision == "fp8":
@@ -103,7 +103,7 @@ class Engine:
         """
         if measured is None or measured["device"] != device_name(self.models.device):
             return
-        adopted: dict[str, Any] = {}
+        adopted: JsonObject = {}
         if self.config.engine.attention == "auto":
             adopted |= {name: measured[name] for name in ("attention", "train_attention")}
         if self.config.engine.linear == "auto":
@@ -117,7 +117,7 @@ class Engine:
             set_attention(transformer, self.choices.train_attention if trained else self.choices.attention)
             use_onednn(transformer, self.choices.linear == "onednn")
 
-    def attention_rows(self) -> list[dict[str, Any]]:
+    def attention_rows(self) -> list[JsonObject]:
         """The attention kernels that were timed, for a report: a dictionary each (`profiling.build.candidates`)."""
         return [
             {
@@ -132,7 +132,7 @@ class Engine:
             for t in self.reasons.timings.get(purpose, ())
         ]
 
-    def decoder_rows(self, latent: tuple[int, ...]) -> list[dict[str, Any]]:
+    def decoder_rows(self, latent: tuple[int, ...]) -> list[JsonObject]:
         """The plain and the fast decoder, timed now with a whole batch of (C, H, W) latents: as `attention_rows`."""
         used, count = self.decoder, self.decoder.batch_size
         other = Decoder(
@@ -175,13 +175,13 @@ class Engine:
         shown = sizes.evaluation * forwards_per_step(config.evaluation.guidance_scale)
         return StaticBatches([drawn, shown, sizes.frozen])
 
-    def _situation(self, latent: tuple[int, ...], text_tokens: int) -> Situation:
+    def _workload(self, latent: tuple[int, ...], text_tokens: int) -> Workload:
         config, transformer, rollout = self.config, self.models.base, self.config.rollout
         tokens = latent[1] * latent[2] // transformer.config.patch_size**2
         # Kernels differ in rounding: any number of processes takes those that one alone would take.
         sizes = batch_sizes(config, processes=1)
         rows = sizes.rollout * forwards_per_step(rollout.guidance_scale)
-        return Situation(
+        return Workload(
             device=self.models.device,
             dtype=self.models.dtype,
             rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),

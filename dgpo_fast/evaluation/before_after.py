@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dgpo_fast.config import Config
 from dgpo_fast.distributed import Processes
@@ -11,6 +10,7 @@ from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.prompts import PromptSets
+from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.rewards import RewardPool
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler
@@ -76,7 +76,7 @@ class RunEvaluations:
             self.console.note(f"evaluation: {failed} could not be scored; the first: {result.failures[0]}")
         return result
 
-    def between(self, weights: Weights) -> dict[str, Any]:
+    def between(self, weights: Weights) -> Metrics:
         """Metrics of `weights` between two iterations; empty, with a note, if they cannot be scored."""
         try:
             summary = self.scores(weights).summary()
@@ -103,7 +103,7 @@ class RunEvaluations:
         return before
 
     def after(
-        self, weights: Weights, folder: Path, before: Evaluation | None, source: dict[str, Any], iteration: int
+        self, weights: Weights, folder: Path, before: Evaluation | None, source: JsonObject, iteration: int
     ) -> None:
         """Scores the trained weights; the first process writes summary and pictures and prints the results.
 

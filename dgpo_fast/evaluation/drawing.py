@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from dgpo_fast.models.loading import (
 )
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_prompts
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler, plain_decoding
@@ -183,7 +183,7 @@ class Drawing:
             self.console.note(f"{done} of them are there already")
 
 
-def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], dict[str, Any]]:
+def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], JsonObject]:
     """The prompts, one per image, and what is known of the evaluation without the model.
 
     Raises UserError if the folder was made with something else.

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.nn.functional import pad
 
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.records import Metrics
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.step_noise import Transitions
 
@@ -97,7 +97,7 @@ class Batch:
         return self.taken(self.part.rows(start, end, self.own), self.part.only(start, end))
 
 
-def add_metrics(totals: dict[str, Any], values: dict[str, Tensor], weight: float) -> None:
+def add_metrics(totals: Metrics, values: dict[str, Tensor], weight: float) -> None:
     """Adds `weight` times each of `values` to `totals`, without a host sync."""
     for name, value in values.items():
         totals[name] = totals.get(name, 0.0) + weight * value.detach()

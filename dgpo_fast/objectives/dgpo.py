@@ -9,7 +9,6 @@ iteration: θ and θ_old are constant within an iteration.
 from dataclasses import replace
 from functools import partial
 from math import log
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
 from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.objectives.protocol import Objective, Traits
+from dgpo_fast.records import Metrics
 from dgpo_fast.seeds import stream_seed
 
 
@@ -79,7 +79,7 @@ class DGPOObjective(Objective):
         """Adds the gradient of `batch`, and returns its part of the metrics."""
         levels = self._levels(batch)
         loss = replace(self.loss, clip_range=None) if kl_alone else self.loss
-        totals: dict[str, Any] = {}
+        totals: Metrics = {}
         for comparison in compare(
             batch,
             levels,

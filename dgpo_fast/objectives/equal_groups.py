@@ -16,7 +16,7 @@ Learn = Callable[[Batch], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Sorted:
+class SortedGroups:
     """A process's samples, sorted by whether their group prefers anything.
 
     Attributes:
@@ -45,16 +45,16 @@ class Sorted:
         return totals
 
 
-def sort_groups(batch: Batch) -> Sorted:
+def sort_groups(batch: Batch) -> SortedGroups:
     """Sorts `batch`; all of it counts as preferring if processes work in step: they share groups or weights."""
     part = batch.part or BatchPart(0, batch.groups, batch.group_size, batch.advantage.cpu())
     if part.in_step:
-        return Sorted(batch, None, 1.0)
+        return SortedGroups(batch, None, 1.0)
     equal = (part.advantage.reshape(-1, batch.group_size) == 0).all(1)
     if not equal.any():
-        return Sorted(batch, None, 1.0)
+        return SortedGroups(batch, None, 1.0)
     mine = equal.repeat_interleave(batch.group_size)[part.first : part.first + len(batch.x0)]
-    return Sorted(_some(batch, part, ~mine), _some(batch, part, mine), 1.0 - float(equal.double().mean()))
+    return SortedGroups(_some(batch, part, ~mine), _some(batch, part, mine), 1.0 - float(equal.double().mean()))
 
 
 def _some(batch: Batch, part: BatchPart, chosen: torch.Tensor) -> Batch | None:

@@ -20,6 +20,7 @@ from dgpo_fast.prompts import Prompt
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.run.metrics import write_json
+from dgpo_fast.wording import one_line
 
 MANIFEST = "groups.json"
 PART = "part:"
@@ -119,7 +120,7 @@ class GroupFolder:
             staged.replace(path)
         except (OSError, SafetensorError) as error:
             staged.unlink(missing_ok=True)
-            raise UserError(f"{path} could not be written ({_line(error)}): free space and --resume") from None
+            raise UserError(f"{path} could not be written ({one_line(error)}): free space and --resume") from None
 
     def index(self, drawing: Drawing) -> tuple[list[GroupPlace], float, int]:
         """Where every group lies, the seconds that drawing took, and how many could not be scored."""
@@ -155,8 +156,4 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({_line(error)}): remove it and it is drawn again") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise UserError(f"{path}: damaged ({one_line(error)}): remove it and it is drawn again") from None

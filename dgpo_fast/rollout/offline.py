@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import fingerprint
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.dealing import GroupSampler
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import GroupScores
 from dgpo_fast.rollout.group_folder import Drawing, GroupFolder, GroupPlace, Stored, load
 from dgpo_fast.rollout.online import RolloutWorker
@@ -91,7 +91,7 @@ class OfflineSource:
             text = self.worker.sampler.encoder(texts)
         return Groups([group.prompt for group in stored], text, x0, _scores(stored), share)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """See `Source.summary`."""
         groups = len(self.places.items) if self.places else 0
         drawn = groups * self.config.rollout.group_size

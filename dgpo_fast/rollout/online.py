@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.dealing import GroupSampler, spread
+from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool
 from dgpo_fast.rewards.gather import gather_scores
 from dgpo_fast.rewards.pool.pool import Scoring
@@ -145,6 +145,6 @@ class OnlineSource:
             prompts, self.weights(), seed=self.seed, number=iteration, processes=self.processes
         )
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """See `Source.summary`."""
         return {"source": "online", "drawing_s": 0.0}

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from dgpo_fast.distributed import Share
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.rewards import GroupScores
 from dgpo_fast.rollout.step_noise import Transitions
 from dgpo_fast.run.console import Console
@@ -35,7 +36,7 @@ class Groups:
     scores: GroupScores
     share: Share
     transitions: Transitions | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -59,6 +60,6 @@ class Source(Protocol):
         """The groups of iteration `iteration`, counted from 0."""
         ...
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """What `summary.json` says of the source; `drawing_s` are seconds spent before the first iteration."""
         ...

@@ -35,9 +35,7 @@ def test_forwards_are_padded_to_a_process_s_share(random_pipeline: Path) -> None
     with torch.no_grad():
         assert drawn.padded(6) == 8
     assert trained.padded(3) == 4
-    assert engine._situation((16, 8, 8), tokens) == case.engine._situation((16, 8, 8), tokens), (
-        "kernels are chosen alike"
-    )
+    assert engine._workload((16, 8, 8), tokens) == case.engine._workload((16, 8, 8), tokens), "kernels are chosen alike"
 
 
 def test_a_run_draws_no_more_than_it_has(workspace: Path) -> None:

@@ -11,13 +11,13 @@ import torch
 from dgpo_fast.config import Engine
 from dgpo_fast.engine import attention, engine, linear
 from dgpo_fast.engine.attention import Timing, attention_shapes, fastest, time_attention
-from dgpo_fast.engine.choices import Choices, Situation, choose
+from dgpo_fast.engine.choices import Choices, Workload, choose
 from dgpo_fast.errors import UserError
 from tests.engine.cases import EngineCase, make_config
 
 CPU = torch.device("cpu")
 SHAPES = (attention.Shape(batch=2, tokens=7, heads=2, head_dim=8, calls=3),)
-HERE = Situation(CPU, torch.float32, SHAPES, SHAPES, width=32, images=17_920)
+HERE = Workload(CPU, torch.float32, SHAPES, SHAPES, width=32, images=17_920)
 
 
 @pytest.fixture(autouse=True)
