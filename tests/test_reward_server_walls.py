@@ -1,4 +1,4 @@
-"""What the reward server waits for, and for how long: each bound, made short, on a server of this process."""
+"""What the reward server waits for, and for how long: each bound, made short, in a server of this process."""
 
 import asyncio
 import contextlib
@@ -21,10 +21,8 @@ HEAD = b"POST /check HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nCo
 
 
 @pytest.fixture
-def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A server whose bounds are short, with the port it is at."""
-    for name, value in {"HEADERS_S": 0.3, "BODY_S": 0.3, "SEND_S": 0.3, "LINGER_S": 0.3, "MAX_CONNECTIONS": 4}.items():
-        monkeypatch.setattr(http_server, name, value)
+def running() -> Iterator[Any]:
+    """A server, with the port it is at."""
     reward = WeightedReward({"none": lambda images, *_: np.zeros(len(images), np.float32)}, {"none": 1.0})
     service = RewardService(reward, Limits(images=8, pixels=10**6, waiting=8, deadline_s=10))
     server = http_server.Server(service, None, 2**20, "up")
@@ -40,7 +38,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def connect(running: Any) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", running.port), timeout=10)
+    return socket.create_connection(("127.0.0.1", running.port), timeout=60)
 
 
 def answer(connection: socket.socket) -> tuple[int, Any]:
@@ -64,8 +62,11 @@ def answer(connection: socket.socket) -> tuple[int, Any]:
     ],
 )
 @pytest.mark.parametrize("trickles", [False, True])
-def test_a_client_that_is_slow_is_cut(running: Any, sent: bytes, expected: Any, trickles: bool) -> None:
+def test_a_client_that_is_slow_is_cut(
+    running: Any, sent: bytes, expected: Any, trickles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In silence before a whole head, by status 408 after it; however steadily its bytes come."""
+    monkeypatch.setattr(http_server, "BODY_S" if expected[0] else "HEADERS_S", 0.3)
     with connect(running) as connection:
         started = time.monotonic()
         connection.sendall(sent)
@@ -78,19 +79,19 @@ def test_a_client_that_is_slow_is_cut(running: Any, sent: bytes, expected: Any, 
 
         thread = threading.Thread(target=trickle) if trickles else threading.Thread()
         thread.start()
-        assert answer(connection) == expected
-        assert 0.2 < time.monotonic() - started < 3
+        assert answer(connection) == expected and time.monotonic() - started > 0.2
         is_over.set()
         thread.join()
 
 
-def test_connections_are_bounded(running: Any) -> None:
+def test_connections_are_bounded(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One too many is closed at once; when the others are gone, the next one is served."""
+    monkeypatch.setattr(http_server, "HEADERS_S", 100.0)
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 4)
     strangers = [connect(running) for _ in range(4)]
     wait_for(lambda: len(running.server_state.connections) == 4)
     with connect(running) as one_more:
-        started = time.monotonic()
-        assert answer(one_more) == (0, None) and time.monotonic() - started < 0.25
+        assert answer(one_more) == (0, None)
     for stranger in strangers:
         stranger.close()
     wait_for(lambda: not running.server_state.connections)
@@ -99,10 +100,8 @@ def test_connections_are_bounded(running: Any) -> None:
         assert answer(next_one) == (200, {"queue": 0})
 
 
-def test_large_bodies_are_bounded_together(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_bodies_are_bounded_together(running: Any) -> None:
     """While others hold the memory for bodies, one more is refused; it may come again."""
-    monkeypatch.setattr(http_server, "BODY_S", 5.0)
-    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 100)
     holders = [connect(running) for _ in range(http_server.MAX_BODIES)]
     for holder in holders:
         holder.sendall(HEAD % 2**20)
@@ -119,23 +118,25 @@ def test_large_bodies_are_bounded_together(running: Any, monkeypatch: pytest.Mon
         holder.close()
 
 
-def test_a_client_that_sends_on_without_end_is_cut(running: Any) -> None:
+def test_a_client_that_sends_on_without_end_is_cut(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gets the reason, and a moment to read it."""
+    monkeypatch.setattr(http_server, "LINGER_S", 0.3)
     with connect(running) as connection:
         connection.sendall(HEAD % 2**30)
         connection.sendall(b" " * 1000)
         started = time.monotonic()
         assert answer(connection) == (413, {"error": f"{2**30} bytes, more than --max-body-mib 1"})
-        assert 0.2 < time.monotonic() - started < 3
+        assert time.monotonic() - started > 0.2
 
 
 def test_a_client_that_does_not_read_is_cut(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer, larger than what the system keeps for it, is dropped."""
+    monkeypatch.setattr(http_server, "SEND_S", 0.3)
     monkeypatch.setattr(RewardService, "health", lambda self: {"much": "a" * 50_000_000})
     with connect(running) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         wait_for(lambda: running.server_state.connections)
-        wait_for(lambda: not running.server_state.connections, seconds=5)
+        wait_for(lambda: not running.server_state.connections)
 
 
 CLOSE = (HEAD % 2).replace(b"Host", b"Connection: close\r\nHost")
@@ -172,7 +173,7 @@ def test_what_follows_a_request_changes_nothing(
 
 
 def test_clients_that_are_slow_do_not_hold_up_its_end(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "BODY_S", 60.0)
+    monkeypatch.setattr(http_server, "BODY_S", 100.0)
     with connect(running) as connection:
         connection.sendall(HEAD % 2**20)
         wait_for(lambda: running.server_state.tasks)
