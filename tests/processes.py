@@ -1,18 +1,26 @@
-"""Several real processes on this machine, joined by gloo: what the tests of distributed runs share."""
+"""Processes that tests start, alone or as several that are joined by gloo.
 
+Importing torch, diffusers and this package takes seconds, so they are forked from a server that has done it.
+"""
+
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 ROOT = Path(__file__).parents[1]
 
 
 def heed_ctrl_c() -> None:
     """For a new process: tests that a shell runs in its background inherit a SIGINT that is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def free_port() -> int:
@@ -37,24 +45,75 @@ def environments(count: int, machines: int = 1) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(count)]
 
 
-def start(arguments: list[str], count: int, machines: int = 1) -> list[subprocess.Popen]:
-    """`python ARGUMENTS` as `count` processes of one group, as if on so many machines."""
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+class PythonProcess:
+    """`python ARGUMENTS` in this working folder; its output is kept in files.
+
+    Args:
+        arguments: `-m MODULE …` or `-c CODE …`.
+        environment: all of it; None: this process's.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str] | None = None):
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name, name) for name in ("output", "errors")]
+        self.process = CONTEXT.Process(
+            target=_run, args=(list(arguments), dict(environment or os.environ), os.getcwd(), self.files)
         )
-        for env in environments(count, machines)
-    ]
+        self.process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, −N after signal N; None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and waits for its end."""
+        self.process.kill()
+        self.process.join()
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What it wrote to stdout and stderr until its end, which must come within `timeout` seconds."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s"
+        output, errors = (file.read_text(encoding="utf-8") for file in self.files)
+        return output, errors
 
 
-def finish(processes: list[subprocess.Popen], timeout_s: float = 400) -> list[tuple[int, str, str]]:
+def _run(arguments: list[str], environment: dict[str, str], folder: str, files: list[Path]) -> None:
+    for number, file in enumerate(files, start=1):
+        with file.open("w") as opened:
+            os.dup2(opened.fileno(), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    heed_ctrl_c()
+    sys.path.insert(0, folder)
+    kind, what, *rest = arguments
+    sys.argv = [what if kind == "-m" else kind, *rest]
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def start(arguments: list[str], count: int, machines: int = 1) -> list[PythonProcess]:
+    """`python ARGUMENTS` as `count` processes of one group, as if on so many machines."""
+    return [PythonProcess(arguments, environment) for environment in environments(count, machines)]
+
+
+def finish(processes: list[PythonProcess], timeout_s: float = 400) -> list[tuple[int, str, str]]:
     """(exit status, output, errors) of each; kills what is left after `timeout_s`."""
     try:
         outputs = [process.communicate(timeout=timeout_s) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
+    return [(process.returncode or 0, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
 def run_together(arguments: list[str], count: int, machines: int = 1) -> list[str]:

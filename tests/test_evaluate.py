@@ -33,7 +33,7 @@ from dgpo_fast.rewards.remote import png
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.train import train
 from tests.pipelines import save_random_pipeline
-from tests.processes import heed_ctrl_c
+from tests.processes import PythonProcess
 from tests.servers import answering, wait_for
 
 PROMPTS = ["a cat", "a dog on a hill", "two birds", "a red house", "a boat", "a river"]
@@ -283,22 +283,19 @@ def test_ctrl_c_and_sigkill_lose_nothing(workspace: Path) -> None:
     """Stopped twice, the same command goes on to what an undisturbed one gives; nothing is drawn again."""
     args = ["model", *SMALL, "--images-per-prompt", "50", "--batch-size", "1", "--output"]
     evaluate([*args, "undisturbed"])
-    out, command = workspace / "out", [sys.executable, "-m", "dgpo_fast.evaluate", *args, "out"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
-    )
+    out, command = workspace / "out", ["-m", "dgpo_fast.evaluate", *args, "out"]
+    process = PythonProcess(command)
     wait_for(lambda: (out / "images/000007.png").exists())
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in output + errors
     done = len(index(out))
     last = output.splitlines()[-1]
     assert 8 <= done < 300 and last.startswith(f"stopped: {done} of 300 images are drawn and scored")
     assert last.endswith("python -m dgpo_fast.evaluate " + " ".join(args) + " out")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = PythonProcess(command)
     wait_for(lambda: len(index(out)) > done)
     process.kill()
-    process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in sorted((out / "images").iterdir())[: len(index(out))]}
     assert not (out / "results.json").exists(), "it was killed before its end"
     assert evaluate([*args, "out"]) == 0

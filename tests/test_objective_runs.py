@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.train import train
+from tests.processes import PythonProcess
 from tests.runs import untimed
 from tests.servers import wait_for
 
@@ -40,13 +41,10 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_run_goes_on_as_if_nothing_had_been(system: str, workspace: Path) -> None:
     """SIGKILL in mid-run, then --resume: metrics and weights are those of the run that was left alone."""
     args = ["small.yaml", *SYSTEMS[system], "--iterations", "8"]
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "dgpo_fast.train", *args, "--name", "killed"], stdout=subprocess.DEVNULL
-    )
+    killed = PythonProcess(["-m", "dgpo_fast.train", *args, "--name", "killed"])
     assert train([*args, "--name", "undisturbed"]) == 0
     wait_for((workspace / "runs/killed/checkpoints/iteration-000002").exists)
     killed.kill()
-    killed.wait()
     shutil.rmtree(workspace / "runs/killed/checkpoints/iteration-000008", ignore_errors=True)
     assert train(["--resume", "runs/killed"]) == 0
     ours, theirs = workspace / "runs/killed", workspace / "runs/undisturbed"
@@ -147,18 +145,26 @@ def test_offline_groups_of_something_else_are_refused(workspace: Path, random_pi
     assert untimed(workspace / "runs/third") == untimed(workspace / "runs/first"), "drawn again as it was"
 
 
+class Waits:
+    """Brightness; once a file of groups is there, it waits for as long as there is a file `wait`."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        while Path("wait").exists() and list(Path("runs/killed/groups").glob("g*.safetensors")):
+            time.sleep(0.1)
+        return images.mean((1, 2, 3))
+
+
 def test_a_drawing_that_is_killed_goes_on(workspace: Path) -> None:
     """SIGKILL while groups are drawn: what is there stays, and the rest is what one go would have drawn."""
-    args = ["small.yaml", "--data.source=offline", "--data.offline-groups=40", "--iterations=2"]
+    args = ["small.yaml", *OFFLINE, "--iterations=2", f"--rewards={__name__}:Waits"]
     train([*args, "--name", "undisturbed"])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dgpo_fast.train", *args, "--name", "killed"], stdout=subprocess.DEVNULL
-    )
-    wait_for((workspace / "runs/killed/groups/groups-000001.safetensors").exists)
+    Path("wait").touch()
+    process = PythonProcess(["-m", "dgpo_fast.train", *args, "--name", "killed"])
+    wait_for(lambda: list(Path("runs/killed/groups").glob("g*.safetensors")))
     process.kill()
-    process.wait()
+    Path("wait").unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in Path("runs/killed/groups").glob("g*.safetensors")}
-    assert len(kept) < 14, "it was killed before the last file"
+    assert len(kept) == 1, "it was killed before the next file"
     assert train(["--resume", "runs/killed"]) == 0
     for name, modified in kept.items():
         assert (Path("runs/killed/groups") / name).stat().st_mtime_ns == modified

@@ -15,6 +15,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
+from tests.processes import PythonProcess
 from tests.runs import command, untimed
 from tests.servers import wait_for
 
@@ -38,27 +39,23 @@ def test_resuming_from_any_checkpoint_gives_the_undisturbed_run(workspace: Path,
 
 
 def test_sigkill_and_resume(workspace: Path) -> None:
-    """A process killed without warning goes on from its newest whole checkpoint to the same end."""
-    train(["small.yaml", "--name", "undisturbed", "--iterations", "40"])
-    process = subprocess.Popen(
-        command("small.yaml", "--name", "killed", "--iterations", "40"), stdout=subprocess.DEVNULL
-    )
+    """A process killed without warning goes on from its newest whole checkpoint as if nothing had been."""
+    process = PythonProcess(["-m", "dgpo_fast.train", "small.yaml", "--name", "killed", "--iterations", "4000"])
     checkpoints = workspace / "runs/killed/checkpoints"
     wait_for(lambda: len(list(checkpoints.glob("iteration-*"))) > 3)
     process.kill()
-    process.wait()
     assert not (workspace / "runs/killed/summary.json").exists(), "the run was killed before its end"
-    assert train(["--resume", "runs/killed"]) == 0
+    iterations = str(load_newest(checkpoints)[0].iteration + 2)
+    assert train(["--resume", "runs/killed", "--iterations", iterations]) == 0
+    train(["small.yaml", "--name", "undisturbed", "--iterations", iterations])
     assert untimed(workspace / "runs/killed") == untimed(workspace / "runs/undisturbed")
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(workspace: Path) -> None:
-    process = subprocess.Popen(
-        command("small.yaml", "--iterations", "4000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = PythonProcess(["-m", "dgpo_fast.train", "small.yaml", "--iterations", "4000"])
     wait_for(lambda: (workspace / "runs/run/checkpoints/iteration-000003").exists())
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in output + errors
     assert output.splitlines()[-1].endswith("resume with: python -m dgpo_fast.train --resume runs/run")
