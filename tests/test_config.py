@@ -177,11 +177,9 @@ def test_take_option() -> None:
 
 
 def test_importing_is_light() -> None:
-    """A fresh process imports the package in under 3 s, without triton, bitsandbytes or torch."""
-    code = (
-        "import time; t = time.perf_counter(); import dgpo_fast, dgpo_fast.train, sys;"
-        "assert time.perf_counter() - t < 3; assert not {'triton', 'bitsandbytes', 'torch'} & set(sys.modules)"
-    )
+    """A fresh process imports the package without what takes a tenth of a second or more."""
+    heavy = {"torch", "diffusers", "transformers", "peft", "triton", "bitsandbytes", "scipy", "matplotlib"}
+    code = f"import dgpo_fast, dgpo_fast.train, sys; found = {heavy} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

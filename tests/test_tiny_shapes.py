@@ -1,7 +1,7 @@
 """The shapes reward: scores worked out by hand, pictures that match and pictures that do not."""
 
 import re
-import time
+import sys
 
 import numpy as np
 import pytest
@@ -121,15 +121,19 @@ def test_an_object_of_two_colours_has_none():
     assert ShapesReward().detect(images) == [[Found("square", "", (15, 15), (14, 14))]]
 
 
-def test_256_images_take_a_third_of_a_second_at_most():
-    images, texts, metadata = balanced_pictures(256)
-    reward = ShapesReward()
-    times_s = []
-    for _ in range(5):
-        start = time.process_time()
-        reward(images, texts, metadata)
-        times_s.append(time.process_time() - start)
-    assert min(times_s) <= 0.3
+def test_an_image_takes_few_calls():
+    """94 of functions, in batches of any size: 256 images take 0.05 s, on a slow machine more, and then as all does."""
+    reward, calls = ShapesReward(), []
+    for count in (64, 256):
+        batch = balanced_pictures(count)
+        made = []
+        sys.setprofile(lambda frame, event, argument, made=made: made.append(event) if "call" in event else None)
+        try:
+            reward(*batch)
+        finally:
+            sys.setprofile(None)
+        calls.append(len(made) / count)
+    assert max(calls) < 150, calls
 
 
 @pytest.mark.parametrize(
