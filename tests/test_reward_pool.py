@@ -51,6 +51,8 @@ class Trouble:
         match prompts[0]:
             case "hang":
                 time.sleep(600)
+            case "slow":
+                time.sleep(1)
             case "hang in C":
                 print(os.getpid(), flush=True)
                 ctypes.PyDLL(None).sleep(600)  # keeps Python's lock
@@ -320,8 +322,8 @@ def test_a_reward_on_the_gpu_is_scored_beside_the_trainers_work() -> None:
 def test_what_was_hidden_is_told(own_rewards: str, make_pool: Callable) -> None:
     """A group that was scored while the trainer did other work took time, and cost it none."""
     pool = make_pool(load_rewards([f"{own_rewards}:Trouble"]), workers=1)
-    scoring = pool.start([Prompt("a")], SIZE)
-    scoring.add(pictures(1, 512))
+    scoring = pool.start([Prompt("slow")], SIZE)
+    scoring.add(pictures(1))
     (task,) = next(iter(scoring.groups[0].values()))
     while not task.result.done():
         time.sleep(0.01)

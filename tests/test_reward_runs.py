@@ -192,7 +192,9 @@ def test_64_other_clients_change_nothing_for_a_run_but_its_time(workspace: Path,
     assert ends[0]["tags"] == ends[1]["tags"] and ends[0]["reward_mean"] == ends[1]["reward_mean"]
 
 
-def test_a_server_killed_and_restarted_in_mid_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_killed_and_restarted_in_mid_run(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run reaches its end; it asked again for what could not be scored meanwhile, or dropped and counted it, and
     never scored it 0."""
     servers = [Process("--reward", "jpeg", port=free_port())]
@@ -203,10 +205,17 @@ def test_a_server_killed_and_restarted_in_mid_run(workspace: Path, capsys: pytes
         time.sleep(0.3)
         servers.append(Process("--reward", "jpeg", port=servers[0].port))
 
+    step = Trainer.step
+
+    def step_with_a_server_at_last(trainer: Trainer) -> Any:
+        if trainer.iteration == 19:
+            killer.join()
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", step_with_a_server_at_last)
     killer = in_background(kill_and_restart)
     try:
         assert train(["--rewards", servers[0].url, *SMALL, "--iterations=20", "--max-lost-iterations=1000"]) == 0
-        killer.join()
         assert len(servers) == 2
     finally:
         for server in servers:
