@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch import Tensor
 
 from benchmarks.rewards import Brightness
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.policy import with_lora
 from dgpo_fast.rollout.schedule import make_scheduler
 from dgpo_fast.run.metrics import Phases

@@ -40,7 +40,8 @@ from benchmarks.compare.quality import PatchBank, diversity
 from benchmarks.compare.run import QUALITY_IMAGES, Run, perform
 from benchmarks.compare.systems import NORMAL, SYSTEMS, Scale, System, configuration
 from dgpo_fast.build import build
-from dgpo_fast.config import Config, recipes
+from dgpo_fast.config import recipes
+from dgpo_fast.config.options import Config
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.trainer import Trainer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.baselines import BASELINES, Baseline, Inputs, Oracle, Text
 from benchmarks.rewards import Brightness
 from dgpo_fast.build import build
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import forwards_per_step, predict
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.models.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import to_dict
 from dgpo_fast.config.recipes import prompts_note
 from dgpo_fast.distributed import ALONE, Processes, place
@@ -22,7 +22,6 @@ from dgpo_fast.learning.checkpoints import Checkpoints
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import state_bytes
 from dgpo_fast.memory.plan import MemoryPlan
-from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
@@ -104,8 +103,10 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     device = processes.own_device(pick_device(config.device))
     reward = _load_rewards(config, prompts, processes, device)
     architecture = read_model(config)
-    _try_out(reward, config, prompts, architecture)
-    pool = _start_pool(reward, config, device, console)
+    side = config.rollout.resolution or architecture.side
+    reward.try_out([*prompts.train, *prompts.held_out], (config.rollout.group_size, 1), side)
+    workers = count_workers(config.reward_workers, device)
+    pool = RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
     dtype = pick_dtype(config.precision, device)
     memory = MemoryPlan(architecture, device, dtype, processes, console.note)
     config = memory.predict(config)
@@ -121,11 +122,11 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     work = WorkMeter(models, pipeline.vae, config.policy, sampler.shape)
     learner = Learner(config, models, processes, phases, work, console.note)
     worker = RolloutWorker(
-        config.rollout.group_size,
-        models,
-        sampler,
-        draw,
-        pool,
+        group_size=config.rollout.group_size,
+        models=models,
+        sampler=sampler,
+        draw=draw,
+        rewards=pool,
         keep_transitions=traits(config).needs_transitions,
         phases=phases,
         work=work,
@@ -171,17 +172,6 @@ def _load_rewards(config: Config, prompts: PromptSets, processes: Processes, dev
     if config.data.source == "online":  # of offline groups, each is drawn and scored by one process
         reward.check_processes(processes.count, config.rollout.groups)
     return reward
-
-
-def _try_out(reward: WeightedReward, config: Config, prompts: PromptSets, architecture: Architecture) -> None:
-    """Scores coloured squares of the run's size, as many as a group and one alone, before the model is loaded."""
-    side = config.rollout.resolution or architecture.side
-    reward.try_out([*prompts.train, *prompts.held_out], (config.rollout.group_size, 1), side)
-
-
-def _start_pool(reward: WeightedReward, config: Config, device: torch.device, console: Console) -> RewardPool:
-    workers = count_workers(config.reward_workers, device)
-    return RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
 
 
 def _make_models(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dgpo_fast.build import build
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import to_dict, write_yaml
 from dgpo_fast.distributed import ALONE, Processes, SharedError
 from dgpo_fast.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from dgpo_kernels import group_noise, philox_normal
 from torch import Tensor
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import batch_slices, predict
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.objectives import Batch, Objective, add_metrics

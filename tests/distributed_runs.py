@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from dgpo_fast.build import build
-from dgpo_fast.config import Config
 from dgpo_fast.config.command_line import configure
+from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import Processes, connect
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer

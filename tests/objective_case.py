@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dgpo_fast.config import DGPO, Config, Policy, Rollout
+from dgpo_fast.config.options import DGPO, Config, Policy, Rollout
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder

@@ -14,8 +14,9 @@ import torch
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.run import checkpoint
-from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest, save_checkpoint
+from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
 from dgpo_fast.run.folder import FolderLock
+from tests.checkpoints import save_checkpoint
 
 
 def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:

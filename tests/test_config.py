@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_fast.config import Config, Optimizer
 from dgpo_fast.config.command_line import configure, take_option
-from dgpo_fast.config.reading import parse_overrides, resolve, setting_names, to_dict, write_yaml
+from dgpo_fast.config.options import Config, Optimizer
+from dgpo_fast.config.reading import flat, parse_overrides, resolve, to_dict, write_yaml
 from dgpo_fast.config.recipes import RECIPES, get_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.learner import learning_rate
@@ -159,7 +159,7 @@ def test_mistakes_in_a_file(text: str, tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(setting_names()), st.text(max_size=12))
+@given(st.sampled_from(list(flat(Config()))), st.text(max_size=12))
 def test_any_value_is_taken_or_refused_in_one_line(name: str, value: str) -> None:
     """No text given for any setting escapes as another exception."""
     try:

@@ -13,7 +13,8 @@ import pytest
 from benchmarks.compare.report import with_parts
 from benchmarks.pages import part
 from dgpo_fast.config.command_line import configure, take_option
-from dgpo_fast.config.reading import setting_names
+from dgpo_fast.config.options import Config
+from dgpo_fast.config.reading import flat
 from dgpo_fast.config.recipes import markdown_table, short_table
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import take_sources
@@ -63,7 +64,7 @@ def test_evaluation_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_settings_named_in_the_docs_exist() -> None:
-    names = set(setting_names())
+    names = set(flat(Config()))
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for group, field in re.findall(
             r"`(rollout|dgpo|policy|engine|optimizer|ema|evaluation|checkpoint)\.(\w+)`",

@@ -18,8 +18,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from dgpo_fast.config import Policy
 from dgpo_fast.config.command_line import run_command
+from dgpo_fast.config.options import Policy
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.folder import NEEDED, EvaluationFolder, Row

@@ -1,5 +1,6 @@
 """Memory is counted right, predicted before it is taken, chosen for, and its lack explained."""
 
+import gc
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,16 +14,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dgpo_fast.build import build
-from dgpo_fast.config import Config, Policy
-from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.config.command_line import configure
+from dgpo_fast.config.options import Config, Policy
+from dgpo_fast.config.options import Optimizer as OptimizerConfig
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory import plan, simulate
 from dgpo_fast.memory.__main__ import memory
 from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.cards import CARDS_GB, fit_on
-from dgpo_fast.memory.live import LiveBytes, tensors_alive
+from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import MemoryLine, fit
 from dgpo_fast.memory.plan import MemoryPlan
@@ -103,6 +104,11 @@ def test_one_block_of_each_kind_stands_for_all(
         mine, theirs = shallow.training(batch), whole.training(batch)
         assert mine.saved == pytest.approx(theirs.saved, rel=0.01)
         assert mine.peak == pytest.approx(theirs.peak, rel=0.03)
+
+
+def tensors_alive() -> list[torch.Tensor]:
+    """Every tensor that Python knows of."""
+    return [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
 
 
 def real_peak(models: PolicyModels, batch: int) -> int:

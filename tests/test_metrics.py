@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo_fast.config import Log
+from dgpo_fast.config.options import Log
 from dgpo_fast.run.metrics import Loggers, MetricsFile, Phases, read_metrics, write_json
 
 

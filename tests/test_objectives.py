@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.distributions import Normal
 
-from dgpo_fast.config import Config, Data, DiffusionDPO, Distributed, Engine, FlowGRPO, Policy, Rollout
+from dgpo_fast.config.options import Config, Data, DiffusionDPO, Distributed, Engine, FlowGRPO, Policy, Rollout
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.engine.batches import batch_sizes
 from dgpo_fast.errors import UserError
@@ -697,7 +697,10 @@ def test_an_objective_from_outside_is_treated_as_it_declares(random_pipeline: Pa
     [
         ({"objective": "ppo"}, f"no objective 'ppo': name one of {', '.join(BUILT_IN)}, or your own as "),
         ({"objective": "nowhere:Mine"}, "objective 'nowhere:Mine': no module 'nowhere' in the working folder or among"),
-        ({"objective": "dgpo_fast.config:DGPO"}, "objective 'dgpo_fast.config:DGPO' cannot be made: ValidationError: "),
+        (
+            {"objective": "dgpo_fast.config.options:DGPO"},
+            "objective 'dgpo_fast.config.options:DGPO' cannot be made: ValidationError: ",
+        ),
         (
             {"objective": "dgpo_fast.config.reading:flat"},
             "objective 'dgpo_fast.config.reading:flat' is no dgpo_fast.objectives.Objective",

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dgpo_fast.config import Optimizer as OptimizerConfig
 from dgpo_fast.config.command_line import configure
+from dgpo_fast.config.options import Optimizer as OptimizerConfig
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.optimizers import Bf16Optimizer, load_optimizer, make_optimizer, optimizer_tensors, state_bytes
 from dgpo_fast.learning.rounding import join_fp32, random_16bit, split_fp32, stochastic_bf16
-from dgpo_fast.run.checkpoint import load_newest, save_checkpoint
+from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
+from tests.checkpoints import save_checkpoint
 
 CPU = torch.device("cpu")
 SHAPES = {"large": (96, 80), "odd": (67, 63), "small": (40,)}

@@ -14,8 +14,8 @@ from diffusers import SD3Transformer2DModel
 from torch.distributed.device_mesh import init_device_mesh
 
 from dgpo_fast.build import build
-from dgpo_fast.config import Policy
 from dgpo_fast.config.command_line import configure
+from dgpo_fast.config.options import Policy
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.distributed.shards import Shards
 from dgpo_fast.errors import UserError

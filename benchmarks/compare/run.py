@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.compare.quality import PatchBank, diversity, rendered
 from benchmarks.compare.systems import SYSTEMS, Scale, configuration
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.lifecycle import set_up, stepping
 from dgpo_fast.prompts import Prompt

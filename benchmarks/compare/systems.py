@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dgpo_fast.config import Config, recipes
+from dgpo_fast.config import recipes
+from dgpo_fast.config.options import Config
 
 
 @dataclass(frozen=True)

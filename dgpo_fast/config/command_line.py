@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import YAML, parse_overrides, read_yaml, resolve
 from dgpo_fast.config.recipes import RECIPES, get_recipe
 from dgpo_fast.errors import UserError

@@ -12,7 +12,7 @@ from typing import TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject
 
@@ -112,11 +112,6 @@ def _suggest(key: str, known: JsonObject) -> str:
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     close = close or [last_parts[n] for n in difflib.get_close_matches(last, list(last_parts), n=1, cutoff=0.7)]
     return f": did you mean '{close[0]}'?" if close else "; --help lists them"
-
-
-def setting_names() -> list[str]:
-    """Dotted names of all settings of a run, as the command line takes them."""
-    return list(flat(Config()))
 
 
 def flat(settings: object) -> JsonObject:

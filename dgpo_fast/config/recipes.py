@@ -12,7 +12,18 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from dgpo_fast.config import DGPO, EMA, Advantage, Config, Data, Evaluation, FlowGRPO, Optimizer, Policy, Rollout
+from dgpo_fast.config.options import (
+    DGPO,
+    EMA,
+    Advantage,
+    Config,
+    Data,
+    Evaluation,
+    FlowGRPO,
+    Optimizer,
+    Policy,
+    Rollout,
+)
 from dgpo_fast.config.reading import YAML
 from dgpo_fast.errors import UserError
 

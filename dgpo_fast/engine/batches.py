@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.placement import largest_share
 from dgpo_fast.objectives.registry import traits
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from dgpo_fast.config import Engine as EngineConfig
+from dgpo_fast.config.options import Engine as EngineConfig
 from dgpo_fast.engine import attention, linear
 from dgpo_fast.engine.attention import Shape, Timing
 from dgpo_fast.engine.remembered import remembered

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
 from dgpo_fast.engine.batches import batch_sizes, decode_batch

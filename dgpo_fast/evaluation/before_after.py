@@ -1,9 +1,10 @@
 """A run's evaluations: before training, between iterations, and at its end."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import Processes
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
@@ -18,12 +19,13 @@ from dgpo_fast.run.console import Console
 from dgpo_fast.wording import counted, number, resume_command
 
 
+@dataclass(eq=False)
 class RunEvaluations:
     """Scores weights of one run, always on the same held-out prompts and initial noise.
 
     All processes must call each method together. The behaviour copy is left with the weights that were scored.
 
-    Args:
+    Attributes:
         config: the run's.
         prompts: with those that are held out.
         rewards: score the images.
@@ -34,20 +36,14 @@ class RunEvaluations:
         console: shows progress.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        prompts: PromptSets,
-        rewards: RewardPool,
-        sampler: Sampler,
-        draw: Draw,
-        models: PolicyModels,
-        processes: Processes,
-        console: Console,
-    ):
-        self.config, self.prompts, self.rewards = config, prompts, rewards
-        self.sampler, self.draw, self.models = sampler, draw, models
-        self.processes, self.console = processes, console
+    config: Config
+    prompts: PromptSets
+    rewards: RewardPool
+    sampler: Sampler
+    draw: Draw
+    models: PolicyModels
+    processes: Processes
+    console: Console
 
     def scores(self, weights: Weights, on_step: Callable[[float], None] | None = None, remedy: str = "") -> Evaluation:
         """The scores of `weights`.

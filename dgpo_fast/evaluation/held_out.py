@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgpo_fast.config import Evaluation as EvaluationConfig
+from dgpo_fast.config.options import Evaluation as EvaluationConfig
 from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
 from dgpo_fast.distributed.batch_part import filled
 from dgpo_fast.distributed.placement import even_ranges

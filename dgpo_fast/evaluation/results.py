@@ -8,7 +8,7 @@ from zipfile import BadZipFile
 
 from safetensors import SafetensorError
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.figures import before_after_grid, reward_curve
 from dgpo_fast.evaluation.held_out import Evaluation

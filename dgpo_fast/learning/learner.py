@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgpo_fast.config import Config, Optimizer
+from dgpo_fast.config.options import Config, Optimizer
 from dgpo_fast.distributed import Processes, SharedError
 from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgpo_fast.config import Optimizer as OptimizerConfig
+from dgpo_fast.config.options import Optimizer as OptimizerConfig
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.rounding import Rounding, SplitMaster, StochasticRounding
 

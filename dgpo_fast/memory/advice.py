@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.records import JsonObject
 

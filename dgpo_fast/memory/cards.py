@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.engine.choices import GRAPH_MEMORY_GIB
 from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.low import with_low_memory

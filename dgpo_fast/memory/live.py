@@ -3,7 +3,6 @@
 Not counted: workspaces inside operations, the allocator's rounding, and anything that is not a tensor.
 """
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -12,11 +11,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-def tensors_alive() -> list[Tensor]:
-    """Every tensor that Python knows of."""
-    return [found for found in gc.get_objects() if isinstance(found, Tensor)]
 
 
 class LiveBytes(TorchDispatchMode):

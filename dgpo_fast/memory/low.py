@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 
 BATCH = 8
 """Images per forward of the rollout: enough to keep a small card busy at 512 × 512."""

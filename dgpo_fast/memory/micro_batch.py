@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.meta import SampleShape

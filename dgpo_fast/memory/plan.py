@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import Processes
 from dgpo_fast.engine.choices import room_for_graphs
 from dgpo_fast.errors import UserError

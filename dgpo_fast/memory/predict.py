@@ -13,7 +13,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.placement import largest_share, place
 from dgpo_fast.engine.batches import decode_batch
 from dgpo_fast.engine.fp8 import quantised

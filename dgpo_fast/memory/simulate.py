@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.models.meta import FusedAttention, SampleShape

@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from safetensors import SafetensorError, safe_open
 
 from dgpo_fast import tiny
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import SD35_MEDIUM, TEXT_ENCODERS, Architecture, read_architecture, sd35_medium
 from dgpo_fast.models.prompt_cache import content_digest, default_folder

@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.errors import UserError
 
 if TYPE_CHECKING:

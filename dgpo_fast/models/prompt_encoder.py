@@ -10,7 +10,7 @@ import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import has_t5, lacks_text_encoders, load_text_encoders, passes_by_layer
 from dgpo_fast.models.prompt_cache import PromptCache, Row, content_digest, default_folder

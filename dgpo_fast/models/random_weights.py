@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5TokenizerFast
 
 from dgpo_fast import tiny
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import SD35_MEDIUM, TEXT_ENCODERS, Architecture, read_architecture, sd35_medium
 

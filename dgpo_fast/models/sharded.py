@@ -8,7 +8,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.distributed.shards import Shards
 from dgpo_fast.models.policy import PolicyModels, Weights, own_copy
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dgpo_fast.config import Policy as PolicyConfig
+from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.models.datasheet import peak_tflops
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import PolicyModels, with_lora

@@ -13,7 +13,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import guided, is_guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds

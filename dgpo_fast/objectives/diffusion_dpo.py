@@ -17,7 +17,7 @@ import torch
 from dgpo_kernels import philox_normal
 from torch import Tensor
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds

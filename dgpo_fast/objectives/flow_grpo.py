@@ -17,7 +17,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import batch_slices, guided, is_guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds

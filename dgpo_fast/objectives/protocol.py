@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.objectives.batch import Batch
 

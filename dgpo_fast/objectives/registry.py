@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.user_code import call, import_attribute

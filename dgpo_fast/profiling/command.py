@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgpo_fast.config import Config, Log
 from dgpo_fast.config.command_line import configure, launched_with_others, take_count, take_option
 from dgpo_fast.config.help import print_help
+from dgpo_fast.config.options import Config, Log
 from dgpo_fast.config.reading import resolve, to_dict
 from dgpo_fast.errors import UserError
 

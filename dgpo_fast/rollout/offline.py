@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgpo_fast.config import Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import ALONE, Processes, place
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import fingerprint

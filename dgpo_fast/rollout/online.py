@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,11 @@ from dgpo_fast.run.metrics import Phases
 from dgpo_fast.seeds import stream_seed
 
 
+@dataclass(eq=False, kw_only=True)
 class RolloutWorker:
     """Draws, decodes and scores groups with given weights.
 
-    Args:
+    Attributes:
         group_size: images of each prompt.
         models: its behaviour copy draws.
         sampler: draws with that copy.
@@ -41,20 +43,14 @@ class RolloutWorker:
         work: what the forwards do is counted there.
     """
 
-    def __init__(
-        self,
-        group_size: int,
-        models: PolicyModels,
-        sampler: Sampler,
-        draw: Draw,
-        rewards: RewardPool,
-        *,
-        keep_transitions: bool,
-        phases: Phases,
-        work: WorkMeter,
-    ):
-        self.group_size, self.models, self.sampler, self.draw = group_size, models, sampler, draw
-        self.rewards, self.keep_transitions, self.phases, self.work = rewards, keep_transitions, phases, work
+    group_size: int
+    models: PolicyModels
+    sampler: Sampler
+    draw: Draw
+    rewards: RewardPool
+    keep_transitions: bool
+    phases: Phases
+    work: WorkMeter
 
     def draw_groups(
         self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, number: int, processes: Processes = ALONE
@@ -117,19 +113,15 @@ class RolloutWorker:
         return StepNoise(samples, seed=stream_seed(seed, "step noise"), draw=number, keep=self.keep_transitions)
 
 
+@dataclass(eq=False)
 class OnlineSource:
     """Groups of each iteration's prompts, drawn with the current result of `weights()`."""
 
-    def __init__(
-        self,
-        worker: RolloutWorker,
-        prompts: GroupSampler[Prompt],
-        seed: int,
-        weights: Callable[[], Weights],
-        processes: Processes = ALONE,
-    ):
-        self.worker, self.prompts, self.seed, self.weights = worker, prompts, seed, weights
-        self.processes = processes
+    worker: RolloutWorker
+    prompts: GroupSampler[Prompt]
+    seed: int
+    weights: Callable[[], Weights]
+    processes: Processes = ALONE
 
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
         """Does nothing: groups are drawn in their iteration."""

@@ -56,7 +56,7 @@ class CheckpointWriter:
     """Writes a run's checkpoints while the run continues.
 
     `save` copies the state to the CPU and returns; a thread writes it. At most one write is under way: the next `save`
-    waits for it. Errors in the thread are raised by the next call, as the one-line UserError of `save_checkpoint`.
+    waits for it. Errors in the thread are raised by the next call, as a UserError of one line.
 
     Args:
         folder: the run's `checkpoints` folder.
@@ -101,24 +101,6 @@ def _copied(tensor: Tensor, before: Tensor | None) -> Tensor:
     if before is None or before.shape != tensor.shape or before.dtype != tensor.dtype:
         before = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return before.copy_(tensor, non_blocking=True)
-
-
-def save_checkpoint(
-    folder: Path, iteration: int, parts: Parts, keep: int, info: Mapping[str, object] | None = None
-) -> Path:
-    """Writes `folder/iteration-NNNNNN` and removes all but the `keep` newest.
-
-    Args:
-        folder: the run's `checkpoints` folder, made if missing; the run's folder must be there.
-        iteration: optimizer steps taken.
-        parts: what to save.
-        keep: at least 1.
-        info: JSON values for the manifest.
-
-    Raises UserError if it cannot be written; earlier checkpoints stay intact.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _flat(parts).items()}
-    return _write(folder, iteration, tensors, keep, info or {})
 
 
 def _flat(parts: Parts) -> dict[str, Tensor]:

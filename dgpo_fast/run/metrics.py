@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dgpo_fast.config import Log
+from dgpo_fast.config.options import Log
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.wording import one_line

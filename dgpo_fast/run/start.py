@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgpo_fast.config import Config
 from dgpo_fast.config.command_line import configure, take_option
+from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.folder import LOCK, FolderLock, read_lock

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dgpo_fast.config import Engine
+from dgpo_fast.config.options import Engine
 from dgpo_fast.engine import attention, engine, linear
 from dgpo_fast.engine.attention import Timing, attention_shapes, fastest, time_attention
 from dgpo_fast.engine.choices import Choices, Workload, choose

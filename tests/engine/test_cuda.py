@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgpo_fast.config import Engine
+from dgpo_fast.config.options import Engine
 from dgpo_fast.engine import attention
 from dgpo_fast.engine.decoder import Decoder
 from dgpo_fast.engine.fp8 import Float8Copy

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-from dgpo_fast.config import Policy
+from dgpo_fast.config.options import Policy
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.work import ModelWork
 from dgpo_fast.profiling import build

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgpo_fast.build import build
-from dgpo_fast.config import Policy
 from dgpo_fast.config.command_line import configure
+from dgpo_fast.config.options import Policy
 from dgpo_fast.models.datasheet import find_datasheet
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork, WorkCounter
