@@ -32,13 +32,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # this folder has a `kernels.py`, which would stand before a library
+
 import numpy as np
-from first_light import RESULTS, machine
 
 from benchmarks.compare.curves import mean_interval
 from benchmarks.compare.quality import PatchBank, diversity
 from benchmarks.compare.run import QUALITY_IMAGES, Run, perform
 from benchmarks.compare.systems import NORMAL, SYSTEMS, Scale, System, configuration
+from benchmarks.first_light import RESULTS, machine
 from dgpo_fast.build import build
 from dgpo_fast.config import recipes
 from dgpo_fast.config.options import Config

@@ -12,18 +12,22 @@ Writes `benchmarks/results/<cpu or gpu>/gradient_signal.json`; `--table` prints 
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # this folder has a `kernels.py`, which would stand before a library
+
 import numpy as np
 import torch
-from first_light import RESULTS, machine
 from torch import Tensor
 
 from benchmarks.compare.systems import NORMAL, SYSTEMS, configuration
+from benchmarks.first_light import RESULTS, machine
 from dgpo_fast.build import build
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels, Weights

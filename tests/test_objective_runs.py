@@ -95,7 +95,7 @@ def test_offline_groups_serve_other_runs(workspace: Path, monkeypatch: pytest.Mo
     files = sorted(Path("groups").glob("*.safetensors"))
     assert [read_x0(file).shape[0] for file in files] == [12, 12, 8]
     before = {path: path.stat().st_mtime_ns for path in Path("groups").iterdir()}
-    monkeypatch.setattr("dgpo_fast.rollout.online.RolloutWorker.draw", None)
+    monkeypatch.setattr("dgpo_fast.rollout.online.RolloutWorker.draw_groups", None)
     reuse = ["small.yaml", *OFFLINE, "--data.folder", "groups", "--seed", "5", "--objective", "diffusion_dpo"]
     assert train([*reuse, "--name", "second"]) == 0
     assert {path: path.stat().st_mtime_ns for path in Path("groups").iterdir()} == before

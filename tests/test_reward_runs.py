@@ -75,7 +75,7 @@ def test_rewards_of_prompts_are_spread_over_processes(monkeypatch: pytest.Monkey
     trainer = Trainer(build(configure(settings)))
     source = cast(OnlineSource, trainer.source)
     monkeypatch.setattr(source.prompts, "draw", lambda iteration: dealt)
-    monkeypatch.setattr(source.worker, "draw", lambda prompts, *args, **options: drawn.append(prompts))
+    monkeypatch.setattr(source.worker, "draw_groups", lambda prompts, *args, **options: drawn.append(prompts))
     source.collect(0)
     trainer.close()
     assert sorted(drawn[0], key=dealt.index) == dealt
@@ -250,9 +250,9 @@ def test_a_server_that_stays_away_stops_the_run_with_a_checkpoint(workspace: Pat
 
 
 FAULTS: list[tuple[Any, str]] = [
-    (b"{", "what is no JSON"),
+    (b"{", "something that is not JSON"),
     ({"scores": [1.0]}, "1 numbers for 2 pictures"),
-    (b'{"scores": [NaN, NaN]}', "what is no JSON"),
+    (b'{"scores": [NaN, NaN]}', "something that is not JSON"),
     ({"scores": [None, None]}, "no numbers"),
     (b" " * (http_client.MAX_REPLY_BYTES + 1), "more than 16777216 bytes"),
     (None, "no answer within 0.5 s"),
