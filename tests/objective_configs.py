@@ -1,0 +1,61 @@
+"""Settings and cases that tests of several objectives share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dgpo_fast.config.options import Config, FlowGRPO
+from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.rollout.draw import Draw
+from dgpo_fast.rollout.sampler import sample_latents
+from dgpo_fast.rollout.schedule import make_schedule
+from dgpo_fast.rollout.step_noise import StepNoise, Transitions
+from tests.objective_case import GROUPS, SIZE, Case, make_config
+
+
+def grpo_config(**flow_grpo: object) -> Config:
+    config = make_config()
+    rollout = replace(config.rollout, solver="euler", noise_level=0.7, guidance_scale=2.0)
+    ema = replace(config.ema, switch_ema_ref=None)
+    return replace(config, objective="flow_grpo", rollout=rollout, ema=ema, flow_grpo=FlowGRPO(**flow_grpo))
+
+
+def grpo_case(folder: Path, **flow_grpo: object) -> Case:
+    """Groups drawn with noise by θ_old, and a policy that has moved away from it."""
+    config = grpo_config(**flow_grpo)
+    case = Case(folder, config)
+    rollout = config.rollout
+    schedule = make_schedule("euler", rollout.num_inference_steps, rollout.shift, rollout.noise_level)
+    case.models.load_behaviour(case.old)
+    step_noise = StepNoise(torch.arange(GROUPS * SIZE), seed=5, draw=7, keep=True)
+    x0 = sample_latents(
+        case.models.behaviour,
+        case.batch.x0,
+        case.batch.text,
+        case.batch.empty,
+        Draw(schedule, rollout.guidance_scale, batch_size=GROUPS * SIZE),
+        step_noise=step_noise,
+    )
+    case.batch = replace(case.batch, x0=x0, schedule=schedule, transitions=step_noise.transitions)
+    return case
+
+
+def make_batch(advantage: np.ndarray) -> Batch:
+    """Groups with these advantages (P, G) and latents that are their own numbers."""
+    groups, size = advantage.shape
+    count = groups * size
+    number = torch.arange(count, dtype=torch.float32)
+    return Batch(
+        iteration=0,
+        x0=number.reshape(-1, 1, 1, 1),
+        text=TextEmbeds.of_samples(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
+        empty=TextEmbeds.of_samples(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
+        advantage=torch.from_numpy(advantage).flatten(),
+        group_index=torch.arange(groups).repeat_interleave(size),
+        group_size=size,
+        schedule=make_schedule("euler", 2, 3.0, 0.7),
+        transitions=Transitions(number.reshape(1, -1), number[None]),
+    )
