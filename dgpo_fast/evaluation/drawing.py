@@ -24,14 +24,8 @@ from dgpo_fast.evaluation.settings import (
     run_config,
     trained_weights,
 )
-from dgpo_fast.models.loading import (
-    changes_text_encoders,
-    find_lora,
-    make_pipeline,
-    merge_lora,
-    pick_device,
-    pick_dtype,
-)
+from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype
+from dgpo_fast.models.lora import changes_text_encoders, find_lora, merge_lora
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_prompts
 from dgpo_fast.records import JsonObject

@@ -18,7 +18,7 @@ def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.n
 
 def decode_pixels(vae: AutoencoderKL, latents: Tensor, dtype: torch.dtype) -> Tensor:
     """What the decoder, in `dtype`, makes of (B, C, H, W) latents: (B, 3, height, width) fp32, about in [−1, 1]."""
-    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)  # some configurations have none
     return vae.decode(scaled.to(dtype), return_dict=False)[0].float()
 
 

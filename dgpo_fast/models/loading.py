@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from accelerate import cpu_offload
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dgpo_fast import tiny
 from dgpo_fast.config.options import Config
@@ -113,13 +114,14 @@ def load_pipeline(
     folder = _find_model(model, revision)
     try:
         absent = _absent(_local_index(folder)) if with_text else dict.fromkeys(TEXT_PARTS)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **absent)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, variant=_variant(folder), **absent)
     except (OSError, ValueError) as error:
-        raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
         module.requires_grad_(False).eval()
+        require_finite(f"model '{model}': its {type(module).__name__}", module.named_parameters())
     return pipeline
 
 
@@ -142,16 +144,33 @@ def load_text_encoders(
     try:
         shared = {"transformer": pipeline.transformer, "vae": pipeline.vae, "scheduler": pipeline.scheduler}
         absent = _absent(_local_index(folder))
-        whole = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **shared, **absent)
+        whole = StableDiffusion3Pipeline.from_pretrained(
+            folder, dtype=dtype, variant=_variant(folder), **shared, **absent
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"the text encoders in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the text encoders in {folder} cannot be loaded: {first_line(error)}") from error
     whole.set_progress_bar_config(disable=True)
     encoders = [module.requires_grad_(False).eval() for module in text_encoders(whole)]
+    for module in encoders:
+        require_finite(f"model '{folder}': its {type(module).__name__}", module.named_parameters())
     needed = sum(parameter.nbytes for module in encoders for parameter in module.parameters())
     fit = device.type == "cpu" or needed + ENCODING_BYTES < free_bytes(device)
     for module in encoders:
         module.to(device) if fit else cpu_offload(module, device)
     return whole
+
+
+def require_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises UserError if one of the named `tensors` of `what` holds NaN or infinity: its pictures would be black."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{what} has numbers that are not finite, in {name}: the file is damaged; use another one")
+
+
+def _variant(folder: Path) -> str | None:
+    """ "fp16" if the transformer's weights are there in that variant alone, as some folders have them."""
+    files = [file.name for file in (folder / "transformer").glob("*.safetensors")]
+    return "fp16" if files and all(".fp16" in name for name in files) else None
 
 
 def passes_by_layer(pipeline: StableDiffusion3Pipeline) -> bool:
@@ -174,59 +193,6 @@ def has_t5(pipeline: StableDiffusion3Pipeline) -> bool:
 def _absent(index: dict) -> dict[str, None]:
     """What a pipeline does not have, as its T5 encoder: diffusers wants to be told so by name."""
     return {name: None for name, value in index.items() if value == [None, None]}
-
-
-def find_lora(path: Path) -> Path:
-    """The LoRA at `path`, a .safetensors file or the folder it lies in. Raises UserError if there is none."""
-    if path.is_file() and path.suffix == ".safetensors":
-        return path
-    files = sorted(path.glob("*.safetensors"))
-    named = path / "pytorch_lora_weights.safetensors"
-    if named in files or len(files) == 1:
-        return named if named in files else files[0]
-    found = "several .safetensors files are there: name one" if files else "no .safetensors file is there"
-    raise UserError(f"LoRA '{path}': {found if path.exists() else 'no such file or folder'}")
-
-
-def changes_text_encoders(lora: Path) -> bool:
-    """Whether the LoRA in this file is for text encoders too."""
-    return any("text_encoder" in name for name in _tensor_names(lora))
-
-
-@torch.no_grad()
-def merge_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:
-    """Merges a LoRA into the pipeline's weights, in place, as a run merges its own: in fp32, rounded once.
-
-    Args:
-        pipeline: with its text encoders, if the LoRA changes them.
-        lora: a .safetensors file.
-
-    Raises UserError if that is no LoRA, or not one for this pipeline.
-    """
-    transformer, dtype = pipeline.transformer, pipeline.transformer.dtype
-    transformer.float()
-    try:
-        factors = sum("lora" in name and "alpha" not in name for name in _tensor_names(lora))
-        pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True, local_files_only=True)
-        models = (transformer, *text_encoders(pipeline))
-        found = sum("lora_" in name for model in models for name, _ in model.named_parameters())
-        if not factors or found < factors:
-            raise ValueError(f"{factors - found} of its {factors} matrices fit no layer")
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    except UserError:
-        raise
-    except Exception as error:  # the loaders of a file in any of many formats fail in any way
-        raise UserError(f"LoRA '{lora}' cannot be loaded into this model: {_first_line(error)}") from error
-    transformer.to(dtype).requires_grad_(False).eval()
-
-
-def _tensor_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"LoRA '{file}' cannot be read: {_first_line(error)}") from error
 
 
 def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
@@ -259,7 +225,23 @@ def _find_model(model: str, revision: str | None) -> Path:
     found = index.get("_class_name")
     if found != PIPELINE_CLASS:
         raise UserError(f"model '{model}' is a {found or 'folder without _class_name'}, not a {PIPELINE_CLASS}")
+    if source.exists():
+        _require_parts(source, index)
     return source if source.exists() else _download(model, revision)
+
+
+def _require_parts(folder: Path, index: dict) -> None:
+    """Raises UserError for a part that the index names and the folder lacks."""
+    for part, value in index.items():
+        listed = isinstance(value, list) and value != [None, None]
+        if listed and not (folder / part).is_dir():
+            optional = part in ("text_encoder_3", "tokenizer_3")
+            remedy = (
+                f'or go without it: "{part}": [null, null] in model_index.json' if optional else "or download it again"
+            )
+            raise UserError(
+                f"model '{folder}' lacks {part}, which its model_index.json names: add the folder, {remedy}"
+            )
 
 
 @cache
@@ -267,7 +249,7 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(StableDiffusion3Pipeline.download(model, revision=revision))  # shows its own progress
     except (OSError, ValueError) as error:
-        raise UserError(f"model '{model}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
 
 
 def _local_index(folder: Path) -> dict:
@@ -288,7 +270,7 @@ def _hub_index(name: str, revision: str | None) -> dict:
     except GatedRepoError:
         raise UserError(f"model '{name}' is gated: accept its licence on the hub, then `hf auth login`") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{missing}, and the Hugging Face hub refused it: {_first_line(error)}") from None
+        raise UserError(f"{missing}, and the Hugging Face hub refused it: {first_line(error)}") from None
 
 
 def _read_index(path: Path) -> dict:
@@ -301,6 +283,7 @@ def _read_index(path: Path) -> dict:
     return index
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's error says first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

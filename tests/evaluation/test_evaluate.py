@@ -25,7 +25,8 @@ from dgpo_fast.evaluation.folder import NEEDED, EvaluationFolder, Row
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.report import score_names
 from dgpo_fast.evaluation.settings import read_settings
-from dgpo_fast.models.loading import find_lora, load_pipeline, merge_lora
+from dgpo_fast.models.loading import load_pipeline
+from dgpo_fast.models.lora import find_lora, merge_lora
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards.remote import png
