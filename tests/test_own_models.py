@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dgpo_fast.config.options import Policy
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.latents import decode_pixels
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.lora import find_lora, merge_lora
+from dgpo_fast.models.policy import PolicyModels
 
 FILES = {
     "transformer": "diffusion_pytorch_model",
@@ -147,3 +149,25 @@ def test_a_lora_that_is_not_finite_is_named(model: Path, tmp_path: Path) -> None
     save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
     with pytest.raises(UserError, match=f"^LoRA '{file}' has numbers that are not finite, in "):
         merge_lora(pipeline, find_lora(tmp_path / "lora"))
+
+
+def test_a_saved_lora_is_the_same_for_loaders_that_read_no_header(model: Path, tmp_path: Path) -> None:
+    """Those take W + B·A, which must be what the run drew with; diffusers, which reads the header, agrees."""
+    pipeline = loaded(model)
+    models = PolicyModels(pipeline.transformer, Policy(train="lora", lora_rank=4, lora_alpha=6.0), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(weight.shape, generator=generator) for name, weight in models.weights.items()}
+    models.save(weights, tmp_path, pipeline)
+    models.load_behaviour(weights)
+    drew = models.behaviour.state_dict()
+    factors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    merge_lora(pipeline, find_lora(tmp_path))
+    by_diffusers, base = pipeline.transformer.state_dict(), loaded(model).transformer.state_dict()
+    changed = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
+    assert changed
+    for stem in changed:
+        name = f"{stem.removeprefix('transformer.')}.weight"
+        by_hand = base[name] + factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
+        torch.testing.assert_close(by_hand, drew[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(by_diffusers[name], drew[name], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(drew[name], base[name], atol=0.1)

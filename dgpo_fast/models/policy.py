@@ -171,11 +171,18 @@ class PolicyModels:
             pipeline.transformer = original
             return
         layers = get_peft_model_state_dict(self.policy, state_dict=dict(weights), adapter_name=ADAPTER)
+        # The scale is in the factors: loaders that do not read the file's header take alpha = rank.
+        scale = self.config.lora_alpha / self.config.lora_rank
         StableDiffusion3Pipeline.save_lora_weights(
             folder,
-            transformer_lora_layers={name: tensor.detach().contiguous() for name, tensor in layers.items()},
-            # The metadata carries alpha: without it a loader would take alpha = rank.
-            transformer_lora_adapter_metadata=self.policy.peft_config[ADAPTER].to_dict(),
+            transformer_lora_layers={
+                name: (scale * tensor.detach() if ".lora_B." in name else tensor.detach()).contiguous()
+                for name, tensor in layers.items()
+            },
+            transformer_lora_adapter_metadata={
+                **self.policy.peft_config[ADAPTER].to_dict(),
+                "lora_alpha": self.config.lora_rank,
+            },
         )
 
     def _with(self, weights: Weights) -> SD3Transformer2DModel:
