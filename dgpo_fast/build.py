@@ -22,7 +22,7 @@ from dgpo_fast.learning.checkpoints import Checkpoints
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import state_bytes
 from dgpo_fast.memory.plan import MemoryPlan
-from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
+from dgpo_fast.models.loading import drawing_fingerprint, make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from dgpo_fast.models.random_weights import random_weights_note
@@ -31,6 +31,7 @@ from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.registry import traits
 from dgpo_fast.prompts import PromptSets, load_prompts
 from dgpo_fast.prompts.dealing import GroupSampler
+from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, WeightedReward, count_workers, load_rewards
 from dgpo_fast.rollout.draw import Draw
@@ -111,6 +112,7 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     memory = MemoryPlan(architecture, device, dtype, processes, console.note)
     config = memory.predict(config)
     pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=False)
+    depends = _what_it_depends_on(prompts, pipeline)
     models = _make_models(pipeline, config, processes, device)
     config = memory.measure(config, models)
     encoder = make_prompt_encoder(pipeline, config, console.note)
@@ -153,7 +155,7 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         work=work,
         learner=learner,
         source=_make_source(config, worker, prompts, learner, processes),
-        checkpoints=Checkpoints(learner, processes, _about_checkpoints(config, processes, engine)),
+        checkpoints=Checkpoints(learner, processes, _about_checkpoints(config, processes, engine, depends)),
     )
     _describe(parts)
     return parts
@@ -256,9 +258,20 @@ def _make_source(
     return OnlineSource(worker, dealt, config.seed, learner.rollout_weights, processes)
 
 
-def _about_checkpoints(config: Config, processes: Processes, engine: Engine) -> Callable[[], JsonObject]:
+def _what_it_depends_on(prompts: PromptSets, pipeline: StableDiffusion3Pipeline) -> dict[str, str]:
+    """Fingerprints of what settings name and somebody may have changed when the run is resumed."""
+    return {
+        "training prompts": digest(prompts.train),
+        "evaluation prompts": digest(prompts.held_out),
+        "model's weights": drawing_fingerprint(pipeline),
+    }
+
+
+def _about_checkpoints(
+    config: Config, processes: Processes, engine: Engine, depends: dict[str, str]
+) -> Callable[[], JsonObject]:
     """Gives what every checkpoint's manifest says of the run. The engine's choices may change when it is resumed."""
-    about = {"code": code_version(), "config": to_dict(config), "processes": processes.count}
+    about = {"code": code_version(), "config": to_dict(config), "processes": processes.count, "depends": depends}
     return lambda: about | {"engine": engine.measured()}
 
 

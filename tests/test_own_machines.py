@@ -1,6 +1,7 @@
 """What people's own settings files, terminals, job managers and loggers do to a run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
@@ -164,3 +166,41 @@ def test_what_is_saved_has_the_last_iteration_in_it(workspace: Path) -> None:
         expected = kept[name] + (1 - 4 / 13) * (weight.detach().float() - kept[name])
         torch.testing.assert_close(saved[name], expected)
         assert not torch.equal(saved[name], kept[name]) or torch.equal(weight.detach().float(), kept[name])
+
+
+@pytest.mark.parametrize("what", ["training prompts", "evaluation prompts", "model's weights", None])
+def test_a_run_whose_ground_has_changed_is_not_resumed(
+    what: str | None, workspace: Path, random_pipeline: Path
+) -> None:
+    """Before and after would be of different things. The order and the blank lines of a file change nothing."""
+    shutil.copytree(random_pipeline, workspace / "model")
+    (workspace / "held_out.txt").write_text("a fox\na hat\n")
+    settings = [
+        "--model",
+        "model",
+        "--eval-prompts",
+        "held_out.txt",
+        "--iterations",
+        "1",
+        "--optimizer.lr-decay",
+        "none",
+    ]
+    assert train(["small.yaml", *settings]) == 0
+    if what == "training prompts":
+        (workspace / "prompts.txt").write_text("a cat\na cow\n")
+    elif what == "evaluation prompts":
+        (workspace / "held_out.txt").write_text("a fox\na coat\n")
+    elif what is None:
+        (workspace / "held_out.txt").write_text("\na hat\r\na fox")
+    else:
+        file = workspace / "model/transformer/diffusion_pytorch_model.safetensors"
+        save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    resume = ["--resume", "runs/run", "--iterations", "2"]
+    if what is None:
+        assert train(resume) == 0
+        return
+    with pytest.raises(UserError) as caught:
+        train(resume)
+    assert str(caught.value) == (
+        f"--resume runs/run: its {what} are no longer those that it began with: put them back, or start a new run"
+    )

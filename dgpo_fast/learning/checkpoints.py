@@ -64,9 +64,10 @@ class Checkpoints:
         """Goes back to the newest valid checkpoint of the run in `folder`.
 
         Returns what its manifest says of the run, and a line for each checkpoint passed over. Raises UserError if there
-        is none, or if it does not fit the model.
+        is none, if it does not fit the model, or if what the run depends on has changed.
         """
         state, passed_over = self._newest(folder)
+        _require_same(folder, state.info.get("depends", {}), self.about()["depends"])
         learner, models = self.learner, self.learner.models
         try:
             for part in ("policy", "old", "slow"):
@@ -102,3 +103,13 @@ class Checkpoints:
         iteration, info, passed_over = self.processes.broadcast(about, "the newest checkpoint")
         tensors = self.processes.broadcast_tensors(found[0].tensors if found else None, "the newest checkpoint")
         return State(iteration, tensors, info), passed_over
+
+
+def _require_same(folder: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Raises UserError for the first thing whose fingerprint has changed; earlier versions have kept none."""
+    changed = next((name for name, found in before.items() if now.get(name) != found), None)
+    if changed is not None:
+        raise SharedError(
+            f"--resume {folder}: its {changed} are no longer those that it began with: put them back, or start a new "
+            "run"
+        )

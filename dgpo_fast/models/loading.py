@@ -211,11 +211,23 @@ def fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
     if lacks_text_encoders(pipeline):
         digest.update(content_digest(Path(pipeline.name_or_path), default_folder()).encode())
     for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
-        for name, parameter in module.named_parameters():
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            some = parameter.detach().flatten()[:: max(1, parameter.numel() // FINGERPRINT_ELEMENTS)]
-            digest.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        _add_weights(digest, module)
     return digest.hexdigest()
+
+
+def drawing_fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
+    """As `fingerprint`, of what draws alone: transformer and decoder. Reads no file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in (pipeline.transformer, pipeline.vae):
+        _add_weights(digest, module)
+    return digest.hexdigest()
+
+
+def _add_weights(digest: hashlib.blake2b, module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // FINGERPRINT_ELEMENTS)]
+        digest.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
 
 
 def _find_model(model: str, revision: str | None) -> Path:

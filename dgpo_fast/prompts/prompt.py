@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -42,6 +43,12 @@ class Prompt:
         if "include" not in self.metadata:
             return self.text
         return json.dumps([self.tag, self.metadata["include"]], sort_keys=True)
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """Tells lists of prompts apart by what they hold, in this order."""
+    content = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 TRAINING_PROMPTS = "training prompts"

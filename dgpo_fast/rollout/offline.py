@@ -1,7 +1,5 @@
 """Groups drawn once by the reference model, scored, and kept on disk for this run and others."""
 
-import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import fingerprint
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.dealing import GroupSampler
+from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import GroupScores
 from dgpo_fast.rollout.group_folder import Drawing, GroupFolder, GroupPlace, Stored, load
@@ -99,11 +98,10 @@ class OfflineSource:
 
     def _wanted(self) -> Drawing:
         rollout = asdict(self.config.rollout)
-        content = json.dumps([[prompt.text, prompt.metadata] for prompt in self.prompts], sort_keys=True)
         conditions = {
             "format": FORMAT,
             "model": fingerprint(self.worker.sampler.pipeline),
-            "prompts": hashlib.sha256(content.encode()).hexdigest(),
+            "prompts": digest(self.prompts),
             "rewards": list(self.config.rewards),
             **self.worker.rewards.reward.contents,
             **{f"rollout.{name}": rollout[name] for name in rollout if name not in NO_CONDITION},
