@@ -86,7 +86,8 @@ def philox_normal(
         if len(groups) < len(group_index):
             return philox_normal(shape, groups, seed, draw, dtype)[inverse]
     numel = math.prod(shape)
-    element = torch.arange((numel + 3) // 4, device=group_index.device)[None]
+    # Masked, though it is below 2³² anyway: the compiler would take its products for addresses, and overflow them.
+    element = torch.arange((numel + 3) // 4, device=group_index.device)[None] & WORD
     group = group_index[:, None]
     counter = (element, group & WORD, (group >> 32) & WORD, draw & WORD)
     w0, w1, w2, w3 = philox_4x32(counter, (seed & WORD, (seed >> 32) & WORD))

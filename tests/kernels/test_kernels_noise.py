@@ -119,3 +119,14 @@ def test_neighbours_are_independent(axis):
     for transform in (lambda x: x, lambda x: (x.square() - 1) / 2**0.5):
         correlation = (transform(first) * transform(second)).mean()
         assert abs(correlation) < 5 / len(first) ** 0.5
+
+
+@pytest.mark.parametrize("elements", [6, 64, 1001])
+def test_compiled_noise_is_the_same(elements):
+    """In float64, so that one wrong bit of a random word would show: Inductor once took its products for addresses."""
+    groups = torch.tensor([0, 1, -3, 2**40])
+    eager, compiled = (
+        philox_normal((elements,), groups, seed=3, draw=4, dtype=torch.float64, impl=impl)
+        for impl in ("eager", "compile")
+    )
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-12)
