@@ -33,7 +33,7 @@ MISTAKES = {
     "--model empty": "error: model 'empty': no model_index.json there; give a pipeline's folder in diffusers' format",
     "--model flux": "error: model 'flux' is a FluxPipeline, not a StableDiffusion3Pipeline",
     "--model broken": "error: broken/model_index.json: not a JSON object; the pipeline's folder is damaged",
-    "--model hollow": "error: hollow/transformer/config.json: cannot be read (No such file or directory); ",
+    "--model hollow": "error: model 'hollow' lacks vae, which its model_index.json names: add the folder, or download ",
     "--device gpu": "error: --device gpu: no such device; use auto, cpu, cuda or cuda:N",
     "--device cuda:99": "error: --device cuda:99: this machine has ",
     "--rollout.shift 1e9": "error: command line: rollout.shift: input should be less than or equal to 100",

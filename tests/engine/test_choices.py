@@ -146,6 +146,7 @@ def test_the_fastest_kernel_must_compile_as_blocks_do(monkeypatch: pytest.Monkey
     """Traced it was before; what the compiler makes of it is tried for the one that is taken."""
     timings = (Timing("native", 2.0, 5.0), Timing("matmul", 1.0, 3.0))
     monkeypatch.setattr(attention, "time_attention", lambda *_: timings)
+    monkeypatch.setattr(attention, "BACKEND", attention.TRACER)  # a compiler that takes all that can be traced
     config = Engine(compile="on", linear="torch")
     assert choose(config, HERE)[0].train_attention == "matmul"
 
