@@ -54,7 +54,7 @@ class Browser:
                 return answer["result"]
 
     def open(self, page: Path, width: int, height: int) -> None:
-        """Shows a file in a window of so many pixels; what was noted of the page before is forgotten."""
+        """Shows a file in a window of this size in pixels, and forgets the notes of the page before."""
         self._go_to("about:blank")
         self.complaints.clear()
         self.requests.clear()

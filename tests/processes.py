@@ -102,7 +102,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, files: 
 
 
 def start(arguments: list[str], count: int, machines: int = 1) -> list[PythonProcess]:
-    """`python ARGUMENTS` as `count` processes of one group, as if on so many machines."""
+    """`python ARGUMENTS` as `count` processes of one group, each as if on its own machine."""
     return [PythonProcess(arguments, environment) for environment in environments(count, machines)]
 
 

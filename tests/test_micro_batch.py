@@ -71,7 +71,7 @@ class OnGpu:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Makes a plan for SD3.5-Medium on a GPU that has so many free bytes and fits so many samples."""
+    """Makes a plan for SD3.5-Medium on a GPU with the given free bytes, on which the given samples fit."""
 
     def make(free: float, most: int = 10**9) -> tuple[MemoryPlan, OnGpu, list[str]]:
         card, notes = OnGpu(free, most), []  # type: OnGpu, list[str]

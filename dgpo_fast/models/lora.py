@@ -48,10 +48,11 @@ def merge_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:
     transformer, dtype = pipeline.transformer, pipeline.transformer.dtype
     transformer.float()
     try:
-        tensors = _from_peft(lora) if (lora.parent / PEFT_CONFIG).is_file() else _tensors(lora)
+        is_pefts = (lora.parent / PEFT_CONFIG).is_file()
+        tensors = _from_peft(lora) if is_pefts else _tensors(lora)
         require_finite(f"LoRA '{lora}'", tensors.items())
         factors = sum("lora" in name and "alpha" not in name for name in tensors)
-        if (lora.parent / PEFT_CONFIG).is_file():
+        if is_pefts:
             pipeline.load_lora_weights(tensors)
         else:  # the file's header may have the alphas
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True, local_files_only=True)
