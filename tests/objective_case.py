@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dgpo_fast.config.options import DGPO, Config, Policy, Rollout
+from dgpo_fast.config.objective_options import DGPO
+from dgpo_fast.config.options import Config, Policy, Rollout
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgpo_fast.config.options import Config, FlowGRPO
+from dgpo_fast.config.objective_options import FlowGRPO
+from dgpo_fast.config.options import Config
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.rollout.draw import Draw

@@ -9,7 +9,8 @@ import pytest
 import torch
 from dgpo_kernels import group_noise
 
-from dgpo_fast.config.options import Advantage, Engine, Policy
+from dgpo_fast.config.objective_options import Advantage
+from dgpo_fast.config.options import Engine, Policy
 from dgpo_fast.errors import UserError
 from dgpo_fast.learning.ema import MovingAverage
 from dgpo_fast.models.forward import predict

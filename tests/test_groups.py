@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dgpo_fast.config.options import Advantage
+from dgpo_fast.config.objective_options import Advantage
 from dgpo_fast.distributed import place
 from dgpo_fast.objectives.advantages import advantages
 from dgpo_fast.objectives.levels import draw_training_steps

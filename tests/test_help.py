@@ -8,8 +8,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from benchmarks.compare.settings import CompareSettings
+from dgpo_fast.config.bounds import STRICT
 from dgpo_fast.config.help import print_help, print_settings
-from dgpo_fast.config.options import STRICT, Config
+from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import flat, parse_overrides
 from dgpo_fast.evaluation.settings import EvaluationSettings
 from dgpo_fast.rewards.serving.server import ServerSettings

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dgpo_fast.config.options import DiffusionDPO, Engine
+from dgpo_fast.config.objective_options import DiffusionDPO
+from dgpo_fast.config.options import Engine
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.text_embeds import TextEmbeds

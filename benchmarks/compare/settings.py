@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.options import STRICT, Count, Positive
+from dgpo_fast.config.bounds import STRICT, Count, Positive
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -12,18 +12,8 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from dgpo_fast.config.options import (
-    DGPO,
-    EMA,
-    Advantage,
-    Config,
-    Data,
-    Evaluation,
-    FlowGRPO,
-    Optimizer,
-    Policy,
-    Rollout,
-)
+from dgpo_fast.config.objective_options import DGPO, Advantage, FlowGRPO
+from dgpo_fast.config.options import EMA, Config, Data, Evaluation, Optimizer, Policy, Rollout
 from dgpo_fast.config.reading import YAML
 from dgpo_fast.errors import UserError
 

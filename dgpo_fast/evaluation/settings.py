@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from dgpo_fast.config.bounds import STRICT, Count, Guidance, PathText, Positive
 from dgpo_fast.config.command_line import take_option
-from dgpo_fast.config.options import STRICT, Config, Count, Guidance, PathText, Positive, Rewards
+from dgpo_fast.config.options import Config, Rewards
 from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dict
 from dgpo_fast.config.recipes import get_recipe
 from dgpo_fast.errors import UserError

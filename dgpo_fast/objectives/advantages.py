@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgpo_fast.config.options import Advantage
+from dgpo_fast.config.objective_options import Advantage
 
 ADVANTAGE_EPS = 1e-4
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.options import STRICT
+from dgpo_fast.config.bounds import STRICT
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject
 from dgpo_fast.run.metrics import write_json

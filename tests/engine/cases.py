@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgpo_fast.config.options import DGPO, EMA, Config, DiffusionDPO, Engine, FlowGRPO, Policy, Rollout
+from dgpo_fast.config.objective_options import DGPO, DiffusionDPO, FlowGRPO
+from dgpo_fast.config.options import EMA, Config, Engine, Policy, Rollout
 from dgpo_fast.engine import Engine as RunEngine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.models.forward import batch_slices

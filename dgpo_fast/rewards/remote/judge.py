@@ -26,7 +26,7 @@ from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.options import STRICT, Count, Positive
+from dgpo_fast.config.bounds import STRICT, Count, Positive
 from dgpo_fast.config.reading import read_yaml, resolve
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject, Metadata

@@ -13,8 +13,8 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from dgpo_fast.config.bounds import STRICT, Count, Positive
 from dgpo_fast.config.help import print_settings
-from dgpo_fast.config.options import STRICT, Count, Positive
 from dgpo_fast.config.reading import parse_overrides, resolve
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.remote.http_client import is_loopback
