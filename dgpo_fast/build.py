@@ -23,6 +23,7 @@ from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import state_bytes
 from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.models.loading import drawing_fingerprint, make_pipeline, pick_device, pick_dtype, read_model
+from dgpo_fast.models.lora import Lora, start_from_lora
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from dgpo_fast.models.random_weights import random_weights_note
@@ -112,8 +113,9 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     memory = MemoryPlan(architecture, device, dtype, processes, console.note)
     config = memory.predict(config)
     pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=False)
-    depends = _what_it_depends_on(prompts, pipeline)
-    models = _make_models(pipeline, config, processes, device)
+    start = start_from_lora(pipeline, config.lora)
+    depends = _what_it_depends_on(prompts, pipeline, start)
+    models = _make_models(pipeline, config, processes, device, start)
     config = memory.measure(config, models)
     encoder = make_prompt_encoder(pipeline, config, console.note)
     engine = _start_engine(config, models, pipeline, encoder, processes, console)
@@ -177,11 +179,11 @@ def _load_rewards(config: Config, prompts: PromptSets, processes: Processes, dev
 
 
 def _make_models(
-    pipeline: StableDiffusion3Pipeline, config: Config, processes: Processes, device: torch.device
+    pipeline: StableDiffusion3Pipeline, config: Config, processes: Processes, device: torch.device, start: Lora | None
 ) -> PolicyModels:
     shards = _make_shards(config, processes, device)
     models = (
-        PolicyModels(pipeline.transformer, config.policy, stream_seed(config.seed, "lora"))
+        PolicyModels(pipeline.transformer, config.policy, stream_seed(config.seed, "lora"), start)
         if shards is None
         else ShardedModels(pipeline.transformer, config.policy, shards)
     )
@@ -258,11 +260,12 @@ def _make_source(
     return OnlineSource(worker, dealt, config.seed, learner.rollout_weights, processes)
 
 
-def _what_it_depends_on(prompts: PromptSets, pipeline: StableDiffusion3Pipeline) -> dict[str, str]:
+def _what_it_depends_on(prompts: PromptSets, pipeline: StableDiffusion3Pipeline, start: Lora | None) -> dict[str, str]:
     """Fingerprints of what settings name and somebody may have changed when the run is resumed."""
     return {
         "training prompts": digest(prompts.train),
         "evaluation prompts": digest(prompts.held_out),
+        **({"starting LoRA's weights": start.digest} if start else {}),
         "model's weights": drawing_fingerprint(pipeline),
     }
 
@@ -279,8 +282,9 @@ def _describe(parts: Parts) -> None:
     """Prints what will be trained, and what was chosen for it."""
     config, models, note = parts.config, parts.models, parts.console.note
     total = sum(parameter.numel() for parameter in models.base.parameters())
+    model = f"{config.model} with {config.lora}" if config.lora else config.model
     note(
-        f"{config.model} on {parts.device} in {str(models.dtype).removeprefix('torch.')}: training "
+        f"{model} on {parts.device} in {str(models.dtype).removeprefix('torch.')}: training "
         f"{models.trained_numel / 1e6:.2f} M weights ({config.policy.train}) of {total / 1e6:.1f} M; "
         f"{config.rollout.groups} groups of {config.rollout.group_size} images an iteration"
     )

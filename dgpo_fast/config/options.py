@@ -259,6 +259,9 @@ class Config:
     hub."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. None: its default branch."""
+    lora: PathText | None = None
+    """A LoRA to start from: a .safetensors file, or the folder that contains it, as another run's. It is merged into
+    the model, and the LoRA that the run saves includes it. None: no LoRA."""
     random_weights: bool = False
     """Build the model from its configuration with random weights, without downloading them. For benchmarks."""
     random_text_encoders: bool = False

@@ -89,10 +89,12 @@ USUAL_NAMES = {
     "num_generations": "rollout.group_size",
     "max_steps": "iterations",
     "lora_r": "policy.lora_rank",
+    "lora": "lora",
+    "lora_path": "lora",
+    "lora_weights": "lora",
 }
 """Names of settings in other trainers, if they differ from those here."""
 PURPOSES = {
-    "lora": "training starts from the model as it is; python -m dgpo_fast.evaluate --lora draws with a LoRA",
     "negative_prompt": "guidance goes away from the empty prompt, and from no other",
     "height": "rollout.resolution is the side of square images",
     "width": "rollout.resolution is the side of square images",

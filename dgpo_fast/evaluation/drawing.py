@@ -231,8 +231,7 @@ def load_evaluated(
     pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=with_text)
     digests = {"weights_sha256": _digest_of_weights(pipeline.transformer)}
     if file:
-        merge_lora(pipeline, file)
-        digests["lora_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        digests["lora_sha256"] = merge_lora(pipeline, file).digest
     return pipeline, config, digests
 
 
@@ -240,7 +239,7 @@ def _of_run(folder: Path, weights: str | None) -> tuple[Config, Path | None]:
     """What to load for a run: the configuration of its pipeline, and its LoRA."""
     config = run_config(str(folder))
     if weights == "before":
-        return config, None
+        return config, Path(config.lora) if config.lora else None
     trained = trained_weights(folder, config)
     if config.policy.train == "lora":
         return config, trained

@@ -19,11 +19,11 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.lora import Factors, Lora, join, write_lora
 
 if TYPE_CHECKING:
     from dgpo_fast.distributed.shards import Shards
@@ -54,6 +54,7 @@ class PolicyModels:
         transformer: the pretrained transformer, frozen, on its device in the run's dtype.
         config: what to train.
         seed: of the LoRA factors' Gaussian initialisation.
+        start: a LoRA that is merged into `transformer`, and is saved together with what is trained.
 
     Attributes:
         weights: what this process trains, by name.
@@ -65,8 +66,9 @@ class PolicyModels:
     adapted = False
     shards: "Shards | None" = None
 
-    def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int):
+    def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int, start: Lora | None = None):
         self.config = config
+        self.start = start
         self.base = transformer
         self.dtype = transformer.dtype
         self.after_load: list[Callable[[], None]] = []
@@ -170,20 +172,16 @@ class PolicyModels:
             pipeline.save_pretrained(folder, safe_serialization=True)
             pipeline.transformer = original
             return
-        layers = get_peft_model_state_dict(self.policy, state_dict=dict(weights), adapter_name=ADAPTER)
-        # The scale is in the factors: loaders that do not read the file's header take alpha = rank.
-        scale = self.config.lora_alpha / self.config.lora_rank
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers={
-                name: (scale * tensor.detach() if ".lora_B." in name else tensor.detach()).contiguous()
-                for name, tensor in layers.items()
-            },
-            transformer_lora_adapter_metadata={
-                **self.policy.peft_config[ADAPTER].to_dict(),
-                "lora_alpha": self.config.lora_rank,
-            },
-        )
+        factors = {
+            name: Factors(
+                weights[f"{name}.lora_A.{ADAPTER}.weight"].detach(),
+                weights[f"{name}.lora_B.{ADAPTER}.weight"].detach() * layer.scaling[ADAPTER],
+            )
+            for name, layer in self._lora_layers()
+        }
+        if self.start is not None:
+            factors = join(self.start.parts["transformer"], factors)
+        write_lora(folder, factors, self.policy.peft_config[ADAPTER].to_dict())
 
     def _with(self, weights: Weights) -> SD3Transformer2DModel:
         """A transformer with `weights`, not sharded."""
