@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
@@ -47,9 +48,12 @@ SETTINGS = {
 }
 # Adam steps by the learning rate where a gradient is nothing but rounding, unless `eps` is well above that.
 SHARDED = ["--policy.train", "full", "--optimizer.lr", "3e-4", "--optimizer.eps", "1e-3", "--distributed.shard", "full"]
+START = {"A": (2, 32), "B": (32, 2)}
+"""Shapes of the factors that a run starts from."""
 SCENARIOS: dict[str, list[str]] = {
     "lora": ["--iterations", "20", "--evaluation.every", "20", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-5"],
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
+    "from a LoRA": ["--lora", "start.safetensors"],
     "small micro-batches, std of the iteration": ["--policy.micro-batch", "3", "--advantage.std", "global"],
     "samples one by one, uneven shares": [
         "--rollout.batch-size",
@@ -124,6 +128,8 @@ class Flaky(Brightness):
 def make_workspace(folder: Path, pipeline: Path) -> None:
     """Writes the prompts and settings that `run` reads."""
     (folder / "prompts.txt").write_text(PROMPTS)
+    factors = {f"transformer_blocks.0.attn.to_q.lora_{n}.weight": torch.full(s, 0.1) for n, s in START.items()}
+    save_file(factors, folder / "start.safetensors")
     (folder / "small.yaml").write_text(yaml.safe_dump({"model": str(pipeline), **SETTINGS}))
 
 

@@ -1,0 +1,206 @@
+"""Runs that start from a LoRA, and what they save."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dgpo_fast.build import build
+from dgpo_fast.config.command_line import configure
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.command import evaluate
+from dgpo_fast.evaluation.folder import EvaluationFolder
+from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.models.loading import load_pipeline
+from dgpo_fast.models.lora import LORA_FILE, find_lora, merge_lora
+from dgpo_fast.train import train
+
+START = {
+    # layer: rank and alpha; the first is one that runs train too
+    "transformer_blocks.0.attn.to_q": (3, 6.0),
+    "transformer_blocks.1.ff.net.2": (5, 2.0),
+}
+DRAWN = ["--prompts", "held_out.txt", "--images", "none", "--rewards", "jpeg", "--device", "cpu"]
+DRAWN += ["--num-inference-steps", "4", "--guidance-scale", "2", "--max-sequence-length", "9", "--batch-size", "6"]
+DRAWN += ["--resolution", "none"]
+
+
+def loaded(folder: Path) -> StableDiffusion3Pipeline:
+    return load_pipeline(str(folder), revision=None, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture
+def start(workspace: Path, random_pipeline: Path) -> str:
+    """A LoRA with alphas as tensors, of ranks of its own."""
+    transformer, generator = loaded(random_pipeline).transformer, torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer, (rank, alpha) in START.items():
+        rows, columns = transformer.get_parameter(f"{layer}.weight").shape
+        tensors[f"transformer.{layer}.lora_down.weight"] = torch.randn(rank, columns, generator=generator) * 0.3
+        tensors[f"transformer.{layer}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
+        tensors[f"transformer.{layer}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, workspace / "start.safetensors")
+    return "start.safetensors"
+
+
+def drawn(run: str, when: str) -> np.ndarray:
+    return Evaluation.load(Path("runs", run, f"evaluation_{when}.npz")).images.astype(int)
+
+
+def evaluated(*args: str, run: str, output: str) -> np.ndarray:
+    """The pictures of an evaluation on a run's held-out prompts, from the same noise."""
+    prompts = [prompt.text for prompt in Evaluation.load(Path("runs", run, "evaluation_after.npz")).prompts]
+    Path("held_out.txt").write_text("".join(f"{text}\n" for text in prompts))
+    assert evaluate([*args, *DRAWN, "--output", output]) == 0
+    folder = EvaluationFolder(Path(output))
+    return np.stack([folder.read_image(row) for row in folder.rows()]).astype(int)
+
+
+def distance(some: np.ndarray, others: np.ndarray) -> int:
+    return int(np.abs(some - others).max())
+
+
+@pytest.mark.parametrize("how", [[], ["--policy.behaviour", "adapter"], ["--low-memory"]], ids=" ".join)
+def test_a_run_starts_from_a_lora_and_saves_one_over_the_model(
+    how: list[str], start: str, random_pipeline: Path
+) -> None:
+    """Before is the model with the LoRA. The saved one, over the model as it was, draws what the run drew last."""
+    assert train(["small.yaml", "--lora", start, "--iterations", "2", "--name", "a", *how]) == 0
+    before = evaluated(str(random_pipeline), "--lora", start, run="a", output="before")
+    after = evaluated(str(random_pipeline), "--lora", "runs/a", run="a", output="after")
+    plain = evaluated(str(random_pipeline), run="a", output="plain")
+    assert distance(before, drawn("a", "before")) <= 1 and distance(after, drawn("a", "after")) <= 1
+    assert distance(before, after) > 5 and distance(before, plain) > 5, "the start and the training matter"
+    saved = load_file(f"runs/a/{LORA_FILE}")
+    assert {tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in saved.items()} == {3 + 4}, "one rank"
+
+
+def test_a_chain_of_runs(start: str, workspace: Path, random_pipeline: Path) -> None:
+    """Each run starts where the last one ended; the last LoRA has them all in it. Run and evaluations agree."""
+    for source, name in ((start, "a"), ("runs/a", "b"), ("runs/b", "c")):
+        train(["small.yaml", "--lora", source, "--iterations", "2", "--name", name])
+    assert distance(drawn("b", "before"), drawn("a", "after")) <= 1
+    assert distance(drawn("c", "before"), drawn("b", "after")) <= 1
+    after = evaluated(str(random_pipeline), "--lora", "runs/c", run="c", output="after")
+    assert distance(after, drawn("c", "after")) <= 1
+    assert evaluate(["--side-by-side", "runs/c"]) == 0
+    for folder, when in (("c-before", "before"), ("c", "after")):
+        found = EvaluationFolder(workspace / "evaluations" / folder)
+        pictures = np.stack([found.read_image(row) for row in found.rows()]).astype(int)
+        assert distance(pictures, drawn("c", when)) <= 1
+    assert distance(drawn("c", "before"), drawn("c", "after")) > 5
+
+
+def test_all_weights_can_be_trained_from_a_lora(start: str) -> None:
+    """The pipeline that is saved has it in it."""
+    train(["small.yaml", "--lora", start, "--policy.train", "full", "--optimizer.lr", "1e-3", "--iterations", "2"])
+    assert distance(evaluated("runs/run", run="run", output="after"), drawn("run", "after")) <= 1
+    before = evaluated("runs/run", "--weights", "before", run="run", output="before")
+    assert distance(before, drawn("run", "before")) <= 1 and distance(before, drawn("run", "after")) > 5
+    with pytest.raises(UserError, match=r"^LoRA 'runs/run': a whole pipeline is there, no LoRA: use it as the model"):
+        train(["small.yaml", "--lora", "runs/run", "--name", "next"])
+
+
+def by_diffusers(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+    pipeline.load_lora_weights(folder)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+
+
+def by_peft(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Its functions, with the settings in the file's header."""
+    with safe_open(folder / LORA_FILE, framework="pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
+    inject_adapter_in_model(LoraConfig(**settings), pipeline.transformer)
+    factors = {n.removeprefix("transformer."): tensor for n, tensor in load_file(folder / LORA_FILE).items()}
+    loaded_keys = set_peft_model_state_dict(pipeline.transformer, factors)
+    assert not loaded_keys.unexpected_keys
+    for module in list(pipeline.transformer.modules()):
+        if hasattr(module, "base_layer"):
+            module.merge()
+    pipeline.unload_lora_weights()
+
+
+def by_hand(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+    """A loader that reads no header, and takes `.alpha`, or the rank if there is none."""
+    tensors = load_file(folder / LORA_FILE)
+    for name, b in tensors.items():
+        if name.endswith(".lora_B.weight"):
+            stem = name.removesuffix(".lora_B.weight")
+            alpha = tensors.get(f"{stem}.alpha", torch.tensor(float(b.shape[1])))
+            weight = pipeline.transformer.get_parameter(f"{stem.removeprefix('transformer.')}.weight")
+            weight.data += alpha / b.shape[1] * (b @ tensors[f"{stem}.lora_A.weight"])
+
+
+@pytest.mark.parametrize("reader", [by_diffusers, by_peft, by_hand])
+def test_every_loader_reads_the_joined_lora_alike(reader: Callable, start: str, random_pipeline: Path) -> None:
+    """Ranks 3, 4 and 5 are in it, each with another alpha."""
+    parts = build(configure(["small.yaml", "--lora", start]))
+    models, generator = parts.models, torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(weight.shape, generator=generator) * 0.3 for name, weight in models.weights.items()}
+    models.save(weights, Path("saved"), parts.pipeline)
+    models.load_behaviour(weights)
+    drew, original, pipeline = models.behaviour.state_dict(), loaded(random_pipeline), loaded(random_pipeline)
+    reader(pipeline, Path("saved"))
+    changed = set()
+    for name, weight in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(weight, drew[name], rtol=1e-5, atol=1e-5)
+        if not torch.allclose(weight, original.transformer.state_dict()[name], atol=1e-2):
+            changed.add(name.removesuffix(".weight"))
+    trained = {name.split(".lora_")[0] for name in models.weights}
+    assert changed == {*START, *trained} and len(START.keys() - trained) == 1
+
+
+def test_a_run_is_resumed_with_the_lora_that_it_began_with(start: str, workspace: Path) -> None:
+    train(["small.yaml", "--lora", start, "--iterations", "2", "--name", "a"])
+    train(["small.yaml", "--lora", start, "--iterations", "1", "--name", "b"])
+    train(["small.yaml", "--iterations", "1", "--name", "without"])
+    for run, lora in (("b", "runs/a"), ("b", "none"), ("without", start)):
+        with pytest.raises(UserError, match=f"^--resume runs/{run}: 'lora' cannot change within a run"):
+            train(["--resume", f"runs/{run}", "--lora", lora, "--iterations", "2"])
+    assert train(["--resume", "runs/b", "--lora", start, "--iterations", "2"]) == 0
+    saved = [load_file(f"runs/{name}/{LORA_FILE}") for name in "ab"]
+    assert all(tensor.equal(saved[1][name]) for name, tensor in saved[0].items())
+    tensors = load_file(start)
+    tensors[f"transformer.{next(iter(START))}.alpha"] *= 1.001
+    save_file(tensors, start)
+    line = "^--resume runs/b: its starting LoRA's weights are no longer those that it began with: put them back, or"
+    with pytest.raises(UserError, match=line):
+        train(["--resume", "runs/b", "--iterations", "3"])
+
+
+def test_a_lora_for_text_encoders_is_merged_first(workspace: Path, random_pipeline: Path) -> None:
+    layer = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    save_file(
+        {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(32, 2)}, "t.safetensors"
+    )
+    with pytest.raises(
+        UserError, match=r"^LoRA 't.safetensors' changes text encoders too, .*dgpo-fast merge MODEL t\."
+    ):
+        train(["small.yaml", "--lora", "t.safetensors"])
+    assert not Path("runs").exists()
+
+
+def test_an_unfinished_run_has_no_lora_yet(workspace: Path) -> None:
+    Path("runs/a/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^LoRA 'runs/a': the run has not finished, so it has no LoRA yet: resume it"):
+        find_lora(Path("runs/a"))
+
+
+def test_in_bf16_the_start_is_merged_as_an_evaluation_merges_it(start: str, random_pipeline: Path) -> None:
+    """In fp32, rounded once: the run's base to the last bit."""
+    config = configure(["small.yaml", "--lora", start, "--precision", "bf16"])
+    base = build(replace(config)).models.base
+    pipeline = load_pipeline(str(random_pipeline), revision=None, device=torch.device("cpu"), dtype=torch.bfloat16)
+    merge_lora(pipeline, Path(start))
+    expected = pipeline.transformer.state_dict()
+    assert all(weight.equal(expected[name]) for name, weight in base.state_dict().items())
