@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dgpo_fast.config.command_line import run_command
 from dgpo_fast.run.search import runs_there
@@ -34,6 +36,15 @@ MISTAKES = {
     "--model flux": "error: model 'flux' is a FluxPipeline, not a StableDiffusion3Pipeline",
     "--model broken": "error: broken/model_index.json: not a JSON object; the pipeline's folder is damaged",
     "--model hollow": "error: model 'hollow' lacks vae, which its model_index.json names: add the folder, or download ",
+    "--policy.lora nan.safetensors": "error: command line: unknown setting 'policy.lora': did you mean 'lora'?",
+    "--lora nowhere": "error: LoRA 'nowhere': no such file or folder",
+    "--lora empty": "error: LoRA 'empty': no .safetensors file is there",
+    "--lora plain.txt": "error: LoRA 'plain.txt': not a .safetensors file, which is the only kind that is read",
+    "--lora other.safetensors": "error: LoRA 'other.safetensors' cannot be loaded into this model: it has no layer tra",
+    "--lora dora.safetensors": "error: LoRA 'dora.safetensors' is of a DoRA (transformer_blocks.0.attn.to_q.dora_sca",
+    "--lora nan.safetensors": "error: LoRA 'nan.safetensors' has numbers that are not finite, in ",
+    "--lora nan.safetensors --policy.train full": "error: LoRA 'nan.safetensors' has numbers that are not finite, in ",
+    "--resume hollow_run --lora nowhere": "error: --resume hollow_run: 'lora' cannot change within a run",
     "--device gpu": "error: --device gpu: no such device; use auto, cpu, cuda or cuda:N",
     "--device cuda:99": "error: --device cuda:99: this machine has ",
     "--rollout.shift 1e9": "error: command line: rollout.shift: input should be less than or equal to 100",
@@ -68,6 +79,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
     (tmp_path / "unquoted.txt").write_text('a sign that says "open"\na sign\n')
     (tmp_path / "plain.txt").write_text("a cat\n")
+    layer = "transformer_blocks.0.attn.to_q"
+    save_file({f"{layer.replace('0', '99')}.lora_A.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    save_file({f"{layer}.dora_scale": torch.ones(2)}, tmp_path / "dora.safetensors")
+    save_file({f"{layer}.lora_A.weight": torch.full((2, 128), torch.nan)}, tmp_path / "nan.safetensors")
     (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     (tmp_path / "broken" / "model_index.json").write_text("{")
     (tmp_path / "hollow" / "model_index.json").write_text(
