@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 from benchmarks.compiled_blocks.counting import Counted, count
 from dgpo_fast.config.options import Policy
 from dgpo_fast.engine.attention import set_attention
+from dgpo_fast.engine.epilogue import use_epilogue
 from dgpo_fast.models.architecture import CLIP_TOKENS, sd35_medium
 from dgpo_fast.models.meta import FusedAttention
 from dgpo_fast.models.policy import with_lora
@@ -22,7 +23,7 @@ BLOCKS = {"dual": 13, "single": 10, "last": 1}
 """Kinds of block → how many of them the model has: with a second attention, with one, and the last one, whose text
 tokens go nowhere."""
 DECODER = "decoder"
-FROZEN, LORA, FULL = "frozen", "lora", "full"
+PLAIN, FROZEN, LORA, FULL = "plain", "frozen", "lora", "full"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Program:
 
     Attributes:
         part: a kind of block, or the decoder.
-        weights: frozen, with LoRA adapters, or all trained. What is trained has a backward.
+        weights: frozen without and with the engine's epilogue, with LoRA adapters, or all trained. The last two have a
+            backward.
         rows: samples at a time.
     """
 
@@ -41,7 +43,7 @@ class Program:
 
 
 PROGRAMS = (
-    *(Program(part, FROZEN, 32) for part in BLOCKS),
+    *(Program(part, weights, 32) for weights in (PLAIN, FROZEN) for part in BLOCKS),
     *(Program(part, weights, 16) for weights in (LORA, FULL) for part in BLOCKS),
     Program(DECODER, FROZEN, 16),
 )
@@ -112,7 +114,8 @@ def _block(program: Program, mode: FakeTensorMode) -> tuple[nn.Module, dict[str,
     if program.weights == LORA:
         transformer = with_lora(transformer, Policy(), seed=0)
     set_attention(transformer, "native")
-    width, is_trained = architecture.transformer["caption_projection_dim"], program.weights != FROZEN
+    use_epilogue(transformer, program.weights == FROZEN)
+    width, is_trained = architecture.transformer["caption_projection_dim"], program.weights in (LORA, FULL)
     shapes = {"hidden_states": (IMAGE_TOKENS, width), "encoder_hidden_states": (TEXT_TOKENS, width), "temb": (width,)}
     # The embedding of the timestep comes before all adapters.
     trained = {name: is_trained and (name != "temb" or program.weights == FULL) for name in shapes}

@@ -24,7 +24,7 @@ PARTS = {
     WHOLE: "**all 24 blocks**",
     DECODER: "decoder",
 }
-WEIGHTS = {"frozen": "frozen", "lora": "LoRA", "full": "all trained"}
+WEIGHTS = {"plain": "frozen, `engine.epilogue` off", "frozen": "frozen", "lora": "LoRA", "full": "all trained"}
 HEAD = ("compiled graph", "weights", "rows", "fused kernels", "MB a sample", "library calls", "MB a sample", "both, MB")
 
 

@@ -27,6 +27,7 @@ class Choices:
         attention: kernel of forwards without a gradient.
         train_attention: kernel of the policy's forward and backward.
         linear: "torch" or "onednn".
+        epilogue: frozen feed-forwards are one product with their GELU.
         decoder: "plain" or "fast".
     """
 
@@ -35,6 +36,7 @@ class Choices:
     attention: str
     train_attention: str
     linear: str
+    epilogue: bool
     decoder: str
 
     def to_dict(self) -> JsonObject:
@@ -91,6 +93,7 @@ def choose(config: EngineConfig, workload: Workload) -> tuple[Choices, Reasons]:
         attention=_attention(config, workload, reasons, compiled, training=False),
         train_attention=_attention(config, workload, reasons, compiled, training=True),
         linear=_linear(config, workload, reasons),
+        epilogue=_epilogue(config, workload, reasons),
         decoder="fast" if config.decoder == "auto" else config.decoder,
     )
     return choices, reasons
@@ -189,3 +192,16 @@ def _linear(config: EngineConfig, workload: Workload, reasons: Reasons) -> str:
     chosen = "onednn" if onednn_ms * linear.FASTER_BY < torch_ms else "torch"
     reasons.lines.append(f"linear layers by {chosen} (torch {torch_ms:.3g} ms, onednn {onednn_ms:.3g} ms)")
     return chosen
+
+
+def _epilogue(config: EngineConfig, workload: Workload, reasons: Reasons) -> bool:
+    if config.epilogue == "on" and config.rollout_precision == "fp8":
+        raise UserError(
+            "engine.epilogue on: float8 rollouts have no product with a GELU in it; use --engine.epilogue auto, which "
+            "has it in all other forwards without a gradient"
+        )
+    if config.epilogue != "auto":
+        return config.epilogue == "on"
+    where = "inside the product before it" if workload.on_gpu else "after the product: it saves time only on a GPU"
+    reasons.lines.append(f"GELU of forwards without a gradient {where}")
+    return workload.on_gpu

@@ -13,6 +13,7 @@ from dgpo_fast.engine.batches import batch_sizes, decode_batch
 from dgpo_fast.engine.choices import Workload, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.decoder import Decoder, decoder_ms
+from dgpo_fast.engine.epilogue import use_epilogue
 from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.linear import use_onednn
@@ -62,9 +63,9 @@ class Engine:
         latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
         self.choices, self.reasons = choose(config.engine, self._workload(latent, text_tokens))
         self.rollout_transformer = models.behaviour
-        self._apply()
         if config.engine.rollout_precision == "fp8":
             self.rollout_transformer = self._float8()
+        self._apply()
         if self.choices.compile:
             for transformer in self._transformers():
                 compile_blocks(transformer, self._batches(transformer))
@@ -91,6 +92,9 @@ class Engine:
         )
         return copied.transformer
 
+    def _in_float8(self, transformer: SD3Transformer2DModel) -> bool:
+        return transformer is self.rollout_transformer is not self.models.behaviour
+
     def measured(self) -> dict[str, str]:
         """The choices made by measurement, ready for JSON; another measurement could give others."""
         names = ("attention", "train_attention", "linear")
@@ -115,7 +119,10 @@ class Engine:
         for transformer in self._transformers():
             trained = transformer is self.models.policy
             set_attention(transformer, self.choices.train_attention if trained else self.choices.attention)
+            use_epilogue(transformer, False)
             use_onednn(transformer, self.choices.linear == "onednn")
+            # The policy's forwards agree with one another, with a gradient or without.
+            use_epilogue(transformer, self.choices.epilogue and not (trained or self._in_float8(transformer)))
 
     def attention_rows(self) -> list[JsonObject]:
         """The attention kernels that were timed, for a report: a dictionary each (`profiling.build.candidates`)."""

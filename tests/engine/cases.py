@@ -32,6 +32,7 @@ OFF: dict[str, Any] = {
     "cuda_graphs": "off",
     "attention": "native",
     "linear": "torch",
+    "epilogue": "off",
     "decoder": "plain",
     "batch_timesteps": False,
     "skip_equal_groups": False,

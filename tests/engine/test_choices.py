@@ -32,13 +32,20 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(linear, "time_linear", lambda *_: (3.0, 1.0))
     choices, reasons = choose(Engine(), HERE)
     assert choices == Choices(
-        compile=False, cuda_graphs=False, attention="matmul", train_attention="native", linear="onednn", decoder="fast"
+        compile=False,
+        cuda_graphs=False,
+        attention="matmul",
+        train_attention="native",
+        linear="onednn",
+        epilogue=False,
+        decoder="fast",
     )
     assert reasons.lines == [
         "blocks are not compiled: on a CPU it only saves time in runs of 50,000 images or more",
         "attention of rollouts by matmul (native 2 ms, matmul 1 ms)",
         "attention of training by native (native 5 ms, matmul 4.9 ms)",
         "linear layers by onednn (torch 3 ms, onednn 1 ms)",
+        "GELU of forwards without a gradient after the product: it saves time only on a GPU",
     ]
     long_run, _ = choose(Engine(), replace(HERE, images=50_000))
     assert long_run.compile

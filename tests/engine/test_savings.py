@@ -15,6 +15,7 @@ from tests.engine.cases import EngineCase, make_config
 SAVINGS: dict[str, dict[str, Any]] = {
     "attention": {"attention": "matmul"},
     "linear": {"linear": "onednn"},
+    "epilogue": {"epilogue": "on"},
     "compile": {"compile": "on"},
     "decoder": {"decoder": "fast"},
     "timesteps at once": {"batch_timesteps": True},
