@@ -14,6 +14,7 @@ from dgpo_fast.errors import UserError
 COMMANDS = {
     "train": "reinforce a model; without arguments, the shipped one",
     "evaluate": "score images of a model or a run, or compare two",
+    "merge": "merge a LoRA into a model, as a folder for diffusers",
     "profile": "show where the time of an iteration goes, on one page",
     "memory": "predict the GPU memory of a run and the cards it fits",
     "recipes": "print all recipes as a table",

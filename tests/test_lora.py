@@ -1,6 +1,8 @@
 """Runs that start from a LoRA, and what they save."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +15,16 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dgpo_fast import tiny
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.folder import EvaluationFolder
 from dgpo_fast.evaluation.held_out import Evaluation
-from dgpo_fast.models.loading import load_pipeline
+from dgpo_fast.models.loading import how_to_load, load_pipeline
 from dgpo_fast.models.lora import LORA_FILE, find_lora, merge_lora
+from dgpo_fast.models.merge import merge_command
 from dgpo_fast.train import train
 
 START = {
@@ -204,3 +208,177 @@ def test_in_bf16_the_start_is_merged_as_an_evaluation_merges_it(start: str, rand
     merge_lora(pipeline, Path(start))
     expected = pipeline.transformer.state_dict()
     assert all(weight.equal(expected[name]) for name, weight in base.state_dict().items())
+
+
+def test_a_model_with_a_lora_merged_keeps_its_dtypes(start: str, model_of_three_dtypes: Path) -> None:
+    """In fp32 and rounded once; what the LoRA does not touch is bit for bit the model's."""
+    tensors = load_file(start)
+    layer = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors |= {f"{layer}.lora_down.weight": torch.randn(2, 16), f"{layer}.lora_up.weight": torch.randn(32, 2)}
+    save_file(tensors, "both.safetensors")
+    merge_command([str(model_of_three_dtypes), "both.safetensors", "out/merged"])
+    changed = []
+    for part, name in PARTS.items():
+        before, after = load_file(model_of_three_dtypes / part / name), load_file(Path("out/merged") / part / name)
+        assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+        changed += [f"{part}/{name}" for name, tensor in before.items() if not tensor.equal(after[name])]
+    assert changed == [
+        "text_encoder/text_model.encoder.layers.0.mlp.fc1.weight",
+        *(f"transformer/{layer}.weight" for layer in START),
+    ]
+    found = load_file(f"out/merged/transformer/{PARTS['transformer']}")
+    original = load_file(model_of_three_dtypes / "transformer" / PARTS["transformer"])
+    for name, (rank, alpha) in START.items():
+        product = tensors[f"transformer.{name}.lora_up.weight"] @ tensors[f"transformer.{name}.lora_down.weight"]
+        by_hand = original[f"{name}.weight"].float() + alpha / rank * product
+        torch.testing.assert_close(found[f"{name}.weight"], by_hand.bfloat16(), rtol=2**-7, atol=0)
+    assert [path.name for path in Path("out").iterdir()] == ["merged"]
+
+
+PARTS = {
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+
+
+@pytest.fixture
+def model_of_three_dtypes(workspace: Path, random_pipeline: Path) -> Path:
+    """As people's models are: a transformer in bf16, a first text encoder in fp16, the rest in fp32."""
+    pipeline = loaded(random_pipeline)
+    pipeline.transformer.to(torch.bfloat16)
+    pipeline.text_encoder.to(torch.float16)
+    pipeline.save_pretrained(workspace / "model")
+    return workspace / "model"
+
+
+BAD_MERGES = {
+    # arguments: the line that they give
+    "": "command line: give a model, a LoRA and the folder to write: dgpo-fast merge MODEL LORA FOLDER",
+    "tiny start.safetensors": "command line: give a model, a LoRA and the folder to write",
+    "tiny start.safetensors out more": "command line: give a model, a LoRA and the folder to write",
+    "tiny start.safetensors out --dtype bf16": "command line: unknown setting 'dtype'",
+    "tiny start.safetensors taken": "taken exists: choose another folder",
+    "tiny nowhere out": "LoRA 'nowhere': no such file or folder",
+    "tiny start.safetensors out": "LoRA 'start.safetensors' cannot be loaded into this model: ",
+    "nowhere start.safetensors out": "model 'nowhere': no such folder",
+    "tiny start.safetensors small.yaml/out": "small.yaml/out cannot be written: Not a directory",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_MERGES)
+def test_a_merge_that_fails_leaves_nothing(arguments: str, start: str, workspace: Path) -> None:
+    Path("taken").mkdir()
+    before = sorted(workspace.iterdir())
+    with pytest.raises(UserError) as caught:
+        merge_command(arguments.split())
+    assert str(caught.value).startswith(BAD_MERGES[arguments]) and "\n" not in str(caught.value)
+    assert sorted(workspace.iterdir()) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_merge_that_is_broken_off_leaves_nothing(
+    error: BaseException, start: str, workspace: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(pipeline: StableDiffusion3Pipeline, folder: Path, **kwargs: object) -> None:
+        (folder / "transformer").mkdir()
+        raise error
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "save_pretrained", save)
+    before = sorted(workspace.iterdir())
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+        merge_command([str(random_pipeline), start, "out"])
+    assert isinstance(error, KeyboardInterrupt) or str(caught.value) == "out cannot be written: No space left on device"
+    assert sorted(workspace.iterdir()) == before
+
+
+FRESH = """
+import sys
+import torch
+from safetensors.torch import save_file
+
+for number, line in enumerate(sys.argv[1:]):
+    exec(line)
+    if "load_lora" in line:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    noise = torch.Generator().manual_seed(0)
+    pictures = pipe("a red circle", num_inference_steps=2, max_sequence_length=0, generator=noise, output_type="pt")
+    save_file({"picture": pictures.images.contiguous(), **pipe.transformer.state_dict()}, f"{number}.safetensors")
+assert not any(name.startswith(("dgpo_fast", "dgpo_kernels")) for name in sys.modules)
+"""
+
+
+def test_the_lines_that_are_printed_load_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process that never imports this package: the shipped model, which has no T5, trained, with a LoRA, and with
+    that merged."""
+    monkeypatch.chdir(tmp_path)
+    sizes = "--rollout.groups 2 --rollout.group-size 2 --rollout.num-inference-steps 2 --dgpo.timesteps 1"
+    short = [
+        "--iterations",
+        "1",
+        *sizes.split(),
+        "--evaluation.images",
+        "4",
+        "--evaluation.num-inference-steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    train([*short, "--name", "full", "--policy.train", "full"])
+    train([*short, "--name", "lora", "--policy.train", "lora", "--policy.lora-rank", "4"])
+    merge_command(["tiny", "runs/lora", "it's merged"])
+    output = capsys.readouterr().out.splitlines()
+    lines = [line.removeprefix("load: ") for line in output if line.startswith("load: ")]
+    assert len(lines) == 3 and output[-1].startswith("load: ")
+    done = subprocess.run([sys.executable, "-c", FRESH, *lines], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    merged = loaded(tiny.PIPELINE_DIR)
+    merge_lora(merged, find_lora(Path("runs/lora")))
+    for number, ours in enumerate((loaded(Path("runs/full")), merged, merged)):
+        theirs = load_file(f"{number}.safetensors")
+        for name, weight in ours.transformer.state_dict().items():
+            torch.testing.assert_close(theirs[name], weight, rtol=1e-5, atol=1e-6)
+    drew, again = load_file("1.safetensors")["picture"], load_file("2.safetensors")["picture"]
+    assert (drew - again).abs().max() * 255 <= 1
+
+
+def test_an_index_without_a_word_of_t5(tmp_path: Path, random_pipeline: Path) -> None:
+    """As an index of null is: the line that loads it says what is not there."""
+    pipeline = loaded(random_pipeline)
+    pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
+    pipeline.register_to_config(text_encoder_3=(None, None), tokenizer_3=(None, None))
+    pipeline.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/model_index.json"
+    index = json.loads(path.read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        assert index.pop(part) == [None, None]
+    path.write_text(json.dumps(index))
+    assert loaded(tmp_path / "model").text_encoder_3 is None
+    line = how_to_load(tmp_path / "model")
+    assert line.endswith("model', text_encoder_3=None, tokenizer_3=None)")
+    found: dict = {}
+    exec(line, found)
+    assert found["pipe"].text_encoder_3 is None
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "ending"),
+    [
+        ("organisation/sd3", "v2", "('organisation/sd3', revision='v2', variant='fp16')"),
+        ("organisation/sd3", None, "('organisation/sd3', variant='fp16')"),
+        (None, None, "/model', variant='fp16')"),
+    ],
+)
+def test_a_line_names_what_the_hub_and_the_files_need(
+    model: str | None, revision: str | None, ending: str, tmp_path: Path, random_pipeline: Path
+) -> None:
+    """Weights in the fp16 variant alone are not found without its name."""
+    loaded(random_pipeline).save_pretrained(tmp_path / "model", variant="fp16")
+    assert how_to_load(tmp_path / "model", model, revision).endswith(ending)
+    found: dict = {}
+    exec(how_to_load(tmp_path / "model"), found)
+    assert found["pipe"].transformer is not None

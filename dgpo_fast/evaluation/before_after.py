@@ -9,6 +9,7 @@ from dgpo_fast.distributed import Processes
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
+from dgpo_fast.models.loading import how_to_load_trained
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.prompts import PromptSets
 from dgpo_fast.records import JsonObject, Metrics
@@ -117,6 +118,7 @@ class RunEvaluations:
             return
         with written_to(folder):
             write_results(folder, before, after, self.config, source, iteration, self.console, self.prompts.evaluated)
+        self.console.note(f"load: {how_to_load_trained(self.config, self.sampler.pipeline, folder)}")
 
     def _tracked(self, when: str, weights: Weights, remedy: str) -> Evaluation:
         images = counted(self.config.evaluation.images, "image")

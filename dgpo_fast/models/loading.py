@@ -15,6 +15,7 @@ from accelerate import cpu_offload
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dgpo_fast import tiny
@@ -28,6 +29,8 @@ from dgpo_fast.wording import NO_HUB_NAME
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 FINGERPRINT_ELEMENTS = 256
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""By safetensors' names."""
 ENCODING_BYTES = 2**30
 """Upper bound of the GPU memory that text encoders take in addition to their weights."""
 TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -71,8 +74,6 @@ def make_pipeline(
     config: Config, *, device: torch.device, dtype: torch.dtype, with_text: bool = True
 ) -> StableDiffusion3Pipeline:
     """The pipeline that `config` names, with trained or with random weights. Raises UserError as `load_pipeline`."""
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # a run's own console shows what takes time
     if not config.random_weights:
         return load_pipeline(config.model, revision=config.revision, device=device, dtype=dtype, with_text=with_text)
     return random_pipeline(
@@ -100,22 +101,26 @@ def known_architecture(config: Config) -> Architecture | None:
 
 
 def load_pipeline(
-    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype, with_text: bool = True
+    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype | None, with_text: bool = True
 ) -> StableDiffusion3Pipeline:
     """The pipeline `model` on `device`, all modules frozen and in eval mode.
 
     Args:
         model: "tiny", a folder in diffusers' format, or "organisation/name" on the hub.
         revision: branch, tag or commit on the hub.
+        dtype: of all weights; None: that of each part's own files.
         with_text: load the text encoders and tokenizers too; `load_text_encoders` can add them later.
 
     Raises UserError if there is no such model or it is not a Stable Diffusion 3 pipeline.
     """
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # commands show by themselves what takes time
     folder = _find_model(model, revision)
     try:
+        dtypes = _own_dtypes(folder) if dtype is None else dtype
         absent = _absent(_local_index(folder)) if with_text else dict.fromkeys(TEXT_PARTS)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, variant=_variant(folder), **absent)
-    except (OSError, ValueError) as error:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, variant=_variant(folder), **absent)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -173,6 +178,18 @@ def _variant(folder: Path) -> str | None:
     return "fp16" if files and all(".fp16" in name for name in files) else None
 
 
+def _own_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of each part's weights in their files, by the part's name."""
+    is_variant, found = _variant(folder) is not None, {"default": torch.float32}
+    for file in sorted(folder.glob("*/*.safetensors")):
+        if (".fp16" in file.name) != is_variant or file.parent.name in found:
+            continue
+        with safe_open(file, framework="pt") as opened:
+            names = (opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118
+            found[file.parent.name] = next((DTYPES[name] for name in names if name in DTYPES), torch.float32)
+    return found
+
+
 def passes_by_layer(pipeline: StableDiffusion3Pipeline) -> bool:
     """Whether its text encoders are in the CPU's memory, and only their layers come to the GPU."""
     return any(hasattr(module, "_hf_hook") for module in text_encoders(pipeline))
@@ -191,8 +208,36 @@ def has_t5(pipeline: StableDiffusion3Pipeline) -> bool:
 
 
 def _absent(index: dict) -> dict[str, None]:
-    """What a pipeline does not have, as its T5 encoder: diffusers wants to be told so by name."""
-    return {name: None for name, value in index.items() if value == [None, None]}
+    """The text parts that a pipeline does not have, as its T5 encoder. `from_pretrained` wants to be told so by name:
+    they are arguments without a default, and those that the index has as null are not passed on."""
+    return {name: None for name in TEXT_PARTS if index.get(name) in (None, [None, None])}
+
+
+def how_to_load(folder: Path, model: str | None = None, revision: str | None = None) -> str:
+    """Python that loads the pipeline in `folder` with plain diffusers, on one line.
+
+    Args:
+        folder: where its files are.
+        model, revision: its name and branch on the hub, if it comes from there.
+    """
+    given = {"revision": revision, "variant": _variant(folder)}
+    named = {name: value for name, value in given.items() if value is not None} | _absent(_local_index(folder))
+    arguments = ", ".join([repr(model or str(folder)), *(f"{name}={value!r}" for name, value in named.items())])
+    return (
+        f"from diffusers import StableDiffusion3Pipeline; pipe = StableDiffusion3Pipeline.from_pretrained({arguments})"
+    )
+
+
+def how_to_load_trained(config: Config, pipeline: StableDiffusion3Pipeline, folder: Path) -> str:
+    """As `how_to_load`, of what the run of `config` on `pipeline` has saved in its `folder`."""
+    if config.policy.train == "full":
+        return how_to_load(folder)
+    lora = f"pipe.load_lora_weights({str(folder)!r})"
+    if config.random_weights:
+        return lora
+    is_name = config.model != "tiny" and not Path(config.model).exists()
+    base = how_to_load(Path(pipeline.name_or_path), config.model if is_name else None, config.revision)
+    return f"{base}; {lora}"
 
 
 def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:

@@ -146,7 +146,7 @@ def test_evaluate_train_further_and_evaluate_again(
     (workspace / "evaluations/run/notes.txt").write_text("of the user's\n")
     first = (workspace / "mine/index.jsonl").read_bytes()
     train(["--resume", "runs/run", "--iterations", "3"])
-    look = capsys.readouterr().out.splitlines()[-1]
+    look = capsys.readouterr().out.splitlines()[-2]
     assert look == "look: python -m dgpo_fast.evaluate --side-by-side runs/run"
     with pytest.raises(
         UserError, match=r"^runs/run has been trained further since mine was made: remove that folder, "
