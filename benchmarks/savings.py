@@ -20,6 +20,8 @@ SAVINGS: dict[str, list[str]] = {
         "False",
         "--engine.batch-timesteps",
         "False",
+        "--engine.share-first-level",
+        "off",
         "--engine.skip-equal-groups",
         "False",
         "--engine.keep-memory",
@@ -33,6 +35,7 @@ SAVINGS: dict[str, list[str]] = {
     "engine.decoder": ["--engine.decoder", "plain"],
     "engine.overlap": ["--engine.overlap", "False"],
     "engine.batch_timesteps": ["--engine.batch-timesteps", "False"],
+    "engine.share_first_level": ["--engine.share-first-level", "off"],
     "engine.skip_equal_groups": ["--engine.skip-equal-groups", "False"],
     "policy.behaviour": ["--policy.behaviour", "adapter"],
 }
@@ -48,6 +51,7 @@ FOR_DEVICE = {
     "engine.overlap": "cuda",
     "engine.epilogue": "cuda",
     "engine.linear": "cpu",
+    "engine.share_first_level": "cuda",  # in fp32, "auto" leaves it off with the recipe's solver
     "policy.micro_batch auto": "cuda",
     "engine.rollout_precision fp8": "cuda",
 }

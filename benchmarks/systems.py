@@ -100,9 +100,16 @@ class Ours:
         return gradient
 
     def flops(self, images: int) -> int:
-        """Of an iteration that trains on all groups: what its samples need, however they are computed."""
+        """Of an iteration that trains on all groups: what its samples need, however they are computed.
+
+        At a first noise level that a group's samples share, a group needs one row; how often it is drawn is an average.
+        """
         config, work = self.trainer.config, self.trainer.work
         trained = images * config.dgpo.timesteps
+        if self.trainer.engine.choices.share_first_level:
+            steps = self.trainer.draw.schedule.steps
+            drawn = config.dgpo.timesteps / min(config.dgpo.high_noise_steps or steps, steps)
+            trained -= round(drawn * (images - images / config.rollout.group_size))
         reference = forwards_per_step(config.dgpo.kl_guidance_scale) if config.dgpo.kl_weight > 0 else 1
         samples = {ROLLOUT: images * self.trainer.draw.forwards, DECODE: images, POLICY: trained, BACKWARD: trained}
         samples |= {REFERENCE: trained * reference}

@@ -19,7 +19,7 @@ from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective, best_and_worst
-from dgpo_fast.objectives.levels import predict_levels
+from dgpo_fast.objectives.levels import Inputs, predict_levels
 from dgpo_fast.objectives.registry import load_objective
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.seeds import stream_seed
@@ -226,8 +226,8 @@ def test_savings_do_not_change_what_processes_learn_together(
 
 
 @settings(deadline=None)
-@given(st.integers(1, 7), st.integers(1, 6), st.integers(1, 5))
-def test_any_levels_in_any_batches(samples: int, batch_size: int, levels: int) -> None:
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 6))
+def test_any_levels_in_any_batches(rows: list[int], batch_size: int) -> None:
     """Every level gets its own predictions, with its own timesteps and prompts, and never before its rows are
     needed."""
     forwards = []
@@ -236,15 +236,19 @@ def test_any_levels_in_any_batches(samples: int, batch_size: int, levels: int) -
         forwards.append(len(x))
         return {"v": torch.stack([x.flatten(), timestep, text.gathered()[1].flatten()], 1)}
 
-    numbers = torch.arange(samples, dtype=torch.float32)
+    numbers = torch.arange(7, dtype=torch.float32)
     text = TextEmbeds.of_samples(numbers.reshape(-1, 1, 1), numbers.reshape(-1, 1) / 10)
-    x_t = [(100 * level + numbers).reshape(-1, 1, 1, 1) for level in range(levels)]
-    timesteps = [torch.tensor(float(level)) if level % 2 else level + numbers / 100 for level in range(levels)]
-    for level, found in enumerate(predict_levels(forward, x_t, timesteps, text, batch_size)):
-        assert len(forwards) == -(-(level + 1) * samples // batch_size)
-        expected = [x_t[level].flatten(), timesteps[level].expand(samples), text.pooled.flatten()]
+    levels = []
+    for level, count in enumerate(rows):
+        x_t = (100 * level + numbers[:count]).reshape(-1, 1, 1, 1)
+        timestep = torch.tensor(float(level)) if level % 2 else level + numbers[:count] / 100
+        levels.append(Inputs(x_t, timestep, text[torch.arange(count).flip(0)]))
+    for level, found in enumerate(predict_levels(forward, levels, batch_size)):
+        assert len(forwards) == -(-sum(rows[: level + 1]) // batch_size)
+        read = levels[level]
+        expected = [read.x_t.flatten(), read.timestep.expand(len(read)), read.text.gathered()[1].flatten()]
         assert torch.equal(found["v"], torch.stack(expected, 1))
-    assert max(forwards) <= batch_size and sum(forwards) == levels * samples
+    assert max(forwards) <= batch_size and sum(forwards) == sum(rows)
 
 
 @pytest.mark.parametrize("objective", SAVING)

@@ -237,6 +237,10 @@ class Engine:
     """On a GPU, decode and score one batch while the next one is drawn."""
     batch_timesteps: bool = True
     """Predict with the reference and θ_old for all training timesteps together, in full batches."""
+    share_first_level: Literal["auto", "on", "off"] = "auto"
+    """With DGPO, one row a group in the forwards and backwards at the noisiest training timestep. A group's inputs are
+    equal there if σ is 1 (euler). dpmpp_2m begins at a σ a little below 1, and they differ by 1 − σ. auto: on if σ is
+    1, or if 1 − σ is less than a quarter of the eps of the run's precision, which is so in bf16."""
     keep_memory: bool = True
     """On a CPU with glibc, keep up to 1 GiB of freed memory for later tensors."""
     skip_equal_groups: bool = True

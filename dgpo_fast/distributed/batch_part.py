@@ -55,6 +55,19 @@ class BatchPart:
         """Rows of weight 0 that this process needs beside its `own` samples; 0 unless weights are sharded."""
         return 0 if self.edges is None else max(stop - start for start, stop in pairwise(self.edges)) - own
 
+    @property
+    def before(self) -> int:
+        """Samples of the process's first group that stand before its own."""
+        return self.first % self.group_size
+
+    def groups_of(self, own: int) -> int:
+        """Groups that the process's `own` samples are of, in whole or in part; the most of any process if weights are
+        sharded."""
+        if self.edges is None:
+            return -(-(self.before + own) // self.group_size)
+        size = self.group_size
+        return max(-(-stop // size) - start // size for start, stop in pairwise(self.edges) if stop > start)
+
     def rows(self, start: int, stop: int, count: int) -> slice:
         """Which of the process's `count` samples lie at the positions [start, stop)."""
         return slice(min(max(start - self.first, 0), count), min(max(stop - self.first, 0), count))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dgpo_fast.config.options import Config
-from dgpo_fast.distributed.placement import largest_share
+from dgpo_fast.distributed.placement import largest_share, place
 from dgpo_fast.objectives.registry import traits
 
 DECODED_LATENTS = 16 * 64 * 64
@@ -24,6 +24,7 @@ class BatchSizes:
         frozen: of one of reference or θ_old, for as many timesteps as are predicted at once.
         policy: of one of the policy without a gradient.
         training: of a micro-batch.
+        groups: groups that a process holds, whole or in part: rows at a noise level that a group's samples share.
     """
 
     rollout: int
@@ -31,6 +32,7 @@ class BatchSizes:
     frozen: int
     policy: int
     training: int
+    groups: int
 
 
 def batch_sizes(config: Config, processes: int) -> BatchSizes:
@@ -45,6 +47,7 @@ def batch_sizes(config: Config, processes: int) -> BatchSizes:
         frozen=min(most, traits(config).levels_at_once * trained),
         policy=min(most, trained),
         training=min(config.policy.micro_batch_size, trained),
+        groups=max(len(share.parts) for share in place(rollout.groups, rollout.group_size, processes)),
     )
 
 

@@ -10,6 +10,7 @@ from dgpo_fast.engine import attention, linear
 from dgpo_fast.engine.attention import Shape, Timing
 from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.errors import UserError
+from dgpo_fast.objectives.first_level import input_error, is_shared, largest_error
 from dgpo_fast.records import JsonObject
 
 GRAPH_MEMORY_GIB = 40.0
@@ -29,6 +30,7 @@ class Choices:
         linear: "torch" or "onednn".
         epilogue: frozen feed-forwards are one product with their GELU.
         decoder: "plain" or "fast".
+        share_first_level: a group's samples share one row at the first noise level.
     """
 
     compile: bool
@@ -38,6 +40,7 @@ class Choices:
     linear: str
     epilogue: bool
     decoder: str
+    share_first_level: bool
 
     def to_dict(self) -> JsonObject:
         """Ready for JSON."""
@@ -55,6 +58,7 @@ class Workload:
         width: of the transformer.
         images: drawn in the whole run.
         sharded: whether weights are cut over processes.
+        shared_sigma: of the level at which a group's samples may share one row; None if there is none.
     """
 
     device: torch.device
@@ -64,6 +68,7 @@ class Workload:
     width: int
     images: int
     sharded: bool = False
+    shared_sigma: float | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -95,6 +100,7 @@ def choose(config: EngineConfig, workload: Workload) -> tuple[Choices, Reasons]:
         linear=_linear(config, workload, reasons),
         epilogue=_epilogue(config, workload, reasons),
         decoder="fast" if config.decoder == "auto" else config.decoder,
+        share_first_level=_share_first_level(config, workload, reasons),
     )
     return choices, reasons
 
@@ -205,3 +211,35 @@ def _epilogue(config: EngineConfig, workload: Workload, reasons: Reasons) -> boo
     where = "inside the product before it" if workload.on_gpu else "after the product: it saves time only on a GPU"
     reasons.lines.append(f"GELU of forwards without a gradient {where}")
     return workload.on_gpu
+
+
+def _share_first_level(config: EngineConfig, workload: Workload, reasons: Reasons) -> bool:
+    sigma, setting = workload.shared_sigma, config.share_first_level
+    if sigma is None:
+        if setting == "on":
+            raise UserError(
+                "engine.share_first_level on: with this objective, the samples of a group differ at every noise level; "
+                "use --engine.share-first-level auto"
+            )
+        return False
+    shared, error = is_shared(setting, sigma, workload.dtype), input_error(sigma)
+    dtype, limit = str(workload.dtype).removeprefix("torch."), largest_error(workload.dtype)
+    apart = f"1 − σ is {error:.1e} there"
+    if setting == "off":
+        return False
+    if error == 0:
+        reasons.lines.append("one row a group at the first noise level: exact, since σ is 1 there")
+    elif error < limit:
+        reasons.lines.append(
+            f"one row a group at the first noise level: {apart}, less than {dtype} rounds by ({limit:.1e})"
+        )
+    elif shared:
+        reasons.lines.append(
+            f"one row a group at the first noise level, INEXACT: {apart}, and its gradient is off by about as much"
+        )
+    else:
+        reasons.lines.append(
+            f"one row a sample at the first noise level: {apart}, more than {dtype} rounds by; "
+            "--engine.share-first-level on trains with that error"
+        )
+    return shared

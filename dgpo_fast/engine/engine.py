@@ -171,16 +171,20 @@ class Engine:
     def _batches(self, transformer: SD3Transformer2DModel) -> StaticBatches:
         """Sizes of the whole batches that a transformer gets; with guidance there are two rows a sample."""
         config, sizes, objective = self.config, self.sizes, traits(self.config)
+        # At the first noise level, or at the end of all levels that are predicted together.
+        shared = [sizes.groups] if self.choices.share_first_level else []
         if transformer is self.models.policy:
             micro, group = sizes.training, config.rollout.group_size
             whole_groups = micro // group * group or micro
             training = [2 * micro] if objective.guided_policy else [whole_groups, micro, 2 * micro]
-            return StaticBatches([sizes.policy, 2 * sizes.policy], training=training)
+            few = [min(sizes.groups, micro)] if shared else []
+            return StaticBatches([sizes.policy, 2 * sizes.policy, *shared], training=[*training, *few])
         if transformer is self.models.base:
-            return StaticBatches([2 * sizes.frozen] if objective.guided_base else [sizes.frozen, 2 * sizes.frozen])
+            one, two = [sizes.frozen, *shared], [2 * rows for rows in (sizes.frozen, *shared)]
+            return StaticBatches(two if objective.guided_base else [*one, 2 * sizes.frozen])
         drawn = sizes.rollout * forwards_per_step(config.rollout.guidance_scale)
         shown = sizes.evaluation * forwards_per_step(config.evaluation.guidance_scale)
-        return StaticBatches([drawn, shown, sizes.frozen])
+        return StaticBatches([drawn, shown, sizes.frozen, *shared])
 
     def _workload(self, latent: tuple[int, ...], text_tokens: int) -> Workload:
         config, transformer, rollout = self.config, self.models.base, self.config.rollout
@@ -196,4 +200,5 @@ class Engine:
             width=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
             images=config.iterations * rollout.groups * rollout.group_size,
             sharded=self.models.shards is not None,
+            shared_sigma=traits(config).shared_sigma,
         )

@@ -64,6 +64,18 @@ class Batch:
         """P·G, the number of samples that the loss is a mean over, including those of other processes."""
         return self.groups * self.group_size
 
+    def group_means(self) -> "Batch":
+        """One row for each group: the mean x0 of the samples that are here. With sharded weights, rows are filled up to
+        equally many on every process."""
+        part = self.part
+        count, before = (self.groups, 0) if part is None else (part.groups_of(self.own), part.before)
+        sample, row = (torch.arange(length, device=self.x0.device) for length in (self.own, count))
+        # A product, since sums by index have no fixed order on a GPU.
+        member = ((sample + before) // self.group_size == row[:, None]).to(self.x0.dtype)
+        mean = member / member.sum(1, keepdim=True).clamp(min=1) @ self.x0[: self.own].flatten(1)
+        first = (row * self.group_size - before).clamp(0, len(self.x0) - 1)
+        return replace(self[first], x0=mean.unflatten(1, self.x0.shape[1:]))
+
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         """The same for some of the rows; the caller knows which are whole groups, and which are padding."""
         return replace(

@@ -19,6 +19,7 @@ from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
+from dgpo_fast.objectives.first_level import first_sigma, is_shared
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
 from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.objectives.protocol import Objective, Traits
@@ -35,12 +36,14 @@ class DGPOObjective(Objective):
         return Traits(
             levels_at_once=config.dgpo.timesteps if config.engine.batch_timesteps else 1,
             guided_base=is_guided(config.dgpo.kl_guidance_scale) and config.dgpo.kl_weight > 0,
+            shared_sigma=first_sigma(config),
             shardable=True,
         )
 
     def __init__(self, config: Config):
         self.config, self.needs = config.dgpo, self.traits(config)
         self.skip_equal_groups = config.engine.skip_equal_groups
+        self.share_first_level = config.engine.share_first_level
         self.forward_batch = config.rollout.batch_size
         self.seed = config.seed
         self.noise_seed = stream_seed(config.seed, "training noise")
@@ -77,7 +80,7 @@ class DGPOObjective(Objective):
 
     def _learn(self, batch: Batch, models: PolicyModels, *, kl_alone: bool) -> dict[str, Tensor]:
         """Adds the gradient of `batch`, and returns its part of the metrics."""
-        levels = self._levels(batch)
+        levels = self._levels(batch, is_shared(self.share_first_level, self.needs.shared_sigma, models.dtype))
         loss = replace(self.loss, clip_range=None) if kl_alone else self.loss
         totals: Metrics = {}
         for comparison in compare(
@@ -95,12 +98,17 @@ class DGPOObjective(Objective):
     def _needs_old(self) -> bool:
         return self.config.clip_range is not None or self.config.reference == "ema"
 
-    def _levels(self, batch: Batch) -> list[Level]:
-        """The noise levels of the training steps of the rollout's grid."""
+    def _levels(self, batch: Batch, share_first: bool) -> list[Level]:
+        """The noise levels of the training steps of the rollout's grid; `share_first`: as `Level.shared`."""
         among = min(self.config.high_noise_steps or batch.schedule.steps, batch.schedule.steps)
         steps = draw_training_steps(batch.iteration, count=self.config.timesteps, among=among, seed=self.seed)
         return [
-            Level(batch.schedule.sigmas[step], batch.schedule.timesteps[step], batch.iteration * len(steps) + slot)
+            Level(
+                sigma=batch.schedule.sigmas[step],
+                timestep=batch.schedule.timesteps[step],
+                draw=batch.iteration * len(steps) + slot,
+                shared=share_first and step == 0,
+            )
             for slot, step in enumerate(steps)
         ]
 

@@ -23,7 +23,7 @@ from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
-from dgpo_fast.objectives.levels import predict_levels
+from dgpo_fast.objectives.levels import Inputs, predict_levels
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.rollout.step_noise import gaussian_log_prob
 
@@ -124,8 +124,8 @@ class FlowGRPOObjective(Objective):
         for some in batch_slices(steps, self.needs.levels_at_once):
             x, timesteps = batch.transitions.states[some], batch.schedule.timesteps[some]
             forward = partial(self._predict, models, batch.empty)
-            levels = predict_levels(forward, list(x), list(timesteps), batch.text, self.forward_batch)
-            yield from (predicted["ref_v"] for predicted in levels)
+            levels = [Inputs(*of_step, batch.text) for of_step in zip(x, timesteps, strict=True)]
+            yield from (predicted["ref_v"] for predicted in predict_levels(forward, levels, self.forward_batch))
 
     def _predict(
         self, models: PolicyModels, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds

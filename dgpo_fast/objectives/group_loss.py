@@ -14,9 +14,8 @@ from torch import Tensor
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.forward import batch_slices, predict
 from dgpo_fast.models.policy import PolicyModels, autocast
-from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
-from dgpo_fast.objectives.levels import Forward, predict_levels
+from dgpo_fast.objectives.levels import Forward, Inputs, predict_levels
 
 ReduceScores = Callable[[Tensor], Tensor]
 """A micro-batch's parts of its samples' group scores → the whole scores, (B,) each."""
@@ -27,29 +26,28 @@ class Comparison:
     """Whole groups at one noise level, and the predictions that the policy is compared with. No tensor has a gradient.
 
     Attributes:
-        x0, x_t: (B, C, H, W) clean and noisy latents.
-        timestep: () or (B,), in [0, 1000].
-        text: the B prompts.
+        x0: (B, C, H, W) clean latents.
+        inputs: what the transformers read: R rows, one a sample, or one a group if the level is shared.
         advantage: (B,) fp32.
         group_index: (B,) int64.
         group_size: samples per group.
-        ref_v, old_v, kl_v: (B, C, H, W) velocities of the reference, of θ_old (None: no clip), and of the KL term's
+        ref_v, old_v, kl_v: (R, C, H, W) velocities of the reference, of θ_old (None: no clip), and of the KL term's
             reference (None: `ref_v`).
-        seed, draw: of the noise in `x_t`.
+        seed, draw: of the noise.
+        shared: see `Level`.
         part: where these samples stand among those of all processes; None if they are all.
         padding: see `Batch.padding`.
     """
 
     x0: Tensor
-    x_t: Tensor
-    timestep: Tensor
-    text: TextEmbeds
+    inputs: Inputs
     advantage: Tensor
     group_index: Tensor
     group_size: int
     ref_v: Tensor
     seed: int
     draw: int
+    shared: bool = False
     old_v: Tensor | None = None
     kl_v: Tensor | None = None
     part: BatchPart | None = None
@@ -70,9 +68,32 @@ class Comparison:
         """Whether some group is held by several processes."""
         return self.part is not None and self.part.split
 
+    @property
+    def row_samples(self) -> int:
+        """Samples that a row of a forward is of."""
+        return self.group_size if self.shared else 1
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a forward that a whole group takes."""
+        return self.group_size // self.row_samples
+
     def own(self, rows: slice) -> slice:
-        """Those of `rows` that are no padding: the first ones, or none."""
-        return slice(rows.start, max(rows.start, min(rows.stop, len(self) - self.padding)))
+        """The process's own samples that the forward's `rows` are of; rows of padding have none."""
+        start, stop = (max(row * self.row_samples - self._before, 0) for row in (rows.start, rows.stop))
+        return slice(start, max(start, min(stop, len(self) - self.padding)))
+
+    def spread(self, velocity: Tensor, rows: slice) -> Tensor:
+        """`velocity` of the forward's `rows`, once for each of the samples `own(rows)`."""
+        first, own = rows.start * self.row_samples - self._before, self.own(rows)
+        if self.shared:  # the backward of an expansion is a sum in one order; that of an index need not be
+            velocity = velocity[:, None].expand(-1, self.group_size, *velocity.shape[1:]).flatten(0, 1)
+        return velocity[own.start - first : own.stop - first]
+
+    @property
+    def _before(self) -> int:
+        """Samples of the first row that other processes hold."""
+        return self.part.before if self.shared and self.part is not None else 0
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -80,11 +101,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Level:
-    """A noise level: its σ and timestep, () or (B,) each, and the number of its noise."""
+    """A noise level.
+
+    Attributes:
+        sigma, timestep: () or (B,) each; () if it is shared.
+        draw: the number of its noise.
+        shared: whether a group's samples share one row of a forward (`objectives/first_level.py`).
+    """
 
     sigma: Tensor
     timestep: Tensor
     draw: int
+    shared: bool = False
+
+    def inputs(self, batch: Batch, seed: int) -> Inputs:
+        """What the transformers read of `batch` at this level; `seed` is the noise's."""
+        if self.shared:
+            batch = batch.group_means()
+        x_t = group_noise(batch.x0, self.sigma, batch.group_index, seed=seed, draw=self.draw)
+        return Inputs(x_t, self.timestep, batch.text)
 
 
 def compare(
@@ -97,7 +132,7 @@ def compare(
         levels: in this order.
         forward: predicts `ref_v`, and `old_v` and `kl_v` if they are needed; see `Comparison`.
         seed: of the noise.
-        batch_size: samples per forward.
+        batch_size: rows per forward.
         at_once: levels that are predicted together.
     """
     if len(batch.x0) == 0:
@@ -106,21 +141,18 @@ def compare(
                 batch.part.sum_group_scores(batch.advantage)
         return
     for slots in batch_slices(len(levels), at_once):
-        some = levels[slots]
-        x_t = [group_noise(batch.x0, of.sigma, batch.group_index, seed=seed, draw=of.draw) for of in some]
-        timesteps = [of.timestep for of in some]
-        predictions = predict_levels(forward, x_t, timesteps, batch.text, batch_size)
-        for level, noisy, predicted in zip(some, x_t, predictions, strict=True):
+        inputs = [level.inputs(batch, seed) for level in levels[slots]]
+        predictions = predict_levels(forward, inputs, batch_size)
+        for level, read, predicted in zip(levels[slots], inputs, predictions, strict=True):
             yield Comparison(
                 x0=batch.x0,
-                x_t=noisy,
-                timestep=level.timestep,
-                text=batch.text,
+                inputs=read,
                 advantage=batch.advantage,
                 group_index=batch.group_index,
                 group_size=batch.group_size,
                 seed=seed,
                 draw=level.draw,
+                shared=level.shared,
                 part=batch.part,
                 padding=batch.padding,
                 **predicted,
@@ -133,8 +165,8 @@ class GroupLoss:
 
     Attributes:
         beta, clip_range, kl_weight: as `dgpo_kernels.dgpo_loss` takes them.
-        micro_batch: samples per forward and backward.
-        forward_batch: samples per forward without a gradient.
+        micro_batch: rows per forward and backward.
+        forward_batch: rows per forward without a gradient.
     """
 
     beta: float
@@ -145,31 +177,31 @@ class GroupLoss:
 
     def backward(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
         """Adds the gradient of `weight` times the loss to the policy; returns the loss and per-sample means."""
-        if comparison.split and len(comparison) <= self.micro_batch:
+        if comparison.split and len(comparison.inputs) <= self.micro_batch:
             return self._split_groups(comparison, models, weight)
-        if comparison.split or comparison.group_size > self.micro_batch:
+        if comparison.split or comparison.group_rows > self.micro_batch:
             return self._two_passes(comparison, models, weight)
         return self._whole_groups(comparison, models, weight)
 
     def _whole_groups(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
         """Micro-batches of whole groups: each finds the scores of its own."""
         metrics: dict[str, Tensor] = {}
-        size = self.micro_batch // comparison.group_size * comparison.group_size
-        for rows in batch_slices(len(comparison), size):
+        size = self.micro_batch // comparison.group_rows * comparison.group_rows
+        for rows in batch_slices(len(comparison.inputs), size):
             add_metrics(metrics, self._learn(comparison, models, weight, rows, None), 1.0)
         return metrics
 
     def _split_groups(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
         """One micro-batch on each process: between forward and backward they add up the scores of groups they share."""
         assert comparison.part is not None
-        everything = slice(0, len(comparison))
+        everything = slice(0, len(comparison.inputs))
         return self._learn(comparison, models, weight, everything, comparison.part.sum_group_scores)
 
     def _two_passes(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
         """Micro-batches below a group, whose weight σ(s) needs all of its samples: a pass without gradients finds s."""
         group_score = self._group_score(comparison, models)
         metrics: dict[str, Tensor] = {}
-        for rows in batch_slices(len(comparison), self.micro_batch):
+        for rows in batch_slices(len(comparison.inputs), self.micro_batch):
             known = partial(_known, group_score[comparison.own(rows)])
             add_metrics(metrics, self._learn(comparison, models, weight, rows, known), 1.0)
         return metrics
@@ -183,34 +215,37 @@ class GroupLoss:
         """
         loss = self._loss(comparison, _policy_v(comparison, models, rows), rows, scores)
         (weight * loss.loss).backward()
-        count = rows.stop - rows.start
+        count = (rows.stop - rows.start) * comparison.row_samples
         metrics = {"loss": loss.loss.detach()}
         add_metrics(metrics, _means(loss, count), count / comparison.samples)
         return metrics
 
     @torch.no_grad()
     def _group_score(self, comparison: Comparison, models: PolicyModels) -> Tensor:
-        """s of each own sample's group, from a pass over all samples without a gradient."""
-        batches = batch_slices(len(comparison), self.forward_batch)
+        """s of each own sample's group, from a pass over all of them without a gradient."""
+        batches = batch_slices(len(comparison.inputs), self.forward_batch)
         policy_v = torch.cat([_policy_v(comparison, models, rows) for rows in batches])
         scores = comparison.part.sum_group_scores if comparison.part is not None and comparison.split else None
-        return self._loss(comparison, policy_v, slice(0, len(comparison)), scores).group_score
+        return self._loss(comparison, policy_v, slice(0, len(comparison.inputs)), scores).group_score
 
     def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, scores: ReduceScores | None) -> DGPOLoss:
         """Of the policy's predictions for `rows`; the padding among them is left out."""
-        rows = comparison.own(rows)
-        ref_v = comparison.ref_v[rows]
-        kl_v = ref_v if comparison.kl_v is None else comparison.kl_v[rows]
+
+        def of_samples(velocity: Tensor | None) -> Tensor | None:
+            return None if velocity is None else comparison.spread(velocity[rows], rows)
+
+        samples, ref_v = comparison.own(rows), comparison.spread(comparison.ref_v[rows], rows)
+        kl_v = ref_v if comparison.kl_v is None else of_samples(comparison.kl_v)
         return dgpo_loss(
-            policy_v[: rows.stop - rows.start],
+            comparison.spread(policy_v, rows),
             ref_v,
-            comparison.x0[rows],
-            comparison.advantage[rows],
-            comparison.group_index[rows],
+            comparison.x0[samples],
+            comparison.advantage[samples],
+            comparison.group_index[samples],
             seed=comparison.seed,
             draw=comparison.draw,
             beta=self.beta,
-            old_v=None if comparison.old_v is None else comparison.old_v[rows],
+            old_v=of_samples(comparison.old_v),
             clip_range=self.clip_range,
             kl_v=kl_v if self.kl_weight > 0 else None,
             kl_weight=self.kl_weight,
@@ -225,13 +260,15 @@ def _known(group_score: Tensor, _: Tensor) -> Tensor:
 
 
 def _policy_v(comparison: Comparison, models: PolicyModels, rows: slice) -> Tensor:
-    timestep = comparison.timestep.expand(len(comparison))[rows]
+    read = comparison.inputs[rows]
     with autocast(models):
-        return predict(models.policy, comparison.x_t[rows], timestep, comparison.text[rows])
+        velocity = predict(models.policy, read.x_t, read.timestep, read.text)
+    # The gradients of a group's samples are added in fp32, and rounded once.
+    return velocity.to(torch.promote_types(velocity.dtype, torch.float32)) if comparison.shared else velocity
 
 
 def _means(loss: DGPOLoss, count: int) -> dict[str, Tensor]:
-    """Means over `count` rows, of which those without a loss are padding and add nothing."""
+    """Means over `count` samples, of which those without a loss are padding and add nothing."""
     values = {
         "dsm_policy": loss.dsm_policy,
         "dsm_gap": loss.dsm_policy - loss.dsm_ref,

@@ -1,6 +1,7 @@
 """Predictions of frozen weights at several noise levels, in full batches (`engine.batch_timesteps`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +12,29 @@ from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.seeds import stream_seed
 
 Forward = Callable[[Tensor, Tensor, TextEmbeds], Mapping[str, Tensor]]
-"""(x_t, timestep, text) of R samples → predictions by name, each with R rows."""
+"""(x_t, timestep, text) of R rows → predictions by name, each with R rows."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a transformer reads at one noise level.
+
+    Attributes:
+        x_t: (R, C, H, W) noisy latents.
+        timestep: () or (R,), in [0, 1000].
+        text: the R prompts.
+    """
+
+    x_t: Tensor
+    timestep: Tensor
+    text: TextEmbeds
+
+    def __len__(self) -> int:
+        return len(self.x_t)
+
+    def __getitem__(self, rows: slice) -> "Inputs":
+        """Some of the rows."""
+        return Inputs(self.x_t[rows], self.timestep.expand(len(self))[rows], self.text[rows])
 
 
 def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:
@@ -21,43 +44,38 @@ def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) ->
 
 
 @torch.no_grad()
-def predict_levels(
-    forward: Forward, x_t: Sequence[Tensor], timesteps: Sequence[Tensor], text: TextEmbeds, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Predictions of `forward` for the same B samples at one noise level after another, without gradients.
+def predict_levels(forward: Forward, levels: Sequence[Inputs], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Predictions of `forward` at one noise level after another, without gradients.
 
     A batch goes on from one level into the next, so that only the last one is not full. Predictions are made as they
     are asked for: those of a level and of a batch are all that is held.
 
     Args:
-        forward: gets at most `batch_size` samples.
-        x_t: (B, C, H, W) noisy latents of each level.
-        timesteps: () or (B,) of each level, in [0, 1000].
-        text: the B prompts, at least one.
-        batch_size: samples per forward.
+        forward: gets at most `batch_size` rows.
+        levels: at least one row each; their prompts are rows of the same embeddings.
+        batch_size: rows per forward.
     """
-    samples = len(text)
-    batches = batch_slices(len(x_t) * samples, batch_size)
+    batches = batch_slices(sum(map(len, levels)), batch_size)
     ready: dict[str, list[Tensor]] = {}
-    forwards = 0
-    for level in range(len(x_t)):
-        while forwards * batch_size < (level + 1) * samples:
-            rows, forwards = next(batches), forwards + 1
-            timestep = _rows([of_level.expand(samples) for of_level in timesteps], rows)
-            for name, predicted in forward(_rows(x_t, rows), timestep, _repeated(text, rows)).items():
+    done, needed = 0, 0
+    for level in levels:
+        needed += len(level)
+        while done < needed:
+            rows = next(batches)
+            some, done = _joined(levels, rows), rows.stop
+            for name, predicted in forward(some.x_t, some.timestep, some.text).items():
                 ready.setdefault(name, []).append(predicted)
         joined = {name: torch.cat(parts) for name, parts in ready.items()}
-        ready = {name: [tensor[samples:]] for name, tensor in joined.items()}
-        yield {name: tensor[:samples] for name, tensor in joined.items()}
+        ready = {name: [tensor[len(level) :]] for name, tensor in joined.items()}
+        yield {name: tensor[: len(level)] for name, tensor in joined.items()}
 
 
-def _rows(levels: Sequence[Tensor], rows: slice) -> Tensor:
-    """Rows of `levels` laid end to end, equally many of each."""
-    samples = len(levels[0])
-    first, stop = rows.start // samples, -(-rows.stop // samples)
-    return torch.cat(list(levels[first:stop]))[rows.start - first * samples : rows.stop - first * samples]
-
-
-def _repeated(text: TextEmbeds, rows: slice) -> TextEmbeds:
-    """Rows of `text` repeated endlessly."""
-    return text[torch.arange(rows.start, rows.stop, device=text.index.device) % len(text)]
+def _joined(levels: Sequence[Inputs], rows: slice) -> Inputs:
+    """Rows of `levels` laid end to end."""
+    pieces, start = [], 0
+    for level in levels:
+        pieces.append(level[max(rows.start - start, 0) : max(rows.stop - start, 0)])
+        start += len(level)
+    index = torch.cat([piece.text.index for piece in pieces])
+    text = replace(levels[0].text, index=index)
+    return Inputs(torch.cat([piece.x_t for piece in pieces]), torch.cat([piece.timestep for piece in pieces]), text)

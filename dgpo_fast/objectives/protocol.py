@@ -22,6 +22,8 @@ class Traits:
             (`levels.predict_levels`).
         guided_base: whether the base predicts pairs for guidance, and nothing else.
         guided_policy: whether the policy does.
+        shared_sigma: σ of a noise level at which a group's samples may share one row of a forward
+            (`objectives/first_level.py`); None if there is none.
         shardable: whether it runs on sharded weights, where some rows of a batch may be padding (`Batch.weight`).
     """
 
@@ -29,6 +31,7 @@ class Traits:
     levels_at_once: int = 1
     guided_base: bool = False
     guided_policy: bool = False
+    shared_sigma: float | None = None
     shardable: bool = False
 
 

@@ -35,6 +35,7 @@ OFF: dict[str, Any] = {
     "epilogue": "off",
     "decoder": "plain",
     "batch_timesteps": False,
+    "share_first_level": "off",
     "skip_equal_groups": False,
     "checkpointing": "none",
 }

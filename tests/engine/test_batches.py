@@ -16,9 +16,9 @@ from tests.engine.cases import EngineCase, make_config
 def test_the_recipe_on_one_and_on_eight_gpus() -> None:
     """8 groups of 16 in batches of 32: a GPU of eight draws 16, and predicts 4 timesteps of them in batches of 32."""
     config = configure(["sd35m-geneval", "--policy.micro-batch", "48", "--evaluation.images", "128"])
-    assert batch_sizes(config, 1) == BatchSizes(rollout=32, evaluation=32, frozen=32, policy=32, training=48)
-    assert batch_sizes(config, 8) == BatchSizes(rollout=16, evaluation=16, frozen=32, policy=16, training=16)
-    assert batch_sizes(config, 16) == BatchSizes(rollout=8, evaluation=8, frozen=32, policy=8, training=8)
+    assert batch_sizes(config, 1) == BatchSizes(rollout=32, evaluation=32, frozen=32, policy=32, training=48, groups=8)
+    assert batch_sizes(config, 8) == BatchSizes(rollout=16, evaluation=16, frozen=32, policy=16, training=16, groups=1)
+    assert batch_sizes(config, 16) == BatchSizes(rollout=8, evaluation=8, frozen=32, policy=8, training=8, groups=1)
 
 
 def test_offline_groups_are_drawn_by_one_process() -> None:

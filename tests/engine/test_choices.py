@@ -39,6 +39,7 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
         linear="onednn",
         epilogue=False,
         decoder="fast",
+        share_first_level=False,
     )
     assert reasons.lines == [
         "blocks are not compiled: on a CPU it only saves time in runs of 50,000 images or more",
@@ -62,6 +63,36 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_setting_that_cannot_be_had_is_refused(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=f"^{line}$"):
         choose(Engine(**settings), HERE)
+
+
+@pytest.mark.parametrize(
+    ("share", "sigma", "dtype", "line"),
+    [
+        ("auto", 1.0, torch.float32, "one row a group at the first noise level: exact, since σ is 1 there"),
+        ("auto", 0.99967, torch.bfloat16, "one row a group at the first noise level: 1 − σ is 3.3e-04 there, less than "
+         "bfloat16 rounds by (2.0e-03)"),
+        ("auto", 0.99967, torch.float32, "one row a sample at the first noise level: 1 − σ is 3.3e-04 there, more than "
+         "float32 rounds by; --engine.share-first-level on trains with that error"),
+        ("on", 0.99967, torch.float32, "one row a group at the first noise level, INEXACT: 1 − σ is 3.3e-04 there, and "
+         "its gradient is off by about as much"),
+        ("off", 1.0, torch.float32, None),
+        ("auto", None, torch.bfloat16, None),
+    ],
+)  # fmt: skip
+def test_the_first_noise_level_is_labelled_by_its_error(
+    share: str, sigma: float | None, dtype: torch.dtype, line: str | None
+) -> None:
+    config = Engine(share_first_level=share, compile="off", attention="native", linear="torch", epilogue="off")  # type: ignore[arg-type]
+    choices, reasons = choose(config, replace(HERE, dtype=dtype, shared_sigma=sigma))
+    assert reasons.lines == ([] if line is None else [line])
+    assert choices.share_first_level == (line is not None and "row a group" in line)
+
+
+def test_no_level_to_share_is_refused() -> None:
+    """Of Diffusion-DPO and Flow-GRPO."""
+    line = "engine.share_first_level on: with this objective, the samples of a group differ at every noise level; use "
+    with pytest.raises(UserError, match=f"^{line}--engine.share-first-level auto$"):
+        choose(Engine(share_first_level="on", attention="native"), HERE)
 
 
 def test_onednn_is_for_fp32_runs() -> None:

@@ -13,9 +13,10 @@ from dgpo_fast.objectives.registry import load_objective
 from tests.engine.cases import EngineCase, make_config
 
 OBJECTIVES = ["dgpo", "diffusion_dpo", "flow_grpo"]
+SHARED = "dgpo with one row a group"
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, SHARED])
 def test_nothing_is_compiled_after_the_first_iteration(
     objective: str, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -23,9 +24,9 @@ def test_nothing_is_compiled_after_the_first_iteration(
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(compile, "BACKEND", counter)
-    case = EngineCase(
-        random_pipeline, make_config(objective=objective, compile="on", batch_timesteps=True, skip_equal_groups=True)
-    )
+    savings = {"compile": "on", "batch_timesteps": True, "skip_equal_groups": True}
+    savings |= {"share_first_level": "on" if objective == SHARED else "off"}
+    case = EngineCase(random_pipeline, make_config(objective=objective.split()[0], **savings))
     loaded, batch = load_objective(case.config), case.batch()
     for iteration, preferring in enumerate((2, 3, 1)):
         with torch._dynamo.config.patch(error_on_recompile=iteration > 0):
@@ -40,7 +41,8 @@ def test_nothing_is_compiled_after_the_first_iteration(
     assert counter.frame_count == compiled
     # Kinds of blocks (2) × (pairs of the rollout, and of the base where it is guided; partial pairs, and single
     # predictions of frozen weights; the policy's micro-batch, of pairs where it is guided).
-    assert compiled == 2 * 3
+    # With one row a group, also the policy's rows of three groups; batches of frozen weights are full.
+    assert compiled == 2 * (4 if objective == SHARED else 3)
 
 
 def test_a_batch_is_padded_to_what_is_compiled() -> None:

@@ -19,6 +19,7 @@ SAVINGS: dict[str, dict[str, Any]] = {
     "compile": {"compile": "on"},
     "decoder": {"decoder": "fast"},
     "timesteps at once": {"batch_timesteps": True},
+    "first level": {"share_first_level": "auto"},
     "equal groups": {"skip_equal_groups": True},
     "checkpointing": {"checkpointing": "blocks"},
     "selective checkpointing": {"checkpointing": "selective"},
