@@ -38,7 +38,7 @@ def difference(settings: Sequence[str]) -> dict[str, Any]:
     try:
         trainer.models.load_behaviour(trainer.models.initial_weights())
         for sampler in (trainer.eval_sampler, trainer.sampler):
-            images.append(draw_images(sampler, prompts, trainer.draw, first=0, seed=config.evaluation.seed))
+            images.append(draw_images(sampler, prompts, trainer.draw, first=0, seed=config.evaluation.seed).images)
             rewards.append(trainer.reward_pool.score_groups(images[-1], prompts, group_size=1).rewards[:, 0])
     finally:
         trainer.close()

@@ -58,7 +58,7 @@ class Ours:
 
     def decode(self, x0: Tensor) -> np.ndarray:
         """As the trainer does."""
-        return self.trainer.sampler.decode(x0)
+        return self.trainer.sampler.decode(x0).images
 
     @torch.no_grad()
     def forward(self, x_t: Tensor, timestep: Tensor, text: Text, empty: Text) -> Tensor:

@@ -46,7 +46,7 @@ class Trainer:
         self.eval_sampler, self.eval_draw = parts.eval_sampler, parts.eval_draw
         self.evaluations, self.checkpoints = parts.evaluations, parts.checkpoints
         self.phases, self.work = parts.phases, parts.work
-        self.group_log = GroupLog(self.reward, self.config.max_lost_iterations, self.console.note)
+        self.group_log = GroupLog(self.reward, self.config.max_lost_iterations, self.models.dtype, self.console.note)
         self.folder: Path | None = None
         self.sinks: tuple[Sink, ...] = ()
         self.loggers: Loggers | None = None

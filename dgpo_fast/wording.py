@@ -8,6 +8,16 @@ FEWEST_PROMPTS = 5
 NO_HUB_NAME = ", and no name on the hub (organisation/name)"
 
 
+FAULTS = (
+    "",
+    "the transformer gave NaN",
+    "the transformer gave infinity",
+    "the decoder gave NaN",
+    "the decoder gave infinity",
+)
+"""What can be wrong with a picture, by its number in `Pictures.faults`; the first is nothing."""
+
+
 def counted(number: int, what: str) -> str:
     """`1 image`, `2 images`."""
     return f"{number} {what}{'' if number == 1 else 's'}"

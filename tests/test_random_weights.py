@@ -94,7 +94,7 @@ def test_weights_are_repeatable_and_signals_stay_finite(dtype: torch.dtype) -> N
             changed = predict(first.transformer, x_t, timestep, text)
             assert (changed - velocity).float().abs().max() > 0.02
             velocity = changed
-    images = decode_plainly(first.vae, x_t, 2)
+    images = decode_plainly(first.vae, x_t, 2).images
     assert images.shape == (2, 64, 64, 3) and images.std() > 10
 
 

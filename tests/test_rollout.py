@@ -37,7 +37,7 @@ def test_same_pictures_as_diffusers(pipeline: object, solver: str, guidance_scal
     """Same noise, same scheduler: latents to 1e-4 and pictures to 1/255 (forwards are batched differently)."""
     sampler, draw = make_sampler(pipeline), Draw(make_schedule(solver, 7, 3.0), guidance_scale, batch_size=2)
     x0 = torch.cat(list(sampler.batches(PROMPTS, draw, first=3, seed=5)))
-    ours = sampler.decode(x0)
+    ours = sampler.decode(x0).images
     original, pipeline.scheduler = pipeline.scheduler, make_scheduler(solver, 3.0)  # type: ignore[attr-defined]
     call = {
         "latents": initial_noise(sampler.shape, torch.arange(3, 8), seed=5, draw=0),

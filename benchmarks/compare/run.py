@@ -272,7 +272,7 @@ class _Performance:
     def _pictures(self, texts: list[str], stream: str) -> np.ndarray:
         trainer = self.trainer
         batches = trainer.sampler.batches(texts, trainer.eval_draw, first=0, seed=stream_seed(0, stream))
-        return trainer.sampler.decode(torch.cat(list(batches)))
+        return trainer.sampler.decode(torch.cat(list(batches))).images
 
     def _write_points(self) -> None:
         write_json(self.folder / POINTS, {"run": self.run.as_json(), "points": self.points})

@@ -18,12 +18,13 @@ class StepGuard:
     Args:
         limit: skipped steps in a row that end the run.
         processes: those of the run.
+        dtype: of the model's forwards.
         note: called with one line for every skipped step.
     """
 
-    def __init__(self, limit: int, processes: Processes, note: Callable[[str], None]):
-        self.limit, self.processes, self.note = limit, processes, note
-        self.in_a_row = 0
+    def __init__(self, limit: int, processes: Processes, dtype: torch.dtype, note: Callable[[str], None]):
+        self.limit, self.processes, self.dtype, self.note = limit, processes, dtype, note
+        self.in_a_row, self.taken = 0, False
 
     def allows(self, norm: Tensor, own_norm: Tensor, iteration: int) -> bool:
         """Whether the step is to be taken.
@@ -36,7 +37,7 @@ class StepGuard:
         Raises SharedError at the limit.
         """
         if math.isfinite(float(norm)):
-            self.in_a_row = 0
+            self.in_a_row, self.taken = 0, True
             return True
         self.in_a_row += 1
         finite = self.processes.gather(math.isfinite(float(own_norm)), f"the gradients of iteration {iteration}")
@@ -45,10 +46,22 @@ class StepGuard:
         line = f"iteration {iteration}: the gradient is not finite{whose}; its step was not taken"
         self.note(line)
         if self.in_a_row >= self.limit:
-            raise SharedError(
-                f"{line}, the {self.in_a_row}. in a row: resume with a lower --optimizer.lr or --precision fp32"
-            )
+            begun = self.taken or iteration > self.in_a_row
+            raise SharedError(f"{line}, the {self.in_a_row}. in a row: {finite_remedy(self.dtype, begun=begun)}")
         return False
+
+
+def finite_remedy(dtype: torch.dtype, *, begun: bool) -> str:
+    """What to do if a model gives numbers that are not finite.
+
+    Args:
+        dtype: of its forwards.
+        begun: whether it has been trained.
+    """
+    fp32 = "" if dtype == torch.float32 else "--precision fp32"
+    if begun:
+        return f"resume with a lower --optimizer.lr{fp32 and ' or ' + fp32}"
+    return f"use {fp32}, or another model" if fp32 else "the model fails in fp32 already, so use another one"
 
 
 def gradient_norm(weights: Mapping[str, nn.Parameter]) -> Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.timing import best_ms
 from dgpo_fast.models.forward import batch_slices
-from dgpo_fast.models.latents import decode_pixels, to_uint8
+from dgpo_fast.models.latents import Pictures, decode_pixels, find_faults, to_uint8
 
 CHECKED_IMAGES = 4
 LARGEST_MEAN_DIFFERENCE = 1.0
@@ -61,12 +60,12 @@ class Decoder:
         """Whether it works while its caller continues."""
         return self.stream is not None
 
-    def __call__(self, latents: Tensor) -> np.ndarray:
-        """(B, C, H, W) latents → (B, height, width, 3) uint8, rounded as diffusers rounds them."""
+    def __call__(self, latents: Tensor) -> Pictures:
+        """(B, C, H, W) latents → pictures, rounded as diffusers rounds them."""
         return self.start(latents)()
 
     @torch.no_grad()
-    def start(self, latents: Tensor) -> Callable[[], np.ndarray]:
+    def start(self, latents: Tensor) -> Callable[[], Pictures]:
         """Begins to decode, after what `latents` wait for, and returns what waits for the pictures.
 
         On a CPU the work is done when the pictures are asked for.
@@ -74,26 +73,31 @@ class Decoder:
         if not self.checked:
             self._check(latents)
         if self.stream is None:
-            return lambda: self.decode(latents).cpu().numpy()
+            return lambda: Pictures(*(part.cpu().numpy() for part in self.decode(latents)))
         self.stream.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(self.stream):
-            images = self.decode(latents)
+            decoded = self.decode(latents)
             latents.record_stream(self.stream)
-            pictures = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
-            pictures.copy_(images, non_blocking=True)
+            host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in decoded]
+            for part, copy_of_it in zip(decoded, host, strict=True):
+                copy_of_it.copy_(part, non_blocking=True)
             done = self.stream.record_event()
 
-        def wait() -> np.ndarray:
+        def wait() -> Pictures:
             done.synchronize()
-            return pictures.numpy()
+            return Pictures(*(part.numpy() for part in host))
 
         return wait
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) latents → (B, height, width, 3) uint8 on their device, unchecked."""
-        batches = (latents[rows] for rows in batch_slices(len(latents), self.batch_size))
-        return torch.cat([to_uint8(self._pixels(batch)) for batch in batches])
+    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) latents → the parts of their `Pictures`, on their device; the decoder is not checked."""
+        images, faults = [], []
+        for rows in batch_slices(len(latents), self.batch_size):
+            pixels = self._pixels(latents[rows])
+            images.append(to_uint8(pixels))
+            faults.append(find_faults(latents[rows], pixels))
+        return torch.cat(images), torch.cat(faults)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """(B, 3, height, width) in [−1, 1] if the decoder is sure."""
@@ -104,8 +108,10 @@ class Decoder:
 
     def _check(self, latents: Tensor) -> None:
         """Compares the first pictures with fp32's, once, and takes fp32 if they are too far apart."""
+        few = latents[torch.isfinite(latents).flatten(1).all(1)][:CHECKED_IMAGES]
+        if len(few) == 0:
+            return  # nothing that a decoder could be blamed for
         self.checked = True
-        few = latents[:CHECKED_IMAGES]
         exact = _with_own_decoder(self.original, dtype=torch.float32)
         expected, found = decode_pixels(exact, few, torch.float32), self._pixels(few)
         difference = (to_uint8(found).int() - to_uint8(expected).int()).abs().float()

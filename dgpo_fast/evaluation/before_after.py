@@ -46,12 +46,15 @@ class RunEvaluations:
     processes: Processes
     console: Console
 
-    def scores(self, weights: Weights, on_step: Callable[[float], None] | None = None, remedy: str = "") -> Evaluation:
+    def scores(
+        self, weights: Weights, on_step: Callable[[float], None] | None = None, remedy: str = "", *, begun: bool = True
+    ) -> Evaluation:
         """The scores of `weights`.
 
         Args:
             on_step: called with the finished share, in (0, 1].
             remedy: the end of the error's line.
+            begun: whether the weights have been trained.
 
         Raises UserError if no image could be scored.
         """
@@ -67,6 +70,7 @@ class RunEvaluations:
                 self.processes,
                 sharded=self.models.shards is not None,
                 remedy=remedy,
+                begun=begun,
             )
         if result.failures:
             failed = counted(len(result.failures), "image")
@@ -92,7 +96,7 @@ class RunEvaluations:
         if self.processes.broadcast(earlier is not None, "the evaluation before training"):
             return earlier
         again = "; fix it and run the same command again"
-        before = self._tracked("before", self.models.initial_weights(), again)
+        before = self._tracked("before", self.models.initial_weights(), again, begun=False)
         if not self.processes.first:
             return None
         before.save(path)
@@ -113,14 +117,15 @@ class RunEvaluations:
 
         Raises UserError if results cannot be written.
         """
-        after = self._tracked("after", weights, f"; fix it, then resume with: {resume_command(folder)}")
+        again = f"; fix it, then resume with: {resume_command(folder)}"
+        after = self._tracked("after", weights, again, begun=True)
         if before is None:
             return
         with written_to(folder):
             write_results(folder, before, after, self.config, source, iteration, self.console, self.prompts.evaluated)
         self.console.note(f"load: {how_to_load_trained(self.config, self.sampler.pipeline, folder)}")
 
-    def _tracked(self, when: str, weights: Weights, remedy: str) -> Evaluation:
+    def _tracked(self, when: str, weights: Weights, remedy: str, *, begun: bool) -> Evaluation:
         images = counted(self.config.evaluation.images, "image")
         with self.console.track(f"{when}: {images} of {self.prompts.evaluated}") as on_step:
-            return self.scores(weights, on_step, remedy)
+            return self.scores(weights, on_step, remedy, begun=begun)

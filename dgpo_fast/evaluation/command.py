@@ -17,6 +17,7 @@ from dgpo_fast.evaluation.settings import (
     require_weights,
 )
 from dgpo_fast.run.console import Console
+from dgpo_fast.wording import counted
 
 PAIRS = 400
 """Pairs of pictures in a page, unless --pairs says otherwise; a page of that many 512 px pictures has some 50 MB."""
@@ -51,7 +52,10 @@ def evaluate(args: list[str]) -> int:
 def run_evaluation(settings: EvaluationSettings, args: list[str]) -> int:
     """Draws, scores and reports; `args` say how to continue if that is interrupted."""
     require_weights(settings)
-    from dgpo_fast.evaluation.drawing import Drawing  # after the command line is known to be good: these take seconds
+    from dgpo_fast.evaluation.drawing import (
+        Drawing,
+        named_faults,
+    )  # after the command line is known to be good: these take seconds
     from dgpo_fast.evaluation.report import write_report
 
     console, started_s = Console(), time.monotonic()
@@ -63,8 +67,11 @@ def run_evaluation(settings: EvaluationSettings, args: list[str]) -> int:
         done, total = len(drawing.folder.rows()), len(drawing.prompts)
         console.note(f"stopped: {done} of {total} images are drawn and scored; continue with: {command}")
         return INTERRUPTED
+    if faults := named_faults(rows):
+        number = sum(bool(row.fault) for row in rows)
+        console.note(f"not finite, so not scored: {number} of {counted(len(rows), 'image')}: {faults}")
     if drawing.failures:
-        failed = sum(row.failed for row in rows)
+        failed = sum(row.failed and not row.fault for row in rows)
         console.note(
             f"not scored: {failed} of {len(rows)} images, which the same command tries again; "
             f"the first failure: {drawing.failures[0]}"

@@ -14,6 +14,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from dgpo_fast.config.options import Config
+from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.settings import (
@@ -24,6 +25,7 @@ from dgpo_fast.evaluation.settings import (
     run_config,
     trained_weights,
 )
+from dgpo_fast.models.latents import Pictures
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype
 from dgpo_fast.models.lora import changes_text_encoders, find_lora, merge_lora
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
@@ -35,9 +37,11 @@ from dgpo_fast.rollout.sampler import Sampler, plain_decoding
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.run.console import Console
 from dgpo_fast.seeds import stream_seed
-from dgpo_fast.wording import counted
+from dgpo_fast.wording import FAULTS, counted
 
 PNG_THREADS = 8
+NAMED_FAULTS = 8
+"""Pictures that are not finite beyond these are in the index alone."""
 
 
 class Drawing:
@@ -115,10 +119,10 @@ class Drawing:
             pending: Future[list[Row]] | None = None
             starts = range(len(rows), total, size)
             for start, x0 in zip(starts, self._latents(len(rows), on_images), strict=True):
-                images = self.sampler.decode(x0)
+                pictures = self.sampler.decode(x0)
                 if pending:
                     rows += pending.result()
-                pending = beside.submit(self._finish, start, images, is_first=not rows)
+                pending = beside.submit(self._finish, start, pictures, is_first=not rows)
             if pending:
                 rows += pending.result()
         return rows
@@ -134,29 +138,41 @@ class Drawing:
             on_step=lambda share: on_images(first + share * len(texts)),
         )
 
-    def _finish(self, start: int, images: np.ndarray, *, is_first: bool) -> list[Row]:
+    def _finish(self, start: int, pictures: Pictures, *, is_first: bool) -> list[Row]:
         """Writes one batch's pictures, then, with its scores, their lines of the index."""
+        images, faults = pictures
         with ThreadPoolExecutor(PNG_THREADS) as threads:
             list(threads.map(self.folder.write_image, range(start, start + len(images)), images))
-        rows = self._score(range(start, start + len(images)), images)
+        rows = self._score(range(start, start + len(images)), images, faults)
+        if is_first and all(row.fault for row in rows):
+            raise UserError(
+                f"no image of the first batch is finite; the first: {named_faults(rows[:1])}: "
+                f"{finite_remedy(self.sampler.dtype, begun=False)}"
+            )
         if is_first and all(row.failed for row in rows):
             raise UserError(f"no image of the first batch could be scored; the first failure: {self.failures[0]}")
         self.folder.append(rows)
         return rows
 
-    def _score(self, samples: Sequence[int], images: np.ndarray) -> list[Row]:
+    def _score(self, samples: Sequence[int], images: np.ndarray, faults: np.ndarray | None = None) -> list[Row]:
         prompts = [self.prompts[sample] for sample in samples]
-        scored = self.pool.score_groups(images, prompts, group_size=1)
+        scored = self.pool.score_groups(images, prompts, group_size=1, faults=faults)
         self.failures += scored.failures
         rewards, parts = scored.rewards[:, 0], {name: values[:, 0] for name, values in scored.parts.items()}
         return [
-            Row(sample, prompt, _as_float(rewards[n]), {name: _as_float(values[n]) for name, values in parts.items()})
+            Row(
+                sample,
+                prompt,
+                _as_float(rewards[n]),
+                {name: _as_float(values[n]) for name, values in parts.items()},
+                FAULTS[scored.faults[n, 0]],
+            )
             for n, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
         ]
 
     def _score_again(self, rows: list[Row]) -> list[Row]:
         """The rows. Those that a reward failed on are scored again from their pictures."""
-        failed = [row for row in rows if row.failed]
+        failed = [row for row in rows if row.failed and not row.fault]
         for start in range(0, len(failed), self.settings.batch_size):
             batch = failed[start : start + self.settings.batch_size]
             images = np.stack([self.folder.read_image(row) for row in batch])
@@ -175,6 +191,13 @@ class Drawing:
         )
         if done:
             self.console.note(f"{done} of them are there already")
+
+
+def named_faults(rows: Sequence[Row]) -> str:
+    """The pictures that are not finite, by number and with what is wrong with them; empty if all are."""
+    lines = [f"picture {row.sample}: {row.fault}" for row in rows if row.fault]
+    more = [f"and {len(lines) - NAMED_FAULTS} more"] if len(lines) > NAMED_FAULTS else []
+    return "; ".join([*lines[:NAMED_FAULTS], *more])
 
 
 def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], JsonObject]:

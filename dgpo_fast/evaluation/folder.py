@@ -35,16 +35,18 @@ class Row:
         prompt: what it was drawn for.
         reward: the weighted sum of the rewards; NaN if one of them failed.
         scores: each reward's score under its name, and its parts as `name/part`; NaN if there is none.
+        fault: what is wrong with a picture that is not finite, and so has no scores; else empty.
     """
 
     sample: int
     prompt: Prompt
     reward: float
     scores: dict[str, float]
+    fault: str = ""
 
     @property
     def failed(self) -> bool:
-        """Whether a reward failed on the picture."""
+        """Whether the picture has no reward: one of them failed on it, or it is not finite."""
         return math.isnan(self.reward)
 
     @property
@@ -62,6 +64,7 @@ class Row:
             "reward": self.reward,
             "scores": self.scores,
             "metadata": self.prompt.metadata,
+            **({"fault": self.fault} if self.fault else {}),
         }
 
     @classmethod
@@ -69,7 +72,7 @@ class Row:
         """What `to_json` gave."""
         scores = {name: _number(value) for name, value in line["scores"].items()}
         prompt = Prompt(line["prompt"], line["metadata"])
-        return cls(line["sample"], prompt, _number(line["reward"]), scores)
+        return cls(line["sample"], prompt, _number(line["reward"]), scores, line.get("fault", ""))
 
 
 def _number(value: float | None) -> float:

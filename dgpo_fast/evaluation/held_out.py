@@ -13,8 +13,10 @@ import torch
 from dgpo_fast.config.options import Evaluation as EvaluationConfig
 from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
 from dgpo_fast.distributed.batch_part import filled
+from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.distributed.placement import even_ranges
 from dgpo_fast.evaluation.statistics import Mean
+from dgpo_fast.models.latents import Pictures
 from dgpo_fast.prompts import Prompt, in_turn
 from dgpo_fast.rewards import RewardPool, WeightedReward
 from dgpo_fast.rewards.gather import gather_scores
@@ -37,6 +39,7 @@ class Evaluation:
         failures: one line per image that could not be scored.
         contents: fingerprints of the rewards (`WeightedReward.contents`); None if they are unknown, as in files of
             earlier versions.
+        not_finite: how many images are not finite; they have no reward.
     """
 
     prompts: list[Prompt]
@@ -45,12 +48,14 @@ class Evaluation:
     parts: dict[str, np.ndarray]
     failures: list[str]
     contents: dict[str, str] | None = None
+    not_finite: int = 0
 
     def summary(self) -> dict:
         """`reward_mean`, `reward_ci95`, `prompts`, `images`, `parts` and `tags`, as `summary.json` holds them."""
         return {
             **_scores(self.rewards, self.prompts),
             "images_failed": int((~np.isfinite(self.rewards)).sum()),
+            "images_not_finite": self.not_finite,
             "parts": {name: _mean_of_finite(values) for name, values in self.parts.items()},
             "tags": self.by_tag(),
         }
@@ -68,6 +73,7 @@ class Evaluation:
         prompts = json.dumps([[p.text, p.metadata] for p in self.prompts])
         arrays = {"prompts": np.array(prompts), "rewards": self.rewards, "images": self.images[:SHOWN_IMAGES]}
         arrays |= {f"part:{name}": values for name, values in self.parts.items()}
+        arrays["not_finite"] = np.array(self.not_finite)
         if self.contents is not None:
             arrays["contents"] = np.array(json.dumps(self.contents))
         np.savez_compressed(path, allow_pickle=False, **arrays)
@@ -79,7 +85,8 @@ class Evaluation:
             parts = {name.removeprefix("part:"): file[name] for name in file.files if name.startswith("part:")}
             prompts = [Prompt(text, metadata) for text, metadata in json.loads(str(file["prompts"]))]
             contents = json.loads(str(file["contents"])) if "contents" in file.files else None
-            return cls(prompts, file["rewards"], file["images"], parts, [], contents)
+            not_finite = int(file["not_finite"]) if "not_finite" in file.files else 0
+            return cls(prompts, file["rewards"], file["images"], parts, [], contents, not_finite)
 
     def by_tag(self) -> dict[str, dict]:
         """tag → `reward_mean`, `reward_ci95`, `prompts`, `images`."""
@@ -123,6 +130,7 @@ def evaluate(
     processes: Processes = ALONE,
     sharded: bool = False,
     remedy: str = "",
+    begun: bool = False,
 ) -> Evaluation:
     """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
 
@@ -130,24 +138,32 @@ def evaluate(
     bit on any number of them; all of them get the scores of all images, and the first images. If the sampler's weights
     are `sharded`, they compute equally often.
 
-    Raises UserError, which ends with `remedy`, if no image could be scored.
+    Raises UserError if no image is finite, with what helps a model that has `begun` to be trained; or, which ends with
+    `remedy`, if no image could be scored.
     """
     chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     unit = draw.batch_size if len(chosen) >= draw.batch_size * processes.count else 1
     ranges = [range(*ends) for ends in even_ranges(len(chosen), processes.count, unit)]
     start, stop = ranges[processes.rank].start, ranges[processes.rank].stop
     drawn = [chosen[number] for number in filled(ranges, processes.rank, sharded=sharded)]
-    images = draw_images(sampler, drawn, draw, first=start, seed=config.seed, on_step=on_step)[: stop - start]
-    mine = reward.score_groups(images, chosen[start:stop], group_size=1)
-    scores = gather_scores(mine, Share(start, stop, 1), len(chosen), processes, "the evaluation's rewards")
+    pictures = draw_images(sampler, drawn, draw, first=start, seed=config.seed, on_step=on_step)
+    images, faults = (part[: stop - start] for part in pictures)
+    mine = reward.score_groups(images, chosen[start:stop], group_size=1, faults=faults)
+    scores = gather_scores(mine, Share(start, stop, 1), chosen, processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)
+    if not scores.finite.any():
+        raise SharedError(
+            f"no image of the evaluation is finite; the first: {scores.failures[0]}: "
+            f"{finite_remedy(sampler.dtype, begun=begun)}"
+        )
     if not scores.valid.any():
         raise SharedError(
             f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}{remedy}"
         )
     parts = {name: values[:, 0] for name, values in scores.parts.items()}
     rewards = reward if isinstance(reward, WeightedReward) else reward.reward
-    return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures, rewards.contents)
+    not_finite = int((~scores.finite).sum())
+    return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures, rewards.contents, not_finite)
 
 
 def draw_images(
@@ -158,8 +174,8 @@ def draw_images(
     first: int,
     seed: int,
     on_step: Callable[[float], None] | None = None,
-) -> np.ndarray:
-    """Images of B prompts, uint8 (B, H, W, 3), from noise that only depends on `seed` and their numbers.
+) -> Pictures:
+    """Pictures of B prompts, from noise that only depends on `seed` and their numbers.
 
     Args:
         sampler: draws with its transformer's weights.

@@ -45,6 +45,7 @@ def summarise(rows: Sequence[Row], rewards: Sequence[str]) -> JsonObject:
     return {
         "images_count": len(rows),
         "images_failed_count": sum(row.failed for row in rows),
+        "images_not_finite_count": sum(bool(row.fault) for row in rows),
         "prompts_count": len({prompt.text for prompt in prompts}),
         "scores": {name: _summary(rows, name) for name in names},
         "tags": {tag: {name: _summary(members, name) for name in names} for tag, members in sorted(by_tag.items())},
@@ -94,10 +95,15 @@ def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console
     }
     write_json(folder.path / RESULTS, {**results, **more, **facts})
     shown = sorted(in_turn(rows, lambda row: row.prompt.tag, min(SHEET_IMAGES, len(rows))), key=lambda r: r.prompt.tag)
-    captions = [f"{row.prompt.text}\n{'not scored' if row.failed else f'{row.reward:.2f}'}" for row in shown]
+    captions = [f"{row.prompt.text}\n{_score(row)}" for row in shown]
     contact_sheet([folder.read_image(row) for row in shown], captions, folder.path / CONTACT_SHEET)
     print_results(results, made_with["rewards"], console)
     console.note(f"pictures, index, results and contact sheet are in {folder.path}")
+
+
+def _score(row: Row) -> str:
+    """What the contact sheet says of a picture."""
+    return row.fault or ("not scored" if row.failed else f"{row.reward:.2f}")
 
 
 def print_results(results: JsonObject, rewards: Sequence[str], console: Console) -> None:

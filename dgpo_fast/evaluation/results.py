@@ -69,6 +69,7 @@ def write_results(
         "training_s": sum(line["iteration_s"] for line in lines),
         **source,
         "groups_dropped_count": sum(line["groups_dropped_count"] for line in lines),
+        "images_not_finite_count": sum(line.get("images_not_finite_count", 0) for line in lines),
         "evaluated_on": evaluated,
         "before": before.summary(),
         "after": after.summary(),

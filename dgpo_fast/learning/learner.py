@@ -58,7 +58,7 @@ class Learner:
         )
         slow_device = torch.device("cpu") if config.ema.offload else None
         self.old, self.slow = MovingAverage(models.weights), MovingAverage(models.weights, slow_device)
-        self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, note)
+        self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, models.dtype, note)
         self.iteration = 0
         self.halfway = False
 

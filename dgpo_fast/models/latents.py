@@ -1,5 +1,7 @@
 """The shape of latents, and pixels from them."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -8,12 +10,44 @@ from torch import Tensor
 from dgpo_fast.errors import UserError
 
 
+class Pictures(NamedTuple):
+    """Decoded pictures.
+
+    Attributes:
+        images: uint8 (B, height, width, 3).
+        faults: uint8 (B,), what is wrong with each picture: an index of `wording.FAULTS`, 0 if all of it is finite.
+    """
+
+    images: np.ndarray
+    faults: np.ndarray
+
+
 @torch.no_grad()
-def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> np.ndarray:
-    """Latents (B, C, H, W) → images, uint8 (B, height, width, 3)."""
-    return torch.cat(
-        [to_uint8(decode_pixels(vae, chunk, vae.dtype)).cpu() for chunk in latents.split(batch_size)]
-    ).numpy()
+def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> Pictures:
+    """The pictures of latents (B, C, H, W)."""
+    images, faults = [], []
+    for chunk in latents.split(batch_size):
+        pixels = decode_pixels(vae, chunk, vae.dtype)
+        images.append(to_uint8(pixels).cpu())
+        faults.append(find_faults(chunk, pixels).cpu())
+    return Pictures(torch.cat(images).numpy(), torch.cat(faults).numpy())
+
+
+def find_faults(latents: Tensor, pixels: Tensor) -> Tensor:
+    """`Pictures.faults` of decoded latents: (B,) uint8 on their device, found without waiting for it.
+
+    Args:
+        latents: (B, C, H, W).
+        pixels: (B, 3, height, width), what the decoder made of them.
+    """
+    drawn, decoded = _fault(latents), _fault(pixels)
+    return torch.where(drawn > 0, drawn, torch.where(decoded > 0, decoded + 2, decoded))
+
+
+def _fault(numbers: Tensor) -> Tensor:
+    """(B, …) → (B,) uint8: 1 for a row with NaN, 2 for one with infinity, else 0."""
+    largest = torch.linalg.vector_norm(numbers.flatten(1), torch.inf, 1)  # NaN if one of them is
+    return (largest.isnan() + 2 * largest.isinf()).to(torch.uint8)
 
 
 def decode_pixels(vae: AutoencoderKL, latents: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dgpo_fast.distributed import SharedError
+from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.records import Metrics
 from dgpo_fast.rewards import GroupScores, WeightedReward
@@ -22,11 +24,12 @@ class GroupLog:
     Args:
         reward: what scores them.
         most_lost: iterations in a row in which a reward, or all rewards, score nothing before the run ends.
+        dtype: of the model's forwards.
         note: called with each line for the user.
     """
 
-    def __init__(self, reward: WeightedReward, most_lost: int, note: Callable[[str], None]):
-        self._reward, self._most_lost, self._note = reward, most_lost, note
+    def __init__(self, reward: WeightedReward, most_lost: int, dtype: torch.dtype, note: Callable[[str], None]):
+        self._reward, self._most_lost, self._dtype, self._note = reward, most_lost, dtype, note
         self._lost_in_a_row: Counter[str] = Counter()
         self._equal_in_a_row: int | None = 0  # None once it was told
 
@@ -39,12 +42,19 @@ class GroupLog:
             scores: theirs, of all processes.
             folder: the run's, which messages name; None if it has none.
 
-        Raises SharedError if a reward has scored nothing, on any process, for too many iterations in a row among
-        those whose prompts use it, or if no group could be scored for as many.
+        Raises SharedError if every group has a picture that is not finite, if a reward has scored nothing, on any
+        process, for too many iterations in a row among those whose prompts use it, or if no group could be scored for
+        as many.
         """
+        if not scores.finite.any():
+            raise SharedError(
+                f"iteration {iteration}: every group has pictures that are not finite; the first: "
+                f"{scores.failures[0]}: {finite_remedy(self._dtype, begun=iteration > 1)}"
+            )
         for line in scores.failures:
             self._note(f"iteration {iteration}: group dropped: {line}")
-        asked = dict.fromkeys(name for prompt in prompts for name in self._reward.chosen(prompt))
+        shown = [prompt for prompt, finite in zip(prompts, scores.finite, strict=True) if finite]
+        asked = dict.fromkeys(name for prompt in shown for name in self._reward.chosen(prompt))
         for name in asked:
             self._count_lost(f"reward {name!r}", bool(np.isfinite(scores.parts[name]).any()), scores.failures, folder)
         self._count_lost("", bool(scores.valid.any()), scores.failures, folder)
@@ -85,6 +95,7 @@ def _metrics(scores: GroupScores) -> Metrics:
         "groups_equal_count": int((np.ptp(kept, axis=1) == 0).sum()) if kept.size else 0,
         "groups_dropped_count": int((~scores.valid).sum()),
         "images_count": scores.rewards.size,
+        "images_not_finite_count": int((scores.faults > 0).sum()),
     }
     for name, values in scores.parts.items():
         # A part may be missing for some prompts, and then says nothing of them.

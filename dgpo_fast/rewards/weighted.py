@@ -16,7 +16,7 @@ from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward, not_finite
 from dgpo_fast.rewards.registry import fingerprint, is_own, load_reward, parse_specs
 from dgpo_fast.user_code import call, told
-from dgpo_fast.wording import counted
+from dgpo_fast.wording import FAULTS, counted
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +36,24 @@ class GroupScores:
         rewards: float32 (P, G), the weighted sums; NaN in groups that are not valid.
         parts: each reward's own score, unweighted, under its name, and its named parts as `name/part`; float32 (P, G),
             NaN if there is none, as for a prompt that other rewards were chosen for.
-        valid: bool (P,), False if a reward failed: such a group must not be trained on, nor counted in a mean.
+        valid: bool (P,), False if a reward failed or a picture is not finite: such a group must not be trained on, nor
+            counted in a mean.
         failures: one line per failure.
+        faults: uint8 (P, G), what is wrong with each picture: an index of `wording.FAULTS`, 0 if it is finite. No
+            reward sees a group with a picture that is not.
     """
 
     rewards: np.ndarray
     parts: dict[str, np.ndarray]
     valid: np.ndarray
     failures: list[str]
+    faults: np.ndarray
+
+    @property
+    def finite(self) -> np.ndarray:
+        """bool (P,), whether all pictures of a group are."""
+        finite: np.ndarray = np.logical_and.reduce(self.faults == 0, axis=1)
+        return finite
 
 
 @dataclass(frozen=True)
@@ -114,13 +124,16 @@ class WeightedReward:
                 "the reward if it scores each picture on its own (docs/rewards.md)"
             )
 
-    def score_groups(self, images: np.ndarray, prompts: Sequence[Prompt], group_size: int) -> GroupScores:
+    def score_groups(
+        self, images: np.ndarray, prompts: Sequence[Prompt], group_size: int, faults: np.ndarray | None = None
+    ) -> GroupScores:
         """Scores P groups of G images, calling each reward once per group that it is chosen for.
 
         Args:
             images: uint8 (P·G, H, W, 3), RGB; the G images of a prompt lie together.
             prompts: P prompts.
             group_size: G ≥ 1.
+            faults: uint8 (P·G,), see `GroupScores`; None if all images are finite.
 
         A reward that raises, or returns another number of scores, or one that is not finite, invalidates its group.
         A UserError means that the set-up is wrong, and is raised. ValueError is raised for wrong arguments.
@@ -130,24 +143,30 @@ class WeightedReward:
             raise ValueError(f"got {len(images)} images for {len(prompts)} prompts of {group_size} images each")
         chosen = [self.chosen(prompt) for prompt in prompts]
         groups = [images[index * group_size : (index + 1) * group_size] for index in range(len(prompts))]
-        return self.combine(self._answers(groups, prompts, chosen), prompts, group_size)
+        faults = np.zeros(len(images), np.uint8) if faults is None else faults
+        faults = faults.reshape(len(prompts), group_size)
+        asked = [[] if wrong.any() else names for names, wrong in zip(chosen, faults, strict=True)]
+        return self.combine(self._answers(groups, prompts, asked), prompts, faults)
 
     def combine(
-        self, answers: Mapping[tuple[int, str], Answer], prompts: Sequence[Prompt], group_size: int
+        self, answers: Mapping[tuple[int, str], Answer], prompts: Sequence[Prompt], faults: np.ndarray
     ) -> GroupScores:
-        """Weighted sums of the rewards' answers for P groups of `group_size` images.
+        """Weighted sums of the rewards' answers for P groups of G images.
 
         Args:
-            answers: by the group's index and the reward's name, for each reward that is chosen for the group's prompt.
+            answers: by the group's index and the reward's name, for each reward that is chosen for the group's prompt;
+                none for a group with a picture that is not finite.
             prompts: P prompts.
-            group_size: G.
+            faults: uint8 (P, G), see `GroupScores`.
         """
-        shape = (len(prompts), group_size)
+        shape = faults.shape
         rewards = np.full(shape, np.nan, np.float32)
         parts = {name: np.full(shape, np.nan, np.float32) for name in self.rewards}
         valid = np.zeros(len(prompts), bool)
         failures: list[str] = []
         for index, prompt in enumerate(prompts):
+            if faults[index].any():
+                continue
             names = self.chosen(prompt)
             scored, failed = _merge({name: answers[index, name] for name in names}, prompt)
             if not failed:
@@ -159,7 +178,7 @@ class WeightedReward:
             failures += failed
             for name, values in scored.items():
                 parts.setdefault(name, np.full(shape, np.nan, np.float32))[index] = values
-        return GroupScores(rewards=rewards, parts=parts, valid=valid, failures=failures)
+        return GroupScores(rewards=rewards, parts=parts, valid=valid, failures=failures, faults=faults)
 
     def _answers(
         self, groups: Sequence[np.ndarray], prompts: Sequence[Prompt], chosen: Sequence[list[str]]
@@ -231,6 +250,24 @@ def load_rewards(specs: Sequence[str], device: torch.device | None = None) -> We
     found = {spec.name: fingerprint(spec.source, rewards[spec.name]) for spec in parsed}
     fingerprints = {name: one for name, one in found.items() if one is not None}
     return WeightedReward(rewards, weights, {spec.name: spec.source for spec in parsed}, fingerprints)
+
+
+def picture_failures(faults: np.ndarray, prompts: Sequence[Prompt]) -> list[str]:
+    """A line for each group that has a picture which is not finite.
+
+    Args:
+        faults: uint8 (P, G), see `GroupScores`. With G = 1, pictures have the numbers of their groups, from 0.
+        prompts: P prompts.
+    """
+    lines = []
+    for index, (prompt, wrong) in enumerate(zip(prompts, faults, strict=True)):
+        bad = np.flatnonzero(wrong)
+        if len(bad) and len(wrong) == 1:
+            lines.append(f"picture {index}: {FAULTS[wrong[0]]} ({_named(prompt)})")
+        elif len(bad):
+            more = f" ({len(bad) - 1} more of the group are not finite)" if len(bad) > 1 else ""
+            lines.append(f"{_named(prompt)}: picture {bad[0] + 1} of {len(wrong)}: {FAULTS[wrong[bad[0]]]}{more}")
+    return lines
 
 
 def require_pictures(images: np.ndarray) -> None:

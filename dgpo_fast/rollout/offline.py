@@ -11,6 +11,7 @@ import torch
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import ALONE, Processes, place
+from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import fingerprint
 from dgpo_fast.prompts import Prompt
@@ -125,6 +126,11 @@ class OfflineSource:
                 if should_stop():
                     return False
                 scores = self._draw_file(home, drawing, missing[0])
+                if not scores.finite.any():
+                    raise UserError(
+                        f"{home.home}: every group of a file has pictures that are not finite; the first: "
+                        f"{scores.failures[0]}: {finite_remedy(self.worker.models.dtype, begun=False)}"
+                    )
                 for line in scores.failures:
                     console.note(f"offline: group dropped: {line}")
                 if scores.valid.any():
@@ -162,4 +168,5 @@ def _scores(stored: list[Stored]) -> GroupScores:
         parts={name: np.stack([group.parts.get(name, empty) for group in stored]) for name in names},
         valid=np.ones(len(stored), bool),
         failures=[],
+        faults=np.zeros((len(stored), len(empty)), np.uint8),
     )

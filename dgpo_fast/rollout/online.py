@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dgpo_fast.distributed import ALONE, Processes, place
 from dgpo_fast.distributed.batch_part import filled
 from dgpo_fast.models.forward import batch_slices
+from dgpo_fast.models.latents import Pictures
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.prompts import Prompt
@@ -94,18 +94,18 @@ class RolloutWorker:
             self._score(waiting.popleft(), scoring)
         with self.phases("reward"):
             mine = scoring.result()
-        scores = gather_scores(mine, share, len(prompts), processes, f"the rewards of draw {number + 1}")
+        scores = gather_scores(mine, share, prompts, processes, f"the rewards of draw {number + 1}")
         metrics = {"reward_busy_s": scoring.busy_s, "reward_wait_s": scoring.wait_s}
         own, transitions = slice(0, len(share)), joined(noises)
         transitions = None if transitions is None else transitions[own]
         return Groups(list(prompts), text[own], torch.cat(latents), scores, share, transitions, metrics)
 
-    def _score(self, decoding: Callable[[], np.ndarray], scoring: Scoring) -> None:
+    def _score(self, decoding: Callable[[], Pictures], scoring: Scoring) -> None:
         with self.phases("decode"):
-            images = decoding()
-        self.work.decoded(len(images))
+            pictures = decoding()
+        self.work.decoded(len(pictures.images))
         with self.phases("reward"):
-            scoring.add(images)  # scored beside the rollout of the next batch
+            scoring.add(*pictures)  # scored beside the rollout of the next batch
 
     def _step_noise(self, samples: torch.Tensor, seed: int, number: int) -> StepNoise | None:
         if self.draw.schedule.noise is None:

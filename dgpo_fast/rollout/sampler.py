@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step, philox_normal
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from dgpo_fast.models.forward import batch_slices, predict, predict_pair
-from dgpo_fast.models.latents import decode_plainly, latent_shape
+from dgpo_fast.models.latents import Pictures, decode_plainly, latent_shape
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.rollout.draw import Draw
@@ -95,8 +94,8 @@ class Solve(Protocol):
         ...
 
 
-Decode = Callable[[Tensor], Callable[[], np.ndarray]]
-"""Starts decoding (B, C, H, W) latents; the function returned waits for the images, uint8 (B, height, width, 3)."""
+Decode = Callable[[Tensor], Callable[[], Pictures]]
+"""Starts decoding (B, C, H, W) latents; the function returned waits for the pictures."""
 
 
 def plain_decoding(vae: AutoencoderKL, batch_size: int) -> Decode:
@@ -142,6 +141,11 @@ class Sampler:
     def device(self) -> torch.device:
         """The transformer's."""
         return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's."""
+        return self.transformer.dtype
 
     def latents(
         self,
@@ -197,6 +201,6 @@ class Sampler:
             text = self.encoder(prompts[rows])
             yield self.latents(text, samples, draw, seed=seed, number=0, on_step=on_batch_step)
 
-    def decode(self, x0: Tensor) -> np.ndarray:
-        """Latents → uint8 images (B, height, width, 3)."""
+    def decode(self, x0: Tensor) -> Pictures:
+        """Latents (B, C, H, W) → pictures."""
         return self.start_decoding(x0)()

@@ -118,13 +118,13 @@ def test_decoding_beside_the_rollout(random_pipeline: Path) -> None:
     decoder = Decoder(case.pipeline.vae, 3, fast=True, compiled=False, overlap=True, note=lambda line: None)
     generator = torch.Generator(CUDA).manual_seed(0)
     batches = [torch.randn(7, *case.sampler.shape, device=CUDA, generator=generator) for _ in range(4)]
-    expected = [decode_plainly(case.pipeline.vae, batch, 7) for batch in batches]
+    expected = [decode_plainly(case.pipeline.vae, batch, 7).images for batch in batches]
     waiting = []
     while batches:
         waiting.append(decoder.start(batches.pop(0)))
         torch.full((7, *case.sampler.shape), 100.0, device=CUDA)  # may take the memory of the latents just let go
     for wait, images in zip(waiting, expected, strict=True):
-        assert np.abs(wait().astype(int) - images).mean() < 1
+        assert np.abs(wait().images.astype(int) - images).mean() < 1
 
 
 def test_float8_rollouts(random_pipeline: Path) -> None:

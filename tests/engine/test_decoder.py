@@ -33,9 +33,9 @@ def test_same_pictures_as_the_plain_decoder(
     """To one of 255; with a partial last batch. The pipeline's own decoder stays as it was."""
     monkeypatch.setattr(compile, "BACKEND", "aot_eager")
     vae = load_vae(random_pipeline, torch.float32)
-    expected = decode_plainly(vae, LATENTS, 7)
+    expected = decode_plainly(vae, LATENTS, 7).images
     decoder, notes = make_decoder(vae, compiled)
-    found = decoder(LATENTS)
+    found = decoder(LATENTS).images
     assert found.dtype == np.uint8 and found.shape == expected.shape == (7, 16, 16, 3)
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert all(weight.is_contiguous() for weight in vae.parameters())
@@ -58,7 +58,7 @@ def test_fp32_takes_over_from_a_decoder_that_overflows(random_pipeline: Path) ->
     with torch.no_grad():
         vae.decoder.conv_in.weight.mul_(2e5)
     decoder, notes = make_decoder(vae)
-    found = decoder(LATENTS)
+    found = decoder(LATENTS).images
     assert notes == ["float16 decoder: its numbers are not finite; fp32 decodes instead"]
     assert decoder.dtype == torch.float32 and np.unique(found).size > 2
 
@@ -67,7 +67,7 @@ def test_fp32_takes_over_where_pictures_differ_too_much(random_pipeline: Path, m
     monkeypatch.setattr("dgpo_fast.engine.decoder.LARGEST_MEAN_DIFFERENCE", 0.0)
     vae = load_vae(random_pipeline, torch.bfloat16)
     decoder, notes = make_decoder(vae)
-    found = decoder(LATENTS)
+    found = decoder(LATENTS).images
     assert notes[0].endswith("; fp32 decodes instead")
     vae.decoder.float()
     assert np.array_equal(found[:3], to_uint8(decode_pixels(vae, LATENTS[:3], torch.float32)).numpy())

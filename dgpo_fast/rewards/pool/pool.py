@@ -122,10 +122,12 @@ class RewardPool:
             self._start_threads()
         return Scoring(self, prompts, group_size)
 
-    def score_groups(self, images: np.ndarray, prompts: Sequence[Prompt], group_size: int) -> GroupScores:
+    def score_groups(
+        self, images: np.ndarray, prompts: Sequence[Prompt], group_size: int, faults: np.ndarray | None = None
+    ) -> GroupScores:
         """Scores P groups of G images at once, as `WeightedReward.score_groups` does."""
         scoring = self.start(prompts, group_size)
-        scoring.add(images)
+        scoring.add(images, faults)
         return scoring.result()
 
     def close(self) -> None:
@@ -275,14 +277,20 @@ class Scoring:
         self.group_size = group_size
         self.groups: list[dict[str, list[Task]]] = []
         self.rest: list[np.ndarray] = []
+        self.faults = np.zeros(0, np.uint8)
         self.busy_s = self.wait_s = 0.0
 
-    def add(self, images: np.ndarray) -> None:
-        """Takes the next images, uint8 (B, H, W, 3), in order; each group is scored from when its last one is there.
+    def add(self, images: np.ndarray, faults: np.ndarray | None = None) -> None:
+        """Takes the next images, in order; each group is scored from when its last one is there.
 
         The arrays must stay as they are until `result` returns.
+
+        Args:
+            images: uint8 (B, H, W, 3).
+            faults: uint8 (B,), see `GroupScores`; None if all images are finite.
         """
         require_pictures(images)
+        self.faults = np.concatenate([self.faults, np.zeros(len(images), np.uint8) if faults is None else faults])
         waiting = np.concatenate([*self.rest, images]) if self.rest else images
         whole = len(waiting) // self.group_size
         if len(self.groups) + whole > len(self.prompts):
@@ -301,12 +309,15 @@ class Scoring:
                 results = [self._wait(task) for task in tasks]
                 answers[index, name] = joined([answer for answer, _ in results])
                 self.busy_s += sum(seconds for _, seconds in results)
-        return self.pool.reward.combine(answers, self.prompts, self.group_size)
+        faults = self.faults.reshape(len(self.prompts), self.group_size)
+        return self.pool.reward.combine(answers, self.prompts, faults)
 
     def _submit(self, images: np.ndarray) -> None:
         prompt = self.prompts[len(self.groups)]
         group = {}
-        for name in self.pool.reward.chosen(prompt):
+        start = len(self.groups) * self.group_size
+        is_finite = not self.faults[start : start + self.group_size].any()
+        for name in self.pool.reward.chosen(prompt) if is_finite else ():
             portions = np.array_split(images, self.pool.portions(name, len(images)))
             group[name] = [Task(name, portion, prompt) for portion in portions]
         self.groups.append(group)
