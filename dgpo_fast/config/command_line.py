@@ -76,6 +76,8 @@ def quieten_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # diffusers imports it wherever it is installed, and it warns of a 4-bit kernel from the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Says of a font that is only installed in another weight that it takes that one.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 def take_option(args: list[str], name: str) -> str | None:

@@ -1,6 +1,5 @@
 """Pictures of a run: before and after side by side, and the reward's curve."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,15 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dgpo_fast.evaluation.captions import drawable, fonts, wrapped
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.wording import counted
 
 PAIRS_PER_ROW = 3
+PAIRS = 12
 BEFORE, AFTER = "#8a8f98", "#1f6feb"
 
 
-def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: int = 12) -> None:
+def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: int = PAIRS) -> None:
     """The first `pairs` prompts, each from the same initial noise before and after training, with its rewards."""
     pairs = min(pairs, len(before.prompts))
     rows = -(-pairs // PAIRS_PER_ROW)
@@ -26,7 +27,8 @@ def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: 
     for index, block in enumerate(blocks):
         if index >= pairs:
             continue
-        block.suptitle("\n".join(textwrap.wrap(before.prompts[index].text, 38)[:2]), fontsize=9, parse_math=False)
+        caption = wrapped(drawable(before.prompts[index].text), 38, 2)
+        block.suptitle(caption, fontsize=9, fontfamily=fonts(caption), parse_math=False)
         for axis, result, label in zip(block.subplots(1, 2), (before, after), ("before", "after"), strict=True):
             _show(axis, result.images[index])
             axis.set_xlabel(f"{label}  {result.rewards[index]:.2f}", fontsize=9)
@@ -46,8 +48,8 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], path:
         axis.set_axis_off()
     for axis, image, caption in zip(axes, pictures, captions, strict=False):
         _show(axis, image)
-        lines = [part for line in caption.split("\n") for part in textwrap.wrap(line, 28)]
-        axis.set_xlabel("\n".join(lines[:4]), fontsize=7, parse_math=False)
+        caption = wrapped(drawable(caption), 28, 4)
+        axis.set_xlabel(caption, fontsize=7, fontfamily=fonts(caption), parse_math=False)
     _save(figure, path)
 
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast import __version__
+from dgpo_fast.evaluation.captions import missing_note
 from dgpo_fast.evaluation.figures import contact_sheet
 from dgpo_fast.evaluation.folder import CONTACT_SHEET, RESULTS, EvaluationFolder, Row
 from dgpo_fast.evaluation.statistics import Mean, geneval_scores
@@ -97,6 +98,8 @@ def write_report(folder: EvaluationFolder, rows: Sequence[Row], console: Console
     shown = sorted(in_turn(rows, lambda row: row.prompt.tag, min(SHEET_IMAGES, len(rows))), key=lambda r: r.prompt.tag)
     captions = [f"{row.prompt.text}\n{_score(row)}" for row in shown]
     contact_sheet([folder.read_image(row) for row in shown], captions, folder.path / CONTACT_SHEET)
+    if note := missing_note(captions):
+        console.note(note)
     print_results(results, made_with["rewards"], console)
     console.note(f"pictures, index, results and contact sheet are in {folder.path}")
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation.figures import before_after_grid, reward_curve
+from dgpo_fast.evaluation.captions import missing_note
+from dgpo_fast.evaluation.figures import PAIRS, before_after_grid, reward_curve
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.run.console import Console, duration
@@ -78,6 +79,8 @@ def write_results(
     write_json(folder / "summary.json", summary)
     console.before_after(summary["before"], summary["after"], summary["gain"], evaluated)
     before_after_grid(before, after, folder / "before_after.png")
+    if note := missing_note(prompt.text for prompt in before.prompts[:PAIRS]):
+        console.note(note)
     middle = [
         (line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
         for line in lines

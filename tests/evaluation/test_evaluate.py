@@ -25,6 +25,7 @@ from dgpo_fast.evaluation.folder import NEEDED, EvaluationFolder, Row
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.report import score_names
 from dgpo_fast.evaluation.settings import read_settings
+from dgpo_fast.models.latents import Pictures
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.lora import find_lora, merge_lora
 from dgpo_fast.models.policy import PolicyModels
@@ -278,11 +279,11 @@ def test_images_do_not_pile_up_in_memory(workspace: Path, monkeypatch: pytest.Mo
     """While a batch is drawn, the one before it may still be scored; no third one is alive."""
     alive, counts, original = [], [], Sampler.decode
 
-    def decode(self: Sampler, x0: torch.Tensor) -> np.ndarray:
+    def decode(self: Sampler, x0: torch.Tensor) -> Pictures:
         counts.append(sum(reference() is not None for reference in alive))
-        images = original(self, x0)
-        alive.append(weakref.ref(images))
-        return images
+        pictures = original(self, x0)
+        alive.append(weakref.ref(pictures.images))
+        return pictures
 
     monkeypatch.setattr(Sampler, "decode", decode)
     evaluate(["model", *SMALL, "--images-per-prompt", "6", "--output", "out"])
