@@ -22,7 +22,8 @@ from dgpo_fast.learning.checkpoints import Checkpoints
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import state_bytes
 from dgpo_fast.memory.plan import MemoryPlan
-from dgpo_fast.models.loading import drawing_fingerprint, make_pipeline, pick_device, pick_dtype, read_model
+from dgpo_fast.models.fingerprints import sampled_fingerprint, weights_fingerprint
+from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import Lora, start_from_lora
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
@@ -42,6 +43,7 @@ from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.rollout.source import Source
 from dgpo_fast.run.console import Console
+from dgpo_fast.run.depends import EVALUATION_PROMPTS, STARTING_LORA, TRAINING_PROMPTS, WEIGHTS
 from dgpo_fast.run.metrics import Phases
 from dgpo_fast.run.version import code_version
 from dgpo_fast.seeds import stream_seed
@@ -113,8 +115,12 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     memory = MemoryPlan(architecture, device, dtype, processes, console.note)
     config = memory.predict(config)
     pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=False)
+    model = {WEIGHTS: weights_fingerprint(pipeline)}
     start = start_from_lora(pipeline, config.lora)
-    depends = _what_it_depends_on(prompts, pipeline, start)
+    if start:
+        model[STARTING_LORA] = start.digest
+    depends = {TRAINING_PROMPTS: digest(prompts.train), EVALUATION_PROMPTS: digest(prompts.held_out), **model}
+    earlier = {WEIGHTS: sampled_fingerprint(pipeline)}
     models = _make_models(pipeline, config, processes, device, start)
     config = memory.measure(config, models)
     encoder = make_prompt_encoder(pipeline, config, console.note)
@@ -156,8 +162,8 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         phases=phases,
         work=work,
         learner=learner,
-        source=_make_source(config, worker, prompts, learner, processes),
-        checkpoints=Checkpoints(learner, processes, _about_checkpoints(config, processes, engine, depends)),
+        source=_make_source(config, worker, prompts, model, learner, processes),
+        checkpoints=Checkpoints(learner, processes, _about_checkpoints(config, processes, engine, depends), earlier),
     )
     _describe(parts)
     return parts
@@ -252,29 +258,30 @@ def _make_draws(config: Config, engine: Engine, device: torch.device) -> tuple[D
 
 
 def _make_source(
-    config: Config, worker: RolloutWorker, prompts: PromptSets, learner: Learner, processes: Processes
+    config: Config,
+    worker: RolloutWorker,
+    prompts: PromptSets,
+    model: dict[str, str],
+    learner: Learner,
+    processes: Processes,
 ) -> Source:
     if config.data.source == "offline":
-        return OfflineSource(config, worker, prompts.train, processes)
+        return OfflineSource(config, worker, prompts.train, model, processes)
     dealt = GroupSampler(prompts.train, config.rollout.groups, config.seed)
     return OnlineSource(worker, dealt, config.seed, learner.rollout_weights, processes)
-
-
-def _what_it_depends_on(prompts: PromptSets, pipeline: StableDiffusion3Pipeline, start: Lora | None) -> dict[str, str]:
-    """Fingerprints of what settings name and somebody may have changed when the run is resumed."""
-    return {
-        "training prompts": digest(prompts.train),
-        "evaluation prompts": digest(prompts.held_out),
-        **({"starting LoRA's weights": start.digest} if start else {}),
-        "model's weights": drawing_fingerprint(pipeline),
-    }
 
 
 def _about_checkpoints(
     config: Config, processes: Processes, engine: Engine, depends: dict[str, str]
 ) -> Callable[[], JsonObject]:
     """Gives what every checkpoint's manifest says of the run. The engine's choices may change when it is resumed."""
-    about = {"code": code_version(), "config": to_dict(config), "processes": processes.count, "depends": depends}
+    about = {
+        "code": code_version(),
+        "config": to_dict(config),
+        "processes": processes.count,
+        "dtype": str(engine.models.dtype).removeprefix("torch."),
+        "depends": depends,
+    }
     return lambda: about | {"engine": engine.measured()}
 
 

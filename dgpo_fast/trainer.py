@@ -18,8 +18,8 @@ from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.rewards.group_log import GroupLog
 from dgpo_fast.rollout.source import Groups
+from dgpo_fast.run.depends import told_changes
 from dgpo_fast.run.metrics import Loggers, MetricsFile, peak_memory_mib
-from dgpo_fast.run.version import code_version
 
 Sink = Callable[[Metrics], None]
 """Gets the metrics of each iteration."""
@@ -61,9 +61,9 @@ class Trainer:
         about, passed_over = self.checkpoints.restore(folder)
         for line in passed_over:
             self.console.note(line)
-        if about.get("code") not in (None, code_version()):
-            self.console.note(f"the checkpoint was written by other code ({about['code']}): results may differ")
         self.engine.adopt(about.get("engine"))
+        if told := told_changes(about, self.checkpoints.about()):
+            self.console.note(f"changed since the checkpoint was written: {', '.join(told)}: results may differ")
         self.console.note(f"resuming after iteration {self.iteration}")
 
     def encode_prompts(self) -> None:

@@ -150,8 +150,8 @@ def test_a_mended_reward_scores_the_model_as_it_came_again(
     sys.modules.pop("scale_rewards")
     assert train(["--resume", "runs/run", "--iterations", "2"]) == 0
     line = (
-        "runs/run/evaluation_before.npz was scored with another content of scale_rewards:mean: the original model is "
-        "scored again with the present one"
+        "runs/run/evaluation_before.npz: the content of scale_rewards:mean changed since it was written: the original "
+        "model is scored again"
     )
     assert capsys.readouterr().out.splitlines().count(line) == 1
     again = Evaluation.load(run / "evaluation_before.npz")

@@ -127,13 +127,13 @@ def test_offline_groups_of_something_else_are_refused(workspace: Path, random_pi
     different = {
         "--rollout.group-size=5": "rollout.group_size",
         "--rollout.guidance-scale=3": "rollout.guidance_scale",
-        "--rewards=jpeg=2": "rewards",
-        "--prompts=other.txt": "prompts",
-        "--model=other_model": "model",
-        "--data.offline-groups=9": r"data.offline_groups \(8\)",
+        "--rewards=jpeg=2": "the rewards",
+        "--prompts=other.txt": "the training prompts",
+        "--model=other_model": "the model's weights",
+        "--data.offline-groups=9": "data.offline_groups",
     }
     for change, name in different.items():
-        with pytest.raises(UserError, match=f"^groups: its groups were drawn with another {name}; name another"):
+        with pytest.raises(UserError, match=f"^groups: {name} changed since its groups were drawn: name another"):
             train([*offline, "--name", "second", change])
     assert not Path("runs/second").exists()
     damaged = Path("groups/groups-000001.safetensors")
@@ -188,8 +188,8 @@ def test_groups_that_another_reward_of_the_same_name_scored_are_refused(
         train([*args, "--name", "third"])
     sys.modules.pop("own_scores")
     assert str(caught.value) == (
-        "groups: its groups were drawn with another content of own_scores:mean; name another --data.folder, or remove "
-        "this one to have them drawn anew"
+        "groups: the content of own_scores:mean changed since its groups were drawn: name another --data.folder, or "
+        "remove this one to have them drawn anew"
     )
 
 

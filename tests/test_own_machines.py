@@ -201,5 +201,5 @@ def test_a_run_whose_ground_has_changed_is_not_resumed(
     with pytest.raises(UserError) as caught:
         train(resume)
     assert str(caught.value) == (
-        f"--resume runs/run: its {what} are no longer those that it began with: put them back, or start a new run"
+        f"--resume runs/run: the {what} changed since the run began: put back what it was, or start a new run"
     )

@@ -105,11 +105,11 @@ PURPOSES = {
 def _suggest(key: str, known: JsonObject) -> str:
     last = key.rsplit(".", 1)[-1]
     usual = USUAL_NAMES.get(last)
-    if usual in _flat(known):
+    if usual in flat_dict(known):
         return f": did you mean '{usual}'?"
     if last in PURPOSES:
         return f": {PURPOSES[last]}"
-    names = [*_flat(known), *(name for name, value in known.items() if isinstance(value, dict))]
+    names = [*flat_dict(known), *(name for name, value in known.items() if isinstance(value, dict))]
     last_parts = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     close = close or [last_parts[n] for n in difflib.get_close_matches(last, list(last_parts), n=1, cutoff=0.7)]
@@ -118,13 +118,14 @@ def _suggest(key: str, known: JsonObject) -> str:
 
 def flat(settings: object) -> JsonObject:
     """Every setting of a dataclass of settings by its dotted name."""
-    return _flat(to_dict(settings))
+    return flat_dict(to_dict(settings))
 
 
-def _flat(settings: JsonObject, prefix: str = "") -> JsonObject:
+def flat_dict(settings: JsonObject, prefix: str = "") -> JsonObject:
+    """As `flat`, of the nested dictionary that `to_dict` gives."""
     found: JsonObject = {}
     for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flat_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 

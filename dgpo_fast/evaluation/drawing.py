@@ -16,7 +16,7 @@ from torch import Tensor
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
+from dgpo_fast.evaluation.folder import MADE_WITH, EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.settings import (
     EvaluationSettings,
     has_default_output,
@@ -25,6 +25,7 @@ from dgpo_fast.evaluation.settings import (
     run_config,
     trained_weights,
 )
+from dgpo_fast.models.fingerprints import weights_fingerprint
 from dgpo_fast.models.latents import Pictures
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype
 from dgpo_fast.models.lora import changes_text_encoders, find_lora, merge_lora
@@ -252,7 +253,7 @@ def load_evaluated(
     file = find_lora(lora) if lora else None
     with_text = file is not None and changes_text_encoders(file)
     pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=with_text)
-    digests = {"weights_sha256": _digest_of_weights(pipeline.transformer)}
+    digests = {"weights_sha256": _digest_of_weights(pipeline, Path(str(settings.output)))}
     if file:
         digests["lora_sha256"] = merge_lora(pipeline, file).digest
     return pipeline, config, digests
@@ -274,7 +275,15 @@ def _digest_of_prompts(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _digest_of_weights(transformer: SD3Transformer2DModel) -> str:
+def _digest_of_weights(pipeline: StableDiffusion3Pipeline, output: Path) -> str:
+    """The model's fingerprint; that of an earlier version, of the transformer's weights alone, if the evaluation in
+    `output` was begun with it."""
+    now = weights_fingerprint(pipeline)
+    kept = EvaluationFolder(output).made_with().get("weights_sha256") if (output / MADE_WITH).is_file() else now
+    return kept if kept != now and kept == _digest_of_tensors(pipeline.transformer) else now
+
+
+def _digest_of_tensors(transformer: SD3Transformer2DModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(transformer.state_dict().items()):
         digest.update(name.encode())

@@ -14,6 +14,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards.weighted import CONTENT
+from dgpo_fast.run.depends import change, changed
 from dgpo_fast.run.folder import HOLDER, LOCK, FolderLock
 from dgpo_fast.run.metrics import json_line, read_metrics
 
@@ -22,8 +23,8 @@ MADE_WITH, INDEX, RESULTS, CONTACT_SHEET = "evaluation.yaml", "index.jsonl", "re
 NEEDED = ("model", "lora", "weights", "rewards", "seed", "num_inference_steps", "guidance_scale", "images_count")
 """What the folder is read for."""
 
-DIGESTS = {"prompts_sha256": "other prompts", "weights_sha256": "other weights", "lora_sha256": "another LoRA"}
-"""What the message calls each setting if it differs."""
+DIGESTS = ("prompts_sha256", "weights_sha256", "lora_sha256")
+"""Stand for what settings name. All but these and the contents of rewards are settings themselves."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def describe_model(made_with: JsonObject) -> str:
 
 
 def _first_difference(found: JsonObject, wanted: JsonObject) -> str | None:
-    return next((name for name, value in wanted.items() if found.get(name) != value), None)
+    return next(iter(changed({name: found.get(name) for name in wanted}, wanted)), None)
 
 
 def _was_trained_further(found: JsonObject, wanted: JsonObject) -> bool:
@@ -140,10 +141,11 @@ class EvaluationFolder:
                 f"{wanted['model']} has been trained further since {self.path} was made: remove that folder, or choose "
                 "another --output"
             )
-        other = DIGESTS.get(different, f"{different} {found.get(different)}, not {wanted[different]}")
-        if different.startswith(CONTENT):
-            other = f"another {different}"
-        raise UserError(f"{self.path} was made with {other}: choose another --output, or remove that folder")
+        remedy = "choose another --output, or remove that folder"
+        if different in DIGESTS or different.startswith(CONTENT):
+            raise UserError(change(self.path, [different], "it was made", remedy))
+        setting = f"{different} {found.get(different)}, not {wanted[different]}"
+        raise UserError(f"{self.path} was made with {setting}: {remedy}")
 
     def is_outdated(self, wanted: JsonObject) -> bool:
         """Whether its run has been trained further since it was made."""

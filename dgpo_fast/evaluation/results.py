@@ -15,6 +15,7 @@ from dgpo_fast.evaluation.figures import PAIRS, before_after_grid, reward_curve
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.run.console import Console, duration
+from dgpo_fast.run.depends import change, changed
 from dgpo_fast.run.metrics import read_metrics, write_json
 from dgpo_fast.wording import counted, one_line, resume_command
 
@@ -32,10 +33,10 @@ def earlier_evaluation(path: Path, contents: dict[str, str], note: Callable[[str
         note(f"{path} is damaged and is made again: {' '.join(str(error).split())}")
         return None
     before = contents if earlier.contents is None else earlier.contents
-    changed = next((name for name in {**before, **contents} if before.get(name) != contents.get(name)), None)
-    if changed is None:
+    names = changed({name: before.get(name) for name in {**before, **contents}}, contents)
+    if not names:
         return earlier
-    note(f"{path} was scored with another {changed}: the original model is scored again with the present one")
+    note(change(path, names, "it was written", "the original model is scored again"))
     return None
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of a learner: weights, averages and optimizer states, for any number of processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dgpo_fast.distributed import Processes, SharedError
@@ -9,6 +9,7 @@ from dgpo_fast.learning.optimizers import load_optimizer, optimizer_tensors
 from dgpo_fast.models.policy import Weights
 from dgpo_fast.records import JsonObject
 from dgpo_fast.run.checkpoint import CheckpointWriter, State, load_newest
+from dgpo_fast.run.depends import change, changed
 from dgpo_fast.wording import one_line
 
 
@@ -18,11 +19,18 @@ class Checkpoints:
     Args:
         learner: its state is saved and restored.
         processes: those that share the run; the first one writes.
-        about: gives what every manifest says of the run: JSON values by name.
+        about: gives what every manifest says of the run: JSON values by name, with fingerprints under "depends".
+        earlier: fingerprints that earlier versions would have kept (`depends.changed`).
     """
 
-    def __init__(self, learner: Learner, processes: Processes, about: Callable[[], JsonObject]):
-        self.learner, self.processes, self.about = learner, processes, about
+    def __init__(
+        self,
+        learner: Learner,
+        processes: Processes,
+        about: Callable[[], JsonObject],
+        earlier: Mapping[str, str] | None = None,
+    ):
+        self.learner, self.processes, self.about, self.earlier = learner, processes, about, earlier
         self.writer: CheckpointWriter | None = None
 
     def check(self) -> None:
@@ -67,7 +75,7 @@ class Checkpoints:
         is none, if it does not fit the model, or if what the run depends on has changed.
         """
         state, passed_over = self._newest(folder)
-        _require_same(folder, state.info.get("depends", {}), self.about()["depends"])
+        self._require_same(folder, state.info.get("depends", {}))
         learner, models = self.learner, self.learner.models
         try:
             for part in ("policy", "old", "slow"):
@@ -84,6 +92,14 @@ class Checkpoints:
             ) from None
         learner.iteration = state.iteration
         return state.info, passed_over
+
+    def _require_same(self, folder: Path, before: Mapping[str, str]) -> None:
+        """Raises SharedError if what the run depends on has changed on the disk of any process."""
+        names = changed(before, self.about()["depends"], self.earlier)
+        everyone = self.processes.gather(names, "what the run depends on")
+        if names := list(dict.fromkeys(name for theirs in everyone for name in theirs)):
+            remedy = "put back what it was, or start a new run"
+            raise SharedError(change(f"--resume {folder}", names, "the run began", remedy))
 
     def _parts(self) -> dict[str, Weights]:
         return {
@@ -103,13 +119,3 @@ class Checkpoints:
         iteration, info, passed_over = self.processes.broadcast(about, "the newest checkpoint")
         tensors = self.processes.broadcast_tensors(found[0].tensors if found else None, "the newest checkpoint")
         return State(iteration, tensors, info), passed_over
-
-
-def _require_same(folder: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Raises UserError for the first thing whose fingerprint has changed; earlier versions have kept none."""
-    changed = next((name for name, found in before.items() if now.get(name) != found), None)
-    if changed is not None:
-        raise SharedError(
-            f"--resume {folder}: its {changed} are no longer those that it began with: put them back, or start a new "
-            "run"
-        )

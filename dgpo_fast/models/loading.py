@@ -1,6 +1,5 @@
 """Loading a Stable Diffusion 3 pipeline: the shipped one, a folder, or one from the Hugging Face hub."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -22,13 +21,11 @@ from dgpo_fast import tiny
 from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import SD35_MEDIUM, TEXT_ENCODERS, Architecture, read_architecture, sd35_medium
-from dgpo_fast.models.prompt_cache import content_digest, default_folder
 from dgpo_fast.models.random_weights import find_architecture, random_pipeline
 from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import NO_HUB_NAME
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
-FINGERPRINT_ELEMENTS = 256
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' names."""
 ENCODING_BYTES = 2**30
@@ -119,7 +116,7 @@ def load_pipeline(
     try:
         dtypes = _own_dtypes(folder) if dtype is None else dtype
         absent = _absent(_local_index(folder)) if with_text else dict.fromkeys(TEXT_PARTS)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, variant=_variant(folder), **absent)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, variant=find_variant(folder), **absent)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -150,7 +147,7 @@ def load_text_encoders(
         shared = {"transformer": pipeline.transformer, "vae": pipeline.vae, "scheduler": pipeline.scheduler}
         absent = _absent(_local_index(folder))
         whole = StableDiffusion3Pipeline.from_pretrained(
-            folder, dtype=dtype, variant=_variant(folder), **shared, **absent
+            folder, dtype=dtype, variant=find_variant(folder), **shared, **absent
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the text encoders in {folder} cannot be loaded: {first_line(error)}") from error
@@ -172,7 +169,7 @@ def require_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise UserError(f"{what} has numbers that are not finite, in {name}: the file is damaged; use another one")
 
 
-def _variant(folder: Path) -> str | None:
+def find_variant(folder: Path) -> str | None:
     """ "fp16" if the transformer's weights are there in that variant alone, as some folders have them."""
     files = [file.name for file in (folder / "transformer").glob("*.safetensors")]
     return "fp16" if files and all(".fp16" in name for name in files) else None
@@ -180,7 +177,7 @@ def _variant(folder: Path) -> str | None:
 
 def _own_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """The dtype of each part's weights in their files, by the part's name."""
-    is_variant, found = _variant(folder) is not None, {"default": torch.float32}
+    is_variant, found = find_variant(folder) is not None, {"default": torch.float32}
     for file in sorted(folder.glob("*/*.safetensors")):
         if (".fp16" in file.name) != is_variant or file.parent.name in found:
             continue
@@ -220,7 +217,7 @@ def how_to_load(folder: Path, model: str | None = None, revision: str | None = N
         folder: where its files are.
         model, revision: its name and branch on the hub, if it comes from there.
     """
-    given = {"revision": revision, "variant": _variant(folder)}
+    given = {"revision": revision, "variant": find_variant(folder)}
     named = {name: value for name, value in given.items() if value is not None} | _absent(_local_index(folder))
     arguments = ", ".join([repr(model or str(folder)), *(f"{name}={value!r}" for name, value in named.items())])
     return (
@@ -244,35 +241,6 @@ def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
     """The two or three text encoders that the pipeline has."""
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return [encoder for encoder in encoders if encoder is not None]
-
-
-def fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
-    """A digest of the pipeline's weights: of some elements of every parameter, rounded to bf16.
-
-    The same weights in fp32 and in bf16 have the same one; weights trained a little further have another one. Text
-    encoders that are not loaded count by the content of their files.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    if lacks_text_encoders(pipeline):
-        digest.update(content_digest(Path(pipeline.name_or_path), default_folder()).encode())
-    for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
-        _add_weights(digest, module)
-    return digest.hexdigest()
-
-
-def drawing_fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
-    """As `fingerprint`, of what draws alone: transformer and decoder. Reads no file."""
-    digest = hashlib.blake2b(digest_size=16)
-    for module in (pipeline.transformer, pipeline.vae):
-        _add_weights(digest, module)
-    return digest.hexdigest()
-
-
-def _add_weights(digest: hashlib.blake2b, module: torch.nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // FINGERPRINT_ELEMENTS)]
-        digest.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
 
 
 def _find_model(model: str, revision: str | None) -> Path:

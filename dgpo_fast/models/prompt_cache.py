@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -213,8 +213,17 @@ def content_digest(pipeline: Path, cache: Path) -> str:
 
     Raises OSError if a file cannot be read.
     """
-    files = [path for part in ("text_encoder*", "tokenizer*") for path in pipeline.glob(f"{part}/**/*")]
-    lines = [f"{path.relative_to(pipeline).as_posix()} {_file_digest(path, cache)}" for path in files if path.is_file()]
+    return files_digest(pipeline, text_files(pipeline), cache)
+
+
+def text_files(pipeline: Path) -> list[Path]:
+    """The files of the text encoders and tokenizers in a pipeline's folder, and the folders in theirs."""
+    return [path for part in ("text_encoder*", "tokenizer*") for path in pipeline.glob(f"{part}/**/*")]
+
+
+def files_digest(folder: Path, files: Iterable[Path], cache: Path) -> str:
+    """Names `files` in `folder` by their places and contents, as `content_digest` does; folders are left out."""
+    lines = [f"{path.relative_to(folder).as_posix()} {_file_digest(path, cache)}" for path in files if path.is_file()]
     return _digest("\n".join(sorted(lines)).encode())
 
 

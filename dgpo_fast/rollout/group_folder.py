@@ -6,6 +6,7 @@ complete or absent, so drawing that was stopped continues with the next file. No
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rollout.source import Groups
+from dgpo_fast.run.depends import change, changed
 from dgpo_fast.run.metrics import write_json
 from dgpo_fast.wording import one_line
 
@@ -68,10 +70,15 @@ class Stored:
 
 
 class GroupFolder:
-    """Reads and writes the groups in the folder `home`."""
+    """Reads and writes the groups in the folder `home`.
 
-    def __init__(self, home: Path):
-        self.home = home
+    Args:
+        home: the folder.
+        earlier: conditions as earlier versions would have kept them (`depends.changed`).
+    """
+
+    def __init__(self, home: Path, earlier: Mapping[str, object] | None = None):
+        self.home, self.earlier = home, earlier
 
     def drawing(self, wanted: Drawing) -> Drawing | None:
         """The folder's drawing; None if there is none. Raises UserError if it differs from `wanted`."""
@@ -80,16 +87,15 @@ class GroupFolder:
             return None
         try:
             found = Drawing(**json.loads(path.read_text(encoding="utf-8")))
-            differs = [name for name, value in wanted.conditions.items() if found.conditions.get(name) != value]
+            before = {name: found.conditions.get(name) for name in wanted.conditions}
+            differs = changed(before, wanted.conditions, self.earlier)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: damaged; name another --data.folder, or remove this one") from None
         if found.groups != wanted.groups:
-            differs.append(f"data.offline_groups ({found.groups})")
+            differs.append("data.offline_groups")
         if differs:
-            raise UserError(
-                f"{self.home}: its groups were drawn with another {', '.join(differs)}; name another --data.folder, or "
-                "remove this one to have them drawn anew"
-            )
+            remedy = "name another --data.folder, or remove this one to have them drawn anew"
+            raise UserError(change(self.home, differs, "its groups were drawn", remedy))
         return found
 
     def start(self, drawing: Drawing) -> None:

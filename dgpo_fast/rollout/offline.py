@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import ALONE, Processes, place
 from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.loading import fingerprint
+from dgpo_fast.models.fingerprints import sampled_fingerprint
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.dealing import GroupSampler
 from dgpo_fast.prompts.prompt import digest
@@ -23,6 +23,7 @@ from dgpo_fast.rollout.group_folder import Drawing, GroupFolder, GroupPlace, Sto
 from dgpo_fast.rollout.online import RolloutWorker
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.run.console import Console, duration
+from dgpo_fast.run.depends import WEIGHTS
 
 FORMAT = 2
 # Rollout settings that do not change the images.
@@ -36,22 +37,34 @@ class OfflineSource:
         config: the run's; `data.folder` is checked at once.
         worker: draws and scores missing groups.
         prompts: the training prompts.
+        model: fingerprints of what the reference model draws with.
         processes: they take turns drawing files, into a folder that all of them can access.
 
     Raises UserError if the folder's groups were drawn with other settings.
     """
 
-    def __init__(self, config: Config, worker: RolloutWorker, prompts: list[Prompt], processes: Processes = ALONE):
+    def __init__(
+        self,
+        config: Config,
+        worker: RolloutWorker,
+        prompts: list[Prompt],
+        model: Mapping[str, str],
+        processes: Processes = ALONE,
+    ):
         self.config, self.worker, self.prompts, self.processes = config, worker, prompts, processes
+        self.model = model
         self.wanted = self._wanted()
+        self.earlier = {"model": sampled_fingerprint(worker.sampler.pipeline, with_text=True)}
         self.drawing_s = 0.0
         self.places: GroupSampler[GroupPlace] | None = None
         if config.data.folder:
-            GroupFolder(Path(config.data.folder)).drawing(self.wanted)
+            GroupFolder(Path(config.data.folder), self.earlier).drawing(self.wanted)
 
     def prepare(self, folder: Path, console: Console, should_stop: Callable[[], bool]) -> None:
         """Draws the groups that are missing."""
-        home = GroupFolder(Path(self.config.data.folder) if self.config.data.folder else folder / "groups")
+        home = GroupFolder(
+            Path(self.config.data.folder) if self.config.data.folder else folder / "groups", self.earlier
+        )
         with self.processes.together("the folder of offline groups"):
             if self.processes.first and home.drawing(self.wanted) is None:
                 home.start(self.wanted)
@@ -101,7 +114,7 @@ class OfflineSource:
         rollout = asdict(self.config.rollout)
         conditions = {
             "format": FORMAT,
-            "model": fingerprint(self.worker.sampler.pipeline),
+            **{"model" if name == WEIGHTS else name: found for name, found in self.model.items()},
             "prompts": digest(self.prompts),
             "rewards": list(self.config.rewards),
             **self.worker.rewards.reward.contents,

@@ -11,35 +11,13 @@ from typing import TYPE_CHECKING
 from dgpo_fast.config.command_line import configure, take_option
 from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
+from dgpo_fast.config.resuming import effect, listed
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.folder import LOCK, FolderLock, read_lock
 from dgpo_fast.run.search import runs_there
 
 if TYPE_CHECKING:
     from dgpo_fast.distributed import Processes
-
-# What a resumed run may do otherwise. Anything else would compare before and after of different things.
-MAY_CHANGE = (
-    "iterations",
-    "device",
-    "precision",
-    "optimizer.",
-    "engine.",
-    "checkpoint.",
-    "distributed.",
-    "log.",
-    "evaluation.every",
-    "rollout.batch_size",
-    "policy.micro_batch",
-    "policy.behaviour",
-    "ema.offload",
-    "max_lost_iterations",
-    "reward_workers",
-    "reward_deadline_s",
-    "prompt_cache",
-    "low_memory",
-)
-MUST_STAY = ("optimizer.name",)  # its state is another's
 
 
 @dataclass(frozen=True)
@@ -161,8 +139,11 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
     after = resolve(before, parse_overrides(args), "command line")
     wanted = flat(after)
     for name, value in flat(before).items():
-        if wanted[name] != value and (name in MUST_STAY or not name.startswith(MAY_CHANGE)):
-            raise UserError(f"--resume {folder}: '{name}' cannot change within a run; start a new run for that")
+        if wanted[name] != value and effect(name) is None:
+            raise UserError(
+                f"--resume {folder}: '{name}' cannot change within a run: start a new run for that; what can change is "
+                f"{listed().replace('`', '')}"
+            )
     _require_effect(folder, before, after)
     return after
 

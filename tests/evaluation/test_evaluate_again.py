@@ -78,13 +78,13 @@ def test_the_same_folder_takes_the_same_evaluation_only(workspace: Path, random_
             evaluate([*args, *change.split()])
     assert evaluate([*args, "--batch-size", "3"]) == 0
     (workspace / "prompts.txt").write_text("\n".join([*PROMPTS[:-1], "a lake"]))
-    with pytest.raises(UserError, match="out was made with other prompts: choose another --output"):
+    with pytest.raises(UserError, match="out: the prompts changed since it was made: choose another --output"):
         evaluate(args)
     (workspace / "prompts.txt").write_text("\n".join(PROMPTS))
     (workspace / "model").unlink()
     (workspace / "model").mkdir()
     save_random_pipeline(workspace / "model", seed=1)
-    with pytest.raises(UserError, match="out was made with other weights: choose another --output"):
+    with pytest.raises(UserError, match="out: the model's weights changed since it was made: choose another --output"):
         evaluate(args)
 
 
@@ -99,7 +99,7 @@ def test_scores_of_another_reward_of_the_same_name_are_refused(
     assert evaluate([*args, "old"]) == 0
     assert evaluate([*args, "old"]) == 0
     module.write_text(module.read_text().replace("mean((", "max(("))
-    with pytest.raises(UserError, match=r"^old was made with another content of own_scores:mean: choose an"):
+    with pytest.raises(UserError, match=r"^old: the content of own_scores:mean changed since it was made: choose an"):
         evaluate([*args, "old"])
     assert evaluate([*args, "new"]) == 0
     with pytest.raises(UserError, match="they were scored with another content of own_scores:mean; evaluate one of"):
