@@ -13,7 +13,7 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import to_dict
 from dgpo_fast.config.recipes import prompts_note
 from dgpo_fast.distributed import ALONE, Processes, place
-from dgpo_fast.distributed.shards import Shards, make_shards
+from dgpo_fast.distributed.shards import shards_for
 from dgpo_fast.engine import Engine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.errors import UserError
@@ -187,7 +187,7 @@ def _load_rewards(config: Config, prompts: PromptSets, processes: Processes, dev
 def _make_models(
     pipeline: StableDiffusion3Pipeline, config: Config, processes: Processes, device: torch.device, start: Lora | None
 ) -> PolicyModels:
-    shards = _make_shards(config, processes, device)
+    shards = shards_for(config, processes, device)
     models = (
         PolicyModels(pipeline.transformer, config.policy, stream_seed(config.seed, "lora"), start)
         if shards is None
@@ -196,22 +196,6 @@ def _make_models(
     if config.engine.checkpointing != "none":
         checkpoint_blocks(models.policy, config.engine.checkpointing)
     return models
-
-
-def _make_shards(config: Config, processes: Processes, device: torch.device) -> Shards | None:
-    """Raises UserError if the settings cannot be combined with sharded weights."""
-    how = f"distributed.shard {config.distributed.shard}"
-    if config.distributed.shard == "none":
-        return None
-    if config.policy.train != "full":
-        raise UserError(f"{how} is for --policy.train full: LoRA's base weights are not sharded")
-    if config.optimizer.name != "adamw":
-        raise UserError(f"{how}: 8-bit optimizer states cannot be sharded; use --optimizer.name adamw")
-    if config.policy.weights not in ("auto", "fp32"):
-        raise UserError(f"{how} keeps the shards in fp32: use --policy.weights fp32")
-    if config.data.source == "offline":
-        raise UserError(f"{how}: offline groups need unsharded weights; use --distributed.shard none")
-    return make_shards(config.distributed.shard, processes, device)
 
 
 def _start_engine(

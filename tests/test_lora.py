@@ -177,7 +177,7 @@ def test_a_run_is_resumed_with_the_lora_that_it_began_with(start: str, workspace
     tensors = load_file(start)
     tensors[f"transformer.{next(iter(START))}.alpha"] *= 1.001
     save_file(tensors, start)
-    line = "^--resume runs/b: its starting LoRA's weights are no longer those that it began with: put them back, or"
+    line = "^--resume runs/b: the starting LoRA's weights changed since the run began: put back what it was, or start"
     with pytest.raises(UserError, match=line):
         train(["--resume", "runs/b", "--iterations", "3"])
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.processes import Processes
 from dgpo_fast.errors import UserError
 
@@ -89,6 +90,25 @@ class Shards:
         norms = torch._foreach_norm([weight.grad for weight in weights.values() if weight.grad is not None])
         total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), device=device).double()
         return (self.processes.sum(total, "the gradient's norm") / self.copies).sqrt().float()
+
+
+def shards_for(config: Config, processes: Processes, device: torch.device) -> Shards | None:
+    """The shards that the settings ask for; None if they ask for none.
+
+    Raises UserError if the settings cannot be combined with sharded weights.
+    """
+    how = f"distributed.shard {config.distributed.shard}"
+    if config.distributed.shard == "none":
+        return None
+    if config.policy.train != "full":
+        raise UserError(f"{how} is for --policy.train full: LoRA's base weights are not sharded")
+    if config.optimizer.name != "adamw":
+        raise UserError(f"{how}: 8-bit optimizer states cannot be sharded; use --optimizer.name adamw")
+    if config.policy.weights not in ("auto", "fp32"):
+        raise UserError(f"{how} keeps the shards in fp32: use --policy.weights fp32")
+    if config.data.source == "offline":
+        raise UserError(f"{how}: offline groups need unsharded weights; use --distributed.shard none")
+    return make_shards(config.distributed.shard, processes, device)
 
 
 def make_shards(kind: str, processes: Processes, device: torch.device) -> Shards | None:
