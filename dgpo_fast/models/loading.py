@@ -116,7 +116,9 @@ def load_pipeline(
     try:
         dtypes = _own_dtypes(folder) if dtype is None else dtype
         absent = _absent(_local_index(folder)) if with_text else dict.fromkeys(TEXT_PARTS)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, variant=find_variant(folder), **absent)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            folder, dtype=dtypes, variant=find_variant(folder), **absent
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
