@@ -58,7 +58,7 @@ class Recorded:
             for step in range(batch.schedule.steps - 1):
                 for rows in batch_slices(len(batch.x0), self.inner.micro_batch):
                     share = (rows.stop - rows.start) / batch.samples
-                    (share * self.inner._loss(batch[rows], models, step, None, batch.weight[rows])["loss"]).backward()
+                    (share * self.inner._loss(batch[rows], models, step, {}, batch.weight[rows])["loss"]).backward()
                 self._keep(f"step {step}", models)
         metrics = self.inner.accumulate(batch, models, old)
         self._keep("all", models, drop=False)

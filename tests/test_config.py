@@ -48,6 +48,13 @@ def test_released_values() -> None:
         shared = (c.optimizer.lr, c.optimizer.weight_decay, c.policy.lora_rank, c.policy.lora_alpha, c.rollout.shift)
         assert shared == (3e-4, 1e-4, 64, 128.0, 3.0), name
         assert (c.rollout.num_inference_steps, c.rollout.resolution) == (10, 512), name
+        assert (c.dgpo.guided_reference, c.dgpo.training_sigma) == (True, "timestep"), name
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("-flow-grpo")])
+def test_gradient_of_flow_grpo(name: str) -> None:
+    """The recipes of the release's values have its gradient too; the small ones have our own."""
+    assert get_recipe(name).flow_grpo.unconditional_gradient is name.startswith("tiny-")
 
 
 @pytest.mark.parametrize(("decay", "halfway"), [("none", 0.2), ("linear", 0.1), ("cosine", 0.1)])

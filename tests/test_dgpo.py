@@ -32,7 +32,9 @@ def written_out(case: Case) -> torch.Tensor:
         draw, timestep, sigma = (
             batch.iteration * len(steps) + slot,
             batch.schedule.timesteps[step],
-            batch.schedule.sigmas[step],
+            batch.schedule.timesteps[step] / 1000
+            if config.training_sigma == "timestep"
+            else batch.schedule.sigmas[step],
         )
         noise = group_noise(torch.zeros_like(batch.x0), torch.tensor(1.0), batch.group_index, seed=seed, draw=draw)
         assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[SIZE])
@@ -42,7 +44,7 @@ def written_out(case: Case) -> torch.Tensor:
             old = predict(models.behaviour, x_t, timestep, batch.text)
             empty = predict(models.base, x_t, timestep, batch.empty.repeat_interleave(len(x_t)))
             kl_v = empty + config.kl_guidance_scale * (conditional - empty)
-        ref = old if config.reference == "ema" else conditional
+        ref = old if config.reference == "ema" else kl_v if config.guided_reference else conditional
         policy = predict(models.policy, x_t, timestep, batch.text)
         d, d_ref, d_old = ((v - target).square().mean((1, 2, 3)) for v in (policy, ref, old))
         if config.clip_range is not None:
@@ -61,6 +63,8 @@ VARIANTS = {
     "no clip": {"clip_range": None},
     "no KL": {"kl_weight": 0.0},
     "guided KL reference": {"kl_guidance_scale": 4.5},
+    "guided reference": {"kl_guidance_scale": 4.5, "guided_reference": True, "training_sigma": "timestep"},
+    "guided reference, no KL": {"kl_guidance_scale": 4.5, "guided_reference": True, "kl_weight": 0.0},
     "EMA reference": {"reference": "ema", "beta": 2000.0},
     "nothing but groups": {"clip_range": None, "kl_weight": 0.0},
 }
@@ -156,7 +160,9 @@ def test_moving_average_by_hand() -> None:
     assert torch.equal(average.weights["w"], torch.tensor([0.1, 0.7])), "decay 0 copies to the last bit"
 
 
-@pytest.mark.parametrize("variant", ["released", "guided KL reference", "EMA reference", "nothing but groups"])
+@pytest.mark.parametrize(
+    "variant", ["released", "guided KL reference", "guided reference", "EMA reference", "nothing but groups"]
+)
 def test_equal_groups_are_skipped_exactly(variant: str, random_pipeline: Path) -> None:
     """The gradient and the loss are those of doing all the work; only forwards that a gradient needs are done."""
     found = {}

@@ -172,6 +172,21 @@ RUNS = {
         "--rollout.guidance-scale",
         "3",
     ],
+    "steps of a rollout with noise, no gradient of the unconditional velocity": [
+        *LORA,
+        "--objective",
+        "flow_grpo",
+        "--rollout.solver",
+        "euler",
+        "--rollout.noise-level",
+        "0.7",
+        "--ema.switch-ema-ref",
+        "none",
+        "--rollout.guidance-scale",
+        "3",
+        "--flow-grpo.unconditional-gradient",
+        "false",
+    ],
     "low memory": [*LORA, "--low-memory"],
 }
 

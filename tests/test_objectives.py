@@ -112,14 +112,20 @@ def test_micro_batches_do_not_change_the_gradient(objective: str, micro_batch: i
         assert float(parts_metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
 
 
-SAVING = ["dgpo", "diffusion_dpo", "flow_grpo", "flow_grpo with a KL term"]
+SAVING = ["dgpo", "diffusion_dpo", "flow_grpo", "flow_grpo, detached", "flow_grpo with a KL term"]
+DETACHED = "flow_grpo with a KL term, detached"
 
 
 def saving_case(objective: str, folder: Path, **engine: bool) -> Case:
     """Three groups in forwards of 5 samples, with these savings and no others."""
     savings = Engine(**{"batch_timesteps": False, "skip_equal_groups": False, **engine})
     if objective.startswith("flow_grpo"):
-        case = grpo_case(folder, clip_range=0.02, kl_weight=0.04 if "KL" in objective else 0.0)
+        case = grpo_case(
+            folder,
+            clip_range=0.02,
+            kl_weight=0.04 if "KL" in objective else 0.0,
+            unconditional_gradient="detached" not in objective,
+        )
     else:
         case = Case(folder, replace(make_config(kl_weight=0.0, clip_range=None), objective=objective))
     case.config = replace(case.config, engine=savings)
@@ -127,13 +133,17 @@ def saving_case(objective: str, folder: Path, **engine: bool) -> Case:
 
 
 def watched(case: Case, micro_batch: int = 12) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Gradient, metrics, and the rows of each forward of base and policy."""
-    rows: dict[str, list[int]] = {"base": [], "policy": []}
+    """Gradient, metrics, and the rows of each forward of the base, and of the policy with and without a gradient."""
+    rows: dict[str, list[int]] = {"base": [], "policy": [], "constant": []}
+
+    def on_policy(_: object, __: tuple, kwargs: dict) -> None:
+        rows["policy" if torch.is_grad_enabled() else "constant"].append(len(kwargs["hidden_states"]))
+
     hooks = [
-        getattr(case.models, name).register_forward_pre_hook(
-            lambda _, __, kwargs, seen=seen: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
-        )
-        for name, seen in rows.items()
+        case.models.base.register_forward_pre_hook(
+            lambda _, __, kwargs: rows["base"].append(len(kwargs["hidden_states"])), with_kwargs=True
+        ),
+        case.models.policy.register_forward_pre_hook(on_policy, with_kwargs=True),
     ]
     gradient, metrics = case.gradient(micro_batch)
     for hook in hooks:
@@ -150,7 +160,7 @@ def assert_same(found: tuple, expected: tuple) -> None:
         assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
 
 
-@pytest.mark.parametrize("objective", ["dgpo", "diffusion_dpo", "flow_grpo with a KL term"])
+@pytest.mark.parametrize("objective", ["dgpo", "diffusion_dpo", "flow_grpo with a KL term", DETACHED])
 def test_levels_are_predicted_in_full_batches(objective: str, random_pipeline: Path) -> None:
     """With `engine.batch_timesteps` the reference gets the rows that it gets level by level, in batches of which only
     the last one is not full; what is learnt is the same."""
@@ -161,6 +171,10 @@ def test_levels_are_predicted_in_full_batches(objective: str, random_pipeline: P
     assert sum(rows) == sum(one_by_one[2]["base"]) and len(rows) < len(one_by_one[2]["base"])
     assert all(count == batch for count in rows[:-1]) and rows[-1] <= batch
     assert together[2]["policy"] == one_by_one[2]["policy"]
+    if objective == DETACHED:
+        # One row a sample, where the base's pairs have two; those that are trained have none of the empty prompt.
+        assert together[2]["constant"] == [count // 2 for count in rows]
+        assert sum(together[2]["constant"]) == sum(together[2]["policy"]) == sum(rows) // 2
 
 
 @pytest.mark.parametrize("objective", SAVING)
@@ -173,7 +187,7 @@ def test_groups_that_prefer_nothing_are_left_out(objective: str, random_pipeline
         case.batch.advantage[SIZE : 2 * SIZE] = 0
         found[skip] = watched(case)
     assert_same(found[True], found[False])
-    for name in ("base", "policy"):
+    for name in ("base", "policy", "constant"):
         everything, needed = sum(found[False][2][name]), sum(found[True][2][name])
         assert 3 * needed == (3 if "KL" in objective else 2) * everything, name
 
@@ -193,7 +207,9 @@ def test_nothing_to_learn_is_a_step_all_the_same(objective: str, random_pipeline
         case.batch = replace(case.batch, advantage=torch.zeros(GROUPS * SIZE))
         gradient, metrics, rows = watched(case)
         assert gradient.abs().max() == 0 and any(rows["policy"]) is not skip
-        expected = {"dgpo": math.log(2) / 100, "diffusion_dpo": math.log(2), "flow_grpo": 0.0}[objective]
+        expected = {"dgpo": math.log(2) / 100, "diffusion_dpo": math.log(2), "flow_grpo": 0.0}[
+            objective.partition(",")[0]
+        ]
         assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
         optimizer.step()
         after[skip] = torch.cat([weight.detach().flatten() for weight in weights])

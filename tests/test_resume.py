@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.checkpoint import load_newest
+from dgpo_fast.run.start import resumed_config
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
 from tests.processes import PythonProcess
@@ -63,6 +65,20 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(workspace: Path) -
     assert (workspace / f"runs/run/checkpoints/iteration-{done:06d}").exists(), "the finished step was saved"
     assert train(["--resume", "runs/run", "--iterations", str(done + 1)]) == 0
     assert len(untimed(workspace / "runs/run")) == done + 1
+
+
+def test_a_run_of_before_a_setting_keeps_its_gradient(workspace: Path) -> None:
+    """A config.yaml without the settings of the gradient is of a run that began before there were any: it goes on with
+    the gradient that it had, though its recipe has the release's by now."""
+    train(["sd35m-cfgfree", "--config", "small.yaml", "--rollout.resolution", "16", "--iterations", "1"])
+    settings = read_yaml(workspace / "runs/run/config.yaml")
+    assert settings["dgpo"].pop("guided_reference") and settings["dgpo"].pop("training_sigma") == "timestep"
+    settings["flow_grpo"].pop("unconditional_gradient")
+    (workspace / "runs/run/config.yaml").write_text(yaml.safe_dump(settings))
+    resumed = resumed_config(workspace / "runs/run", ["--iterations", "2"])
+    assert (resumed.dgpo.guided_reference, resumed.dgpo.training_sigma) == (False, "grid")
+    assert resumed.flow_grpo.unconditional_gradient
+    assert train(["--resume", "runs/run", "--iterations", "2"]) == 0
 
 
 @pytest.mark.parametrize("change", ["--rewards jpeg=2", "--policy.lora-alpha 80", "--evaluation.images 4", "--seed 7"])

@@ -32,12 +32,19 @@ class DGPO:
     kl_guidance_scale: Guidance = 1.0
     """Guidance scale of the base model in the KL term (`kl_cfg` in the released code). Above 1, guidance is
     distilled into the policy."""
+    guided_reference: bool = False
+    """If `kl_guidance_scale` is above 1, the base model's guided prediction is the reference in the group score too, as
+    in the released code. False: the reference in the group score is its unguided prediction. No effect with
+    `reference: ema`, since θ_old predicts without guidance."""
     clip_range: Positive | None = 0.01
     """PPO-style clip on exp(d_old − d_policy). None: no clip, and no forward pass of θ_old for it."""
     timesteps: Count = 4
     """M: training timesteps per iteration, drawn without replacement from the rollout's sigma grid."""
     high_noise_steps: Count | None = 5
     """Timestep clip: train only on the N noisiest steps of the rollout's sigma grid. None: train on all steps."""
+    training_sigma: Literal["grid", "timestep"] = "grid"
+    """Noise level σ of the training latents. grid: that of the rollout's sigma grid. timestep: timestep / 1000, as in
+    the released code. They differ with the `dpmpp_2m` solver, whose timesteps are 1000·σ rounded down."""
     reference: Literal["frozen", "ema"] = "frozen"
     """Reference in the group score. frozen: the base model. ema: θ_old, the fast moving average of the policy."""
 
@@ -66,5 +73,8 @@ class FlowGRPO:
     ratios stay close to 1."""
     kl_weight: NonNegative = 0.04
     """Weight of the KL divergence between the policy's and the reference's steps."""
+    unconditional_gradient: bool = True
+    """If rollouts are guided, back-propagate through the policy's unconditional velocity too. False: treat it as a
+    constant, as the released code does; its forward pass then needs no backward pass."""
     optimizer_steps: Count = 2
     """Optimizer steps per iteration. The iteration's groups are split evenly over them."""

@@ -3,9 +3,10 @@
 Learning rates of the small recipes with other objectives or data are those of an earlier search; docs/comparison.md
 has the present one.
 
-The `sd35m-*` recipes have the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512. If the release's
-README and its configuration disagree, they follow the configuration. Those for Flow-GRPO have the values of that
-method's release. No values were released for Diffusion-DPO; its recipes share DGPO's.
+The `sd35m-*` recipes have the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512, and its gradient
+(docs/method.md). If the release's README and its configuration disagree, they follow the configuration. Those for
+Flow-GRPO have the values and the gradient of that method's release. No values were released for Diffusion-DPO; its
+recipes share DGPO's.
 """
 
 import difflib
@@ -112,7 +113,15 @@ def sd35m_geneval() -> Config:
         rewards=("geneval-hf",),
         iterations=1000,
         rollout=Rollout(group_size=16, groups=8, guidance_scale=4.5, shift=3.0, resolution=512),
-        dgpo=DGPO(beta=100.0, kl_weight=0.02, clip_range=0.01, timesteps=4, high_noise_steps=5),
+        dgpo=DGPO(
+            beta=100.0,
+            kl_weight=0.02,
+            guided_reference=True,
+            clip_range=0.01,
+            timesteps=4,
+            high_noise_steps=5,
+            training_sigma="timestep",
+        ),
         evaluation=Evaluation(images=512, num_inference_steps=14, guidance_scale=4.5),
     )
 
@@ -177,7 +186,7 @@ def _flow_grpo(base: Config, kl_weight: float) -> Config:
         recipe=f"{base.recipe}-flow-grpo",
         objective="flow_grpo",
         rollout=replace(base.rollout, group_size=24, groups=48, solver="euler", noise_level=0.7),
-        flow_grpo=FlowGRPO(clip_range=1e-4, kl_weight=kl_weight, optimizer_steps=2),
+        flow_grpo=FlowGRPO(clip_range=1e-4, kl_weight=kl_weight, unconditional_gradient=False, optimizer_steps=2),
         policy=replace(base.policy, micro_batch=24),
         # The policy itself draws: its ratio is 1 until the second optimizer step.
         ema=replace(base.ema, switch_ema_ref=None),

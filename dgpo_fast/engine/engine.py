@@ -178,7 +178,8 @@ class Engine:
             whole_groups = micro // group * group or micro
             training = [2 * micro] if objective.guided_policy else [whole_groups, micro, 2 * micro]
             few = [min(sizes.groups, micro)] if shared else []
-            return StaticBatches([sizes.policy, 2 * sizes.policy, *shared], training=[*training, *few])
+            frozen = [sizes.frozen] if objective.frozen_policy else [sizes.policy, 2 * sizes.policy]
+            return StaticBatches([*frozen, *shared], training=[*training, *few])
         if transformer is self.models.base:
             one, two = [sizes.frozen, *shared], [2 * rows for rows in (sizes.frozen, *shared)]
             return StaticBatches(two if objective.guided_base else [*one, 2 * sizes.frozen])

@@ -16,6 +16,7 @@ from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.loading import free_bytes
 from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.objectives.registry import traits
 
 CPU_SHARE = 0.5
 """Share of a CPU's free memory that a micro-batch may take: other programs need some too."""
@@ -112,10 +113,11 @@ class MemoryPlan:
     def _measured(self, config: Config, models: PolicyModels) -> MemoryLine:
         """A training step's memory from steps of one and of two groups, or of one and two samples if these are many."""
         measured, size = TrainingMemory(models, self.predictor.shape(config)), config.rollout.group_size
+        rows = 2 if traits(config).guided_policy else 1
         try:
             for first in (size, 1):
                 try:
-                    return MemoryLine.through(measured, first, 2 * first)
+                    return MemoryLine.through(lambda samples: measured(rows * samples), first, 2 * first)
                 except torch.OutOfMemoryError as error:
                     measured.release()
                     if first == 1:

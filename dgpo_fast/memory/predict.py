@@ -182,19 +182,25 @@ class Predictor:
     def _phases(self, config: Config, micro_batch: int) -> dict[str, int]:
         rollout, shape, simulated = config.rollout, self.shape(config), self._simulation(config)
         samples = self.local_samples(config)
-        batch, micro_batch = min(rollout.batch_size, samples), min(micro_batch, samples)
+        objective, batch = traits(config), min(rollout.batch_size, samples)
+        learnt = min(samples, -(-rollout.groups // objective.optimizer_steps) * rollout.group_size)
+        micro_batch = min(micro_batch, learnt)
         latent = prod(shape.latent)
         drawn = self._texts(config) + samples * latent * FP32
         forwards = forwards_per_step(rollout.guidance_scale)
-        base_forwards = 2 if traits(config).guided_base else 1
+        at_once = min(rollout.batch_size, objective.levels_at_once * learnt)
+        frozen = simulated.forward(at_once * (2 if objective.guided_base else 1))
+        if objective.frozen_policy:
+            frozen = max(frozen, simulated.forward(at_once, policy=True))
+        trained = micro_batch * (2 if objective.guided_policy else 1)
         # A batch's own text, beside it that of its guided pairs, and the solver's states.
         solving = batch * ((forwards + (forwards > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
         return {
             "rollout": drawn + solving + (0 if self._recorded(config) else self._rollout_forward(config)),
             "decoding": drawn + simulated.decoding(min(decode_batch(config, shape.latent), batch)),
-            "reference forwards": self.inputs(config) + simulated.forward(batch * base_forwards),
+            "reference forwards": self.inputs(config) + frozen,
             "training": self.inputs(config)
-            + simulated.training(micro_batch).peak
+            + simulated.training(trained).peak
             + micro_batch * latent * LOSS_TENSORS * FP32,
             "optimizer": self._stepping(config),
         }

@@ -13,6 +13,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from dgpo_fast.config.objective_options import DGPO
 from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import guided, is_guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights
@@ -21,7 +22,7 @@ from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.first_level import first_sigma, is_shared
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
-from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.objectives.levels import draw_training_steps, training_sigmas
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.records import Metrics
 from dgpo_fast.seeds import stream_seed
@@ -35,7 +36,8 @@ class DGPOObjective(Objective):
         """See `Objective.traits`."""
         return Traits(
             levels_at_once=config.dgpo.timesteps if config.engine.batch_timesteps else 1,
-            guided_base=is_guided(config.dgpo.kl_guidance_scale) and config.dgpo.kl_weight > 0,
+            guided_base=is_guided(config.dgpo.kl_guidance_scale)
+            and (config.dgpo.kl_weight > 0 or _scores_against_guided(config.dgpo)),
             shared_sigma=first_sigma(config),
             shardable=True,
         )
@@ -102,9 +104,10 @@ class DGPOObjective(Objective):
         """The noise levels of the training steps of the rollout's grid; `share_first`: as `Level.shared`."""
         among = min(self.config.high_noise_steps or batch.schedule.steps, batch.schedule.steps)
         steps = draw_training_steps(batch.iteration, count=self.config.timesteps, among=among, seed=self.seed)
+        sigmas = training_sigmas(batch.schedule, self.config.training_sigma)
         return [
             Level(
-                sigma=batch.schedule.sigmas[step],
+                sigma=sigmas[step],
                 timestep=batch.schedule.timesteps[step],
                 draw=batch.iteration * len(steps) + slot,
                 shared=share_first and step == 0,
@@ -119,8 +122,8 @@ class DGPOObjective(Objective):
         found: dict[str, Tensor] = {}
         if self.needs.guided_base:
             ref_v, empty_v = predict_pair(models.base, x_t, timestep, text, empty)
-            found["kl_v"] = guided(ref_v, empty_v, self.config.kl_guidance_scale)
-            found["ref_v"] = ref_v
+            guided_v = guided(ref_v, empty_v, self.config.kl_guidance_scale)
+            found = {"ref_v": guided_v} if _scores_against_guided(self.config) else {"ref_v": ref_v, "kl_v": guided_v}
         elif self.config.reference == "frozen" or self.config.kl_weight > 0:
             found["ref_v"] = predict(models.base, x_t, timestep, text)
         if self._needs_old and not kl_alone:
@@ -132,3 +135,8 @@ class DGPOObjective(Objective):
                     found.setdefault("kl_v", found["ref_v"])
                 found["ref_v"] = old_v
         return found
+
+
+def _scores_against_guided(config: DGPO) -> bool:
+    """Whether the group score has the KL term's reference: the base, with its guidance."""
+    return config.guided_reference and config.reference == "frozen"

@@ -11,18 +11,19 @@ from functools import cache
 import torch
 
 from dgpo_fast.config.options import Config
+from dgpo_fast.objectives.levels import training_sigmas
 from dgpo_fast.rollout.schedule import make_schedule
 
 
 def first_sigma(config: Config) -> float:
-    """σ at the first step of the rollout's grid."""
+    """σ of the training latents at the first step of the rollout's grid."""
     rollout = config.rollout
-    return _first_sigma(rollout.solver, rollout.num_inference_steps, rollout.shift)
+    return _first_sigma(rollout.solver, rollout.num_inference_steps, rollout.shift, config.dgpo.training_sigma)
 
 
 @cache
-def _first_sigma(solver: str, num_inference_steps: int, shift: float) -> float:
-    return float(make_schedule(solver, num_inference_steps, shift).sigmas[0])
+def _first_sigma(solver: str, num_inference_steps: int, shift: float, training_sigma: str) -> float:
+    return float(training_sigmas(make_schedule(solver, num_inference_steps, shift), training_sigma)[0])
 
 
 def input_error(sigma: float) -> float:

@@ -6,11 +6,12 @@ coefficient of the SDE, the loss is the mean over samples and steps of
 
     max(−A·ρ, −A·clamp(ρ, 1 − c, 1 + c)) + kl_weight · mean (μ_policy − μ_reference)² / (2·s²)
 
-Every step but the last is trained, with the rollout's guidance. An iteration's groups are split over several optimizer
+Every step but the last is trained, with the rollout's guidance; the gradient of its unconditional velocity is a setting
+(`flow_grpo.unconditional_gradient`). An iteration's groups are split over several optimizer
 steps: from the second one on, the policy has moved away from the one that drew them, and the ratio is not 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -34,12 +35,14 @@ class FlowGRPOObjective(Objective):
     @classmethod
     def traits(cls, config: Config) -> Traits:
         """See `Objective.traits`."""
-        needs_pairs = is_guided(config.rollout.guidance_scale)
+        needs_pairs, whole = is_guided(config.rollout.guidance_scale), config.flow_grpo.unconditional_gradient
         return Traits(
             needs_transitions=True,
             levels_at_once=max(config.rollout.num_inference_steps - 1, 1) if config.engine.batch_timesteps else 1,
             guided_base=needs_pairs,
-            guided_policy=needs_pairs,
+            guided_policy=needs_pairs and whole,
+            frozen_policy=needs_pairs and not whole,
+            optimizer_steps=config.flow_grpo.optimizer_steps,
             shardable=True,
         )
 
@@ -67,11 +70,11 @@ class FlowGRPOObjective(Objective):
         steps = max(learnt.schedule.steps - 1, 1)
         weight = learnt.weight
         totals: dict[str, Tensor] = {}
-        for step, ref_v in zip(range(steps), self._reference(learnt, models, steps), strict=True):
+        for step, constant in zip(range(steps), self._constants(learnt, models, steps), strict=True):
             for rows in batch_slices(len(learnt.x0), self.micro_batch):
                 share = (rows.stop - rows.start) / (learnt.samples * steps)
-                reference = None if ref_v is None else ref_v[rows]
-                metrics = self._loss(learnt[rows], models, step, reference, weight[rows])
+                of_rows = {name: velocity[rows] for name, velocity in constant.items()}
+                metrics = self._loss(learnt[rows], models, step, of_rows, weight[rows])
                 (share * metrics["loss"]).backward()
                 add_metrics(totals, metrics, share)
         return totals
@@ -85,14 +88,15 @@ class FlowGRPOObjective(Objective):
         return sort_groups(batch).preferring
 
     def _loss(
-        self, batch: Batch, models: PolicyModels, step: int, ref_v: Tensor | None, weight: Tensor
+        self, batch: Batch, models: PolicyModels, step: int, constant: Mapping[str, Tensor], weight: Tensor
     ) -> dict[str, Tensor]:
         """The loss of step `step`, a mean over `batch`, and what to log of it.
 
-        Rows of `weight` (B,) 0 have advantage 0, so that the KL term alone must be told of them.
+        `constant` is what `_constants` gave for `batch` and `step`. Rows of `weight` (B,) 0 have advantage 0, so that
+        the KL term alone must be told of them.
         """
         assert batch.transitions is not None and batch.schedule.noise is not None
-        mean = transition_mean(batch, step, self._policy_v(batch, models, step))
+        mean = transition_mean(batch, step, self._policy_v(batch, models, step, constant.get("empty_v")))
         std = batch.schedule.noise[step, 1]
         log_prob = gaussian_log_prob((batch.transitions.states[step + 1] - mean) / std, std)
         ratio, clip = torch.exp(log_prob - batch.transitions.log_prob[step]), self.config.clip_range
@@ -102,35 +106,49 @@ class FlowGRPOObjective(Objective):
             "clipped_fraction": (clipped > unclipped).float().mean(),
             "ratio_deviation": ((ratio - 1).abs() * (batch.advantage != 0)).mean(),
         }
-        if ref_v is not None:
-            ref_mean = transition_mean(batch, step, ref_v)
+        if "ref_v" in constant:
+            ref_mean = transition_mean(batch, step, constant["ref_v"])
             kl = (weight[:, None, None, None] * (mean - ref_mean).square()).mean() / (
                 2 * diffusion(batch, step).square()
             )
             metrics |= {"loss": metrics["loss"] + self.config.kl_weight * kl, "kl": kl}
         return metrics
 
-    def _policy_v(self, batch: Batch, models: PolicyModels, step: int) -> Tensor:
+    def _policy_v(self, batch: Batch, models: PolicyModels, step: int, empty_v: Tensor | None) -> Tensor:
+        """With the rollout's guidance, (B, C, H, W); `empty_v` is its unconditional part, if that is a constant."""
         x, timestep = batch.transitions.states[step], batch.schedule.timesteps[step]  # type: ignore[union-attr]
         with autocast(models):
-            return self._velocity(models.policy, batch.empty, x, timestep, batch.text)
+            if empty_v is None:
+                return self._velocity(models.policy, batch.empty, x, timestep, batch.text)
+            return guided(predict(models.policy, x, timestep, batch.text), empty_v, self.guidance_scale)
 
-    def _reference(self, batch: Batch, models: PolicyModels, steps: int) -> Iterator[Tensor | None]:
-        """The reference's velocities at one step after another, (B, C, H, W); None if there is no KL term."""
+    def _constants(self, batch: Batch, models: PolicyModels, steps: int) -> Iterator[dict[str, Tensor]]:
+        """Velocities that have no gradient at one step after another, (B, C, H, W) each, if they are needed.
+
+        `ref_v` is the reference's for the KL term, with the rollout's guidance; `empty_v` the policy's for the empty
+        prompt, if that has no gradient. The policy's weights are the same at all steps, so all of them are predicted
+        together.
+        """
         assert batch.transitions is not None
-        if self.config.kl_weight == 0:
-            yield from [None] * steps
+        if self.config.kl_weight == 0 and not self.needs.frozen_policy:
+            yield from ({} for _ in range(steps))
             return
         for some in batch_slices(steps, self.needs.levels_at_once):
             x, timesteps = batch.transitions.states[some], batch.schedule.timesteps[some]
             forward = partial(self._predict, models, batch.empty)
             levels = [Inputs(*of_step, batch.text) for of_step in zip(x, timesteps, strict=True)]
-            yield from (predicted["ref_v"] for predicted in predict_levels(forward, levels, self.forward_batch))
+            yield from predict_levels(forward, levels, self.forward_batch)
 
     def _predict(
         self, models: PolicyModels, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds
     ) -> dict[str, Tensor]:
-        return {"ref_v": self._velocity(models.base, empty, x, timestep, text)}
+        found = {}
+        if self.config.kl_weight > 0:
+            found["ref_v"] = self._velocity(models.base, empty, x, timestep, text)
+        if self.needs.frozen_policy:
+            with autocast(models):
+                found["empty_v"] = predict(models.policy, x, timestep, empty.repeat_interleave(len(x)))
+        return found
 
     def _velocity(
         self, transformer: SD3Transformer2DModel, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.seeds import stream_seed
 
 Forward = Callable[[Tensor, Tensor, TextEmbeds], Mapping[str, Tensor]]
@@ -41,6 +42,11 @@ def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) ->
     """`count` different step indices out of the first `among` of the rollout's grid, the noisiest ones."""
     rng = np.random.default_rng([stream_seed(seed, "timesteps"), iteration])
     return [int(step) for step in rng.choice(among, size=count, replace=False)]
+
+
+def training_sigmas(schedule: Schedule, choice: str) -> Tensor:
+    """σ of the training latents at each of the grid's S steps by `dgpo.training_sigma`; at least S values, fp32."""
+    return schedule.timesteps / 1000 if choice == "timestep" else schedule.sigmas
 
 
 @torch.no_grad()

@@ -21,7 +21,9 @@ class Traits:
         levels_at_once: noise levels of an iteration's samples that frozen weights predict together
             (`levels.predict_levels`).
         guided_base: whether the base predicts pairs for guidance, and nothing else.
-        guided_policy: whether the policy does.
+        guided_policy: whether the policy predicts them with a gradient, and nothing else.
+        frozen_policy: whether the policy also predicts without a gradient, beside the frozen weights.
+        optimizer_steps: of an iteration, over which its groups are split.
         shared_sigma: σ of a noise level at which a group's samples may share one row of a forward
             (`objectives/first_level.py`); None if there is none.
         shardable: whether it runs on sharded weights, where some rows of a batch may be padding (`Batch.weight`).
@@ -31,6 +33,8 @@ class Traits:
     levels_at_once: int = 1
     guided_base: bool = False
     guided_policy: bool = False
+    frozen_policy: bool = False
+    optimizer_steps: int = 1
     shared_sigma: float | None = None
     shardable: bool = False
 

@@ -42,7 +42,11 @@ OFF: dict[str, Any] = {
 
 
 def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> Config:
-    """A run with a partial last batch everywhere and, of the engine's savings, those named."""
+    """A run with a partial last batch everywhere and, of the engine's savings, those named.
+
+    "flow_grpo, detached" is Flow-GRPO without the gradient of the unconditional velocity.
+    """
+    objective, _, detached = objective.partition(", ")
     noise: dict[str, Any] = {"solver": "euler", "noise_level": 0.7} if objective == "flow_grpo" else {}
     return Config(
         objective=objective,
@@ -57,7 +61,7 @@ def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> 
         ),
         dgpo=DGPO(beta=100.0, clip_range=0.01, kl_weight=0.5, kl_guidance_scale=2.0, timesteps=2, high_noise_steps=3),
         diffusion_dpo=DiffusionDPO(beta=10.0, timesteps=3),
-        flow_grpo=FlowGRPO(clip_range=0.05, kl_weight=0.0, optimizer_steps=1),
+        flow_grpo=FlowGRPO(clip_range=0.05, kl_weight=0.0, unconditional_gradient=not detached, optimizer_steps=1),
         ema=EMA(switch_ema_ref=None),
         policy=Policy(train=train, lora_rank=4, lora_alpha=8.0, micro_batch=8),  # type: ignore[arg-type]
         engine=Engine(**{**OFF, **engine}),

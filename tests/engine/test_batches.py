@@ -38,6 +38,19 @@ def test_forwards_are_padded_to_a_process_s_share(random_pipeline: Path) -> None
     assert engine._workload((16, 8, 8), tokens) == case.engine._workload((16, 8, 8), tokens), "kernels are chosen alike"
 
 
+def test_constant_velocities_of_the_policy_are_padded(random_pipeline: Path) -> None:
+    """Those of the empty prompt, three steps of 12 samples in batches of 5; with a gradient, samples are single."""
+    config = make_config(objective="flow_grpo", batch_timesteps=True)
+    for whole, micro in ((True, 16), (False, 8)):
+        flow_grpo = replace(config.flow_grpo, unconditional_gradient=whole)
+        case = EngineCase(random_pipeline, replace(config, flow_grpo=flow_grpo))
+        trained = case.engine._batches(case.models.policy)
+        assert trained.padded(3) == micro
+        if not whole:
+            with torch.no_grad():
+                assert trained.padded(1) == 5
+
+
 def test_a_run_draws_no_more_than_it_has(workspace: Path) -> None:
     """Rollouts are recorded at the sampler's size: 12 samples an iteration and 10 held-out images, in batches of 50."""
     trainer = Trainer(build(configure(["small.yaml", "--rollout.batch-size", "50", "--evaluation.images", "10"])))

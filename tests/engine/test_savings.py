@@ -77,7 +77,7 @@ def test_each_saving_alone(saving: str, folder: Path | str) -> None:
 
 
 @pytest.mark.parametrize("saving", ["timesteps at once", "equal groups"])
-@pytest.mark.parametrize("objective", ["diffusion_dpo", "flow_grpo"])
+@pytest.mark.parametrize("objective", ["diffusion_dpo", "flow_grpo", "flow_grpo, detached"])
 def test_savings_of_the_other_objectives(objective: str, saving: str, random_pipeline: Path) -> None:
     """Those that an objective has a part in."""
     case = EngineCase(random_pipeline, make_config(objective=objective, **SAVINGS[saving]))

@@ -12,9 +12,10 @@ from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Policy
 from dgpo_fast.models.datasheet import find_datasheet
 from dgpo_fast.models.meta import SampleShape
-from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork, WorkCounter
+from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork, WorkCounter, WorkMeter
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
+from tests.objective_configs import grpo_case
 
 
 def test_a_matmul_by_hand() -> None:
@@ -106,6 +107,25 @@ def test_samples_of_an_iteration(micro_batch: int, policy_forwards: int, workspa
     line = read_metrics(workspace / "metrics.jsonl")[0]
     assert line["achieved_tflops"] == pytest.approx(flops / line["iteration_s"] / 1e12)
     assert "mfu_percent" not in line, "a CPU has no datasheet here"
+
+
+@pytest.mark.parametrize(("whole", "policy", "backward"), [(True, 2, 2), (False, 2, 1)])
+def test_guided_flow_grpo_agrees_with_torchs_counter(
+    whole: bool, policy: int, backward: int, random_pipeline: Path
+) -> None:
+    """Matrix products of a gradient: an unconditional velocity that is a constant has a forward and no backward."""
+    case = grpo_case(random_pipeline, unconditional_gradient=whole)
+    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
+    meter = WorkMeter(case.models, vae, case.config.policy, tuple(case.batch.x0.shape[1:]))
+    with meter.training(), FlopCounterMode(display=False) as counter:
+        case.gradient(micro_batch=5)
+    samples, trained = meter.take(), len(case.batch.x0) * (case.batch.schedule.steps - 1)
+    expected = {"reference forward": 2 * trained, "policy forward": policy * trained, "backward": backward * trained}
+    assert samples == expected
+    work = meter.model_work()
+    counted = {kind: work.count(kind).flops for kind in samples}
+    flops = sum(count * (counted[k]["matmul"] + counted[k]["convolution"]) for k, count in samples.items())
+    assert flops == counter.get_total_flops() > 0
 
 
 def test_flops_are_counted_once(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
