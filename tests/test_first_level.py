@@ -25,6 +25,7 @@ from tests.engine.cases import GROUPS, SIZE, EngineCase, make_config
 VARIANTS: dict[str, dict[str, Any]] = {
     "released": {"kl_guidance_scale": 1.0},
     "guided KL reference": {},
+    "guided reference": {"guided_reference": True, "training_sigma": "timestep"},
     "EMA reference": {"kl_guidance_scale": 1.0, "reference": "ema"},
     "nothing but groups": {"kl_weight": 0.0, "clip_range": None},
 }

@@ -13,6 +13,7 @@ from torch.distributions import Normal
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.objectives.registry import traits
 from dgpo_fast.rollout.step_noise import Transitions
 from dgpo_fast.seeds import stream_seed
 from tests.objective_case import GROUPS, SIZE, Case, make_config
@@ -149,3 +150,9 @@ def test_guided_flow_grpo(kl_weight: float, released: bool, random_pipeline: Pat
         found, _ = case.gradient(micro_batch)
         assert difference(found, expected) < 1e-6
     assert difference(found, other) > 1e-2
+
+
+@pytest.mark.parametrize(("choice", "sigma"), [("grid", 0.99967), ("timestep", 0.999)])
+def test_a_shared_level_is_judged_by_the_training_sigma(choice: str, sigma: float) -> None:
+    """`engine.share_first_level` goes by how far σ is from 1: by that of the training latents."""
+    assert traits(make_config(training_sigma=choice)).shared_sigma == pytest.approx(sigma, abs=5e-6)
