@@ -1,6 +1,5 @@
 """Attention of SD3's blocks through diffusers' dispatcher, by the kernel that is fastest at the run's own shapes."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,9 +14,9 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from dgpo_fast.engine.compile import BACKEND, RECOMPILE_LIMIT
+from dgpo_fast.engine.compile import BACKEND, RECOMPILE_LIMIT, REFUSALS, reason
 from dgpo_fast.engine.remembered import remembered
-from dgpo_fast.engine.timing import best_ms
+from dgpo_fast.engine.timing import Spread, best_ms
 
 MATMUL = "matmul"
 DISPATCHED = {
@@ -30,8 +29,6 @@ DISPATCHED = {
 }
 # Written-out products keep S × S numbers a head, which only pays for a few tokens on a CPU.
 CANDIDATES = {"cpu": ("native", MATMUL), "cuda": tuple(DISPATCHED)}
-REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError)
-"""Each kernel refuses shapes and dtypes in its own way, and so does the compiler."""
 FASTER_BY = 1.1
 TIMED_S = {"cpu": 0.2, "cuda": 1.0}
 # Makes whole graphs of forward and backward as the compiler does, and no code of them.
@@ -152,7 +149,7 @@ def timings(
     return tuple(
         Timing(**timing)
         for timing in remembered(
-            what, lambda: [asdict(timing) for timing in time_attention(shapes, device, dtype, compiled)]
+            what, lambda spread: [asdict(timing) for timing in time_attention(shapes, device, dtype, compiled, spread)]
         )
     )
 
@@ -162,31 +159,35 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-@functools.cache
 def time_attention(
-    shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype, compiled: bool = False
+    shapes: tuple[Shape, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    spread: Spread | None = None,
 ) -> tuple[Timing, ...]:
     """All kernels of this device at `shapes`, in about a second on a GPU; those that cannot run say why.
 
     If blocks will be `compiled`, kernels that no whole graph holds cannot run.
     """
     obstacles = {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]}
-    trials = {name: [] for name, reason in obstacles.items() if not reason}  # type: dict[str, list[_Trial]]
+    trials = {name: [] for name, why in obstacles.items() if not why}  # type: dict[str, list[_Trial]]
     tensors = [_tensors(shape, device, dtype) for shape in shapes]
     for name in list(trials):
         try:
             trials[name] = [_trial(name, of_shape) for of_shape in tensors]
             obstacles[name] = graph_obstacle(name, shapes[0], device, dtype) if compiled else ""
         except REFUSALS as error:
-            obstacles[name] = str(error).splitlines()[0]
+            obstacles[name] = reason(error)
         if obstacles[name]:
             del trials[name]
-    forward = _total_ms({name: [trial.forward for trial in group] for name, group in trials.items()}, shapes, device)
+    total_ms = partial(_total_ms, shapes=shapes, device=device, spread=spread)
+    forward = total_ms({name: [trial.forward for trial in group] for name, group in trials.items()})
     trained = {name: group for name, group in trials.items() if all(trial.differentiable for trial in group)}
-    backward = _total_ms({name: [trial.backward for trial in group] for name, group in trained.items()}, shapes, device)
+    backward = total_ms({name: [trial.backward for trial in group] for name, group in trained.items()})
     return tuple(
-        Timing(name, forward.get(name), backward.get(name), reason or ("" if name in backward else "has no gradient"))
-        for name, reason in obstacles.items()
+        Timing(name, forward.get(name), backward.get(name), why or ("" if name in backward else "has no gradient"))
+        for name, why in obstacles.items()
     )
 
 
@@ -230,7 +231,7 @@ def graph_obstacle(name: str, shape: Shape, device: torch.device, dtype: torch.d
                 attended.sum().backward()
             _finish(device)
     except REFUSALS as error:
-        return f"cannot be compiled: {str(error).splitlines()[0]}"
+        return f"cannot be compiled: {reason(error)}"
     return ""
 
 
@@ -296,13 +297,13 @@ def _finish(device: torch.device) -> None:
 
 
 def _total_ms(
-    calls: dict[str, list[Callable[[], object]]], shapes: Sequence[Shape], device: torch.device
+    calls: dict[str, list[Callable[[], object]]], shapes: Sequence[Shape], device: torch.device, spread: Spread | None
 ) -> dict[str, float]:
     """Milliseconds for all attention of a forward, by kernel."""
     totals = dict.fromkeys(calls, 0.0)
     for index, shape in enumerate(shapes):
         budget_s = TIMED_S[device.type] / (2 * len(shapes))
-        times = best_ms([group[index] for group in calls.values()], device, budget_s)
+        times = best_ms([group[index] for group in calls.values()], device, budget_s, spread)
         for name, milliseconds in zip(calls, times, strict=True):
             totals[name] += milliseconds * shape.calls
     return totals

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from dgpo_fast.config.options import Engine as EngineConfig
-from dgpo_fast.engine import attention, linear
+from dgpo_fast.engine import attention, compile, linear
 from dgpo_fast.engine.attention import Shape, Timing
 from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.errors import UserError
@@ -14,8 +14,10 @@ from dgpo_fast.objectives.first_level import input_error, is_shared, largest_err
 from dgpo_fast.records import JsonObject
 
 GRAPH_MEMORY_GIB = 40.0
-CPU_COMPILE_IMAGES = 50_000
-"""Images of a whole run: with fewer, compiling takes longer than it saves."""
+COMPILED_SHARE = 0.85
+"""Time of an iteration on a CPU with compiled blocks, of its time without (`benchmarks/compiling.py`)."""
+COMPILING_IMAGES = 600
+"""Images that a CPU draws and trains on in the time that compiling takes (`benchmarks/compiling.py`)."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,21 @@ def _compile(config: EngineConfig, workload: Workload, reasons: Reasons) -> bool
         if problem:
             raise UserError(f"engine.compile on: {problem}; use --engine.compile off")
         return True
-    if not problem and not workload.on_gpu and workload.images < CPU_COMPILE_IMAGES:
-        problem = f"on a CPU it only saves time in runs of {CPU_COMPILE_IMAGES:,} images or more"
-    reasons.lines.append(f"blocks are not compiled: {problem}" if problem else "blocks are compiled")
+    saving = "" if workload.on_gpu else f": it should save {_compiling_saves(workload.images):.0%} of the time"
+    if not problem and not workload.on_gpu:
+        problem = _not_worth_compiling(workload.images) or compile.obstacle()
+    reasons.lines.append(f"blocks are not compiled: {problem}" if problem else f"blocks are compiled{saving}")
     return not problem
+
+
+def _compiling_saves(images: int) -> float:
+    """Share of the time of a run of `images` on a CPU, below 0 if compiling takes longer than it saves."""
+    return 1 - COMPILED_SHARE - COMPILING_IMAGES / max(images, 1)
+
+
+def _not_worth_compiling(images: int) -> str:
+    least = round(COMPILING_IMAGES / (1 - COMPILED_SHARE))
+    return f"on a CPU it only saves time in runs of {least:,} images or more" if _compiling_saves(images) < 0 else ""
 
 
 def _no_compiler(workload: Workload) -> str:
@@ -194,7 +207,9 @@ def _linear(config: EngineConfig, workload: Workload, reasons: Reasons) -> str:
         return "onednn"
     if not fits:
         return "torch"
-    torch_ms, onednn_ms = remembered({"linear": workload.width}, lambda: linear.time_linear(1024, workload.width))
+    torch_ms, onednn_ms = remembered(
+        {"linear": workload.width}, lambda spread: linear.time_linear(1024, workload.width, spread)
+    )
     chosen = "onednn" if onednn_ms * linear.FASTER_BY < torch_ms else "torch"
     reasons.lines.append(f"linear layers by {chosen} (torch {torch_ms:.3g} ms, onednn {onednn_ms:.3g} ms)")
     return chosen

@@ -10,6 +10,26 @@ from torch import Tensor, nn
 # Kinds of blocks (3) × batch sizes × with and without gradients × with and without adapters; several runs in a process.
 RECOMPILE_LIMIT = 256
 BACKEND = "inductor"
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError)
+"""The compiler refuses in many ways, and so do kernels of shapes and dtypes that they have not."""
+
+
+def obstacle() -> str:
+    """Why nothing can be compiled on this CPU, in a few words; empty if a small function can.
+
+    A compiler may be installed without the headers or the linker that it needs.
+    """
+    try:
+        torch.compile(torch.square, backend=BACKEND, dynamic=False)(torch.ones(8))
+    except REFUSALS as error:
+        return f"the compiler fails: {reason(error)}"
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line, without the line in which Dynamo names the backend."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if len(lines) > 1 and lines[0].endswith("raised:") else lines[0]
 
 
 def compile_blocks(transformer: SD3Transformer2DModel, batches: "StaticBatches") -> None:

@@ -4,7 +4,6 @@ PyTorch gives fp32 products on x86 to MKL, which leaves half of the vector width
 which PyTorch has for convolutions and bf16, does not. The result differs in rounding alone.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from dgpo_fast.engine.timing import best_ms
+from dgpo_fast.engine.timing import Spread, best_ms
 
 FASTER_BY = 1.2
 """A product that is a tenth faster alone has made a whole iteration slower, and processors where oneDNN pays make it
@@ -119,12 +118,11 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available()
 
 
-@functools.cache
-def time_linear(rows: int, width: int) -> tuple[float, float]:
+def time_linear(rows: int, width: int, spread: Spread | None = None) -> tuple[float, float]:
     """Milliseconds of PyTorch's and of oneDNN's product (rows, width) × (width, 4·width) on this CPU."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, width, generator=generator), torch.randn(4 * width, width, generator=generator)
     calls = (lambda: F.linear(x, weight), lambda: torch.ops.dgpo_fast.linear(x, weight, None, "none"))
     with torch.no_grad():
-        torch_ms, onednn_ms = best_ms(calls, torch.device("cpu"), TIMED_S)
+        torch_ms, onednn_ms = best_ms(calls, torch.device("cpu"), TIMED_S, spread)
     return torch_ms, onednn_ms

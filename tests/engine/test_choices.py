@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dgpo_fast.config.options import Engine
-from dgpo_fast.engine import attention, engine, linear
+from dgpo_fast.config.recipes import RECIPES, get_recipe
+from dgpo_fast.engine import attention, compile, engine, linear
 from dgpo_fast.engine.attention import Timing, attention_shapes, fastest, time_attention
 from dgpo_fast.engine.choices import Choices, Workload, choose
 from dgpo_fast.errors import UserError
@@ -17,7 +18,7 @@ from tests.engine.cases import EngineCase, make_config
 
 CPU = torch.device("cpu")
 SHAPES = (attention.Shape(batch=2, tokens=7, heads=2, head_dim=8, calls=3),)
-HERE = Workload(CPU, torch.float32, SHAPES, SHAPES, width=32, images=17_920)
+HERE = Workload(CPU, torch.float32, SHAPES, SHAPES, width=32, images=3_999)
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +43,48 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
         share_first_level=False,
     )
     assert reasons.lines == [
-        "blocks are not compiled: on a CPU it only saves time in runs of 50,000 images or more",
+        "blocks are not compiled: on a CPU it only saves time in runs of 4,000 images or more",
         "attention of rollouts by matmul (native 2 ms, matmul 1 ms)",
         "attention of training by native (native 5 ms, matmul 4.9 ms)",
         "linear layers by onednn (torch 3 ms, onednn 1 ms)",
         "GELU of forwards without a gradient after the product: it saves time only on a GPU",
     ]
-    long_run, _ = choose(Engine(), replace(HERE, images=50_000))
-    assert long_run.compile
+
+
+def test_a_cpu_compiles_in_runs_that_win_back_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "BACKEND", "eager")
+    config = Engine(attention="native", linear="torch")
+    for images, saved in ((4_000, "0%"), (12_000, "10%")):
+        choices, reasons = choose(config, replace(HERE, images=images))
+        assert choices.compile and reasons.lines == [f"blocks are compiled: it should save {saved} of the time"]
+    assert not choose(config, HERE)[0].compile
+
+
+def test_without_a_compiler_that_works_a_run_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None installed, or one that finds no headers."""
+    long_run = replace(HERE, images=50_000)
+    config = Engine(attention="native", linear="torch")
+
+    def no_headers(*_: Any) -> Any:
+        raise RuntimeError("fatal error: omp.h: No such file\ncompilation terminated")
+
+    monkeypatch.setattr(compile, "BACKEND", no_headers)
+    torch._dynamo.reset()
+    found = [choose(config, long_run)]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    found.append(choose(config, long_run))
+    assert not any(choices.compile for choices, _ in found)
+    failing, absent = (reasons.lines for _, reasons in found)
+    assert len(failing) == 1 and failing[0].startswith("blocks are not compiled: the compiler fails: ")
+    assert "omp.h: No such file" in failing[0] and "\n" not in failing[0]
+    assert absent == ["blocks are not compiled: no C++ compiler (g++) is installed"]
+
+
+def test_the_shipped_pipelines_recipes_do_not_compile() -> None:
+    """Their results are those of eager blocks on every machine, however long the run."""
+    assert {name for name in RECIPES if get_recipe(name).engine.compile != "off"} == {
+        name for name in RECIPES if get_recipe(name).model != "tiny"
+    }
 
 
 @pytest.mark.parametrize(
@@ -115,7 +150,6 @@ def test_torchs_own_attention_stays_unless_another_is_clearly_faster() -> None:
 
 
 def test_kernels_that_compute_something_else_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    time_attention.cache_clear()
     right = attention.attend
 
     def attend(backend: Any, *inputs: torch.Tensor) -> torch.Tensor:
@@ -124,14 +158,12 @@ def test_kernels_that_compute_something_else_are_left_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(attention, "attend", attend)
     timings = {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32)}
-    time_attention.cache_clear()
     assert timings["matmul"].obstacle.startswith("computes different values") and timings["matmul"].forward_ms is None
     assert timings["native"].forward_ms > 0 and timings["native"].backward_ms > 0  # type: ignore[operator]
 
 
 def test_kernels_that_no_graph_holds_are_left_out_where_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that Dynamo cannot trace: fast enough, and an obstacle in the table, or refused where it is named."""
-    time_attention.cache_clear()
     right = attention.attend
     opaque = torch._dynamo.disable(right)
 
@@ -143,7 +175,6 @@ def test_kernels_that_no_graph_holds_are_left_out_where_blocks_are_compiled(monk
         {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32, whether)}
         for whether in (False, True)
     )
-    time_attention.cache_clear()
     assert eager["matmul"].forward_ms and not eager["matmul"].obstacle
     assert compiled["matmul"].obstacle.startswith("cannot be compiled: ") and compiled["matmul"].forward_ms is None
     assert compiled["native"].forward_ms and not compiled["native"].obstacle
@@ -172,9 +203,7 @@ def test_kernels_that_fail_at_work_are_left_out(monkeypatch: pytest.MonkeyPatch)
         return Refuses.apply(right(backend, *inputs))
 
     monkeypatch.setattr(attention, "attend", attend)
-    time_attention.cache_clear()
     timings = {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32)}
-    time_attention.cache_clear()
     assert timings["matmul"].obstacle == "no plan for this shape" and timings["matmul"].backward_ms is None
     assert timings["native"].obstacle == "out of memory"
     assert fastest(tuple(timings.values()), training=True) == "native"
