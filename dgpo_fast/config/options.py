@@ -228,9 +228,10 @@ class Engine:
     epilogue: Literal["auto", "on", "off"] = "auto"
     """Apply the GELU of feed-forwards inside the matrix product before it, in forwards without a gradient. It saves
     memory traffic on a GPU. auto: on for GPUs. Float8 rollouts do not use it."""
-    decoder: Literal["auto", "plain", "fast"] = "auto"
-    """Image decoder. plain: as diffusers runs it. fast: in channels_last, and compiled if the blocks are; its first
-    images are checked against fp32. auto: fast."""
+    decoder: Literal["auto", "plain", "fast", "phases"] = "auto"
+    """Image decoder. plain: as diffusers runs it. fast: in channels_last, and compiled if the blocks are. phases: as
+    fast, and each upsampling with its convolution becomes four smaller convolutions, with other rounding. The first
+    images are checked against fp32. auto: phases on a GPU and in bf16, fast in fp32 on a CPU."""
     decode_batch: Count | None = None
     """Images decoded at a time. A smaller number takes less memory. None: rollout.batch_size, but at most 16
     images of 512 × 512."""

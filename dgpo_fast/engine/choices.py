@@ -31,7 +31,7 @@ class Choices:
         train_attention: kernel of the policy's forward and backward.
         linear: "torch" or "onednn".
         epilogue: frozen feed-forwards are one product with their GELU.
-        decoder: "plain" or "fast".
+        decoder: "plain", "fast" or "phases".
         share_first_level: a group's samples share one row at the first noise level.
     """
 
@@ -101,7 +101,7 @@ def choose(config: EngineConfig, workload: Workload) -> tuple[Choices, Reasons]:
         train_attention=_attention(config, workload, reasons, compiled, training=True),
         linear=_linear(config, workload, reasons),
         epilogue=_epilogue(config, workload, reasons),
-        decoder="fast" if config.decoder == "auto" else config.decoder,
+        decoder=_decoder(config, workload),
         share_first_level=_share_first_level(config, workload, reasons),
     )
     return choices, reasons
@@ -195,6 +195,13 @@ def _attention(config: EngineConfig, workload: Workload, reasons: Reasons, compi
 def _in_words(timing: Timing, training: bool) -> str:
     milliseconds = timing.backward_ms if training else timing.forward_ms
     return f"{timing.name} {milliseconds:.3g} ms" if milliseconds is not None else f"{timing.name}: {timing.obstacle}"
+
+
+def _decoder(config: EngineConfig, workload: Workload) -> str:
+    """On a CPU in fp32, pictures are the same to the last bit with every version: phases round differently."""
+    if config.decoder != "auto":
+        return config.decoder
+    return "phases" if workload.on_gpu or workload.dtype != torch.float32 else "fast"
 
 
 def _linear(config: EngineConfig, workload: Workload, reasons: Reasons) -> str:

@@ -1,4 +1,4 @@
-"""The decoder of a run: channels_last, compiled, and overlapping with the rollout."""
+"""The decoder of a run: channels_last, upsampled in phases, compiled, and overlapping with the rollout."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.timing import best_ms
+from dgpo_fast.engine.upsampling import in_phases
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.latents import Pictures, decode_pixels, find_faults, to_uint8
 
@@ -18,6 +19,7 @@ CHECKED_IMAGES = 4
 LARGEST_MEAN_DIFFERENCE = 1.0
 """Of 255: if bf16 pictures differ by more on average, fp32 decodes."""
 TIMED_S = 1.0
+WAYS = ("plain", "fast", "phases")
 
 
 class Decoder:
@@ -29,7 +31,7 @@ class Decoder:
     Args:
         vae: the pipeline's; it stays as it is.
         batch_size: pictures at a time.
-        fast: channels_last, in a copy of the decoder.
+        way: "plain"; "fast", channels_last in a copy of the decoder; "phases", as fast, and upsampled in four phases.
         compiled: compile that copy, for whole batches.
         overlap: decode on a stream of its own, if there is a GPU.
         note: called with one line on the comparison's result.
@@ -40,19 +42,21 @@ class Decoder:
         vae: AutoencoderKL,
         batch_size: int,
         *,
-        fast: bool,
+        way: str,
         compiled: bool,
         overlap: bool,
         note: Callable[[str], None],
     ):
         self.original, self.batch_size, self.note = vae, batch_size, note
         self.vae, self.dtype = vae, vae.dtype
-        self.static = fast and compiled
-        if fast:
+        self.static = way != "plain" and compiled
+        if way != "plain":
             self.vae = _with_own_decoder(vae, memory_format=torch.channels_last)
+        if way == "phases":
+            in_phases(self.vae.decoder)
         if self.static:
             self.vae.decoder.compile(fullgraph=True, dynamic=False, backend=compile.BACKEND)
-        self.checked = not self.static and self.dtype == torch.float32
+        self.checked = not self.static and way != "phases" and self.dtype == torch.float32
         self.stream = torch.cuda.Stream(vae.device) if overlap and vae.device.type == "cuda" else None
 
     @property

@@ -12,7 +12,7 @@ from dgpo_fast.engine.attention import attention_shapes, device_name, set_attent
 from dgpo_fast.engine.batches import batch_sizes, decode_batch
 from dgpo_fast.engine.choices import Workload, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
-from dgpo_fast.engine.decoder import Decoder, decoder_ms
+from dgpo_fast.engine.decoder import WAYS, Decoder, decoder_ms
 from dgpo_fast.engine.epilogue import use_epilogue
 from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
@@ -74,7 +74,7 @@ class Engine:
         self.decoder = Decoder(
             pipeline.vae,
             min(pictures, self.sizes.rollout) if self.choices.compile else pictures,
-            fast=self.choices.decoder == "fast",
+            way=self.choices.decoder,
             compiled=self.choices.compile,
             overlap=config.engine.overlap,
             note=note,
@@ -140,18 +140,14 @@ class Engine:
         ]
 
     def decoder_rows(self, latent: tuple[int, ...]) -> list[JsonObject]:
-        """The plain and the fast decoder, timed now with a whole batch of (C, H, W) latents: as `attention_rows`."""
+        """All ways of decoding, timed now with a whole batch of (C, H, W) latents: as `attention_rows`."""
         used, count = self.decoder, self.decoder.batch_size
-        other = Decoder(
-            used.original,
-            count,
-            fast=self.choices.decoder == "plain",
-            compiled=self.choices.compile,
-            overlap=False,
-            note=used.note,
-        )
+        decoders = {
+            way: Decoder(used.original, count, way=way, compiled=self.choices.compile, overlap=False, note=used.note)
+            for way in WAYS
+            if way != self.choices.decoder
+        } | {self.choices.decoder: used}
         latents = torch.randn(count, *latent, device=self.models.device)
-        names = (self.choices.decoder, "plain" if self.choices.decoder == "fast" else "fast")
         return [
             {
                 "for": f"decoding {count} images",
@@ -161,7 +157,7 @@ class Engine:
                 "obstacle": "",
                 "chosen": name == self.choices.decoder,
             }
-            for name, milliseconds in zip(names, decoder_ms((used, other), latents), strict=True)
+            for name, milliseconds in zip(decoders, decoder_ms(list(decoders.values()), latents), strict=True)
         ]
 
     def _transformers(self) -> tuple[SD3Transformer2DModel, ...]:

@@ -53,7 +53,7 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_cpu_compiles_in_runs_that_win_back_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "BACKEND", "eager")
-    config = Engine(attention="native", linear="torch")
+    config = Engine(attention="native", linear="torch", epilogue="off")
     for images, saved in ((4_000, "0%"), (12_000, "10%")):
         choices, reasons = choose(config, replace(HERE, images=images))
         assert choices.compile and reasons.lines == [f"blocks are compiled: it should save {saved} of the time"]
@@ -63,7 +63,7 @@ def test_a_cpu_compiles_in_runs_that_win_back_the_time(monkeypatch: pytest.Monke
 def test_without_a_compiler_that_works_a_run_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """None installed, or one that finds no headers."""
     long_run = replace(HERE, images=50_000)
-    config = Engine(attention="native", linear="torch")
+    config = Engine(attention="native", linear="torch", epilogue="off")
 
     def no_headers(*_: Any) -> Any:
         raise RuntimeError("fatal error: omp.h: No such file\ncompilation terminated")
@@ -141,6 +141,14 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"^engine.compile on: no C\+\+ compiler \(g\+\+\) is installed; use --engine.compile off$"
     ):
         choose(Engine(compile="on", attention="native"), HERE)
+
+
+def test_only_fp32_on_a_cpu_decodes_without_phases() -> None:
+    """There, pictures and rewards are the same to the last bit whatever the version."""
+    config = Engine(attention="native", compile="off", linear="torch")
+    ways = [choose(config, replace(HERE, dtype=dtype))[0].decoder for dtype in (torch.float32, torch.bfloat16)]
+    assert ways == ["fast", "phases"]
+    assert choose(replace(config, decoder="plain"), HERE)[0].decoder == "plain"
 
 
 def test_torchs_own_attention_stays_unless_another_is_clearly_faster() -> None:

@@ -115,7 +115,7 @@ def test_auto_on_a_gpu(random_pipeline: Path) -> None:
 def test_decoding_beside_the_rollout(random_pipeline: Path) -> None:
     """On a stream of its own, while the latents' stream goes on and reuses their memory."""
     case = EngineCase(random_pipeline, make_config(), torch.bfloat16, CUDA)
-    decoder = Decoder(case.pipeline.vae, 3, fast=True, compiled=False, overlap=True, note=lambda line: None)
+    decoder = Decoder(case.pipeline.vae, 3, way="fast", compiled=False, overlap=True, note=lambda line: None)
     generator = torch.Generator(CUDA).manual_seed(0)
     batches = [torch.randn(7, *case.sampler.shape, device=CUDA, generator=generator) for _ in range(4)]
     expected = [decode_plainly(case.pipeline.vae, batch, 7).images for batch in batches]

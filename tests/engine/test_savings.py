@@ -18,6 +18,7 @@ SAVINGS: dict[str, dict[str, Any]] = {
     "epilogue": {"epilogue": "on"},
     "compile": {"compile": "on"},
     "decoder": {"decoder": "fast"},
+    "decoder in phases": {"decoder": "phases"},
     "timesteps at once": {"batch_timesteps": True},
     "first level": {"share_first_level": "auto"},
     "equal groups": {"skip_equal_groups": True},
