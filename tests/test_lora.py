@@ -174,12 +174,18 @@ def test_a_run_is_resumed_with_the_lora_that_it_began_with(start: str, workspace
     assert train(["--resume", "runs/b", "--lora", start, "--iterations", "2"]) == 0
     saved = [load_file(f"runs/{name}/{LORA_FILE}") for name in "ab"]
     assert all(tensor.equal(saved[1][name]) for name, tensor in saved[0].items())
+    assert train(["--resume", "runs/b", "--iterations", "3", "--precision", "bf16"]) == 0
     tensors = load_file(start)
     tensors[f"transformer.{next(iter(START))}.alpha"] *= 1.001
     save_file(tensors, start)
     line = "^--resume runs/b: the starting LoRA's weights changed since the run began: put back what it was, or start"
     with pytest.raises(UserError, match=line):
-        train(["--resume", "runs/b", "--iterations", "3"])
+        train(["--resume", "runs/b", "--iterations", "4"])
+    with pytest.raises(
+        UserError, match=r"^runs/b: the starting LoRA's weights changed since the run began: put back what sta"
+    ):
+        evaluate(["runs/b", "--weights", "before"])
+    assert evaluate(["runs/b"]) == 0, "the trained weights do not depend on it"
 
 
 def test_a_lora_for_text_encoders_is_merged_first(workspace: Path, random_pipeline: Path) -> None:

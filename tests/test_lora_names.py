@@ -58,7 +58,19 @@ def dotted(prefix: str, ends: tuple[str, str]) -> Callable[[str, torch.Tensor, t
     return name
 
 
+def one_trainer(layer: str, a: torch.Tensor, b: torch.Tensor) -> Tensors:
+    """Query, key and value by themselves, each with factors of its own."""
+    parts = b.chunk(3) if layer.endswith("qkv") else [b]
+    stems = [f"transformer.{layer}.{n}" for n in range(3)] if layer.endswith("qkv") else [f"transformer.{layer}"]
+    named: Tensors = {}
+    for stem, part in zip(stems, parts, strict=True):
+        named |= {f"{stem}.lora_down.weight": a.clone(), f"{stem}.lora_up.weight": part.contiguous()}
+        named[f"{stem}.alpha"] = torch.tensor(3.0)
+    return named
+
+
 NAMINGS = {
+    "OneTrainer": one_trainer,
     "kohya": kohya,
     "comfy": dotted("diffusion_model.", ("lora_A.weight", "lora_B.weight")),
     "original": dotted("", ("lora_down.weight", "lora_up.weight")),
@@ -94,7 +106,8 @@ def test_fused_original_layers_are_merged_as_by_hand(naming: str, random_pipelin
 
 
 @pytest.mark.parametrize(
-    "prefix", ["transformer.", "diffusion_model.", "base_model.model.transformer.", "base_model.model.", ""]
+    "prefix",
+    ["lora_transformer.", "transformer.", "diffusion_model.", "base_model.model.transformer.", "base_model.model.", ""],
 )
 def test_prefixes_before_the_names_of_diffusers(prefix: str, random_pipeline: Path, tmp_path: Path) -> None:
     pipeline = loaded(random_pipeline)
@@ -114,6 +127,8 @@ TEXT_LAYERS = {
     ),
     "lora_te2_text_model_encoder_layers_1_mlp_fc1": ("text_encoder_2", "text_model.encoder.layers.1.mlp.fc1"),
     "lora_te3_encoder_block_0_layer_0_SelfAttention_q": ("text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q"),
+    "t5.encoder.block.0.layer.1.DenseReluDense.wo": ("text_encoder_3", "encoder.block.0.layer.1.DenseReluDense.wo"),
+    "clip_l.text_model.encoder.layers.1.mlp.fc1": ("text_encoder", "text_model.encoder.layers.1.mlp.fc1"),
     "text_encoder_2.text_model.encoder.layers.0.mlp.fc2": ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc2"),
 }
 
@@ -128,30 +143,47 @@ def test_factors_of_text_encoders(name: str, random_pipeline: Path, tmp_path: Pa
     torch.testing.assert_close(weight, before + b @ a)
 
 
-def test_the_settings_in_a_header_of_diffusers(random_pipeline: Path, tmp_path: Path) -> None:
-    """Ranks and alphas of layers, as plain diffusers saves a LoRA of PEFT's: what it then draws with is merged here."""
-    trained, theirs, ours = (loaded(random_pipeline) for _ in range(3))
-    config = LoraConfig(
-        r=2,
-        lora_alpha=6,
-        target_modules=["attn.to_q", "attn.to_v"],
-        rank_pattern={"attn.to_v": 4},
-        alpha_pattern={"transformer_blocks.1.attn.to_v": 1},
-        use_rslora=True,
-        init_lora_weights=False,
-    )
-    trained.transformer.add_adapter(config)
+PATTERNS = LoraConfig(
+    r=2,
+    lora_alpha=6,
+    target_modules=["attn.to_q", "attn.to_v"],
+    rank_pattern={"attn.to_v": 4},
+    alpha_pattern={"transformer_blocks.1.attn.to_v": 1},
+    use_rslora=True,
+    init_lora_weights=False,
+)
+"""Ranks and alphas by layer."""
+
+
+def by_diffusers(folder: Path, random_pipeline: Path) -> Tensors:
+    """Saves a LoRA with its settings in the file's header; the weights after plain diffusers has fused it."""
+    trained, theirs = loaded(random_pipeline), loaded(random_pipeline)
+    trained.transformer.add_adapter(PATTERNS)
     StableDiffusion3Pipeline.save_lora_weights(
-        tmp_path,
+        folder,
         get_peft_model_state_dict(trained.transformer, adapter_name="default"),
         transformer_lora_adapter_metadata=trained.transformer.peft_config["default"].to_dict(),
     )
-    theirs.load_lora_weights(tmp_path)
+    theirs.load_lora_weights(folder)
     theirs.fuse_lora()
     theirs.unload_lora_weights()
+    return theirs.transformer.state_dict()
+
+
+def by_peft(folder: Path, random_pipeline: Path) -> Tensors:
+    """Saves a LoRA as PEFT does; the weights after PEFT has merged it."""
+    model = get_peft_model(loaded(random_pipeline).transformer, PATTERNS)
+    model.save_pretrained(folder)
+    return model.merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("library", [by_diffusers, by_peft])
+def test_what_a_library_saves_is_merged_as_it_merges_it(
+    library: Callable, random_pipeline: Path, tmp_path: Path
+) -> None:
+    expected, ours = library(tmp_path, random_pipeline), loaded(random_pipeline)
     before = {name: weight.clone() for name, weight in ours.transformer.state_dict().items()}
     merge_lora(ours, find_lora(tmp_path))
-    expected = theirs.transformer.state_dict()
     for name, weight in ours.transformer.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)
         assert torch.equal(weight, before[name]) != name.endswith((".attn.to_q.weight", ".attn.to_v.weight"))

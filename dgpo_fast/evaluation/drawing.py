@@ -36,7 +36,9 @@ from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler, plain_decoding
 from dgpo_fast.rollout.schedule import make_schedule
+from dgpo_fast.run.checkpoint import newest_info
 from dgpo_fast.run.console import Console
+from dgpo_fast.run.depends import STARTING_LORA, change
 from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import FAULTS, counted
 
@@ -256,6 +258,9 @@ def load_evaluated(
     digests = {"weights_sha256": _digest_of_weights(pipeline, Path(str(settings.output)))}
     if file:
         digests["lora_sha256"] = merge_lora(pipeline, file).digest
+        began_with = newest_info(Path(settings.model) / "checkpoints").get("depends", {}).get(STARTING_LORA)
+        if settings.weights == "before" and began_with not in (None, digests["lora_sha256"]):
+            raise UserError(change(settings.model, [STARTING_LORA], "the run began", f"put back what {lora} was"))
     return pipeline, config, digests
 
 

@@ -1,7 +1,7 @@
 """The names that trainers give to the factors of a LoRA, and the layers of Stable Diffusion 3 that they mean.
 
-diffusers, PEFT, SimpleTuner and AI-toolkit name layers as diffusers does. kohya's scripts and ComfyUI take the original
-names of SD3, where query, key and value are one layer.
+diffusers, PEFT, SimpleTuner and AI-toolkit name layers as diffusers does. kohya's scripts, ComfyUI and OneTrainer take
+the original names of SD3, where query, key and value are one layer; OneTrainer numbers the three.
 """
 
 import re
@@ -16,14 +16,15 @@ PREFIXES = {
         "transformer.",
         "diffusion_model.",
         "model.diffusion_model.",
+        "lora_transformer.",
         "lora_transformer_",
         "lora_unet_",
         "lycoris_",
         "",
     ),
-    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "lora_te2_"),
-    "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", "lora_te3_"),
+    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.", "lora_te1.", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", "t5.", "lora_te3.", "lora_te3_"),
 }
 """What stands in front of a layer's name, by the part of the pipeline that has the layer."""
 BLOCK = {
@@ -115,3 +116,5 @@ def _original_names(blocks: int) -> Iterator[tuple[str, Target]]:
             swapped = block == blocks - 1 and layers == ("norm1_context.linear",)
             whole = tuple(f"transformer_blocks.{block}.{layer}" for layer in layers)
             yield f"joint_blocks.{block}.{name}", Target(whole, swapped)
+            if len(whole) > 1:
+                yield from ((f"joint_blocks.{block}.{name}.{n}", Target((layer,))) for n, layer in enumerate(whole))

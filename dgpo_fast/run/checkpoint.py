@@ -172,6 +172,16 @@ def load_newest(folder: Path) -> tuple[State, list[str]]:
     raise UserError(f"{folder}: no valid checkpoint to resume from{why}")
 
 
+def newest_info(folder: Path) -> JsonObject:
+    """What the newest manifest in `folder` says of the run, without a look at its state; nothing if there is none."""
+    for path in _all(folder):
+        try:
+            return dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["info"])
+        except INVALID:
+            continue
+    return {}
+
+
 def _is_whole(path: Path) -> bool:
     try:
         _read_manifest(path)
