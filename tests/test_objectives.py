@@ -167,7 +167,7 @@ def test_levels_are_predicted_in_full_batches(objective: str, random_pipeline: P
     one_by_one = watched(saving_case(objective, random_pipeline))
     together = watched(saving_case(objective, random_pipeline, batch_timesteps=True))
     assert_same(together, one_by_one)
-    rows, batch = together[2]["base"], 10 if "KL" in objective else 5  # with guidance a sample has two rows
+    rows, batch = together[2]["base"], 10  # those of a rollout's guided forward of 5 samples
     assert sum(rows) == sum(one_by_one[2]["base"]) and len(rows) < len(one_by_one[2]["base"])
     assert all(count == batch for count in rows[:-1]) and rows[-1] <= batch
     assert together[2]["policy"] == one_by_one[2]["policy"]

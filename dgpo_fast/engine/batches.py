@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.placement import largest_share, place
+from dgpo_fast.objectives.levels import frozen_batch
 from dgpo_fast.objectives.registry import traits
 
 DECODED_LATENTS = 16 * 64 * 64
 """Latent pixels that are decoded at a time, 16 pictures of 512 × 512: the decoder then holds no tensor of 2³¹ elements,
 beyond which kernels reckon in 64 bits."""
+TILE = (128, 256)
+"""Of the bf16 products that cuBLAS makes at these sizes on an H100 or H200."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,43 @@ def batch_sizes(config: Config, processes: int) -> BatchSizes:
     return BatchSizes(
         rollout=min(most, drawn),
         evaluation=min(most, -(-config.evaluation.images // processes)),
-        frozen=min(most, traits(config).levels_at_once * trained),
+        frozen=frozen_samples(config, trained),
         policy=min(most, trained),
         training=min(config.policy.micro_batch_size, trained),
         groups=max(len(share.parts) for share in place(rollout.groups, rollout.group_size, processes)),
+    )
+
+
+def frozen_samples(config: Config, trained: int) -> int:
+    """Samples of a forward of reference or θ_old on a process that trains on `trained` samples an iteration."""
+    needs = traits(config)
+    return min(frozen_batch(config.rollout, pairs=needs.guided_base), needs.levels_at_once * trained)
+
+
+def wave_fill(vectors: int, width: int, multiprocessors: int) -> float:
+    """Share of a GPU that is busy in a matrix product of (vectors, …) by (…, width), between 0 and 1.
+
+    The product is cut into tiles. All multiprocessors compute a tile each, in one wave after another, and the last wave
+    takes as long as the others however few tiles it has. So few rows leave much of a GPU idle: of SD3.5-Medium's text
+    stream on 132 multiprocessors, 16 rows of 205 tokens fill 59 % of their waves, 32 rows 79 % and 64 rows 94 %.
+
+    Args:
+        vectors: of all rows of a forward: rows · tokens.
+        width: of the output.
+        multiprocessors: of the GPU.
+    """
+    tiles = -(-vectors // TILE[0]) * -(-width // TILE[1])
+    return tiles / (-(-tiles // multiprocessors) * multiprocessors)
+
+
+def rows_line(config: Config, sizes: BatchSizes, text_tokens: int, width: int, multiprocessors: int) -> str:
+    """How well the rows of a training forward fill a GPU, in one line; see `wave_fill`."""
+    needs = traits(config)
+    frozen, trained = sizes.frozen * (1 + needs.guided_base), sizes.training * (1 + needs.guided_policy)
+    fills = [wave_fill(rows * text_tokens, width, multiprocessors) for rows in (frozen, trained)]
+    return (
+        f"forwards of {frozen} rows with frozen weights and of {trained} in training (policy.micro_batch): the text "
+        f"stream's products fill {fills[0]:.0%} and {fills[1]:.0%} of their time on {multiprocessors} multiprocessors"
     )
 
 

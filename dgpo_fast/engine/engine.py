@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from dgpo_fast.config.options import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
-from dgpo_fast.engine.batches import batch_sizes, decode_batch
+from dgpo_fast.engine.batches import batch_sizes, decode_batch, rows_line
 from dgpo_fast.engine.choices import Workload, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.decoder import WAYS, Decoder, decoder_ms
@@ -62,6 +62,9 @@ class Engine:
             keep_freed_memory()
         latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
         self.choices, self.reasons = choose(config.engine, self._workload(latent, text_tokens))
+        if models.device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(models.device).multi_processor_count
+            self.reasons.lines.append(rows_line(config, self.sizes, text_tokens, self._width, multiprocessors))
         self.rollout_transformer = models.behaviour
         if config.engine.rollout_precision == "fp8":
             self.rollout_transformer = self._float8()
@@ -183,6 +186,12 @@ class Engine:
         shown = sizes.evaluation * forwards_per_step(config.evaluation.guidance_scale)
         return StaticBatches([drawn, shown, sizes.frozen, *shared])
 
+    @property
+    def _width(self) -> int:
+        """Of the transformer."""
+        config = self.models.base.config
+        return config.num_attention_heads * config.attention_head_dim
+
     def _workload(self, latent: tuple[int, ...], text_tokens: int) -> Workload:
         config, transformer, rollout = self.config, self.models.base, self.config.rollout
         tokens = latent[1] * latent[2] // transformer.config.patch_size**2
@@ -194,7 +203,7 @@ class Engine:
             dtype=self.models.dtype,
             rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),
             train_shapes=attention_shapes(transformer, sizes.training, tokens, text_tokens),
-            width=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
+            width=self._width,
             images=config.iterations * rollout.groups * rollout.group_size,
             sharded=self.models.shards is not None,
             shared_sigma=traits(config).shared_sigma,

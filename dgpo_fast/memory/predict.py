@@ -15,7 +15,7 @@ from torch import nn
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.placement import largest_share, place
-from dgpo_fast.engine.batches import decode_batch
+from dgpo_fast.engine.batches import decode_batch, frozen_samples
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.learning.optimizers import CHUNK_NUMEL, state_bytes
 from dgpo_fast.memory.simulate import Simulation, Trained, simulation
@@ -24,6 +24,7 @@ from dgpo_fast.models.forward import forwards_per_step
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import weight_storage
+from dgpo_fast.objectives.first_level import is_shared
 from dgpo_fast.objectives.registry import traits
 
 FP32 = 4
@@ -188,11 +189,10 @@ class Predictor:
         latent = prod(shape.latent)
         drawn = self._texts(config) + samples * latent * FP32
         forwards = forwards_per_step(rollout.guidance_scale)
-        at_once = min(rollout.batch_size, objective.levels_at_once * learnt)
+        at_once = frozen_samples(config, learnt)
         frozen = simulated.forward(at_once * (2 if objective.guided_base else 1))
         if objective.frozen_policy:
             frozen = max(frozen, simulated.forward(at_once, policy=True))
-        trained = micro_batch * (2 if objective.guided_policy else 1)
         # A batch's own text, beside it that of its guided pairs, and the solver's states.
         solving = batch * ((forwards + (forwards > 1)) * self._text_row(config) + SOLVER_STATES * latent * FP32)
         return {
@@ -200,19 +200,28 @@ class Predictor:
             "decoding": drawn + simulated.decoding(min(decode_batch(config, shape.latent), batch)),
             "reference forwards": self.inputs(config) + frozen,
             "training": self.inputs(config)
-            + simulated.training(trained).peak
-            + micro_batch * latent * LOSS_TENSORS * FP32,
+            + max(
+                simulated.training(rows).peak + of_samples * latent * LOSS_TENSORS * FP32
+                for rows, of_samples in self._micro_batches(config, micro_batch)
+            ),
             "optimizer": self._stepping(config),
         }
 
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
         objective, latent, samples = traits(config), prod(self.shape(config).latent), self.local_samples(config)
-        batch = min(config.rollout.batch_size, objective.levels_at_once * samples)
+        batch = frozen_samples(config, samples)
         states = config.rollout.num_inference_steps + 1 if objective.needs_transitions else 1 + objective.levels_at_once
         # Predictions are there for one level, and for the batch that goes on from it into the next one.
         compared = COMPARED * (samples + batch) * latent * self.dtype.itemsize
         return self._texts(config) + samples * states * latent * FP32 + compared
+
+    def _micro_batches(self, config: Config, micro_batch: int) -> list[tuple[int, int]]:
+        """Rows of the policy's forward and backward, and samples of the loss: they differ if a group shares a row."""
+        objective, groups = traits(config), min(micro_batch, self._groups(config))
+        shared = is_shared(config.engine.share_first_level, objective.shared_sigma, self.dtype)
+        sampled = (micro_batch * (2 if objective.guided_policy else 1), micro_batch)
+        return [sampled, (groups, groups * config.rollout.group_size)] if shared else [sampled]
 
     def _stepping(self, config: Config) -> int:
         sizes = trained_sizes(self.transformer, config)
@@ -245,9 +254,12 @@ class Predictor:
 
     def _texts(self, config: Config) -> int:
         """Of the encoded prompts of an iteration, each once, on the process that has most of them."""
-        rollout = config.rollout
-        shares = place(rollout.groups, rollout.group_size, self.processes)
-        return max(len(share.parts) for share in shares) * self._text_row(config)
+        return self._groups(config) * self._text_row(config)
+
+    def _groups(self, config: Config) -> int:
+        """Groups of an iteration, whole or in part, on the process that has most of them."""
+        shares = place(config.rollout.groups, config.rollout.group_size, self.processes)
+        return max(len(share.parts) for share in shares)
 
     def _text_row(self, config: Config) -> int:
         shape = self.shape(config)

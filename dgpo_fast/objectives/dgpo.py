@@ -22,7 +22,7 @@ from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.first_level import first_sigma, is_shared
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
-from dgpo_fast.objectives.levels import draw_training_steps, training_sigmas
+from dgpo_fast.objectives.levels import draw_training_steps, frozen_batch, training_sigmas
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.records import Metrics
 from dgpo_fast.seeds import stream_seed
@@ -46,13 +46,13 @@ class DGPOObjective(Objective):
         self.config, self.needs = config.dgpo, self.traits(config)
         self.skip_equal_groups = config.engine.skip_equal_groups
         self.share_first_level = config.engine.share_first_level
-        self.forward_batch = config.rollout.batch_size
+        self.frozen_batch = frozen_batch(config.rollout, pairs=self.needs.guided_base)
         self.seed = config.seed
         self.noise_seed = stream_seed(config.seed, "training noise")
         self.loss = GroupLoss(
             beta=self.config.beta,
             micro_batch=config.policy.micro_batch_size,
-            forward_batch=self.forward_batch,
+            forward_batch=config.rollout.batch_size,
             clip_range=self.config.clip_range,
             kl_weight=self.config.kl_weight,
         )
@@ -90,7 +90,7 @@ class DGPOObjective(Objective):
             levels,
             partial(self._predict, models, batch.empty, kl_alone),
             seed=self.noise_seed,
-            batch_size=self.forward_batch,
+            batch_size=self.frozen_batch,
             at_once=self.needs.levels_at_once,
         ):
             add_metrics(totals, loss.backward(comparison, models, weight=1 / len(levels)), 1 / len(levels))

@@ -24,6 +24,7 @@ from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
+from dgpo_fast.objectives.levels import frozen_batch
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.seeds import stream_seed
 
@@ -42,11 +43,11 @@ class DiffusionDPOObjective(Objective):
     def __init__(self, config: Config):
         self.config, self.needs = config.diffusion_dpo, self.traits(config)
         self.skip_equal_groups = config.engine.skip_equal_groups
-        self.forward_batch = config.rollout.batch_size
+        self.frozen_batch = frozen_batch(config.rollout, pairs=False)
         self.noise_seed = stream_seed(config.seed, "training noise")
         self.level_seed = stream_seed(config.seed, "noise levels")
         self.loss = GroupLoss(
-            beta=self.config.beta, micro_batch=config.policy.micro_batch_size, forward_batch=self.forward_batch
+            beta=self.config.beta, micro_batch=config.policy.micro_batch_size, forward_batch=config.rollout.batch_size
         )
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ class DiffusionDPOObjective(Objective):
             [self._level(pairs, draw=pairs.iteration * count + slot) for slot in range(count)],
             partial(_predict, models),
             seed=self.noise_seed,
-            batch_size=self.forward_batch,
+            batch_size=self.frozen_batch,
             at_once=self.needs.levels_at_once,
         ):
             metrics = self.loss.backward(comparison, models, weight=self.config.beta / count)

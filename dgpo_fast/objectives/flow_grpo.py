@@ -24,7 +24,7 @@ from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
-from dgpo_fast.objectives.levels import Inputs, predict_levels
+from dgpo_fast.objectives.levels import Inputs, frozen_batch, predict_levels
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.rollout.step_noise import gaussian_log_prob
 
@@ -51,7 +51,7 @@ class FlowGRPOObjective(Objective):
         self.guidance_scale = config.rollout.guidance_scale
         self.skip_equal_groups = config.engine.skip_equal_groups
         self.micro_batch = config.policy.micro_batch_size
-        self.forward_batch = config.rollout.batch_size
+        self.frozen_batch = frozen_batch(config.rollout, pairs=self.needs.guided_base)
 
     def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:
         """`flow_grpo.optimizer_steps` batches of whole groups."""
@@ -137,7 +137,7 @@ class FlowGRPOObjective(Objective):
             x, timesteps = batch.transitions.states[some], batch.schedule.timesteps[some]
             forward = partial(self._predict, models, batch.empty)
             levels = [Inputs(*of_step, batch.text) for of_step in zip(x, timesteps, strict=True)]
-            yield from predict_levels(forward, levels, self.forward_batch)
+            yield from predict_levels(forward, levels, self.frozen_batch)
 
     def _predict(
         self, models: PolicyModels, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgpo_fast.models.forward import batch_slices
+from dgpo_fast.config.options import Rollout
+from dgpo_fast.models.forward import batch_slices, forwards_per_step
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.seeds import stream_seed
@@ -47,6 +48,17 @@ def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) ->
 def training_sigmas(schedule: Schedule, choice: str) -> Tensor:
     """σ of the training latents at each of the grid's S steps by `dgpo.training_sigma`; at least S values, fp32."""
     return schedule.timesteps / 1000 if choice == "timestep" else schedule.sigmas
+
+
+def frozen_batch(rollout: Rollout, *, pairs: bool) -> int:
+    """Samples in a forward of frozen weights: with as many rows as a rollout's forward if that is more.
+
+    Args:
+        rollout: its settings.
+        pairs: whether a sample has two rows, for guidance.
+    """
+    rows = rollout.batch_size * forwards_per_step(rollout.guidance_scale)
+    return max(rollout.batch_size, rows // (2 if pairs else 1))
 
 
 @torch.no_grad()

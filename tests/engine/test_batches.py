@@ -8,17 +8,37 @@ import torch
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.engine import Engine
-from dgpo_fast.engine.batches import BatchSizes, batch_sizes, decode_batch
+from dgpo_fast.engine.batches import BatchSizes, batch_sizes, decode_batch, rows_line, wave_fill
 from dgpo_fast.trainer import Trainer
 from tests.engine.cases import EngineCase, make_config
 
 
 def test_the_recipe_on_one_and_on_eight_gpus() -> None:
-    """8 groups of 16 in batches of 32: a GPU of eight draws 16, and predicts 4 timesteps of them in batches of 32."""
+    """8 groups of 16 in batches of 32 pairs: a GPU of eight draws 16, and predicts 4 timesteps of them, 64 rows, at
+    once."""
     config = configure(["sd35m-geneval", "--policy.micro-batch", "48", "--evaluation.images", "128"])
-    assert batch_sizes(config, 1) == BatchSizes(rollout=32, evaluation=32, frozen=32, policy=32, training=48, groups=8)
-    assert batch_sizes(config, 8) == BatchSizes(rollout=16, evaluation=16, frozen=32, policy=16, training=16, groups=1)
+    assert batch_sizes(config, 1) == BatchSizes(rollout=32, evaluation=32, frozen=64, policy=32, training=48, groups=8)
+    assert batch_sizes(config, 8) == BatchSizes(rollout=16, evaluation=16, frozen=64, policy=16, training=16, groups=1)
     assert batch_sizes(config, 16) == BatchSizes(rollout=8, evaluation=8, frozen=32, policy=8, training=8, groups=1)
+
+
+def test_frozen_forwards_have_a_rollouts_rows() -> None:
+    """A guided rollout of 32 has 64 rows: single predictions fill as many, pairs are of 32 samples."""
+    for args, frozen in (([], 64), (["--dgpo.kl-guidance-scale", "4.5"], 32), (["--rollout.guidance-scale", "1"], 32)):
+        assert batch_sizes(configure(["sd35m-geneval", "--policy.micro-batch", "16", *args]), 1).frozen == frozen
+
+
+def test_waves_of_the_text_stream() -> None:
+    """205 tokens by 1536 on an H200: 26 · 6 tiles of 16 rows take two waves of 132, of which the second has 24."""
+    fill = {rows: wave_fill(rows * 205, 1536, 132) for rows in (16, 32, 64)}
+    assert fill == {16: 156 / 264, 32: 312 / 396, 64: 618 / 660}
+    config = configure(["sd35m-geneval", "--policy.micro-batch", "32"])
+    line = rows_line(config, batch_sizes(config, 1), text_tokens=205, width=1536, multiprocessors=132)
+    assert line == (
+        "forwards of 64 rows with frozen weights and of 32 in training (policy.micro_batch): the text stream's "
+        "products fill 94% and 79% of their time on 132 multiprocessors"
+    )
+    assert wave_fill(1, 1, 132) == 1 / 132 and wave_fill(128 * 132, 256, 132) == 1
 
 
 def test_offline_groups_are_drawn_by_one_process() -> None:
