@@ -89,7 +89,7 @@ class Trainer:
         sinks: list[Sink] = []
         if self.processes.first:
             sinks.append(MetricsFile(folder / "metrics.jsonl", until=self.iteration).write)
-            self.loggers = Loggers(self.config.log, folder, settings, self.console.note)
+            self.loggers = Loggers(self.config.log, folder, settings, self.console.note, self.iteration)
             sinks.append(self.loggers.write)
         self.log_to(folder, *sinks)
 

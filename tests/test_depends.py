@@ -21,6 +21,8 @@ from dgpo_fast.evaluation.drawing import _digest_of_tensors
 from dgpo_fast.models import prompt_cache
 from dgpo_fast.models.fingerprints import sampled_fingerprint, weights_fingerprint
 from dgpo_fast.models.loading import load_pipeline
+from dgpo_fast.prompts import load_prompts
+from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.run.depends import change, changed, told_changes
 from dgpo_fast.train import train
 from tests.evaluation.cases import DRAWING
@@ -40,6 +42,29 @@ def test_changes_are_named_together() -> None:
     assert change("here", names, "it was made", "make it again") == (
         "here: rollout.shift and the training prompts changed since it was made: make it again"
     )
+
+
+def test_what_makes_prompts_others(tmp_path: Path) -> None:
+    """Text and metadata do, also those that only a reward reads; how a file spells the same lines does not."""
+
+    def digests(content: str, name: str = "p.jsonl") -> tuple[str, str]:
+        (tmp_path / name).write_bytes(content.encode())
+        sets = load_prompts(str(tmp_path / name))
+        return digest(sets.train), digest(sets.held_out)
+
+    lines = [f'{{"prompt": "cat {number}", "tag": "a", "count": {number}}}' for number in range(10)]
+    first = digests("\n".join(lines))
+    assert digests("\ufeff" + "\r\n\r\n".join(lines) + "\r\n") == first
+    assert digests("\n".join(line.replace('"tag": "a", ', "").replace("}", ', "tag": "a"}') for line in lines)) == first
+    for changed_lines in (
+        [line.replace('"count": 3', '"count": 4') for line in lines],
+        [line.replace("cat 3", "dog 3") for line in lines],
+        lines[:-1],
+        [*lines, lines[0]],
+    ):
+        assert digests("\n".join(changed_lines)) != first
+    table = digests("prompt,tag,count\ncat,a,1\ndog,a,2\n", "p.csv")
+    assert digests("count;Category;Prompts\n1;a;cat\n2;a;dog\n", "p.csv") == table
 
 
 def test_what_a_resumed_run_may_change() -> None:

@@ -132,6 +132,19 @@ def test_an_evaluation_of_black_pictures_alone_fails(
     assert not Asked.seen
 
 
+def test_text_encoders_that_overflow_are_named(model: Path, workspace: Path) -> None:
+    """As T5 does in half precision; nothing is kept of the prompt."""
+    file = model / "text_encoder_3/model.safetensors"
+    tensors = load_file(file)
+    name = "encoder.final_layer_norm.weight"
+    tensors[name] = torch.full_like(tensors[name], 3e38)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^the text encoders gave NaN or infinity for the prompt '.*': the"):
+        train(["small.yaml", "--model", "model"])
+    with pytest.raises(UserError, match=r"^the text encoders gave NaN or infinity for the prompt '.*': the"):
+        train(["small.yaml", "--model", "model", "--name", "again"])
+
+
 class Breaking:
     """Latents of some pictures become NaN, as those of a model do that overflows on a few prompts."""
 

@@ -22,6 +22,7 @@ SAME = [
     "5% 5％",
     "straße STRASSE",
 ]
+SAME += ["OPEN O\u200bPEN OPE\u00adN\u2060 ＯＰＥＮ", "2m² 2m2", "Ⅳ IV", "ﬁne fine", "K \u212a"]
 SAME += ["istanbul İstanbul", '"best" “best” „best‟', "No5 №5"]
 
 
@@ -77,7 +78,17 @@ def test_quotes_that_are_not_the_words(ocr: OcrReward) -> None:
         assert ocr(drawn(words)[None], [prompt], [{}])[0] == 1
 
 
-@pytest.mark.parametrize(("words", "unread"), [("ПРИВЕТ", "привет"), ("안녕", "안녕"), ("ok Привет", "привет")])
+@pytest.mark.parametrize(
+    ("words", "unread"),
+    [
+        ("ПРИВЕТ", "привет"),
+        ("안녕", "안녕"),
+        ("ok Привет", "привет"),
+        ("שלום", "שלום"),
+        ("Ελλάδα", "ά"),
+        ("hi 🙂", "🙂"),
+    ],
+)
 def test_letters_that_cannot_be_read_are_refused(words: str, unread: str, ocr: OcrReward) -> None:
     with pytest.raises(UserError) as caught:
         ocr.check_prompts([Prompt('a sign that says "OPEN"'), Prompt(f'a sign: "{words}"', origin="p.txt:2")])

@@ -1,8 +1,10 @@
 """What people's own settings files, terminals, job managers and loggers do to a run."""
 
+import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import types
@@ -13,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dgpo_fast.build import build
-from dgpo_fast.config.command_line import configure
+from dgpo_fast.config.command_line import configure, run_command
+from dgpo_fast.config.options import Log
 from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
+from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
+from dgpo_fast.run.metrics import WANDB_ID, Loggers
 from dgpo_fast.run.stop_signal import SIGNALS
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
@@ -148,9 +153,47 @@ def test_a_resumed_run_logs_to_the_same_place(workspace: Path, wandb: Recorded) 
     assert [(one["id"], one["resume"]) for one in wandb.started] == [(None, None), ("id1", "allow")]
 
 
-def test_what_is_saved_has_the_last_iteration_in_it(workspace: Path) -> None:
+@pytest.mark.parametrize("number", ["EIO", "ESTALE", "ENOTCONN", "EDQUOT", "EROFS"])
+def test_a_file_system_that_fails_is_one_line(
+    number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Disks that break, NFS servers that are started again, FUSE mounts whose server has ended."""
+    code = getattr(errno, number)
+
+    def command(args: list[str]) -> int:
+        raise OSError(code, os.strerror(code), "runs/a/metrics.jsonl")
+
+    assert run_command(command) == 2
+    assert capsys.readouterr().err == f"error: runs/a/metrics.jsonl cannot be written: {os.strerror(code)}\n"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_sync_folders(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SMB, some FUSE, Windows: the checkpoint is written. A file that cannot be synced is an error."""
+    original = os.fsync
+    refused = {"folders": True, "files": False}
+
+    def fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        if refused["folders" if is_folder else "files"]:
+            raise OSError(number, os.strerror(number))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = CheckpointWriter(tmp_path / "checkpoints", 2, {})
+    writer.save(1, {"policy": {"w": torch.ones(2)}})
+    writer.wait()
+    assert load_newest(tmp_path / "checkpoints")[0].iteration == 1
+    refused["files"] = True
+    writer.save(2, {"policy": {"w": torch.ones(2)}})
+    with pytest.raises(UserError, match=r"could not be saved \("):
+        writer.wait()
+
+
+@pytest.mark.parametrize("more", [[], ["--ema.offload"], ["--policy.train", "full"], ["--ema.eval-decay-max", "0.1"]])
+def test_what_is_saved_has_the_last_iteration_in_it(more: list[str], workspace: Path) -> None:
     """Whatever `ema.eval_every`; the average that goes on is not touched."""
-    trainer = Trainer(build(configure(["small.yaml", "--ema.eval-every", "2"])))
+    trainer = Trainer(build(configure(["small.yaml", "--ema.eval-every", "2", *more])))
     trainer.open_logs(workspace, {})
     trainer.console.start_training(0, 3)
     for _ in range(2):
@@ -162,9 +205,45 @@ def test_what_is_saved_has_the_last_iteration_in_it(workspace: Path) -> None:
     trainer.close()
     for name, weight in trainer.models.weights.items():
         assert torch.equal(trainer.learner.slow.weights[name], kept[name])
-        expected = kept[name] + (1 - 4 / 13) * (weight.detach().float() - kept[name])
+        decay = min(4 / 13, trainer.config.ema.eval_decay_max)
+        expected = kept[name] + (1 - decay) * (weight.detach().float() - kept[name])
         torch.testing.assert_close(saved[name], expected)
         assert not torch.equal(saved[name], kept[name]) or torch.equal(weight.detach().float(), kept[name])
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was logged after the checkpoint; and it is closed at the end."""
+    opened: list[dict] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            opened.append({"purge_step": purge_step, "steps": set(), "closed": False})
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            opened[-1]["steps"].add(step)
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            opened[-1]["closed"] = True
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    assert train(["small.yaml", "--iterations", "3", "--log.tensorboard"]) == 0
+    shutil.rmtree(workspace / "runs/run/checkpoints/iteration-000003")
+    assert train(["--resume", "runs/run"]) == 0
+    assert opened == [
+        {"purge_step": None, "steps": {1, 2, 3}, "closed": True},
+        {"purge_step": 3, "steps": {3}, "closed": True},
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "\n", "id9"])
+def test_a_kept_name_of_a_wandb_run(content: str, tmp_path: Path, wandb: Recorded) -> None:
+    """One that a full disk has left empty starts a new W&B run."""
+    (tmp_path / WANDB_ID).write_text(content)
+    Loggers(Log(wandb="project"), tmp_path, {}, print).close()
+    (started,) = wandb.started
+    assert (started["id"], started["resume"]) == (("id9", "allow") if content == "id9" else (None, None))
 
 
 @pytest.mark.parametrize("what", ["training prompts", "evaluation prompts", "model's weights", None])

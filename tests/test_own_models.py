@@ -90,6 +90,23 @@ def test_a_decoder_without_a_shift(model: Path) -> None:
     assert pixels[0].equal(pixels[1])
 
 
+@pytest.mark.parametrize(
+    ("file", "number"),
+    [
+        ("vae/config.json", "scaling_factor"),
+        ("transformer/config.json", "sample_size"),
+        ("transformer/config.json", "pos_embed_max_size"),
+        ("scheduler/scheduler_config.json", "shift"),
+    ],
+)
+def test_a_number_that_is_null_is_named(file: str, number: str, model: Path) -> None:
+    settings = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({**settings, number: None}))
+    with pytest.raises(UserError) as caught:
+        loaded(model)
+    assert str(caught.value) == (f"{model / file}: {number} is null: write the number that the model was trained with")
+
+
 def peft_folder(folder: Path, weights: dict[str, torch.Tensor], **config: object) -> dict[str, torch.Tensor]:
     """A LoRA as PEFT saves it, of the query and value projections; what B·A of each is."""
     folder.mkdir()

@@ -79,6 +79,21 @@ def test_lines_end_as_any_program_ends_them(tmp_path, end):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mac.csv", 'prompt,tag\ra cat,x\r"a dog, red",y\r'),
+        ("mac.tsv", "Prompt\tCategory\ra cat\tx\ra dog, red\ty"),
+        ("mac.jsonl", '{"prompt": "a cat"}\r{"prompt": "a dog, red"}\r'),
+        ("joined.txt", "\ufeffa cat\n\ufeffa dog, red\n"),
+        ("joined.jsonl", '\ufeff{"prompt": "a cat"}\n\ufeff{"prompt": "a dog, red"}\n'),
+    ],
+)
+def test_tables_and_joined_files_of_other_programs(tmp_path, name, content):
+    """Lines that end in CR alone, and a byte order mark at the start of each of the files that were joined."""
+    assert [p.text for p in read_prompts(write(tmp_path / name, content))] == ["a cat", "a dog, red"]
+
+
 def test_a_line_end_inside_json_is_part_of_the_prompt(tmp_path):
     path = write(tmp_path / "one.jsonl", '{"prompt": "a\u2028b"}\r{"prompt": "c"}')
     assert [p.text for p in read_prompts(path)] == ["a\u2028b", "c"]

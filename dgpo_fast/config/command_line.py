@@ -25,6 +25,9 @@ DISK_ERRORS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.ESTALE,  # an NFS server that was started again
+    errno.ENOTCONN,  # a FUSE mount whose server has ended
 }
 
 

@@ -26,6 +26,11 @@ from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import NO_HUB_NAME
 
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
+NUMBERS = {
+    "transformer/config.json": ("sample_size", "patch_size", "in_channels", "pos_embed_max_size"),
+    "vae/config.json": ("scaling_factor",),
+    "scheduler/scheduler_config.json": ("shift",),
+}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' names."""
 ENCODING_BYTES = 2**30
@@ -254,7 +259,19 @@ def _find_model(model: str, revision: str | None) -> Path:
         raise UserError(f"model '{model}' is a {found or 'folder without _class_name'}, not a {PIPELINE_CLASS}")
     if source.exists():
         _require_parts(source, index)
-    return source if source.exists() else _download(model, revision)
+    folder = source if source.exists() else _download(model, revision)
+    _require_numbers(folder)
+    return folder
+
+
+def _require_numbers(folder: Path) -> None:
+    """Raises UserError for a number that everything is computed with, and that a configuration gives as null."""
+    for name, numbers in NUMBERS.items():
+        path = folder / name
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for number in numbers if isinstance(settings, dict) else ():
+            if settings.get(number, 0) is None:
+                raise UserError(f"{path}: {number} is null: write the number that the model was trained with")
 
 
 def _require_parts(folder: Path, index: dict) -> None:

@@ -11,10 +11,12 @@ import transformers
 from diffusers import StableDiffusion3Pipeline
 
 from dgpo_fast.config.options import Config
+from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import has_t5, lacks_text_encoders, load_text_encoders, passes_by_layer
 from dgpo_fast.models.prompt_cache import PromptCache, Row, content_digest, default_folder
 from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.prompts.prompt import shorten
 
 FILE_OVERHEAD_BYTES = 1024
 """What a cached prompt's file holds beside its embeddings, at most."""
@@ -135,6 +137,11 @@ class PromptEncoder:
             device=self.device,
         )
         row = prompt[0].cpu(), pooled[0].cpu()
+        if not all(torch.isfinite(part).all() for part in row):
+            raise UserError(
+                f"the text encoders gave NaN or infinity for the prompt {shorten(text)}: "
+                f"{finite_remedy(self.dtype, begun=False)}"
+            )
         self.encoded_count += 1
         if self.cache:
             self.cache.save(text, row)

@@ -134,8 +134,8 @@ def _decode(raw: bytes, origin: str, offset: int) -> str:
         raise UserError(f"{origin}: not UTF-8 at byte {position} of the file: save the file as UTF-8") from error
     if "\0" in text:
         raise UserError(f"{origin}: holds a NUL character: save the file as UTF-8 text")
-    # Editors on Windows put a byte order mark in front of the file; it is no part of the first prompt.
-    return text.removeprefix("\ufeff") if offset == 0 else text
+    # Editors on Windows put a byte order mark in front of a file, and files may have been joined.
+    return text.removeprefix("\ufeff")
 
 
 def _parse_text(line: str, origin: str) -> Prompt:

@@ -6,6 +6,7 @@ moment leaves earlier checkpoints intact. Loading only reads safetensors and JSO
 `CheckpointWriter` writes in its own thread from a copy of the state in CPU memory, while training continues.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ STATE = "state.safetensors"
 MANIFEST = "manifest.json"
 PREFIX = "iteration-"
 MAX_MANIFEST_BYTES = 2**24
+NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 INVALID = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
 Parts = Mapping[str, Mapping[str, Tensor]]
 """What is saved: name of the part → name of the tensor → tensor. Stored as `part/tensor`."""
@@ -225,11 +227,17 @@ def _digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Has a file's content, or a folder's names, written to the disk. Windows and some network and FUSE file systems
+    refuse this for folders, and keep their names in their own way."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def _reason(error: Exception) -> str:

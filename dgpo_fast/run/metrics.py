@@ -112,13 +112,14 @@ class Loggers:
         folder: the run's folder.
         config: the run's settings, for loggers that show them.
         note: called with one line if a logger is left out.
+        until: as of `MetricsFile`; TensorBoard hides what was logged after this iteration.
     """
 
-    def __init__(self, log: Log, folder: Path, config: JsonObject, note: Callable[[str], None]):
+    def __init__(self, log: Log, folder: Path, config: JsonObject, note: Callable[[str], None], until: int = 0):
         self.note = note
         self.loggers: dict[str, tuple[Logger, Callable[[], object]]] = {}
         if log.tensorboard:
-            self._try("TensorBoard", lambda: self.loggers.update(TensorBoard=_tensorboard(folder)))
+            self._try("TensorBoard", lambda: self.loggers.update(TensorBoard=_tensorboard(folder, until)))
         if log.wandb is not None:
             self._try("W&B", lambda: self.loggers.update({"W&B": _wandb(log, folder, config)}))
 
@@ -141,10 +142,10 @@ class Loggers:
             self.note(f"{name} is off: {one_line(f'{type(error).__name__}: {error}')}")
 
 
-def _tensorboard(folder: Path) -> tuple[Logger, Callable[[], object]]:
+def _tensorboard(folder: Path, until: int) -> tuple[Logger, Callable[[], object]]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=until + 1 if until else None)
 
     def log(metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -159,7 +160,7 @@ def _wandb(log: Log, folder: Path, config: JsonObject) -> tuple[Logger, Callable
     import wandb
 
     known = folder / WANDB_ID
-    run_id = known.read_text(encoding="utf-8").strip() if known.is_file() else None
+    run_id = known.read_text(encoding="utf-8").strip() or None if known.is_file() else None
     run = wandb.init(
         project=log.wandb,
         dir=str(folder),

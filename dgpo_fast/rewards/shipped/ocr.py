@@ -146,8 +146,9 @@ def normalise(text: str) -> str:
     """`text` as targets and readings are compared: what looks alike is alike.
 
     Unicode's NFKC (one form of é, `％` and `…`), one kind of apostrophe, of double quote and of dash, without case and
-    without white space.
+    without white space and invisible marks, such as soft hyphens.
     """
+    text = "".join(mark for mark in text if unicodedata.category(mark) != "Cf")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFC", text).translate(_ALIKE)).casefold()
     letters = "".join(unicodedata.normalize("NFKC", folded).translate(_ALIKE).split())
     # The small letter of İ is an i with one more dot above it, which no composed letter takes in.
