@@ -183,7 +183,7 @@ class Baseline(ABC):
         chunks = []
         for start in range(0, len(noise), settings.batch_size):
             rows = slice(start, start + settings.batch_size)
-            scheduler = make_scheduler(settings.solver, settings.shift)
+            scheduler = make_scheduler(settings.solver, settings.grid_shift)
             scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
             x = noise[rows]
             for timestep in scheduler.timesteps:

@@ -45,6 +45,7 @@ from benchmarks.first_light import RESULTS, machine
 from dgpo_fast.build import build
 from dgpo_fast.config import recipes
 from dgpo_fast.config.options import Config
+from dgpo_fast.models.loading import read_model
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.trainer import Trainer
 
@@ -198,7 +199,7 @@ def main() -> None:
         )
         found = {arm: made[arm] for arm in ARMS if arm in made}
         sigmas = {
-            solver: make_schedule(solver, NORMAL.steps, recipes.tiny_shapes().rollout.shift).sigmas[:-1].tolist()
+            solver: make_schedule(solver, NORMAL.steps, read_model(recipes.tiny_shapes()).shift).sigmas[:-1].tolist()
             for solver in ("dpmpp_2m", "euler")
         }
         content |= {"machine": machine(), "sigmas": sigmas, "runs": found}

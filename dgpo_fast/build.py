@@ -25,6 +25,7 @@ from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.models.fingerprints import sampled_fingerprint, weights_fingerprint
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import Lora, start_from_lora
+from dgpo_fast.models.own_settings import image_size, with_own_shift
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from dgpo_fast.models.random_weights import random_weights_note
@@ -107,8 +108,9 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     device = processes.own_device(pick_device(config.device))
     reward = _load_rewards(config, prompts, processes, device)
     architecture = read_model(config)
-    side = config.rollout.resolution or architecture.side
-    reward.try_out([*prompts.train, *prompts.held_out], (config.rollout.group_size, 1), side)
+    config = with_own_shift(config, architecture, console.note)
+    size = image_size(architecture, config.rollout.resolution)
+    reward.try_out([*prompts.train, *prompts.held_out], (config.rollout.group_size, 1), size)
     workers = count_workers(config.reward_workers, device)
     pool = RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
     dtype = pick_dtype(config.precision, device)
@@ -233,8 +235,8 @@ def _make_sampler(
 def _make_draws(config: Config, engine: Engine, device: torch.device) -> tuple[Draw, Draw]:
     """How images to learn from are drawn, and how held-out ones are."""
     rollout, evaluation, sizes = config.rollout, config.evaluation, engine.sizes
-    schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.shift, rollout.noise_level)
-    eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.shift)
+    schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.grid_shift, rollout.noise_level)
+    eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.grid_shift)
     return (
         Draw(schedule.to(device), rollout.guidance_scale, sizes.rollout),
         Draw(eval_schedule.to(device), evaluation.guidance_scale, sizes.evaluation),

@@ -23,6 +23,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def size_in_words(height: int, width: int) -> str:
+    """`512 × 512 pixels`, `512 high, 768 wide`."""
+    return f"{height} × {width} pixels" if height == width else f"{height} high, {width} wide"
+
+
 def one_line(text: object) -> str:
     """`text`, for example an error, on one line."""
     return " ".join(str(text).split())

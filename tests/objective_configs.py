@@ -29,7 +29,7 @@ def grpo_case(folder: Path, **flow_grpo: object) -> Case:
     config = grpo_config(**flow_grpo)
     case = Case(folder, config)
     rollout = config.rollout
-    schedule = make_schedule("euler", rollout.num_inference_steps, rollout.shift, rollout.noise_level)
+    schedule = make_schedule("euler", rollout.num_inference_steps, 3.0, rollout.noise_level)
     case.models.load_behaviour(case.old)
     step_noise = StepNoise(torch.arange(GROUPS * SIZE), seed=5, draw=7, keep=True)
     x0 = sample_latents(

@@ -188,6 +188,7 @@ RUNS = {
         "false",
     ],
     "low memory": [*LORA, "--low-memory"],
+    "images of two by one": ["--rollout.resolution", "64x32"],
 }
 
 

@@ -3,18 +3,31 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dgpo_fast.build import Parts, build
+from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Policy
+from dgpo_fast.config.reading import read_yaml, write_yaml
+from dgpo_fast.config.recipes import RECIPES
 from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation.command import evaluate
+from dgpo_fast.evaluation.settings import read_settings
+from dgpo_fast.models.architecture import SD35_MEDIUM, read_architecture, sd35_medium
 from dgpo_fast.models.latents import decode_pixels
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.lora import find_lora, merge_lora
+from dgpo_fast.models.own_settings import differences
 from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.models.random_weights import random_pipeline as make_random_pipeline
+from dgpo_fast.rollout.schedule import make_schedule
+from dgpo_fast.run.start import is_same_job, read_start
+from dgpo_fast.train import train
 
 FILES = {
     "transformer": "diffusion_pytorch_model",
@@ -188,3 +201,164 @@ def test_a_saved_lora_is_the_same_for_loaders_that_read_no_header(model: Path, t
         torch.testing.assert_close(by_hand, drew[name], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(by_diffusers[name], drew[name], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(drew[name], base[name], atol=0.1)
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Changes settings in a JSON file; None removes one."""
+    settings = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+
+
+def run_of(model: Path, *args: str) -> Parts:
+    """The parts of a run of `small.yaml` on `model`."""
+    parts = build(configure(["small.yaml", "--model", str(model), *args]))
+    parts.reward_pool.close()
+    return parts
+
+
+SHIFTS: dict[str, tuple[dict, float]] = {
+    "shift": ({"shift": 5.0}, 5.0),
+    "flow_shift of another scheduler": (
+        {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "shift": None,
+            "flow_shift": 5,
+            "use_flow_sigmas": True,
+            "prediction_type": "flow_prediction",
+        },
+        5.0,
+    ),
+    "none, which is diffusers' 1": ({"shift": None}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_the_models_own_shift_is_the_default(
+    name: str, model: Path, workspace: Path, capsys: pytest.CaptureFixture
+) -> None:
+    changes, own = SHIFTS[name]
+    edit(model / "scheduler/scheduler_config.json", **changes)
+    parts = run_of(model)
+    assert parts.config.rollout.shift == own
+    assert torch.equal(parts.draw.schedule.sigmas, make_schedule("dpmpp_2m", 4, own).sigmas)
+    assert torch.equal(parts.eval_draw.schedule.sigmas, make_schedule("dpmpp_2m", 4, own).sigmas)
+    assert "the model's own" not in capsys.readouterr().out
+    parts = run_of(model, "--rollout.shift", "3")
+    assert torch.equal(parts.draw.schedule.sigmas, make_schedule("dpmpp_2m", 4, 3.0).sigmas)
+    assert f"rollout.shift 3: the model's own is {own:g}\n" in capsys.readouterr().out
+
+
+def test_what_a_recipe_has_otherwise_is_said(model: Path, workspace: Path) -> None:
+    """SD3.5-Medium's recipes have the release's values, which are said to be theirs if the model has others."""
+    edit(model / "scheduler/scheduler_config.json", shift=5.0)
+    architecture, rollout = read_architecture(model), RECIPES["sd35m-geneval"]().rollout
+    asked = {"shift": 3.0, "resolution": rollout.resolution, "max_sequence_length": 128}
+    assert list(differences(architecture, **asked, prefix="rollout.", recipe="sd35m-geneval")) == [
+        "rollout.shift 3 (recipe sd35m-geneval): the model's own is 5",
+        "rollout.resolution 512 (recipe sd35m-geneval): the model's own is 16 × 16 pixels",
+    ]
+    assert list(differences(sd35_medium(), **asked, prefix="rollout.", recipe="sd35m-geneval")) == [
+        "rollout.resolution 512 (recipe sd35m-geneval): the model's own is 1024 × 1024 pixels"
+    ]
+    assert not list(differences(architecture, shift=5.0, resolution=16, max_sequence_length=9))
+
+
+UNREAD: dict[str, tuple[dict, str]] = {
+    "training timesteps": ({"num_train_timesteps": 500}, "num_train_timesteps 500: only models with 1000 can be drawn"),
+    "no flow matching": (
+        {"_class_name": "DDIMScheduler", "prediction_type": "epsilon"},
+        "DDIMScheduler: only models of flow matching can be drawn",
+    ),
+    "a shift by image size": (
+        {"use_dynamic_shifting": True},
+        "a shift by image size (use_dynamic_shifting) is not computed here; give one, as in --rollout.shift 3",
+    ),
+    "no number": ({"shift": "3"}, "shift '3' is not a number in (0, 100]; give one, as in --rollout.shift 3"),
+    "zero": ({"shift": 0}, "shift 0 is not a number in (0, 100]; give one, as in --rollout.shift 3"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_schedulers_that_cannot_be_followed_are_refused(name: str, model: Path, workspace: Path) -> None:
+    changes, line = UNREAD[name]
+    file = model / "scheduler/scheduler_config.json"
+    edit(file, **changes)
+    with pytest.raises(UserError) as caught:
+        run_of(model)
+    assert str(caught.value) == f"{file}: {line}"
+    with pytest.raises(UserError) as caught:
+        evaluate([str(model), "--prompts", "prompts.txt", "--rewards", "jpeg", "--output", "never"])
+    assert str(caught.value) == f"{file}: {line}".replace("--rollout.shift", "--shift")
+    assert not Path("never").exists()
+
+
+def test_what_else_a_scheduler_has_is_said(model: Path, workspace: Path, capsys: pytest.CaptureFixture) -> None:
+    edit(
+        model / "scheduler/scheduler_config.json", use_dynamic_shifting=True, use_karras_sigmas=True, shift_terminal=0.1
+    )
+    run_of(model, "--rollout.shift", "3")
+    out = capsys.readouterr().out
+    assert "rollout.shift 3: the model's own depends on the image's size (use_dynamic_shifting)\n" in out
+    assert "the model's own scheduler has use_karras_sigmas True, shift_terminal 0.1, which is not read: " in out
+
+
+def test_tokens_of_an_encoder_that_is_not_there_are_said(
+    model: Path, workspace: Path, capsys: pytest.CaptureFixture
+) -> None:
+    edit(model / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    run_of(model)
+    assert "rollout.max_sequence_length 9: this model has no T5 encoder; zeros stand" in capsys.readouterr().out
+    run_of(model, "--rollout.max-sequence-length", "0")
+    assert "T5" not in capsys.readouterr().out
+
+
+def test_an_evaluation_has_the_models_own_shift_and_size(
+    model: Path, workspace: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of a model that is no recipe's own. An earlier evaluation, with the shift as a number and no size, goes on."""
+    edit(model / "scheduler/scheduler_config.json", shift=5.0)
+    drawn = [str(model), "--prompts", "prompts.txt", "--rewards", "jpeg", "--num-inference-steps", "2"]
+    drawn += ["--max-sequence-length", "9", "--device", "cpu"]
+    evaluate([*drawn, "--output", "own"])
+    made_with = read_yaml(Path("own/evaluation.yaml"))
+    assert (made_with["shift"], made_with["resolution"]) == (5.0, None)
+    assert "the model's own" not in capsys.readouterr().out
+    evaluate([*drawn, "--shift", "5", "--resolution", "none", "--output", "own"])
+    assert "10 of them are there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^own was made with shift 5\.0, not 3\.0: "):
+        evaluate([*drawn, "--shift", "3", "--output", "own"])
+    evaluate([*drawn, "--shift", "3", "--output", "three"])
+    assert "shift 3: the model's own is 5\n" in capsys.readouterr().out
+    name = "images/000000.png"
+    assert Path("own", name).read_bytes() != Path("three", name).read_bytes()
+    plain, of_recipe = read_settings([str(model)]), read_settings([str(model), "--recipe", "sd35m-ocr"])
+    assert (plain.shift, plain.resolution) == (None, None)
+    assert (of_recipe.shift, of_recipe.resolution) == (3.0, 512)
+    of_the_recipes_model = read_settings([SD35_MEDIUM])
+    assert (of_the_recipes_model.shift, of_the_recipes_model.resolution) == (3.0, 512)
+
+
+def test_a_run_keeps_its_shift_though_the_models_file_changes(model: Path, workspace: Path) -> None:
+    train(["small.yaml", "--model", str(model), "--iterations", "1"])
+    edit(model / "scheduler/scheduler_config.json", shift=5.0)
+    assert read_yaml(Path("runs/run/config.yaml"))["rollout"]["shift"] == 3.0
+    resumed = read_start(["--resume", "runs/run", "--iterations", "2"])
+    assert resumed.config.rollout.shift == 3.0
+
+
+def test_a_job_that_is_started_again_is_known_by_the_settings_it_was_given(
+    model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no shift, and those that its run keeps have the model's own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    config = configure(["small.yaml", "--model", str(model)])
+    Path("runs/run").mkdir(parents=True)
+    write_yaml(replace(config, rollout=replace(config.rollout, shift=5.0)), Path("runs/run/config.yaml"))
+    assert is_same_job(config, Path("runs/run"))
+    assert not is_same_job(replace(config, rollout=replace(config.rollout, shift=3.0)), Path("runs/run"))
+
+
+def test_random_weights_have_the_models_own_scheduler(model: Path) -> None:
+    edit(model / "scheduler/scheduler_config.json", shift=5.0)
+    made = make_random_pipeline(read_architecture(model), device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    assert made.scheduler.config.shift == 5.0

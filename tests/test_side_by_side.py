@@ -197,7 +197,9 @@ def test_what_cannot_be_set_side_by_side(tmp_path: Path) -> None:
     others = {
         "their noise has the seeds 0 and 1": save(tmp_path / "b", numbered(4), [0.5] * 4, seed=1),
         "picture 1 was drawn for other prompts": save(tmp_path / "c", numbered(4)[:1] * 2, [0.5] * 2),
-        "their pictures are 8 and 16 pixels wide": save(tmp_path / "d", numbered(4), [0.5] * 4, size=16),
+        "their images are 8 × 8 pixels, and 16 × 16 pixels: evaluate both with the same --resolution": save(
+            tmp_path / "d", numbered(4), [0.5] * 4, size=16
+        ),
         "it has no pictures yet": save(tmp_path / "e", [], []),
     }
     for line, other in others.items():

@@ -1,15 +1,44 @@
 """Types of settings with their bounds."""
 
 import os
+import re
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Shift = Annotated[float, Field(gt=0, le=100)]
+SMALLEST_SIDE = 16
+"""Of pictures, in pixels."""
+
+
+def _as_resolution(given: object) -> int | str:
+    """`given` with equal sides as one number. Raises ValueError for anything but `SIDE` and `HEIGHTxWIDTH`."""
+    sides = re.fullmatch("([0-9]{1,9})(?:x([0-9]{1,9}))?", str(given).strip().lower().replace("×", "x"))
+    if sides is None:
+        raise ValueError("write HEIGHTxWIDTH in pixels, such as 512x768, or one number for a square")
+    height, width = int(sides[1]), int(sides[2] or sides[1])
+    if min(height, width) < SMALLEST_SIDE:
+        raise ValueError(f"each side must be {SMALLEST_SIDE} pixels or more")
+    return height if height == width else f"{height}x{width}"
+
+
+Resolution = Annotated[
+    int | str, BeforeValidator(_as_resolution), WithJsonSchema({"enum": ["SIDE", "HEIGHTxWIDTH"], "type": "string"})
+]
+"""Of pictures, in pixels: the side of a square, or `HEIGHTxWIDTH`. `size_of` gives both sides."""
+
+
+def size_of(resolution: int | str) -> tuple[int, int]:
+    """(height, width) of a `Resolution`."""
+    height, _, width = str(resolution).partition("x")
+    return int(height), int(width or height)
+
+
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or a name in its place; `~` is the user's home."""
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the docstrings are what `--help` prints

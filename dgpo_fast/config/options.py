@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.bounds import STRICT, Count, Decay, Guidance, NonNegative, PathText, Positive
+from dgpo_fast.config.bounds import STRICT, Count, Decay, Guidance, NonNegative, PathText, Positive, Resolution, Shift
 from dgpo_fast.config.objective_options import DGPO, Advantage, DiffusionDPO, FlowGRPO
 
 
@@ -38,14 +38,24 @@ class Rollout:
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
     """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
-    shift: Annotated[float, Field(gt=0, le=100)] = 3.0
-    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t)."""
-    resolution: Annotated[int, Field(ge=16)] | None = None
-    """Height and width of the images in pixels. None: the resolution that the model was trained at."""
+    shift: Shift | None = None
+    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, `shift` or `flow_shift` of
+    its scheduler_config.json."""
+    resolution: Resolution | None = None
+    """Size of the images in pixels: HEIGHTxWIDTH, such as 512x768, or one number for a square. None: the size that
+    the model's files name, sample_size of the transformer × the decoder's factor, which diffusers draws by default.
+    A model may have been trained at other sizes too: SD3.5-Medium's files say 1024, and its recipes 512."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 128
     """Number of T5 tokens per prompt. 0: no T5 tokens, for a pipeline without that encoder."""
     batch_size: Count = 32
     """Images per forward pass of the rollout and the decoder. Affects speed and memory, not the images."""
+
+    @property
+    def grid_shift(self) -> float:
+        """`shift`, after the model's own has been filled in."""
+        if self.shift is None:
+            raise ValueError("rollout.shift is still to be read from the model")
+        return self.shift
 
 
 @dataclass(kw_only=True, config=STRICT)

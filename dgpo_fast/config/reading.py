@@ -96,8 +96,8 @@ USUAL_NAMES = {
 """Names of settings in other trainers, if they differ from those here."""
 PURPOSES = {
     "negative_prompt": "guidance goes away from the empty prompt, and from no other",
-    "height": "rollout.resolution is the side of square images",
-    "width": "rollout.resolution is the side of square images",
+    "height": "resolution takes HEIGHTxWIDTH, as in 512x768",
+    "width": "resolution takes HEIGHTxWIDTH, as in 512x768",
 }
 """What there is for a purpose whose usual setting is not here, though others have names like it."""
 
@@ -194,13 +194,15 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
-# As YAML 1.2 has it: `off` and `no` are words that settings use, and a date is a name of a run.
+_BOOL, _INT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "timestamp"))
+# As YAML 1.2 has it: `off` and `no` are words that settings use, and a date is a name of a run. Whole numbers are
+# decimal: `0x512` is a mistyped picture size, and `8:30` no count of minutes.
 _PlainLoader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _TIMESTAMP)]
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _INT, _TIMESTAMP)]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _PlainLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_PlainLoader.add_implicit_resolver(_INT, re.compile("^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> JsonObject:

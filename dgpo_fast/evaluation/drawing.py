@@ -27,8 +27,9 @@ from dgpo_fast.evaluation.settings import (
 )
 from dgpo_fast.models.fingerprints import weights_fingerprint
 from dgpo_fast.models.latents import Pictures
-from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype
+from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import changes_text_encoders, find_lora, merge_lora
+from dgpo_fast.models.own_settings import differences, fill_in_shift
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_prompts
 from dgpo_fast.records import JsonObject
@@ -40,7 +41,7 @@ from dgpo_fast.run.checkpoint import newest_info
 from dgpo_fast.run.console import Console
 from dgpo_fast.run.depends import STARTING_LORA, change
 from dgpo_fast.seeds import stream_seed
-from dgpo_fast.wording import FAULTS, counted
+from dgpo_fast.wording import FAULTS, counted, size_in_words
 
 PNG_THREADS = 8
 NAMED_FAULTS = 8
@@ -66,6 +67,8 @@ class Drawing:
         self.device = pick_device(settings.device)
         reward = load_rewards(settings.rewards, self.device)
         reward.check_prompts(list({id(prompt): prompt for prompt in self.prompts}.values()))
+        architecture = read_model(_what_to_load(settings)[0])
+        shift = fill_in_shift(settings.shift, architecture, "shift")
         self.pool = RewardPool(
             reward,
             workers=count_workers(settings.reward_workers, self.device),
@@ -86,15 +89,25 @@ class Drawing:
             )
         except UserError as error:  # a run's settings have longer names
             raise UserError(str(error).replace("rollout.", "")) from None
-        reward.try_out(self.prompts, (1,), self.sampler.shape[1] * pipeline.vae_scale_factor)
-        schedule = make_schedule(settings.solver, settings.num_inference_steps, settings.shift)
+        reward.try_out(self.prompts, (1,), self.sampler.image_size)
+        schedule = make_schedule(settings.solver, settings.num_inference_steps, shift)
         self.draw = Draw(schedule.to(self.device), settings.guidance_scale, settings.batch_size)
-        self.made_with = {**made_with, "dtype": str(dtype).removeprefix("torch."), **digests, **reward.contents}
+        self.made_with = {
+            **made_with,
+            "shift": shift,
+            "dtype": str(dtype).removeprefix("torch."),
+            **digests,
+            **reward.contents,
+        }
         self.folder.require_same(self.made_with, renew=self.renew)
         if self.folder.is_outdated(self.made_with):
             console.note(
                 f"{settings.model} has been trained further since {self.folder.path} was made: it is made again"
             )
+        for line in differences(
+            architecture, shift=shift, resolution=settings.resolution, max_sequence_length=settings.max_sequence_length
+        ):
+            console.note(line)
         self.failures: list[str] = []
         self.drawn = 0
 
@@ -189,6 +202,7 @@ class Drawing:
         self.console.note(
             f"{describe_model(self.made_with)} on {self.device} in {self.made_with['dtype']}: "
             f"{counted(len(self.prompts), 'image')} of {counted(prompts, 'prompt')} ({describe_prompts(settings)}), "
+            f"{size_in_words(*self.sampler.image_size)}, "
             f"{counted(settings.num_inference_steps, 'step')}, guidance {settings.guidance_scale:g}, "
             f"into {self.folder.path}"
         )
@@ -247,10 +261,7 @@ def load_evaluated(
 
     Raises UserError if the model or the LoRA cannot be loaded, or a run has no weights yet.
     """
-    config = replace(Config(), model=settings.model, revision=settings.revision)
-    lora = Path(settings.lora) if settings.lora else None
-    if is_run(settings.model):
-        config, lora = _of_run(Path(settings.model), settings.weights)
+    config, lora = _what_to_load(settings)
     config = replace(config, rollout=replace(config.rollout, max_sequence_length=settings.max_sequence_length))
     file = find_lora(lora) if lora else None
     with_text = file is not None and changes_text_encoders(file)
@@ -264,8 +275,12 @@ def load_evaluated(
     return pipeline, config, digests
 
 
-def _of_run(folder: Path, weights: str | None) -> tuple[Config, Path | None]:
-    """What to load for a run: the configuration of its pipeline, and its LoRA."""
+def _what_to_load(settings: EvaluationSettings) -> tuple[Config, Path | None]:
+    """The configuration of the pipeline, and the LoRA."""
+    if not is_run(settings.model):
+        lora = Path(settings.lora) if settings.lora else None
+        return replace(Config(), model=settings.model, revision=settings.revision), lora
+    folder, weights = Path(settings.model), settings.weights
     config = run_config(str(folder))
     if weights == "before":
         return config, Path(config.lora) if config.lora else None

@@ -22,12 +22,14 @@ def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: 
     """The first `pairs` prompts, each from the same initial noise before and after training, with its rewards."""
     pairs = min(pairs, len(before.prompts))
     rows = -(-pairs // PAIRS_PER_ROW)
-    figure = Figure(figsize=(3.4 * PAIRS_PER_ROW, 2.35 * rows + 0.3), layout="constrained", dpi=110)
+    width, height = _inches(before.images[0], 1.6)
+    figure_size = ((2 * width + 0.2) * PAIRS_PER_ROW, (height + 0.75) * rows + 0.3)
+    figure = Figure(figsize=figure_size, layout="constrained", dpi=110)
     blocks = np.ravel(figure.subfigures(rows, PAIRS_PER_ROW, squeeze=False, wspace=0.04, hspace=0.02))
     for index, block in enumerate(blocks):
         if index >= pairs:
             continue
-        caption = wrapped(drawable(before.prompts[index].text), 38, 2)
+        caption = wrapped(drawable(before.prompts[index].text), round(38 * width / 1.6), 2)
         block.suptitle(caption, fontsize=9, fontfamily=fonts(caption), parse_math=False)
         for axis, result, label in zip(block.subplots(1, 2), (before, after), ("before", "after"), strict=True):
             _show(axis, result.images[index])
@@ -39,16 +41,18 @@ def before_after_grid(before: Evaluation, after: Evaluation, path: Path, pairs: 
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], path: Path, per_row: int = 8) -> None:
-    """Pictures, uint8 (H, W, 3), in rows, each with its caption below."""
+    """Pictures, uint8 (H, W, 3), in rows, each with its caption below, of which the last line is always shown."""
     per_row = min(per_row, len(pictures))
     rows = -(-len(pictures) // per_row)
-    figure = Figure(figsize=(1.7 * per_row, 2.25 * rows), layout="constrained", dpi=110)
+    width, height = _inches(pictures[0], 1.7)
+    figure = Figure(figsize=(width * per_row, (height + 0.55) * rows), layout="constrained", dpi=110)
     axes = np.ravel(figure.subplots(rows, per_row, squeeze=False))
     for axis in axes[len(pictures) :]:
         axis.set_axis_off()
     for axis, image, caption in zip(axes, pictures, captions, strict=False):
         _show(axis, image)
-        caption = wrapped(drawable(caption), 28, 4)
+        text, _, score = drawable(caption).rpartition("\n")
+        caption = f"{wrapped(text, round(28 * width / 1.7), 3)}\n{score}".strip()
         axis.set_xlabel(caption, fontsize=7, fontfamily=fonts(caption), parse_math=False)
     _save(figure, path)
 
@@ -83,8 +87,15 @@ def reward_curve(metrics: list[Metrics], evaluations: list[tuple[int, JsonObject
     _save(figure, path)
 
 
+def _inches(image: np.ndarray, side: float) -> tuple[float, float]:
+    """Width and height of a picture (H, W, 3) with the area of a square of `side`; captions need some width."""
+    ratio = image.shape[0] / image.shape[1]
+    width = max(side / ratio**0.5, 0.7 * side)
+    return width, width * ratio
+
+
 def _show(axis: Axes, image: np.ndarray) -> None:
-    axis.imshow(image, interpolation="nearest" if len(image) <= 64 else "antialiased")
+    axis.imshow(image, interpolation="nearest" if max(image.shape) <= 64 else "antialiased")
     axis.set(xticks=[], yticks=[])
 
 

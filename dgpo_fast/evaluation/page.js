@@ -240,7 +240,7 @@ function fill() {
   $("note").textContent = data.note;
   $("pair").style.setProperty("--ratio", `${data.width_px} / ${data.height_px}`);
   $("pair").style.setProperty("--wide", data.width_px / data.height_px);
-  $("viewer").classList.toggle("pixels", data.width_px <= 64);
+  $("viewer").classList.toggle("pixels", Math.max(data.width_px, data.height_px) <= 64);
   $("score").replaceChildren(...data.scores.map((score, index) => new Option(score.name, index)));
   $("score-label").hidden = data.scores.length < 2;
   const tags = [...new Set(data.pairs.map((pair) => pair.tag))].sort();

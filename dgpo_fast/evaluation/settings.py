@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.bounds import STRICT, Count, Guidance, PathText, Positive
+from dgpo_fast.config.bounds import STRICT, Count, Guidance, PathText, Positive, Resolution, Shift
 from dgpo_fast.config.command_line import take_option
 from dgpo_fast.config.options import Config, Rewards
 from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dict
@@ -54,10 +54,13 @@ class EvaluationSettings:
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
     """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
-    shift: Annotated[float, Field(gt=0, le=100)] = 3.0
-    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t)."""
-    resolution: Annotated[int, Field(ge=16)] | None = None
-    """Height and width of the images in pixels. None: the resolution that the model was trained at."""
+    shift: Shift | None = None
+    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, `shift` or `flow_shift` of
+    its scheduler_config.json."""
+    resolution: Resolution | None = None
+    """Size of the images in pixels: HEIGHTxWIDTH, such as 512x768, or one number for a square. None: the size that
+    the model's files name, sample_size of the transformer × the decoder's factor, which diffusers draws by default.
+    A model may have been trained at other sizes too: SD3.5-Medium's files say 1024, and its recipes 512."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 128
     """Number of T5 tokens per prompt. 0: no T5 tokens, for a pipeline without that encoder."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -148,8 +151,9 @@ def _require_there(source: str) -> None:
 
 
 def lasting(settings: EvaluationSettings) -> JsonObject:
-    """What must stay the same when an evaluation is continued."""
-    return {name: value for name, value in to_dict(settings).items() if name not in FREE}
+    """What must stay the same when an evaluation is continued; without a shift that is still to be read."""
+    left_out = FREE if settings.shift is not None else (*FREE, "shift")
+    return {name: value for name, value in to_dict(settings).items() if name not in left_out}
 
 
 def _require_what_fits(settings: EvaluationSettings) -> None:
@@ -184,7 +188,9 @@ def _of_run(folder: str) -> EvaluationSettings:
 
 def _of_recipe(model: str, recipe: str | None) -> EvaluationSettings:
     config = get_recipe(recipe or ("tiny-shapes" if model == "tiny" else "sd35m-geneval"))
-    return _from_config(config, model=model, prompts=config.prompts)
+    settings = _from_config(config, model=model, prompts=config.prompts)
+    # Of a recipe that nobody asked for, these are for its own model.
+    return settings if recipe or model == config.model else replace(settings, shift=None, resolution=None)
 
 
 def _from_config(config: Config, *, model: str, prompts: str | None) -> EvaluationSettings:

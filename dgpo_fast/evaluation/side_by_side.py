@@ -21,6 +21,7 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
+from dgpo_fast.config.bounds import size_of
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.report import SUM, column, decimals, score_names, with_interval
@@ -30,7 +31,7 @@ from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.rewards.weighted import CONTENT
 from dgpo_fast.run.console import Console
 from dgpo_fast.run.metrics import finite
-from dgpo_fast.wording import FEWEST_PROMPTS, counted, number
+from dgpo_fast.wording import FEWEST_PROMPTS, counted, number, size_in_words
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("page.html"), Path(__file__).with_name("page.js")
 MARK = '<meta name="generator" content="dgpo_fast side by side">'
@@ -104,7 +105,7 @@ def read_comparison(a: Path, b: Path) -> Comparison:
     require_comparable((str(a), str(b)), made_with)
     sizes = [folder.read_image(found[0]).shape for folder, found in zip(folders, rows, strict=True)]
     if sizes[0] != sizes[1]:
-        raise UserError(f"{where}: their pictures are {sizes[0][1]} and {sizes[1][1]} pixels wide")
+        raise UserError(_other_sizes(str(a), str(b), *(size_in_words(*size[:2]) for size in sizes)))
     pairs = list(zip(*rows, strict=False))
     other = next((pair for pair in pairs if pair[0].prompt.text != pair[1].prompt.text), None)
     if other is not None:
@@ -126,7 +127,7 @@ def read_comparison(a: Path, b: Path) -> Comparison:
 
 
 def require_comparable(names: Sequence[str], made_with: Sequence[JsonObject]) -> None:
-    """Raises UserError if two evaluations, finished or not, have different noise or no reward in common.
+    """Raises UserError if two evaluations, finished or not, have different noise or sizes, or no reward in common.
 
     Args:
         names: of both, for the error.
@@ -135,6 +136,9 @@ def require_comparable(names: Sequence[str], made_with: Sequence[JsonObject]) ->
     seeds = [made["seed"] for made in made_with]
     if seeds[0] != seeds[1]:
         raise UserError(f"{_where(*names)}: their noise has the seeds {seeds[0]} and {seeds[1]}")
+    sizes = [size_in_words(*size_of(made["resolution"])) for made in made_with if made.get("resolution")]
+    if len(set(sizes)) > 1:
+        raise UserError(_other_sizes(*names, *sizes))
     rewards = [[parse_spec(reward).name for reward in made["rewards"]] for made in made_with]
     if not set(rewards[0]) & set(rewards[1]):
         named = " and ".join(", ".join(some) for some in rewards)
@@ -143,6 +147,10 @@ def require_comparable(names: Sequence[str], made_with: Sequence[JsonObject]) ->
 
 def _where(a: str, b: str) -> str:
     return f"{a} and {b} cannot be set side by side"
+
+
+def _other_sizes(a: str, b: str, a_size: str, b_size: str) -> str:
+    return f"{_where(a, b)}: their images are {a_size}, and {b_size}: evaluate both with the same --resolution"
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
@@ -244,7 +252,7 @@ def _describe(comparison: Comparison, shown: Sequence[int]) -> JsonObject:
     made_with = [folder.made_with() for folder in comparison.folders]
     prompts = len({row.prompt.text for row, _ in rows})
     about = f"{counted(len(rows), 'picture')} of {counted(prompts, 'prompt')} from the same noise "
-    about += f"(seed {made_with[0]['seed']}), {width} × {height} pixels"
+    about += f"(seed {made_with[0]['seed']}), {size_in_words(height, width)}"
     for letter, made in zip("AB", made_with, strict=True):
         about += f" · {letter}: {describe_model(made)}, {made['num_inference_steps']} steps, "
         about += f"guidance {made['guidance_scale']:g}"

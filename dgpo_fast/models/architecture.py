@@ -20,6 +20,7 @@ from dgpo_fast.records import JsonObject
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIP_TOKENS = 77
+SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Architecture:
         vae: of diffusers' `AutoencoderKL`.
         text_encoders: those that the pipeline has, by their name in it.
         clip_tokens: length of the CLIP encoders' part of a prompt's embedding.
+        scheduler: of the pipeline's scheduler.
         folder: where the files are; None for the one known without files.
     """
 
@@ -38,12 +40,24 @@ class Architecture:
     vae: Mapping[str, Any]
     text_encoders: Mapping[str, CLIPTextConfig | T5Config] = field(default_factory=dict)
     clip_tokens: int = CLIP_TOKENS
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
     @property
-    def side(self) -> int:
-        """Height and width of the pictures that it was trained at, in pixels."""
-        return self.transformer["sample_size"] * 2 ** (len(self.vae["block_out_channels"]) - 1)
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels that its files name: the transformer's sample_size × the decoder's factor."""
+        side = self.transformer["sample_size"] * 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return side, side
+
+    @property
+    def shift(self) -> Any:
+        """Timestep shift of its scheduler, as its file has it; 1 if it names none, as in diffusers."""
+        return self.scheduler.get("shift", self.scheduler.get("flow_shift", 1.0))
+
+    @property
+    def scheduler_file(self) -> Path:
+        """Where `scheduler` is from."""
+        return (self.folder or Path()) / SCHEDULER_FILE
 
     def build_transformer(self) -> SD3Transformer2DModel:
         """The transformer with diffusers' initial weights, on torch's default device, in its default dtype."""
@@ -123,6 +137,7 @@ def sd35_medium() -> Architecture:
                 feed_forward_proj="gated-gelu",
             ),
         },
+        scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
     )
 
 
@@ -144,6 +159,7 @@ def read_architecture(folder: Path) -> Architecture:
         vae=_read(folder / "vae" / "config.json"),
         text_encoders=encoders,
         clip_tokens=length,
+        scheduler=_read(folder / SCHEDULER_FILE),
         folder=folder,
     )
 

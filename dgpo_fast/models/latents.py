@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
+from dgpo_fast.config.bounds import SMALLEST_SIDE, size_of
 from dgpo_fast.errors import UserError
 
 
@@ -62,16 +63,30 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def latent_shape(
-    transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | None
+    transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | str | None
 ) -> tuple[int, int, int]:
-    """(C, H, W) of a latent at `resolution` pixels, or at the size the transformer was trained at.
+    """(C, H, W) of a latent at `resolution`, or at the size that the model's own files name.
 
-    Raises UserError for a resolution that the model cannot draw.
+    Raises UserError, with the nearest sizes, for a resolution that the model cannot draw: a side is a multiple of the
+    transformer's patch × the decoder's factor, and no longer than the table of position embeddings.
     """
     config = transformer.config
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     step, largest = scale * config.patch_size, scale * config.patch_size * config.pos_embed_max_size
-    if resolution and (resolution % step or resolution > largest):
-        raise UserError(f"rollout.resolution {resolution}: this model draws multiples of {step} up to {largest} pixels")
-    side = resolution // scale if resolution else config.sample_size
-    return config.in_channels, side, side
+    if resolution is None:
+        return config.in_channels, config.sample_size, config.sample_size
+    height, width = size_of(resolution)
+    allowed = [_nearest(side, step, largest) for side in (height, width)]
+    if allowed != [[height], [width]]:
+        high, wide = (" or ".join(map(str, sides)) for sides in allowed)
+        raise UserError(
+            f"rollout.resolution {resolution}: this model draws multiples of {step} up to {largest} pixels; "
+            + (f"the nearest: {high}" if height == width else f"the nearest: {high} high, {wide} wide")
+        )
+    return config.in_channels, height // scale, width // scale
+
+
+def _nearest(side: int, step: int, largest: int) -> list[int]:
+    """The multiples of `step` nearest to `side` that a picture may have: `side` alone if it is one."""
+    smallest = -(-SMALLEST_SIDE // step) * step
+    return sorted({min(max(count * step, smallest), largest) for count in (side // step, -(-side // step))})

@@ -18,7 +18,6 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import SD35_MEDIUM, TEXT_ENCODERS, Architecture, read_architecture, sd35_medium
 
-SCHEDULER_SHIFT = 3.0
 CLIP_STD, T5_STD = 1.0, 0.2
 
 
@@ -90,7 +89,7 @@ def random_pipeline(
     pipeline = pipeline_class(
         transformer=transformer,
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SCHEDULER_SHIFT),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(architecture.scheduler),
         **{**absent, **encoders, **tokenizers},
     )
     if isinstance(pipeline, RandomTextPipeline):

@@ -15,9 +15,11 @@ from dgpo_fast.objectives.levels import training_sigmas
 from dgpo_fast.rollout.schedule import make_schedule
 
 
-def first_sigma(config: Config) -> float:
-    """σ of the training latents at the first step of the rollout's grid."""
+def first_sigma(config: Config) -> float | None:
+    """σ of the training latents at the first step of the rollout's grid; None if its shift is still to be read."""
     rollout = config.rollout
+    if rollout.shift is None:
+        return None
     return _first_sigma(rollout.solver, rollout.num_inference_steps, rollout.shift, config.dgpo.training_sigma)
 
 

@@ -10,12 +10,14 @@ COLORS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 220), "
 TEXTS = tuple(f"a {color} square" for color in COLORS)
 
 
-def squares(side: int = 256) -> np.ndarray:
-    """A square of each of the golden colours on light grey, uint8 (4, side, side, 3)."""
+def squares(height: int = 256, width: int = 256) -> np.ndarray:
+    """A square of each of the golden colours in the middle of light grey, uint8 (4, height, width, 3)."""
+    side = min(height, width)
     first, last = (round(side * edge / 256) for edge in (56, 199))
-    pictures = np.full((len(COLORS), side, side, 3), 225, np.uint8)
+    top, left = (height - side) // 2, (width - side) // 2
+    pictures = np.full((len(COLORS), height, width, 3), 225, np.uint8)
     for picture, color in zip(pictures, COLORS.values(), strict=True):
-        picture[first : last + 1, first : last + 1] = color
+        picture[top + first : top + last + 1, left + first : left + last + 1] = color
     return pictures
 
 

@@ -83,7 +83,7 @@ class WeightedReward:
                 mine = [prompt for prompt, names in zip(prompts, chosen, strict=True) if name in names]
                 call(f"reward {name!r}", "cannot check the prompts", check, mine)
 
-    def try_out(self, prompts: Sequence[Prompt], counts: Sequence[int], side: int) -> None:
+    def try_out(self, prompts: Sequence[Prompt], counts: Sequence[int], size: tuple[int, int]) -> None:
         """Tests each of the user's own rewards with coloured squares, for the first prompt that it is chosen for.
 
         A wrong answer is then found before a model is loaded. Rewards with `needs_real_pictures` are skipped.
@@ -91,11 +91,11 @@ class WeightedReward:
         Args:
             prompts: those of the run.
             counts: numbers of pictures that the rewards will get at a time.
-            side: of the pictures, in pixels.
+            size: (height, width) of the pictures, in pixels.
 
         Raises UserError, one line, if a reward fails on them.
         """
-        squares = golden.squares(side)
+        squares = golden.squares(*size)
         for name, reward in self.rewards.items():
             prompt = next((one for one in prompts if name in self.chosen(one)), None)
             if prompt is None or not is_own(reward) or getattr(reward, "needs_real_pictures", False):

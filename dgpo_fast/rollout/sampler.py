@@ -110,7 +110,7 @@ class Sampler:
         pipeline: its decoder says what shape latents have.
         transformer: gives the velocities; its weights may change between calls.
         encoder: the prompt encoder, shared so that a prompt is encoded once.
-        resolution: pixels, or None for what the transformer was trained at.
+        resolution: of the images (`config.bounds.Resolution`); None is the model's own.
         solve: solves the ODE.
         decode: how images are decoded.
         decodes_ahead: batches whose images are best asked for later, since `decode` works beside the rollout.
@@ -124,7 +124,7 @@ class Sampler:
         transformer: SD3Transformer2DModel,
         encoder: PromptEncoder,
         *,
-        resolution: int | None,
+        resolution: int | str | None,
         decode: Decode,
         solve: Solve = sample_latents,
         decodes_ahead: int = 0,
@@ -136,6 +136,12 @@ class Sampler:
         self.start_decoding = decode
         self.decodes_ahead = decodes_ahead
         self.shape = latent_shape(transformer, pipeline.vae, resolution)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images, in pixels."""
+        _, height, width = self.shape
+        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
 
     @property
     def device(self) -> torch.device:

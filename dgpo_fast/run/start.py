@@ -19,6 +19,9 @@ from dgpo_fast.run.search import runs_there
 if TYPE_CHECKING:
     from dgpo_fast.distributed import Processes
 
+FROM_MODEL = "rollout.shift"
+"""None in the settings that are given, and the model's own in those that a run keeps."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -88,7 +91,9 @@ def is_same_job(config: Config, folder: Path) -> bool:
     if config.name != folder.name or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
         return False
     begun = flat(resolve(Config(), read_yaml(folder / "config.yaml"), str(folder)))
-    return all(value in (begun[name], "auto") for name, value in flat(config).items())
+    return all(
+        value in (begun[name], "auto") or (name == FROM_MODEL and value is None) for name, value in flat(config).items()
+    )
 
 
 def shared_start(start: Start | None, processes: "Processes") -> Start:

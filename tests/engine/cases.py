@@ -57,6 +57,7 @@ def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> 
             max_sequence_length=9,
             batch_size=5,
             guidance_scale=3.0,
+            shift=3.0,
             **noise,
         ),
         dgpo=DGPO(beta=100.0, clip_range=0.01, kl_weight=0.5, kl_guidance_scale=2.0, timesteps=2, high_noise_steps=3),
@@ -105,7 +106,7 @@ class EngineCase:
             self.pipeline,
             self.engine.rollout_transformer,
             self.encoder,
-            resolution=None,
+            resolution=rollout.resolution,
             solve=self.engine.solve,
             decode=self.engine.decoder.start,
         )
