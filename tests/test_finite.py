@@ -18,6 +18,7 @@ from dgpo_fast.distributed import ALONE, SharedError
 from dgpo_fast.distributed.guard import StepGuard
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
+from dgpo_fast.models.finite import watched
 from dgpo_fast.models.latents import find_faults
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
@@ -100,20 +101,21 @@ def model(random_pipeline: Path, workspace: Path) -> Path:
 
 
 OVERFLOWS = {
-    "transformer": ("transformer", "proj_out.weight", "the transformer gave "),
-    "decoder": ("vae", "decoder.conv_out.weight", "the decoder gave "),
+    "transformer": ("transformer", "transformer_blocks.1.ff.net.2.weight", "the transformer gave ", "ff.net.2"),
+    "decoder": ("vae", "decoder.conv_out.weight", "the decoder gave ", "decoder's conv_out"),
 }
+"""Part → its folder, the weight that is spoilt, what is said, and the layer that is named."""
 
 
 @pytest.mark.parametrize("part", OVERFLOWS)
 def test_a_model_that_overflows_is_refused_before_it_is_trained(part: str, model: Path, workspace: Path) -> None:
-    folder, stem, fault = OVERFLOWS[part]
+    folder, stem, fault, layer = OVERFLOWS[part]
     spoilt(model, folder, stem, 3e38)
     with pytest.raises(UserError) as caught:
         train(["small.yaml", "--model", "model"])
     line = str(caught.value)
     assert line.startswith("no image of the evaluation is finite; the first: picture 0: " + fault), line
-    assert line.endswith(": the model fails in fp32 already, so use another one")
+    assert line.endswith(f"{layer}: the model fails in fp32 already, so use another one") and ", first in the " in line
     assert not (workspace / "runs/run").exists(), "nothing was trained"
 
 
@@ -121,7 +123,7 @@ def test_a_model_that_overflows_is_refused_before_it_is_trained(part: str, model
 def test_an_evaluation_of_black_pictures_alone_fails(
     part: str, model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, stem, fault = OVERFLOWS[part]
+    folder, stem, fault, layer = OVERFLOWS[part]
     spoilt(model, folder, stem, 3e38)
     args = ["model", *DRAWING, "--rewards", f"{__name__}:Asked", "--output", "out"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *args])
@@ -129,7 +131,23 @@ def test_an_evaluation_of_black_pictures_alone_fails(
     assert run_command(evaluate) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no image of the first batch is finite; the first: picture 0: " + fault)
+    assert f"{layer}: the model fails in fp32" in line
     assert not Asked.seen
+
+
+def test_the_first_layer_is_named_though_all_after_it_fail_too() -> None:
+    """Also of compiled layers, and nothing is left in the model."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(3)))
+    torch.nn.init.constant_(layers[0].weight, 1.0)
+    torch.nn.init.constant_(layers[1].weight, 3e38)
+    layers[1].compile(backend="aot_eager")
+    with watched(part=layers) as found:
+        layers(torch.full((1, 2), 100.0))
+    assert found == ["the part's 1"]
+    assert not any(layer._forward_hooks for layer in layers.modules())
+    with watched(part=layers) as found:
+        layers(torch.zeros(1, 2))
+    assert not found
 
 
 def test_text_encoders_that_overflow_are_named(model: Path, workspace: Path) -> None:

@@ -48,6 +48,13 @@ NAMED_FAULTS = 8
 """Pictures that are not finite beyond these are in the index alone."""
 
 
+class _NoneFinite(Exception):
+    """No picture of a batch is finite."""
+
+    def __init__(self, first: Row):
+        self.first = first
+
+
 class Drawing:
     """One evaluation: its prompts, model and rewards, checked and ready to draw.
 
@@ -137,11 +144,23 @@ class Drawing:
             for start, x0 in zip(starts, self._latents(len(rows), on_images), strict=True):
                 pictures = self.sampler.decode(x0)
                 if pending:
-                    rows += pending.result()
+                    rows += self._finished(pending)
                 pending = beside.submit(self._finish, start, pictures, is_first=not rows)
             if pending:
-                rows += pending.result()
+                rows += self._finished(pending)
         return rows
+
+    def _finished(self, pending: Future[list[Row]]) -> list[Row]:
+        """The rows of a batch, once they are there. Raises UserError for a model that draws nothing finite."""
+        try:
+            return pending.result()
+        except _NoneFinite as error:  # here, since no other thread may draw while the model is looked into
+            row, stream = error.first, stream_seed(self.settings.seed, "evaluation")
+            place = self.sampler.first_fault(row.prompt.text, self.draw, number=row.sample, seed=stream)
+            raise UserError(
+                f"no image of the first batch is finite; the first: {named_faults([row])}{place}: "
+                f"{finite_remedy(self.sampler.dtype, begun=False)}"
+            ) from None
 
     def _latents(self, first: int, on_images: Callable[[float], None]) -> Iterator[Tensor]:
         """Of the pictures from number `first` on, a batch at a time."""
@@ -161,10 +180,7 @@ class Drawing:
             list(threads.map(self.folder.write_image, range(start, start + len(images)), images))
         rows = self._score(range(start, start + len(images)), images, faults)
         if is_first and all(row.fault for row in rows):
-            raise UserError(
-                f"no image of the first batch is finite; the first: {named_faults(rows[:1])}: "
-                f"{finite_remedy(self.sampler.dtype, begun=False)}"
-            )
+            raise _NoneFinite(rows[0])
         if is_first and all(row.failed for row in rows):
             raise UserError(f"no image of the first batch could be scored; the first failure: {self.failures[0]}")
         self.folder.append(rows)

@@ -152,8 +152,9 @@ def evaluate(
     scores = gather_scores(mine, Share(start, stop, 1), chosen, processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)
     if not scores.finite.any():
+        place = sampler.first_fault(chosen[0].text, draw, number=0, seed=stream_seed(config.seed, "evaluation"))
         raise SharedError(
-            f"no image of the evaluation is finite; the first: {scores.failures[0]}: "
+            f"no image of the evaluation is finite; the first: {scores.failures[0]}{place}: "
             f"{finite_remedy(sampler.dtype, begun=begun)}"
         )
     if not scores.valid.any():

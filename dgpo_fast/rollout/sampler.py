@@ -9,6 +9,7 @@ from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step, philox_normal
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
+from dgpo_fast.models.finite import watched
 from dgpo_fast.models.forward import batch_slices, predict, predict_pair
 from dgpo_fast.models.latents import Pictures, decode_plainly, latent_shape
 from dgpo_fast.models.prompt_encoder import PromptEncoder
@@ -206,6 +207,25 @@ class Sampler:
             samples = torch.arange(first + rows.start, first + rows.stop, device=self.device)
             text = self.encoder(prompts[rows])
             yield self.latents(text, samples, draw, seed=seed, number=0, on_step=on_batch_step)
+
+    def first_fault(self, prompt: str, draw: Draw, *, number: int, seed: int) -> str:
+        """Draws a picture of `batches` again, and names the layer that is the first to give NaN or infinity.
+
+        Args:
+            prompt: its prompt.
+            draw: how.
+            number: its number.
+            seed: of the initial noise's stream.
+
+        Returns:
+            ", first in the transformer's …" or the decoder's; empty if all is finite this time.
+        """
+        samples = torch.tensor([number], device=self.device)
+        noise = initial_noise(self.shape, samples, seed=seed, draw=0)
+        text, empty, vae = self.encoder([prompt]), self.encoder.empty, self.pipeline.vae
+        with watched(transformer=self.transformer, decoder=vae.decoder) as found:
+            decode_plainly(vae, sample_latents(self.transformer, noise, text, empty, draw), 1)
+        return f", first in {found[0]}" if found else ""
 
     def decode(self, x0: Tensor) -> Pictures:
         """Latents (B, C, H, W) → pictures."""
