@@ -181,6 +181,14 @@ def test_a_lora_that_is_not_finite_is_named(model: Path, tmp_path: Path) -> None
         merge_lora(pipeline, find_lora(tmp_path / "lora"))
 
 
+def test_a_lora_whose_product_overflows_is_named(model: Path, tmp_path: Path) -> None:
+    """Though each of its factors is finite."""
+    pipeline = loaded(model)
+    peft_folder(tmp_path / "lora", pipeline.transformer.state_dict(), lora_alpha=2e38)
+    with pytest.raises(UserError, match=r"^the LoRA makes transformer\..*attn\.to_.* not finite in float32: its scale"):
+        merge_lora(pipeline, find_lora(tmp_path / "lora"))
+
+
 def test_a_saved_lora_is_the_same_for_loaders_that_read_no_header(model: Path, tmp_path: Path) -> None:
     """Those take W + B·A, which must be what the run drew with; diffusers, which reads the header, agrees."""
     pipeline = loaded(model)

@@ -123,13 +123,21 @@ def merge_lora(pipeline: StableDiffusion3Pipeline, file: Path) -> Lora:
 
 @torch.no_grad()
 def merge(pipeline: StableDiffusion3Pipeline, lora: Lora) -> None:
-    """W + B·A, layer by layer and in place, as a run merges its own: in fp32, rounded once."""
+    """W + B·A, layer by layer and in place, as a run merges its own: in fp32, rounded once.
+
+    Raises UserError if a weight is not finite then.
+    """
     for part, layers in lora.parts.items():
         model = getattr(pipeline, part)
         for layer, factors in layers.items():
             weight = model.get_parameter(f"{layer}.weight")
             a, b = (factor.to(weight.device) for factor in factors)
             weight.copy_(torch.addmm(weight.float().flatten(1), b, a).view_as(weight))
+            if not torch.isfinite(weight).all():
+                dtype = str(weight.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"the LoRA makes {part}.{layer} not finite in {dtype}: its scale is too large, use another LoRA"
+                )
 
 
 def read_lora(file: Path, pipeline: StableDiffusion3Pipeline) -> Lora:
