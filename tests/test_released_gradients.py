@@ -155,4 +155,6 @@ def test_guided_flow_grpo(kl_weight: float, released: bool, random_pipeline: Pat
 @pytest.mark.parametrize(("choice", "sigma"), [("grid", 0.99967), ("timestep", 0.999)])
 def test_a_shared_level_is_judged_by_the_training_sigma(choice: str, sigma: float) -> None:
     """`engine.share_first_level` goes by how far σ is from 1: by that of the training latents."""
-    assert traits(make_config(training_sigma=choice)).shared_sigma == pytest.approx(sigma, abs=5e-6)
+    config = make_config(training_sigma=choice)
+    config = replace(config, rollout=replace(config.rollout, shift=3.0))
+    assert traits(config).shared_sigma == pytest.approx(sigma, abs=5e-6)
