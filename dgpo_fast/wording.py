@@ -1,5 +1,6 @@
 """Phrases that several commands' messages share."""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -34,13 +35,15 @@ def one_line(text: object) -> str:
 
 
 def number(value: float, places: int = 3, sign: str = "") -> str:
-    """A reward as tables show it, `0.564`; from 100,000 on, six digits: `123457`, `1.23457e+09`.
+    """A reward as tables show it, `0.564`; from 100,000 on, six digits: `123457`, `1.23457e+09`. NaN is `–`.
 
     Args:
         value: any.
         places: after the point.
         sign: "+" gives one to positive values too.
     """
+    if math.isnan(value):
+        return "–"
     return f"{value:{sign}.{places}f}" if abs(value) < 1e5 else f"{value:{sign}.6g}"
 
 

@@ -26,7 +26,7 @@ from dgpo_fast.rewards.pool.pool import RewardPool
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
-from dgpo_fast.wording import FAULTS
+from dgpo_fast.wording import FAULTS, number
 from tests.evaluation.cases import DRAWING, index
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -263,6 +263,10 @@ def test_the_advice_fits_the_run(dtype: torch.dtype, taken: bool, remedy: str) -
     assert not guard.allows(bad, bad, 1 + taken)
     with pytest.raises(SharedError, match=rf", the 2\. in a row: {re.escape(remedy)}$"):
         guard.allows(bad, bad, 2 + taken)
+
+
+def test_a_tag_without_a_score_has_a_dash() -> None:
+    assert (number(NAN), number(NAN, sign="+"), number(0.5, sign="+")) == ("–", "–", "+0.500")
 
 
 def test_old_runs_without_the_count_are_read(workspace: Path) -> None:
