@@ -3,11 +3,13 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dgpo_kernels import group_noise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgpo_fast.config.objective_options import Advantage
 from dgpo_fast.config.options import Engine, Policy
@@ -122,6 +124,24 @@ def test_behaviour_predicts_what_the_policy_does(what: tuple[str, str], random_p
         case.models.load_behaviour(case.models.initial_weights())
         assert torch.equal(predict(case.models.behaviour, x_t, timestep, text), base)
     assert not any(p.requires_grad for m in (case.models.base, case.models.behaviour) for p in m.parameters())
+
+
+def test_seed_and_draw_are_made_once_a_level(random_pipeline: Path) -> None:
+    """Not once for each micro-batch and operator: on a GPU each of them is a launch."""
+
+    class Numbers(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            fills = func in (torch.ops.aten.full.default, torch.ops.aten.fill_.Scalar)
+            self.made += fills and found.dtype == torch.int64 and found.dim() == 0
+            return found
+
+    case = Case(random_pipeline, make_config(timesteps=3))
+    with Numbers() as numbers:
+        case.gradient(micro_batch=1)
+    assert numbers.made == 1 + 3, "a seed, and a draw for each level"
 
 
 def test_lora_policy_shares_the_base_weights(random_pipeline: Path) -> None:

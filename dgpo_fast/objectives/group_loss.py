@@ -33,7 +33,7 @@ class Comparison:
         group_size: samples per group.
         ref_v, old_v, kl_v: (R, C, H, W) velocities of the reference, of θ_old (None: no clip), and of the KL term's
             reference (None: `ref_v`).
-        seed, draw: of the noise.
+        seed, draw: () int64 each, of the noise.
         shared: see `Level`.
         part: where these samples stand among those of all processes; None if they are all.
         padding: see `Batch.padding`.
@@ -45,8 +45,8 @@ class Comparison:
     group_index: Tensor
     group_size: int
     ref_v: Tensor
-    seed: int
-    draw: int
+    seed: Tensor
+    draw: Tensor
     shared: bool = False
     old_v: Tensor | None = None
     kl_v: Tensor | None = None
@@ -114,11 +114,11 @@ class Level:
     draw: int
     shared: bool = False
 
-    def inputs(self, batch: Batch, seed: int) -> Inputs:
-        """What the transformers read of `batch` at this level; `seed` is the noise's."""
+    def inputs(self, batch: Batch, seed: Tensor, draw: Tensor) -> Inputs:
+        """What the transformers read of `batch` at this level; `seed` and `draw` are the noise's, on its device."""
         if self.shared:
             batch = batch.group_means()
-        x_t = group_noise(batch.x0, self.sigma, batch.group_index, seed=seed, draw=self.draw)
+        x_t = group_noise(batch.x0, self.sigma, batch.group_index, seed=seed, draw=draw)
         return Inputs(x_t, self.timestep, batch.text)
 
 
@@ -140,23 +140,30 @@ def compare(
             for _ in levels:  # the others may add up the scores of groups that they share
                 batch.part.sum_group_scores(batch.advantage)
         return
+    noise_seed = _on_device(seed, batch)
     for slots in batch_slices(len(levels), at_once):
-        inputs = [level.inputs(batch, seed) for level in levels[slots]]
+        draws = [_on_device(level.draw, batch) for level in levels[slots]]
+        inputs = [level.inputs(batch, noise_seed, draw) for level, draw in zip(levels[slots], draws, strict=True)]
         predictions = predict_levels(forward, inputs, batch_size)
-        for level, read, predicted in zip(levels[slots], inputs, predictions, strict=True):
+        for draw, level, read, predicted in zip(draws, levels[slots], inputs, predictions, strict=True):
             yield Comparison(
                 x0=batch.x0,
                 inputs=read,
                 advantage=batch.advantage,
                 group_index=batch.group_index,
                 group_size=batch.group_size,
-                seed=seed,
-                draw=level.draw,
+                seed=noise_seed,
+                draw=draw,
                 shared=level.shared,
                 part=batch.part,
                 padding=batch.padding,
                 **predicted,
             )
+
+
+def _on_device(number: int, batch: Batch) -> Tensor:
+    """() int64: made once a level, and not by each operator that makes its noise."""
+    return torch.full((), number, device=batch.x0.device)
 
 
 @dataclass(frozen=True)
