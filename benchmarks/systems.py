@@ -44,7 +44,7 @@ class Ours:
             self.trainer.phases._now = _clock(device)
         self.trainer.encode_prompts()
         self.trainer.console.start_training(0, 1)
-        self.build_s, self.own_mib, self.peak_mib = time.monotonic() - started, _memory_mib(device) - before, None
+        self.build_s, self.own_mib = time.monotonic() - started, _memory_mib(device) - before
         self.device = device
 
     def iteration(self, inputs: Inputs, reward: Brightness) -> dict[str, float]:
@@ -260,15 +260,10 @@ class Comparison:
         return rows
 
     def _iteration(self, system: Any, inputs: Inputs) -> dict[str, float]:
-        before = _memory_mib(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = timed(lambda: system.iteration(inputs, Brightness()), self.device)
+        seconds, beyond_mib = timed_with_memory(lambda: system.iteration(inputs, Brightness()), self.device)
         if not self.encodes:
             seconds["iteration"] -= seconds.get("encode", 0.0)  # random numbers stand for the text encoders' work
-        if self.device.type == "cuda":
-            seconds["beyond_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20 - before
-        return seconds
+        return seconds if beyond_mib is None else seconds | {"beyond_mib": beyond_mib}
 
     def _row(self, times: list[dict[str, float]]) -> dict[str, Any]:
         measured, images = times[1:], self.groups * self.config.rollout.group_size
@@ -351,6 +346,15 @@ def timed(action: Callable[[], Any], device: torch.device) -> dict[str, float]:
     _wait(device)
     seconds = {"iteration": clock() - started, "wall": time.perf_counter() - wall}
     return {**phases, **seconds} if isinstance(phases, dict) else seconds
+
+
+def timed_with_memory(action: Callable[[], Any], device: torch.device) -> tuple[dict[str, float], float | None]:
+    """`timed`, and the MiB that a GPU held at the peak beyond what it held before; None without a GPU."""
+    if device.type != "cuda":
+        return timed(action, device), None
+    before = _memory_mib(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return timed(action, device), torch.cuda.max_memory_allocated(device) / 2**20 - before
 
 
 def _wait(device: torch.device) -> None:

@@ -38,7 +38,17 @@ from benchmarks import float8
 from benchmarks.baselines import BASELINES
 from benchmarks.paired import paired
 from benchmarks.savings import CHANGES, EQUAL_GROUPS, SAVINGS, names
-from benchmarks.systems import OURS, Comparison, Ours, by_phase, empty_cache, in_words, quantiles, timed
+from benchmarks.systems import (
+    OURS,
+    Comparison,
+    Ours,
+    by_phase,
+    empty_cache,
+    in_words,
+    quantiles,
+    timed,
+    timed_with_memory,
+)
 from benchmarks.throughput_tables import read_report, with_tables, write_tables
 from dgpo_fast.config.command_line import configure, quieten_libraries
 from dgpo_fast.engine.choices import memory_gib
@@ -235,10 +245,14 @@ class Bench:
             ours = self.kept = self.kept or Ours(configure(args), self.device)
         pair = {OURS: ours, "changed": Ours(configure([*args, *change]), self.device)}
         times: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
+        peaks: dict[str, float | None] = dict.fromkeys(pair)
         warmup = {name: timed(system.step, self.device)["wall"] for name, system in pair.items()}
         for _ in range(max(self.rounds, 3)):
             for name, system in pair.items():
-                times[name].append(timed(system.step, self.device))
+                seconds, beyond_mib = timed_with_memory(system.step, self.device)
+                times[name].append(seconds)
+                if beyond_mib is not None:  # the other system is in memory too
+                    peaks[name] = max(peaks[name] or 0.0, system.own_mib + beyond_mib)
             if self.left_s < 0:
                 break
         ratios = [b["iteration"] / a["iteration"] for a, b in zip(*times.values(), strict=True)]
@@ -249,7 +263,7 @@ class Bench:
             "warmup_s": warmup,
             "seconds": {name: by_phase(of) for name, of in times.items()},
             "choices": {name: system.trainer.engine.choices.to_dict() for name, system in pair.items()},
-            "peak_memory_mib": {name: system.peak_mib for name, system in pair.items()},
+            "peak_memory_mib": peaks,
         }
 
 

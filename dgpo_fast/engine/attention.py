@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
+from torch.nn import functional as F
 
 from dgpo_fast.engine.compile import BACKEND, RECOMPILE_LIMIT, REFUSALS, reason
 from dgpo_fast.engine.remembered import remembered
@@ -30,6 +31,10 @@ DISPATCHED = {
 # Written-out products keep S × S numbers a head, which only pays for a few tokens on a CPU.
 CANDIDATES = {"cpu": ("native", MATMUL), "cuda": tuple(DISPATCHED)}
 FASTER_BY = 1.1
+SAFE_CUDNN, CUDNN_TOKENS = 91501, 128
+"""Before this version, cuDNN's attention may read out of bounds at token counts that are no multiple of 128."""
+TIMED_IN_BLOCKS = ("cuda",)
+"""Devices on which kernels are timed in the compiled operations around them, if blocks are compiled."""
 TIMED_S = {"cpu": 0.2, "cuda": 1.0}
 # Makes whole graphs of forward and backward as the compiler does, and no code of them.
 TRACER = "aot_eager"
@@ -37,13 +42,14 @@ TRACER = "aot_eager"
 
 @dataclass(frozen=True)
 class Shape:
-    """One kind of attention in a forward: `calls` of (batch, tokens, heads, head_dim)."""
+    """One kind of attention in a forward: `calls` of (batch, tokens, heads, head_dim), the last `text` tokens text."""
 
     batch: int
     tokens: int
     heads: int
     head_dim: int
     calls: int
+    text: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def attention_shapes(
     config = transformer.config
     dual = len(config.dual_attention_layers)
     heads = (config.num_attention_heads, config.attention_head_dim)
-    joint = Shape(batch, tokens + text_tokens, *heads, calls=config.num_layers)
+    joint = Shape(batch, tokens + text_tokens, *heads, calls=config.num_layers, text=text_tokens)
     return (joint, Shape(batch, tokens, *heads, calls=dual)) if dual else (joint,)
 
 
@@ -144,7 +150,7 @@ def timings(
         "device": device_name(device),
         "dtype": str(dtype),
         "compiled": compiled,
-        "kernels": {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]},
+        "kernels": {name: obstacle(name, device, dtype, shapes) for name in CANDIDATES[device.type]},
     }
     return tuple(
         Timing(**timing)
@@ -170,12 +176,13 @@ def time_attention(
 
     If blocks will be `compiled`, kernels that no whole graph holds cannot run.
     """
-    obstacles = {name: obstacle(name, device, dtype) for name in CANDIDATES[device.type]}
+    obstacles = {name: obstacle(name, device, dtype, shapes) for name in CANDIDATES[device.type]}
+    in_blocks = compiled and device.type in TIMED_IN_BLOCKS
     trials = {name: [] for name, why in obstacles.items() if not why}  # type: dict[str, list[_Trial]]
     tensors = [_tensors(shape, device, dtype) for shape in shapes]
     for name in list(trials):
         try:
-            trials[name] = [_trial(name, of_shape) for of_shape in tensors]
+            trials[name] = [_trial(name, of_shape, in_blocks) for of_shape in tensors]
             obstacles[name] = graph_obstacle(name, shapes[0], device, dtype) if compiled else ""
         except REFUSALS as error:
             obstacles[name] = reason(error)
@@ -199,14 +206,18 @@ def fastest(timings: Sequence[Timing], *, training: bool) -> str:
     return best if best in known and known[best] * FASTER_BY < known.get("native", float("inf")) else "native"
 
 
-def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernel `name` cannot run here, in a few words; empty if it can."""
+def obstacle(name: str, device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape]) -> str:
+    """Why the kernel `name` cannot run at `shapes` here, in a few words; empty if it can."""
     if name == MATMUL:
         return "" if dtype in (torch.float32, torch.float64) else "would round its logits: only for fp32"
     if name != "native" and device.type != "cuda":
         return "needs a CUDA GPU"
     if name != "native" and dtype == torch.float32 and name != "xformers":
         return "needs bf16"
+    uneven = next((shape.tokens for shape in shapes if shape.tokens % CUDNN_TOKENS), None)
+    version = torch.backends.cudnn.version() or 0
+    if name == "native_cudnn" and uneven is not None and version < SAFE_CUDNN:
+        return f"cuDNN {version} may read out of bounds at {uneven} tokens, no multiple of {CUDNN_TOKENS}"
     try:
         _check_attention_backend_requirements(DISPATCHED[name])
     except RuntimeError as error:
@@ -259,35 +270,74 @@ class _Tensors:
     inputs: list[Tensor]
     leaves: list[Tensor]
     gradient: Tensor
+    images: int
 
 
 def _tensors(shape: Shape, device: torch.device, dtype: torch.dtype) -> _Tensors:
     generator = torch.Generator(device).manual_seed(0)
     size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
     *inputs, gradient = (torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(4))
-    return _Tensors(inputs, [tensor.detach().requires_grad_() for tensor in inputs], gradient)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    return _Tensors(inputs, leaves, gradient, images=shape.tokens - shape.text)
 
 
-def _trial(name: str, of: _Tensors) -> _Trial:
-    """The kernel's calls, each made once and checked against float64.
+def _trial(name: str, of: _Tensors, in_block: bool) -> _Trial:
+    """The kernel's calls, each made once and checked against float64, gradients too.
 
-    Raises one of `REFUSALS` if it cannot do them, ValueError if it computes something else.
+    With `in_block` the calls are those of a compiled block's attention, in which copies around the kernel are fused
+    with others or gone. Raises one of `REFUSALS` if it cannot do them, ValueError if it computes something else.
     """
-    backend, few, dtype = DISPATCHED.get(name), [tensor[:1] for tensor in of.inputs], of.gradient.dtype
-    exact = attend(None, *(tensor.double() for tensor in few))
-    errors = [(attend(chosen, *few).double() - exact).abs().max() for chosen in (DISPATCHED["native"], backend)]
-    if not errors[1] <= 2 * (errors[0] + torch.finfo(dtype).eps * exact.abs().max()):
-        raise ValueError(f"computes different values (by up to {float(errors[1]):.2g})")
+    backend = DISPATCHED.get(name)
+    exact = _sample(None, of, torch.float64)
+    plain, found = (_sample(chosen, of, of.gradient.dtype) for chosen in (DISPATCHED["native"], backend))
+    eps = torch.finfo(of.gradient.dtype).eps
+    for value, same, oracle in zip(found, plain, exact, strict=False):
+        error, allowed = ((tensor.double() - oracle).abs().max() for tensor in (value, same))
+        if not error <= 2 * (allowed + eps * oracle.abs().max()):
+            raise ValueError(f"computes different values (by up to {float(error):.2g})")
+    if not in_block:
+        return _tried(lambda *inputs: (attend(backend, *inputs),), of, (of.gradient,))
+    run = torch.compile(partial(_block, backend, of.images), fullgraph=True, dynamic=False, backend=BACKEND)
+    # The kernels share one function, whose graphs are counted together.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        return _tried(run, of, _apart(of.gradient, of.images))
+
+
+def _tried(run: Callable[..., tuple[Tensor, ...]], of: _Tensors, gradients: tuple[Tensor, ...]) -> _Trial:
     trial = _Trial(
-        forward=torch.no_grad()(lambda: attend(backend, *of.inputs)),
-        backward=lambda: torch.autograd.grad(attend(backend, *of.leaves), of.leaves, of.gradient),
-        differentiable=attend(backend, *of.leaves).requires_grad,
+        forward=torch.no_grad()(lambda: run(*of.inputs)),
+        backward=lambda: torch.autograd.grad(run(*of.leaves), of.leaves, gradients),
+        differentiable=run(*of.leaves)[0].requires_grad,
     )
     trial.forward()
     if trial.differentiable:
         trial.backward()
     _finish(of.gradient.device)
     return trial
+
+
+def _sample(backend: AttentionBackendName | None, of: _Tensors, dtype: torch.dtype) -> list[Tensor]:
+    """One sample's attention and, of a kernel that has them, the gradients of query, key and value."""
+    leaves = [tensor[:1].to(dtype).requires_grad_() for tensor in of.inputs]
+    attended = attend(backend, *leaves)
+    gradients = torch.autograd.grad(attended, leaves, of.gradient[:1].to(dtype)) if attended.requires_grad else ()
+    return [attended.detach(), *gradients]
+
+
+def _block(
+    backend: AttentionBackendName | None, images: int, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, ...]:
+    """Attention as it stands in a block: image and text tokens are normed and joined before it, and apart behind it."""
+
+    def joined(tensor: Tensor) -> Tensor:
+        return torch.cat([F.rms_norm(part, part.shape[-1:]) for part in _apart(tensor, images)], dim=1)
+
+    return _apart(attend(backend, joined(query), joined(key), value), images)
+
+
+def _apart(tensor: Tensor, images: int) -> tuple[Tensor, ...]:
+    """The image tokens, and the text tokens if there are any."""
+    return (tensor[:, :images], tensor[:, images:]) if images < tensor.shape[1] else (tensor,)
 
 
 def _finish(device: torch.device) -> None:

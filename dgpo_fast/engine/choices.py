@@ -173,7 +173,7 @@ def memory_gib(device: torch.device) -> float:
 def _attention(config: EngineConfig, workload: Workload, reasons: Reasons, compiled: bool, *, training: bool) -> str:
     purpose, shapes = ("training", workload.train_shapes) if training else ("rollouts", workload.rollout_shapes)
     if config.attention != "auto":
-        problem = attention.obstacle(config.attention, workload.device, workload.dtype)
+        problem = attention.obstacle(config.attention, workload.device, workload.dtype, shapes)
         if compiled and not problem:
             problem = attention.graph_obstacle(config.attention, shapes[0], workload.device, workload.dtype)
         if problem:

@@ -30,6 +30,7 @@ def device_row(device: torch.device, dtype: torch.dtype, rates: Rates) -> Device
         name=name,
         dtype=str(dtype).removeprefix("torch."),
         matmul_tflops=rates.matmul_tflops,
+        matmul_burst_tflops=rates.matmul_burst_tflops,
         matmul_size=rates.matmul_size,
         copy_gb_per_s=rates.copy_gb_per_s,
         copy_mib=rates.copy_mib,

@@ -232,9 +232,14 @@ def _compute(report: Report) -> str:
         if device.datasheet_tflops and device.datasheet_source
         else ""
     )
+    burst = (
+        f" in two seconds of them ({flop(device.matmul_burst_tflops, per_second=True)} in a short burst)"
+        if device.kind == "cuda" and device.matmul_burst_tflops
+        else ""
+    )
     return (
         f'<p class="soft">Measured in this run: a {device.dtype} matmul of {device.matmul_size}² at '
-        f"{flop(device.matmul_tflops, per_second=True)}, a copy of {device.copy_mib} MiB at "
+        f"{flop(device.matmul_tflops, per_second=True)}{burst}, a copy of {device.copy_mib} MiB at "
         f"{gbytes(device.copy_gb_per_s, per_second=True)} read and written.{escape(sheet)} FLOPs are counted by "
         "torch's formulas for the model's shapes. “Lost” is the time beyond what they take at the measured matmul "
         "rate; “moved” are the inputs and outputs of every operation, so that fused code can beat the slope.</p>"

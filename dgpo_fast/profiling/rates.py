@@ -8,43 +8,62 @@ from statistics import median
 import torch
 
 REPEATS = 9
+SUSTAINED_S = 2.0
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Medians of a few repeats.
+    """What a few repeats reach, and what lasts.
 
     Attributes:
-        matmul_tflops: a square matmul of random numbers in the run's dtype, by the faster of torch's libraries.
+        matmul_tflops: a square matmul of random numbers in the run's dtype, by the faster of torch's libraries. On a
+            GPU, over `SUSTAINED_S` of them back to back: its clocks fall when it gets warm or reaches its power limit.
+        matmul_burst_tflops: the same at the median of a few, at the clocks of a GPU that has rested.
         matmul_size: its side.
         copy_gb_per_s: bytes read and written by a copy much larger than any cache.
         copy_mib: size of the copied tensor.
     """
 
     matmul_tflops: float
+    matmul_burst_tflops: float
     matmul_size: int
     copy_gb_per_s: float
     copy_mib: int
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Both rates of `device`; takes a second or two, and on a GPU about 3 GiB, less if less is free."""
+    """All rates of `device`; takes a few seconds, and on a GPU about 3 GiB, less if less is free."""
     size, copy_mib = 1024, 128
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
         size, copy_mib = (8192, 1024) if free > 6 << 30 else (4096, 256) if free > 2 << 30 else (2048, 64)
-    return Rates(_matmul_tflops(device, dtype, size), size, _copy_gb_per_s(device, copy_mib), copy_mib)
+    sustained, burst = _matmul_tflops(device, dtype, size)
+    return Rates(sustained, burst, size, _copy_gb_per_s(device, copy_mib), copy_mib)
 
 
-def _matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def _matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, float]:
+    """Sustained and in a burst; on a CPU the burst's for both."""
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(left)
     ways: list[Callable[[], object]] = [lambda: torch.mm(left, right, out=out)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         # On some processors several times as fast as the library behind torch.mm.
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
-    return 2 * size**3 / min(_seconds(way, device) for way in ways) / 1e12
+    burst = 2 * size**3 / min(_seconds(way, device) for way in ways) / 1e12
+    return 2 * size**3 / _sustained_s(ways[0]) / 1e12 if device.type == "cuda" else burst, burst
+
+
+def _sustained_s(action: Callable[[], object]) -> float:
+    """Mean time of one of the calls that fill `SUSTAINED_S`."""
+    started, calls, elapsed_s = time.perf_counter(), 0, 0.0
+    while elapsed_s < SUSTAINED_S:
+        for _ in range(REPEATS):
+            action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        calls, elapsed_s = calls + REPEATS, time.perf_counter() - started
+    return elapsed_s / calls
 
 
 def _copy_gb_per_s(device: torch.device, mib: int) -> float:

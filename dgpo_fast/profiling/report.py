@@ -87,7 +87,9 @@ class Device:
     """What the device can do.
 
     Attributes:
-        matmul_tflops: measured in this run, a square matmul of side `matmul_size` in the run's dtype.
+        matmul_tflops: measured in this run, a square matmul of side `matmul_size` in the run's dtype, on a GPU over
+            two seconds of them back to back.
+        matmul_burst_tflops: of a few of them, at the clocks of a GPU that has rested; None in older reports.
         copy_gb_per_s: measured in this run, bytes read and written.
         datasheet_tflops: dense, of the run's dtype.
     """
@@ -102,6 +104,7 @@ class Device:
     memory_mib: float
     datasheet_tflops: float | None
     datasheet_source: str | None
+    matmul_burst_tflops: float | None = None
 
 
 @dataclass(kw_only=True, config=STRICT)

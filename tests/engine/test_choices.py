@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dgpo_fast.config.options import Engine
 from dgpo_fast.config.recipes import RECIPES, get_recipe
@@ -170,6 +171,49 @@ def test_kernels_that_compute_something_else_are_left_out(monkeypatch: pytest.Mo
     assert timings["native"].forward_ms > 0 and timings["native"].backward_ms > 0  # type: ignore[operator]
 
 
+def test_kernels_with_other_gradients_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.attend
+
+    def attend(backend: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        attended = right(backend, *inputs)
+        wrong = backend is None and inputs[0].dtype == torch.float32
+        return attended + (1.01 * attended - 1.01 * attended.detach()) if wrong else attended
+
+    monkeypatch.setattr(attention, "attend", attend)
+    timings = {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32)}
+    assert timings["matmul"].obstacle.startswith("computes different values") and not timings["native"].obstacle
+
+
+def test_a_gpu_times_kernels_in_the_compiled_operations_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, concatenation, attention and slices: one graph each for forward and backward, of each kernel and shape."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(attention, "BACKEND", counter)
+    shapes = (replace(SHAPES[0], text=3), replace(SHAPES[0], tokens=4))
+    time_attention(shapes, CPU, torch.float32, compiled=True)
+    assert counter.frame_count == 0, "a CPU times the kernels alone"
+    monkeypatch.setattr(attention, "TIMED_IN_BLOCKS", ("cpu",))
+    timings = time_attention(shapes, CPU, torch.float32, compiled=True)
+    assert all(timing.forward_ms and timing.backward_ms and not timing.obstacle for timing in timings)
+    assert counter.frame_count == 2 * 2 * 2
+    query, key, value = torch.randn(3, 2, 7, 2, 8).unbind()
+    normed = [torch.nn.functional.rms_norm(tensor, (8,)) for tensor in (query, key)]
+    images, text = attention._block(None, 4, query, key, value)
+    torch.testing.assert_close(torch.cat([images, text], 1), attention.attend(None, *normed, value))
+    assert images.shape[1] == 4
+
+
+def test_cudnns_attention_is_refused_where_it_reads_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for version in (91500, 91501):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        for tokens in (1024, 1229):
+            shapes = (replace(SHAPES[0], tokens=128), replace(SHAPES[0], tokens=tokens))
+            why = attention.obstacle("native_cudnn", torch.device("cuda"), torch.bfloat16, shapes)
+            found[version, tokens] = "out of bounds" in why
+    assert found == {(91500, 1024): False, (91500, 1229): True, (91501, 1024): False, (91501, 1229): False}
+
+
 def test_kernels_that_no_graph_holds_are_left_out_where_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that Dynamo cannot trace: fast enough, and an obstacle in the table, or refused where it is named."""
     right = attention.attend
@@ -208,7 +252,7 @@ def test_kernels_that_fail_at_work_are_left_out(monkeypatch: pytest.MonkeyPatch)
     def attend(backend: Any, *inputs: torch.Tensor) -> torch.Tensor:
         if backend is not None and len(inputs[0]) > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return Refuses.apply(right(backend, *inputs))
+        return Refuses.apply(right(backend, *inputs)) if len(inputs[0]) > 1 else right(backend, *inputs)
 
     monkeypatch.setattr(attention, "attend", attend)
     timings = {timing.name: timing for timing in time_attention(SHAPES, CPU, torch.float32)}

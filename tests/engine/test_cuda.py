@@ -93,7 +93,7 @@ def test_compiled_training_step(train: str, random_pipeline: Path) -> None:
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_kernels(name: str, random_pipeline: Path) -> None:
-    problem = attention.obstacle(name, CUDA, torch.bfloat16)
+    problem = attention.obstacle(name, CUDA, torch.bfloat16, ())
     if problem:
         pytest.skip(f"{name}: {problem}")
     plain = EngineCase(random_pipeline, make_config(), torch.bfloat16, CUDA)

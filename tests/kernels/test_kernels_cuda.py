@@ -42,7 +42,8 @@ def test_noise_is_the_cpus(impl):
     for shape in ((16, 64, 64), (1031,), (1,)):
         cpu = philox_normal(shape, groups, seed=-7, draw=2**32 - 1)
         gpu = philox_normal(shape, groups.cuda(), seed=-7, draw=2**32 - 1, impl=impl)
-        torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-6, rtol=0)
+        # The chip's square root is one unit in the last place off: up to 1.2e-6 where a normal is above 4.
+        torch.testing.assert_close(gpu.cpu(), cpu, atol=2e-6, rtol=0)
 
 
 def test_a_captured_graph_draws_anew_at_each_replay():

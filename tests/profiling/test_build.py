@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from dgpo_fast.config.options import Policy
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.work import ModelWork
-from dgpo_fast.profiling import build
+from dgpo_fast.profiling import build, rates
 from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import Recording
 from dgpo_fast.profiling.report import Span
@@ -100,9 +100,22 @@ def test_thinning_keeps_the_peak() -> None:
 
 def test_the_devices_rates_are_plausible() -> None:
     """A matmul of this size does at least as much as one core of ten years ago, and a copy no more than any memory."""
-    rates = measure_rates(torch.device("cpu"), torch.float32)
-    assert 1e-3 < rates.matmul_tflops < 100
-    assert 0.1 < rates.copy_gb_per_s < 2000
+    found = measure_rates(torch.device("cpu"), torch.float32)
+    assert 1e-3 < found.matmul_tflops < 100
+    assert 0.1 < found.copy_gb_per_s < 2000
+    assert found.matmul_burst_tflops == found.matmul_tflops, "a CPU has one rate"
+
+
+def test_a_sustained_rate_fills_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that get slower as a chip gets warm: 9 of 0.1 s, then 9 of 0.2 s, are 2.7 s in 18 calls."""
+    now, calls = [0.0], [0]
+
+    def call() -> None:
+        calls[0] += 1
+        now[0] += 0.1 if calls[0] <= 9 else 0.2
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
+    assert rates._sustained_s(call) == pytest.approx(2.7 / 18) and calls[0] == 18
 
 
 def test_decoding_beside_the_rollout_is_one_kind_of_work(random_pipeline: Path) -> None:
