@@ -2,15 +2,18 @@
 it.
 
 Needs triton and its CUDA tools, but no GPU. ``python -m dgpo_kernels.triton.aot`` prints the table that the
-documentation holds.
+documentation holds; ``--keep FILE NAME`` also keeps the numbers in a JSON file, under a name such as ``after``.
 """
 
+import argparse
+import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +89,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: a thread's registers and local bytes, a program's shared bytes, access widths."""
+    """What a compiled kernel takes: a thread's registers and local bytes, a program's shared bytes, access widths.
+
+    instructions: in the machine code, loops once.
+    loads_before_noise: 128-bit loads before the first round of Philox; None in a kernel that makes no noise.
+    barriers: depth in loops of each barrier of a program; a loop around other loops counts as one more.
+    """
 
     registers: int
     stack_bytes: int
@@ -95,6 +103,9 @@ class Resources:
     shared_bytes: int
     load_bits: tuple[int, ...]
     store_bits: tuple[int, ...]
+    instructions: int
+    loads_before_noise: int | None
+    barriers: tuple[int, ...]
 
 
 def _tile(config: TileConfig, numel: int, itemsize: int = 2, channels: int = 0) -> tuple[dict[str, Any], int]:
@@ -213,7 +224,44 @@ def resources(variant: Variant, architecture: int) -> Resources:
         shared_bytes=max(field["SHARED"], compiled.metadata.shared),
         load_bits=_widths("LDG", machine_code),
         store_bits=_widths("STG", machine_code),
+        instructions=len(_instructions(machine_code)),
+        loads_before_noise=_loads_before_noise(machine_code),
+        barriers=_barriers(machine_code),
     )
+
+
+def _instructions(machine_code: str) -> list[tuple[int, str]]:
+    """Address and text of each instruction, without the padding behind the last one."""
+    found = [
+        (int(place, 16), text) for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+?)\s*;", machine_code)
+    ]
+    while found and (found[-1][1] == "NOP" or found[-1][1].startswith("BRA")):
+        found.pop()
+    return found
+
+
+def _loads_before_noise(machine_code: str) -> int | None:
+    first_round = re.search(_PHILOX, machine_code)
+    if first_round is None:
+        return None
+    return len(re.findall(r"\bLDG\S*\.128\b", machine_code[: first_round.start()]))
+
+
+_PHILOX = r"-0x2daee0ad|0xd2511f53"
+
+
+def _barriers(machine_code: str) -> tuple[int, ...]:
+    """Of each barrier in turn, the number of loops around it that hold another loop."""
+    instructions = _instructions(machine_code)
+    jumps = [(place, re.search(r"\bBRA\b.* (0x[0-9a-f]+)$", text)) for place, text in instructions]
+    loops = [(int(to[1], 16), place) for place, to in jumps if to and int(to[1], 16) < place]
+    outer = [(a, b) for a, b in loops if any(a <= start and end < b for start, end in loops)]
+    return tuple(sum(a <= place <= b for a, b in outer) for place, text in instructions if re.search(r"\bBAR\b", text))
+
+
+def executed_barriers(barriers: tuple[int, ...], samples: int) -> int:
+    """Barriers that the group kernel's program waits at, for a number of samples whose tiles fit one step."""
+    return sum(math.ceil(samples / group_loss.GROUP_BLOCKS["BLOCK_I"]) ** depth for depth in barriers)
 
 
 def _widths(instruction: str, machine_code: str) -> tuple[int, ...]:
@@ -254,24 +302,44 @@ def faults(variant: Variant, found: Resources) -> list[str]:
 
 def table(measured: dict[tuple[Variant, int], Resources]) -> str:
     """The kernels' resources as a Markdown table."""
-    lines = [
-        "| kernel | sm | registers | spilled bytes | shared bytes | 128-bit loads | 128-bit stores |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ["kernel", "sm", "registers", "spilled bytes", "shared bytes", "128-bit loads", "before noise"]
+    columns += ["128-bit stores", "instructions", "barriers"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (variant, architecture), found in measured.items():
         cells = [variant.name, f"{architecture}", f"{found.registers}"]
         cells += [f"{found.local_bytes + found.stack_bytes}", f"{found.shared_bytes}"]
         cells += [f"{found.load_bits.count(128)} of {len(found.load_bits)}"]
-        cells += [f"{found.store_bits.count(128)} of {len(found.store_bits)}"]
+        cells += ["" if found.loads_before_noise is None else f"{found.loads_before_noise}"]
+        cells += [f"{found.store_bits.count(128)} of {len(found.store_bits)}", f"{found.instructions}"]
+        cells += [_barriers_in_words(variant, found.barriers)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _barriers_in_words(variant: Variant, barriers: tuple[int, ...]) -> str:
+    """How many there are; of the group kernel, how many are waited at, by the number of samples."""
+    if variant.kernel is not group_loss._group_loss_kernel:
+        return f"{len(barriers)}"
+    return ", ".join(f"{executed_barriers(barriers, samples)} at B = {samples}" for samples in (96, 192))
+
+
 def main() -> None:
     """Prints the table for the architectures on the command line (default all); exits 1 if a kernel is at fault."""
-    architectures = [int(argument) for argument in sys.argv[1:]] or ARCHITECTURES
-    measured = {(variant, sm): resources(variant, sm) for variant in variants() for sm in architectures}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--keep", nargs=2, metavar=("FILE", "NAME"))
+    options = parser.parse_args()
+    measured = {(variant, sm): resources(variant, sm) for variant in variants() for sm in options.architectures}
     print(f"Triton {triton.__version__}\n\n{table(measured)}")
+    if options.keep:
+        file = Path(options.keep[0])
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        rows = [
+            {"kernel": v.name, "sm": sm, **asdict(found), "barriers": _barriers_in_words(v, found.barriers)}
+            for (v, sm), found in measured.items()
+        ]
+        text = json.dumps(kept | {options.keep[1]: {"triton": triton.__version__, "kernels": rows}})
+        file.write_text(text.replace('{"kernel"', '\n {"kernel"') + "\n", encoding="utf-8")
     found = [f"{v.name} on sm_{sm}: {', '.join(faults(v, r))}" for (v, sm), r in measured.items() if faults(v, r)]
     if found:
         sys.exit("\n".join(found))
