@@ -66,8 +66,8 @@ def tune(folder: Path) -> None:
     }
     tried = []
     for name, kernel in kernels.items():
-        for block, span, registers in itertools.product((512, 1024, 2048), (2, 4, 8), (168, 255)):
-            config = TileConfig(block, span, registers)
+        for block, span, registers in itertools.product((512, 1024, 2048), (2, 4, 6, 8), (168, 255)):
+            config = TileConfig(block, warps_per_sm=8, span=span, max_registers=registers)
             times = sorted(gpu_times_us(lambda kernel=kernel, config=config: kernel(config)))
             tried.append({"kernel": name, "block": block, "span": span, "max_registers": registers, "us": times[25]})
         tried.sort(key=lambda row: (row["kernel"], row["us"]))

@@ -17,13 +17,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
 from dgpo_kernels.triton import group_loss, loss_partials, noise, policy_gradient, step
-from dgpo_kernels.triton.launch import BACKWARD_CONFIG, COMPILER_OPTIONS, FORWARD_CONFIG, NOISE_CONFIG, TileConfig
+from dgpo_kernels.triton.launch import (
+    BACKWARD_CONFIG,
+    COMPILER_OPTIONS,
+    FORWARD_CONFIG,
+    MULTIPROCESSORS,
+    NOISE_CONFIG,
+    TileConfig,
+)
 
 ARCHITECTURES = (80, 90, 100)
 # The budget. The kernels over tiles may take all the registers a thread can have: two programs of four warps an SM
@@ -34,7 +42,13 @@ MAX_REGISTERS = 255
 MAX_STEP_REGISTERS = 64
 MAX_SHARED_BYTES = 8 * 1024
 
-_INTEGERS = {"samples", "tiles", "numel", "quarter"}
+REGISTERS_OF_AN_SM = 65536
+BATCHES = (24, 48, 96, 192)
+TILED = {"group noise": NOISE_CONFIG, "loss": FORWARD_CONFIG, "gradient": BACKWARD_CONFIG}
+# Policy, reference, θ_old and the KL term.
+ROWS_A_SAMPLE = 4
+
+_INTEGERS = {"samples", "tiles", "numel", "quarter", "span"}
 _FLOATS = {
     "guidance_scale",
     "inverse_numel",
@@ -72,6 +86,7 @@ class Variant:
     wide: whether every access to a big tensor is to be 128 bits wide.
     max_registers: the bound given to the assembler, None for none.
     integers: type of sizes and strides, as Triton takes it from their values.
+    warps_per_sm: that the launcher takes to fit on an SM; 0 if it does not ask.
     aligned: whether tensors and sizes are multiples of 16.
     """
 
@@ -85,6 +100,7 @@ class Variant:
     max_registers: int | None = MAX_REGISTERS
     integers: str = "i32"
     aligned: bool = True
+    warps_per_sm: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,18 +124,26 @@ class Resources:
     barriers: tuple[int, ...]
 
 
+_KERNELS = (
+    (noise._group_noise_kernel, NOISE_CONFIG),
+    (loss_partials._partials_kernel, FORWARD_CONFIG),
+    (policy_gradient._gradient_kernel, BACKWARD_CONFIG),
+)
+
+
 def _tile(config: TileConfig, numel: int, itemsize: int = 2, channels: int = 0) -> tuple[dict[str, Any], int]:
     """The tile's constants, and the number of warps."""
     _, tiles, block, vector, num_warps = config.tiles(numel, itemsize)
     even = numel == 4 * tiles * block
-    return {"CHANNELS": channels, "EVEN": even, "SPAN": config.span, "BLOCK": block, "VECTOR": vector}, num_warps
+    return {"CHANNELS": channels, "EVEN": even, "BLOCK": block, "VECTOR": vector}, num_warps
 
 
 def variants() -> Iterator[Variant]:
     """The kernels at SD3.5's size (65,536 elements a sample), and the fullest at that of a small model (768)."""
 
     def variant(name: str, kernel: JITFunction, constants: dict[str, Any], warps: int, **options: Any) -> Variant:
-        return Variant(name, kernel, tuple(constants.items()), warps, **options)
+        fitting = {function: config.warps_per_sm for function, config in _KERNELS}.get(kernel, 0)
+        return Variant(name, kernel, tuple(constants.items()), warps, warps_per_sm=fitting, **options)
 
     predictions = {"": (False, 0), ", old": (True, 0), ", old, kl = ref": (True, 1), ", old, kl": (True, 2)}
     for numel in (65536, 768):
@@ -167,6 +191,8 @@ def variants() -> Iterator[Variant]:
         **{"SCORES_GIVEN": False, "SCORES_ONLY": False, "given_scores": None, **group_loss.GROUP_BLOCKS},
     }
     yield variant("group loss", group_loss._group_loss_kernel, whole, group_loss.GROUP_WARPS, wide=False)
+    known = whole | {"COUNT_GROUPS": False, "COUNT_SIZES": False}
+    yield variant("group loss, sizes given", group_loss._group_loss_kernel, known, group_loss.GROUP_WARPS, wide=False)
     given = whole | {"SCORES_GIVEN": True, "COUNT_GROUPS": False, "COUNT_SIZES": False}
     del given["given_scores"]
     yield variant("group loss, scores given", group_loss._group_loss_kernel, given, group_loss.GROUP_WARPS, wide=False)
@@ -193,7 +219,7 @@ def compile_variant(variant: Variant, architecture: int) -> CompiledKernel:
         if name in constants:
             signature[name] = "constexpr"
         elif name in _INTEGERS or name.endswith("_stride"):
-            bounds = name in ("samples", "tiles")
+            bounds = name in ("samples", "tiles", "span")
             signature[name] = "i32" if bounds else variant.integers
             aligned += [] if bounds else [index]
         elif name in _FLOATS:
@@ -260,8 +286,23 @@ def _barriers(machine_code: str) -> tuple[int, ...]:
 
 
 def executed_barriers(barriers: tuple[int, ...], samples: int) -> int:
-    """Barriers that the group kernel's program waits at, for a number of samples whose tiles fit one step."""
-    return sum(math.ceil(samples / group_loss.GROUP_BLOCKS["BLOCK_I"]) ** depth for depth in barriers)
+    """Barriers that the group kernel's program waits at: those in a loop once for each block of rows it adds up."""
+    blocks = math.ceil(ROWS_A_SAMPLE * samples / group_loss.GROUP_BLOCKS["BLOCK_ROWS"])
+    return sum(blocks**depth for depth in barriers)
+
+
+def waves() -> str:
+    """How often each kernel over tiles fills an H200 at SD3.5's size, by the number of samples, as Markdown."""
+    lines = ["| kernel | " + " | ".join(f"B = {samples}" for samples in BATCHES) + " |", "|---" * 5 + "|"]
+    for name, config in TILED.items():
+        _, tiles, _, _, warps = config.tiles(65536, 2)
+        cells = []
+        for samples in BATCHES:
+            span = config.span_of(samples, tiles, warps, torch.device("cpu"))
+            programs, slots = tiles * math.ceil(samples / span), MULTIPROCESSORS * (config.warps_per_sm // warps)
+            cells.append(f"span {span}: {programs} programs, {programs / slots:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _widths(instruction: str, machine_code: str) -> tuple[int, ...]:
@@ -295,9 +336,21 @@ def faults(variant: Variant, found: Resources) -> list[str]:
         f"takes {found.registers} registers": found.registers <= limit,
         f"takes {found.shared_bytes} shared bytes": found.shared_bytes <= MAX_SHARED_BYTES,
         f"has no 128-bit access: {accesses}": not variant.wide or max(accesses) == 128,
+        "makes noise before its first loads": not variant.wide or found.loads_before_noise != 0 or not _reads(variant),
+        "does not fit an SM as often as the launcher takes it to": _warps_fitting(found) >= variant.warps_per_sm,
         f"makes 16-bit accesses: {accesses}": not variant.wide or min(accesses) >= 32,
     }
     return [fault for fault, holds in checks.items() if not holds]
+
+
+def _reads(variant: Variant) -> bool:
+    """Whether a kernel that makes noise has data to load as well."""
+    return dict(variant.constants).get("HAS_X0", True)
+
+
+def _warps_fitting(found: Resources) -> int:
+    """Warps of a kernel on an SM, by its registers."""
+    return REGISTERS_OF_AN_SM // (32 * 8 * math.ceil(found.registers / 8))
 
 
 def table(measured: dict[tuple[Variant, int], Resources]) -> str:
@@ -330,7 +383,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs=2, metavar=("FILE", "NAME"))
     options = parser.parse_args()
     measured = {(variant, sm): resources(variant, sm) for variant in variants() for sm in options.architectures}
-    print(f"Triton {triton.__version__}\n\n{table(measured)}")
+    print(f"Triton {triton.__version__}\n\n{table(measured)}\n\n{waves()}")
     if options.keep:
         file = Path(options.keep[0])
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -338,7 +391,9 @@ def main() -> None:
             {"kernel": v.name, "sm": sm, **asdict(found), "barriers": _barriers_in_words(v, found.barriers)}
             for (v, sm), found in measured.items()
         ]
-        text = json.dumps(kept | {options.keep[1]: {"triton": triton.__version__, "kernels": rows}})
+        text = json.dumps(
+            kept | {options.keep[1]: {"triton": triton.__version__, "kernels": rows, "waves": waves().splitlines()}}
+        )
         file.write_text(text.replace('{"kernel"', '\n {"kernel"') + "\n", encoding="utf-8")
     found = [f"{v.name} on sm_{sm}: {', '.join(faults(v, r))}" for (v, sm), r in measured.items() if faults(v, r)]
     if found:

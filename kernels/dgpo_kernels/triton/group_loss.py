@@ -4,8 +4,10 @@
     loss = (1/P) Σ_g softplus(s_g)/β + κ Σ_i kl_i,   κ = kl_weight/B
     w_i = σ(s_g)·A_i/(P·G_g), 0 if clipped: the gradient of the loss in d_policy,i
 
-One program adds the sums of :mod:`dgpo_kernels.triton.loss_partials` up in a fixed order, so that the same inputs give
-the same bits. Between the scores and the loss a caller may sum the scores over processes: the kernel then runs twice.
+One program does it in two steps, in a fixed order, so that the same inputs give the same bits. First it adds the sums
+of :mod:`dgpo_kernels.triton.loss_partials` up, each row once; after a barrier, each thread compares one sample's group
+with all others' and adds up scalars. Between the scores and the loss a caller may sum the scores over processes: the
+kernel then runs twice.
 """
 
 import math
@@ -18,21 +20,25 @@ from torch import Tensor
 from dgpo_kernels.triton.launch import COMPILER_OPTIONS, device_of
 from dgpo_kernels.triton.philox import log
 
-# Block sizes of the one-program kernel: samples by samples, and tiles at a time.
-GROUP_BLOCKS = {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_T": 16}
+# Block sizes of the one-program kernel: rows and tiles at a time; samples, one to a thread, by samples at a time.
+GROUP_BLOCKS = {"BLOCK_ROWS": 256, "BLOCK_T": 16, "BLOCK_I": 256, "BLOCK_J": 16}
 GROUP_WARPS = 8
 GROUP_MAX_REGISTERS = 255
 
 
 @triton.jit
-def _row_sums(rows, index, mask, tiles, LANES: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Σ over tiles of rows[index], (LANES,), in the same order every time."""
-    total = tl.zeros([LANES], tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        place = index.to(tl.int64)[:, None] * tiles + tile[None, :]
-        total += tl.sum(tl.load(rows + place, mask=mask[:, None] & (tile < tiles)[None, :], other=0.0), 1)
-    return total
+def _add_rows(rows, sums, count, tiles, scale, BLOCK_ROWS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """sums[r] = scale · Σ over tiles of rows[r], for `count` rows, in the same order every time."""
+    for start_row in range(0, count, BLOCK_ROWS):
+        row = start_row + tl.arange(0, BLOCK_ROWS)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        for start in range(0, tiles, BLOCK_T):
+            tile = start + tl.arange(0, BLOCK_T)
+            place = row.to(tl.int64)[:, None] * tiles + tile[None, :]
+            total += tl.sum(tl.load(rows + place, mask=(row < count)[:, None] & (tile < tiles)[None, :], other=0.0), 1)
+        tl.store(sums + row, total * scale, mask=row < count)
+    # What other threads have stored is read from here on.
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["samples", "tiles"])
@@ -63,11 +69,13 @@ def _group_loss_kernel(
     COUNT_SIZES: tl.constexpr,
     SCORES_GIVEN: tl.constexpr,
     SCORES_ONLY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):
-    kind = samples.to(tl.int64) * tiles
+    kinds = 2 if SCORES_ONLY else 2 + HAS_OLD + HAS_KL
+    _add_rows(partials, losses, kinds * samples, tiles, inverse_numel, BLOCK_ROWS, BLOCK_T)
     groups = num_groups
     distinct = tl.zeros([BLOCK_I], tl.int32)
     loss_sum = tl.zeros([BLOCK_I], tl.float32)
@@ -81,18 +89,19 @@ def _group_loss_kernel(
         earlier = tl.zeros([BLOCK_I], tl.int32)
         if COUNT_GROUPS or COUNT_SIZES or not SCORES_GIVEN:
             for start_j in range(0, samples, BLOCK_J):
-                j = start_j + tl.arange(0, BLOCK_J)
+                # Down a column, which a thread holds: sums over j need no other thread.
+                j = start_j + tl.arange(0, BLOCK_J)[:, None]
                 mask_j = j < samples
-                group_j = tl.load(group_index + j, mask=mask_j, other=0)
-                same = (group_i[:, None] == group_j[None, :]) & mask_i[:, None] & mask_j[None, :]
-                size += tl.sum(same.to(tl.int32), 1)
-                earlier += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
+                same = (tl.load(group_index + j, mask=mask_j, other=0) == group_i[None, :]) & mask_j
+                if COUNT_SIZES:
+                    size += tl.sum(same.to(tl.int32), 0)
+                if COUNT_GROUPS:
+                    earlier += tl.sum((same & (j < i[None, :])).to(tl.int32), 0)
                 if not SCORES_GIVEN:
-                    policy_j = _row_sums(partials, j, mask_j, tiles, BLOCK_J, BLOCK_T)
-                    ref_j = _row_sums(partials + kind, j, mask_j, tiles, BLOCK_J, BLOCK_T)
-                    advantage_j = tl.load(advantage + j, mask=mask_j, other=0.0).to(tl.float32)
-                    term = advantage_j * (policy_j * inverse_numel - ref_j * inverse_numel)
-                    score += tl.sum(tl.where(same, term[None, :], 0.0), 1)
+                    policy_j = tl.load(losses + j, mask=mask_j, other=0.0)
+                    ref_j = tl.load(losses + samples + j, mask=mask_j, other=0.0)
+                    term = tl.load(advantage + j, mask=mask_j, other=0.0).to(tl.float32) * (policy_j - ref_j)
+                    score += tl.sum(tl.where(same, term, 0.0), 0)
         divisor = group_size
         if COUNT_SIZES:
             divisor = tl.maximum(size, 1).to(tl.float32)
@@ -101,25 +110,17 @@ def _group_loss_kernel(
             score = tl.load(given_scores + i, mask=mask_i, other=0.0)
         tl.store(scores + i, score, mask=mask_i)
         if not SCORES_ONLY:
-            distinct += (mask_i & (earlier == 0)).to(tl.int32)
+            if COUNT_GROUPS:
+                distinct += (mask_i & (earlier == 0)).to(tl.int32)
             advantage_i = tl.load(advantage + i, mask=mask_i, other=0.0).to(tl.float32)
-            policy_i = _row_sums(partials, i, mask_i, tiles, BLOCK_I, BLOCK_T) * inverse_numel
-            ref_i = _row_sums(partials + kind, i, mask_i, tiles, BLOCK_I, BLOCK_T) * inverse_numel
-            tl.store(losses + i, policy_i, mask=mask_i)
-            tl.store(losses + samples + i, ref_i, mask=mask_i)
             keep = mask_i
-            if HAS_OLD:
-                old_i = _row_sums(partials + 2 * kind, i, mask_i, tiles, BLOCK_I, BLOCK_T) * inverse_numel
-                tl.store(losses + 2 * samples + i, old_i, mask=mask_i)
-                if CLIP:
-                    log_ratio = old_i - policy_i
-                    cut = tl.where(advantage_i > 0, log_ratio > log_upper, log_ratio < log_lower)
-                    keep = keep & (cut == 0)
+            if CLIP:
+                policy_i = tl.load(losses + i, mask=mask_i, other=0.0)
+                log_ratio = tl.load(losses + 2 * samples + i, mask=mask_i, other=0.0) - policy_i
+                cut = tl.where(advantage_i > 0, log_ratio > log_upper, log_ratio < log_lower)
+                keep = keep & (cut == 0)
             if HAS_KL:
-                rows = partials + (2 + HAS_OLD) * kind
-                kl_i = _row_sums(rows, i, mask_i, tiles, BLOCK_I, BLOCK_T) * inverse_numel
-                tl.store(losses + (2 + HAS_OLD) * samples + i, kl_i, mask=mask_i)
-                kl_sum += kl_i
+                kl_sum += tl.load(losses + (2 + HAS_OLD) * samples + i, mask=mask_i, other=0.0)
             tl.store(clipped + i, keep == 0, mask=mask_i)
             # σ(s) and softplus(s) = max(s, 0) + ln(1 + e^−|s|), neither of which overflows; the logarithm is corrected
             # for the rounding of 1 + e^−|s| (Kahan), so that a group far on the good side keeps its tiny loss.
@@ -191,7 +192,7 @@ def group_loss(
             float(group_size or 0),
             HAS_OLD=has_old,
             HAS_KL=has_kl,
-            CLIP=clip_range is not None,
+            CLIP=clip_range is not None and has_old,
             COUNT_GROUPS=num_groups is None and not scores_only,
             COUNT_SIZES=group_size is None,
             SCORES_GIVEN=given_scores is not None,

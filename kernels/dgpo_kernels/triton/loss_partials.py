@@ -14,19 +14,18 @@ from torch import Tensor
 
 from dgpo_kernels import layout
 from dgpo_kernels.triton.launch import COMPILER_OPTIONS, FORWARD_CONFIG, TileConfig, device_of, tile_grid
-from dgpo_kernels.triton.philox import group_normals, load, tile_places, word_mask, word_shift
+from dgpo_kernels.triton.philox import group_normals, load_group, load_words, no_normals, tile_places, word_mask
 
 # What the KL term holds the policy to: nothing, ref_v (no further read), or a tensor of its own.
 KL_NONE, KL_REF, KL_OWN = 0, 1, 2
 
 
 @triton.jit
-def _squares(difference):
-    """Sums of squares within each thread."""
-    return tl.sum(difference * difference, 0)
+def _add_squares(total, difference):
+    return tl.fma(difference, difference, total)
 
 
-@triton.jit(do_not_specialize=["samples", "tiles"])
+@triton.jit(do_not_specialize=["samples", "tiles", "span"])
 def _partials_kernel(
     policy,
     ref,
@@ -41,6 +40,7 @@ def _partials_kernel(
     tiles,
     numel,
     quarter,
+    span,
     policy_stride,
     ref_stride,
     x0_stride,
@@ -50,45 +50,52 @@ def _partials_kernel(
     KL: tl.constexpr,
     CHANNELS: tl.constexpr,
     EVEN: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
-    first = (tl.program_id(0) // tiles).to(tl.int64) * SPAN
+    first = (tl.program_id(0) // tiles).to(tl.int64) * span
     counter, start, offset, lane = tile_places(tile, quarter, CHANNELS, BLOCK, VECTOR)
     seed_value = tl.load(seed)
     draw_value = tl.load(draw)
     group = tl.load(group_index + first)
-    noise = group_normals(seed_value, draw_value, group, counter)
-    for step in range(0, min(SPAN, samples - first)):
+    noise = no_normals(BLOCK, VECTOR)
+    for step in range(0, tl.minimum(span, samples - first)):
         sample = first + step
-        sample_group = tl.load(group_index + sample)
-        if sample_group != group:
+        # The sample's loads come first: memory works while the noise is made.
+        clean = load_words(x0 + sample * x0_stride, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+        policy_v = load_words(
+            policy + sample * policy_stride, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK
+        )
+        ref_v = load_words(ref + sample * ref_stride, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+        old_v = policy_v
+        if HAS_OLD:
+            old_v = load_words(
+                old + sample * old_stride, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK
+            )
+        kl_v = ref_v
+        if KL == 2:
+            kl_v = load_words(kl + sample * kl_stride, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+        sample_group, late = load_group(group_index + sample)
+        if (step == 0) | (sample_group != group):
             group = sample_group
-            noise = group_normals(seed_value, draw_value, group, counter)
-        policy_sum = tl.zeros([BLOCK // VECTOR], tl.float32)
-        ref_sum = tl.zeros([BLOCK // VECTOR], tl.float32)
-        old_sum = tl.zeros([BLOCK // VECTOR], tl.float32)
-        kl_sum = tl.zeros([BLOCK // VECTOR], tl.float32)
+            noise = group_normals(seed_value, draw_value, group, counter + late)
+        # One fused multiply-add for each element; lanes of a thread are added up once, behind the last word.
+        policy_sum = tl.zeros([VECTOR, BLOCK // VECTOR], tl.float32)
+        ref_sum = tl.zeros([VECTOR, BLOCK // VECTOR], tl.float32)
+        old_sum = tl.zeros([VECTOR, BLOCK // VECTOR], tl.float32)
+        kl_sum = tl.zeros([VECTOR, BLOCK // VECTOR], tl.float32)
         for word in tl.static_range(4):
-            place = start + word_shift(word, quarter, CHANNELS)
-            mask = word_mask(word, tile, lane, numel, quarter, BLOCK)
-            target = noise[word] - load(x0 + sample * x0_stride + place, offset, mask, EVEN)
+            target = noise[word] - clean[word].to(tl.float32)
             if not EVEN:
-                target = tl.where(mask, target, 0.0)
-            policy_v = load(policy + sample * policy_stride + place, offset, mask, EVEN)
-            ref_v = load(ref + sample * ref_stride + place, offset, mask, EVEN)
-            policy_sum += _squares(policy_v - target)
-            ref_sum += _squares(ref_v - target)
+                target = tl.where(word_mask(word, tile, lane, numel, quarter, BLOCK), target, 0.0)
+            policy_word = policy_v[word].to(tl.float32)
+            policy_sum = _add_squares(policy_sum, policy_word - target)
+            ref_sum = _add_squares(ref_sum, ref_v[word].to(tl.float32) - target)
             if HAS_OLD:
-                old_v = load(old + sample * old_stride + place, offset, mask, EVEN)
-                old_sum += _squares(old_v - target)
-            if KL == 1:
-                kl_sum += _squares(policy_v - ref_v)
-            if KL == 2:
-                kl_v = load(kl + sample * kl_stride + place, offset, mask, EVEN)
-                kl_sum += _squares(policy_v - kl_v)
+                old_sum = _add_squares(old_sum, old_v[word].to(tl.float32) - target)
+            if KL != 0:
+                kl_sum = _add_squares(kl_sum, policy_word - kl_v[word].to(tl.float32))
         # partials[kind, sample, tile], kinds in the order policy, ref, old, kl without those not asked for.
         place = partials + sample * tiles + tile
         kind = samples.to(tl.int64) * tiles
@@ -121,12 +128,13 @@ def loss_partials(
     samples, numel = policy_v.shape[0], policy_v[0].numel() if policy_v.shape[0] else 1
     itemsize = min(t.element_size() for t in (policy_v, ref_v, x0, old_v, kl_v) if t is not None)
     quarter, tiles, block, vector, num_warps = config.tiles(numel, itemsize)
+    span = config.span_of(samples, tiles, num_warps, policy_v.device)
     kinds = 2 + (old_v is not None) + (kl != KL_NONE)
     partials = torch.empty((kinds, samples, tiles), dtype=torch.float32, device=policy_v.device)
     if samples == 0:
         return partials
     with device_of(policy_v):
-        _partials_kernel[tile_grid(tiles, samples, config.span)](
+        _partials_kernel[tile_grid(tiles, samples, span)](
             policy_v,
             ref_v,
             x0,
@@ -140,6 +148,7 @@ def loss_partials(
             tiles,
             numel,
             quarter,
+            span,
             policy_v.stride(0),
             ref_v.stride(0),
             x0.stride(0),
@@ -149,7 +158,6 @@ def loss_partials(
             KL=kl,
             CHANNELS=channels,
             EVEN=numel == 4 * tiles * block,
-            SPAN=config.span,
             BLOCK=block,
             VECTOR=vector,
             num_warps=num_warps,

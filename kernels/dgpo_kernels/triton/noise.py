@@ -1,6 +1,6 @@
 """Group noise, stored or applied: x_t = (1 − σ)·x0 + σ·ε in one read and one write, ε made in registers.
 
-A program takes one tile of BLOCK Philox counters, hence 4·BLOCK elements, through SPAN consecutive samples. It makes
+A program takes one tile of BLOCK Philox counters, hence 4·BLOCK elements, through `span` consecutive samples. It makes
 the tile's noise once for each run of equal groups, so that groups that lie together pay for one ε and others stay
 correct.
 """
@@ -14,10 +14,19 @@ from torch import Tensor
 
 from dgpo_kernels import layout
 from dgpo_kernels.triton.launch import COMPILER_OPTIONS, NOISE_CONFIG, TileConfig, device_of, tile_grid
-from dgpo_kernels.triton.philox import group_normals, load, store, tile_places, word_mask, word_shift
+from dgpo_kernels.triton.philox import (
+    group_normals,
+    load_group,
+    load_words,
+    no_normals,
+    store,
+    tile_places,
+    word_mask,
+    word_shift,
+)
 
 
-@triton.jit(do_not_specialize=["samples", "tiles"])
+@triton.jit(do_not_specialize=["samples", "tiles", "span"])
 def _group_noise_kernel(
     x0,
     sigma,
@@ -29,38 +38,42 @@ def _group_noise_kernel(
     tiles,
     numel,
     quarter,
+    span,
     x0_stride,
     SIGMA_STRIDE: tl.constexpr,
     HAS_X0: tl.constexpr,
     CHANNELS: tl.constexpr,
     EVEN: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
-    first = (tl.program_id(0) // tiles).to(tl.int64) * SPAN
+    first = (tl.program_id(0) // tiles).to(tl.int64) * span
     counter, start, offset, lane = tile_places(tile, quarter, CHANNELS, BLOCK, VECTOR)
     seed_value = tl.load(seed)
     draw_value = tl.load(draw)
     group = tl.load(group_index + first)
-    noise = group_normals(seed_value, draw_value, group, counter)
-    for step in range(0, min(SPAN, samples - first)):
+    noise = no_normals(BLOCK, VECTOR)
+    for step in range(0, tl.minimum(span, samples - first)):
         sample = first + step
-        sample_group = tl.load(group_index + sample)
-        if sample_group != group:
-            group = sample_group
-            noise = group_normals(seed_value, draw_value, group, counter)
+        # The sample's loads come first: memory works while the noise is made.
+        clean = noise
         level = 1.0
         if HAS_X0:
+            clean = load_words(
+                x0 + sample * x0_stride, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK
+            )
             level = tl.load(sigma + sample * SIGMA_STRIDE).to(tl.float32)
+        sample_group, late = load_group(group_index + sample)
+        if (step == 0) | (sample_group != group):
+            group = sample_group
+            noise = group_normals(seed_value, draw_value, group, counter + late)
         for word in tl.static_range(4):
             place = start + word_shift(word, quarter, CHANNELS)
             mask = word_mask(word, tile, lane, numel, quarter, BLOCK)
             value = noise[word]
             if HAS_X0:
-                clean = load(x0 + sample * x0_stride + place, offset, mask, EVEN)
-                value = (1.0 - level) * clean + level * value
+                value = (1.0 - level) * clean[word].to(tl.float32) + level * value
             store(out + sample * numel + place, offset, value, mask, EVEN)
 
 
@@ -95,8 +108,9 @@ def _launch(
         return
     numel = out.numel() // samples
     quarter, tiles, block, vector, num_warps = config.tiles(numel, out.element_size())
+    span = config.span_of(samples, tiles, num_warps, out.device)
     with device_of(out):
-        _group_noise_kernel[tile_grid(tiles, samples, config.span)](
+        _group_noise_kernel[tile_grid(tiles, samples, span)](
             x0,
             sigma,
             group_index.contiguous(),
@@ -107,12 +121,12 @@ def _launch(
             tiles,
             numel,
             quarter,
+            span,
             0 if x0 is None else x0.stride(0),
             SIGMA_STRIDE=1 if sigma is not None and sigma.dim() else 0,
             HAS_X0=x0 is not None,
             CHANNELS=channels,
             EVEN=numel == 4 * tiles * block,
-            SPAN=config.span,
             BLOCK=block,
             VECTOR=vector,
             num_warps=num_warps,

@@ -99,10 +99,37 @@ def word_mask(word, tile, lane, numel, quarter, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load(pointer, offset, mask, EVEN: tl.constexpr):
-    """Elements as float32, 0 outside the sample; EVEN says that tiles divide the sample, which makes masks needless."""
-    value = tl.load(pointer + offset) if EVEN else tl.load(pointer + offset, mask=mask, other=0.0)
-    return value.to(tl.float32)
+def load_word(
+    word: tl.constexpr,
+    pointer,
+    tile,
+    start,
+    offset,
+    lane,
+    numel,
+    quarter,
+    CHANNELS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A tile's elements in a word's quarter, in the tensor's dtype, 0 outside the sample; EVEN says that tiles divide
+    the sample, which makes masks needless."""
+    place = pointer + start + word_shift(word, quarter, CHANNELS)
+    if EVEN:
+        return tl.load(place + offset)
+    return tl.load(place + offset, mask=word_mask(word, tile, lane, numel, quarter, BLOCK), other=0.0)
+
+
+@triton.jit
+def load_words(
+    pointer, tile, start, offset, lane, numel, quarter, CHANNELS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A tile's elements in the quarters of the four words. They arrive where they are used; until then, other work."""
+    w0 = load_word(0, pointer, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+    w1 = load_word(1, pointer, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+    w2 = load_word(2, pointer, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+    w3 = load_word(3, pointer, tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -121,3 +148,21 @@ def group_normals(seed, draw, group, counter):
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
     return n0, n1, n2, n3
+
+
+@triton.jit
+def load_group(pointer):
+    """A sample's group, and a 0 (int32) that the compiler cannot know before it is loaded.
+
+    Added to the counters, it keeps the first rounds of Philox, which do not depend on the group, from being computed
+    ahead of a program's first loads.
+    """
+    group = tl.load(pointer)
+    return group, (tl.load(pointer, volatile=True) ^ group).to(tl.int32)
+
+
+@triton.jit
+def no_normals(BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """What stands for a tile's normals before the first ones are made."""
+    zero = tl.zeros([VECTOR, BLOCK // VECTOR], tl.float32)
+    return zero, zero, zero, zero

@@ -11,10 +11,19 @@ from torch import Tensor
 
 from dgpo_kernels import layout
 from dgpo_kernels.triton.launch import BACKWARD_CONFIG, COMPILER_OPTIONS, TileConfig, device_of, tile_grid
-from dgpo_kernels.triton.philox import group_normals, load, store, tile_places, word_mask, word_shift
+from dgpo_kernels.triton.philox import (
+    group_normals,
+    load_group,
+    load_words,
+    no_normals,
+    store,
+    tile_places,
+    word_mask,
+    word_shift,
+)
 
 
-@triton.jit(do_not_specialize=["samples", "tiles"])
+@triton.jit(do_not_specialize=["samples", "tiles", "span"])
 def _gradient_kernel(
     grad_loss,
     policy,
@@ -30,6 +39,7 @@ def _gradient_kernel(
     tiles,
     numel,
     quarter,
+    span,
     policy_stride,
     x0_stride,
     kl_stride,
@@ -38,35 +48,40 @@ def _gradient_kernel(
     HAS_KL: tl.constexpr,
     CHANNELS: tl.constexpr,
     EVEN: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
-    first = (tl.program_id(0) // tiles).to(tl.int64) * SPAN
+    first = (tl.program_id(0) // tiles).to(tl.int64) * span
     counter, start, offset, lane = tile_places(tile, quarter, CHANNELS, BLOCK, VECTOR)
     seed_value = tl.load(seed)
     draw_value = tl.load(draw)
     group = tl.load(group_index + first)
-    noise = group_normals(seed_value, draw_value, group, counter)
     scale = tl.load(grad_loss).to(tl.float32) * two_over_numel
     kl_weight = scale * kl_scale
     scale = scale * tl.load(inverse_groups)
-    for step in range(0, min(SPAN, samples - first)):
+    noise = no_normals(BLOCK, VECTOR)
+    for step in range(0, tl.minimum(span, samples - first)):
         sample = first + step
-        sample_group = tl.load(group_index + sample)
-        if sample_group != group:
-            group = sample_group
-            noise = group_normals(seed_value, draw_value, group, counter)
+        # The sample's loads come first: memory works while the noise is made.
+        rows = sample * policy_stride, sample * x0_stride, sample * kl_stride
+        policy_v = load_words(policy + rows[0], tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+        clean = load_words(x0 + rows[1], tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
+        kl_v = policy_v
+        if HAS_KL:
+            kl_v = load_words(kl + rows[2], tile, start, offset, lane, numel, quarter, CHANNELS, EVEN, BLOCK)
         weight = scale * tl.load(weights + sample)
+        sample_group, late = load_group(group_index + sample)
+        if (step == 0) | (sample_group != group):
+            group = sample_group
+            noise = group_normals(seed_value, draw_value, group, counter + late)
         for word in tl.static_range(4):
             place = start + word_shift(word, quarter, CHANNELS)
             mask = word_mask(word, tile, lane, numel, quarter, BLOCK)
-            policy_v = load(policy + sample * policy_stride + place, offset, mask, EVEN)
-            clean = load(x0 + sample * x0_stride + place, offset, mask, EVEN)
-            value = weight * (policy_v - (noise[word] - clean))
+            policy_word = policy_v[word].to(tl.float32)
+            value = weight * (policy_word - (noise[word] - clean[word].to(tl.float32)))
             if HAS_KL:
-                value += kl_weight * (policy_v - load(kl + sample * kl_stride + place, offset, mask, EVEN))
+                value += kl_weight * (policy_word - kl_v[word].to(tl.float32))
             store(grad + sample * numel + place, offset, value, mask, EVEN)
 
 
@@ -94,8 +109,9 @@ def policy_gradient(
     numel = policy_v[0].numel()
     itemsize = min(t.element_size() for t in (policy_v, x0, kl_v) if t is not None)
     quarter, tiles, block, vector, num_warps = config.tiles(numel, itemsize)
+    span = config.span_of(samples, tiles, num_warps, policy_v.device)
     with device_of(policy_v):
-        _gradient_kernel[tile_grid(tiles, samples, config.span)](
+        _gradient_kernel[tile_grid(tiles, samples, span)](
             grad_loss,
             policy_v,
             x0,
@@ -110,6 +126,7 @@ def policy_gradient(
             tiles,
             numel,
             quarter,
+            span,
             policy_v.stride(0),
             x0.stride(0),
             0 if kl_v is None else kl_v.stride(0),
@@ -118,7 +135,6 @@ def policy_gradient(
             HAS_KL=kl_v is not None,
             CHANNELS=channels,
             EVEN=numel == 4 * tiles * block,
-            SPAN=config.span,
             BLOCK=block,
             VECTOR=vector,
             num_warps=num_warps,

@@ -6,7 +6,12 @@ import dgpo_kernels
 import hypothesis.strategies as st
 import pytest
 import torch
-from dgpo_kernels import ops
+from dgpo_kernels import ops, reference
+from dgpo_kernels.triton import noise
+from dgpo_kernels.triton.group_loss import group_loss
+from dgpo_kernels.triton.launch import FORWARD_CONFIG, NOISE_CONFIG, TileConfig
+from dgpo_kernels.triton.loss_partials import loss_partials
+from dgpo_kernels.triton.policy_gradient import policy_gradient
 from hypothesis import example, given, settings
 
 SHAPES = [(1,), (2,), (7,), (131,), (1031,), (3, 5, 7), (8, 4, 4), (12, 8, 8)]
@@ -155,7 +160,7 @@ def test_loss_and_gradient_are_within_budget(
 
 @pytest.mark.parametrize("groups", [[], [4], [1] * 5, list(range(66)), [i % 3 for i in range(70)]])
 def test_group_layouts(groups, device, within_budget):
-    """Empty, single, one group, all distinct (more than a block of the score kernel), and interleaved groups."""
+    """Empty, single, one group, all distinct (more than a step of the score kernel), and interleaved groups."""
     inputs = make_inputs((5,), groups, [torch.float32] * 5, 1.0, device)
     options = (inputs, "clip", "own", 50.0, (None, None), False)
     oracle, oracle_gradient = run("eager", *options, oracle=True)
@@ -163,6 +168,55 @@ def test_group_layouts(groups, device, within_budget):
     fused, gradient = run("triton", *options)
     results = (fused, gradient, eager, eager_gradient, oracle, oracle_gradient)
     check_all(*results, inputs[1], 50.0, within_budget)
+
+
+@pytest.mark.parametrize("samples, tiles, known", [(270, 3, False), (33, 19, True), (1, 1, False)])
+def test_sums_of_many_samples_and_tiles(samples, tiles, known, device, within_budget):
+    """More than a block of each kind: rows, samples, tiles; interleaved groups."""
+    generator = torch.Generator().manual_seed(samples)
+    partials = torch.rand(4, samples, tiles, generator=generator).to(device)
+    advantage = torch.randn(samples, generator=generator).to(device)
+    index = (torch.arange(samples) % 3).to(device)
+    numel, sizes = 7 * tiles, (3, samples // 3) if known else (None, None)
+    fused = group_loss(partials, numel, advantage, index, None, True, True, 50.0, 1e-3, 0.02 / samples, *sizes)
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        losses = reference.SampleLosses(*(partials.to(dtype).sum(2) / numel))
+        score = reference.group_scores(losses, advantage, index, 50.0, sizes[1])
+        loss, clipped = reference.loss_from_scores(losses, score, advantage, index, 50.0, 1e-3, 0.0, *sizes)
+        weights = torch.sigmoid(score) * advantage / (sizes[1] or reference.same_group(index).sum(1))
+        kl = 0.02 / samples * losses.kl.sum()
+        results[dtype] = {"loss": loss + kl, "losses": torch.stack(losses), "scores": score, "clipped": clipped}
+        results[dtype]["weights"] = torch.where(clipped, 0.0, weights)
+    eager, oracle = results.values()
+    for name, value in zip(("loss", "losses", "scores", "clipped", "weights"), fused, strict=False):
+        within_budget(name, value, eager[name], oracle[name])
+    assert fused[5] == pytest.approx(1 / min(samples, 3))
+
+
+@pytest.mark.parametrize("span", [1, 2, 8])
+def test_any_span_gives_the_same_bits(span, device):
+    """Noise, sums and gradient of groups that a program holds whole, in parts, or several of."""
+    policy, ref, x0 = torch.randn(3, 7, 8, 8, 8, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    numbers = (torch.tensor(5, device=device), torch.tensor(6, device=device))
+    index, weights = torch.tensor([3, 3, 3, 4, 9, 9, 3], device=device), torch.rand(7, device=device)
+    one = torch.ones((), device=device)
+    found = []
+    for config in (TileConfig(256, 8, span=3), TileConfig(256, 8, span=span)):
+        out = torch.empty_like(x0)
+        noise._launch(x0, weights, index, *numbers, out, 0, config)
+        sums = loss_partials(policy, ref, x0, None, ref, True, index, *numbers, config)
+        found.append((out, sums, policy_gradient(one, policy, x0, ref, index, *numbers, weights, one, 0.1, config)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("samples, spans", [(24, (1, 2)), (48, (2, 3)), (96, (4, 6)), (192, (8, 6))])
+def test_spans_fill_whole_waves(samples, spans):
+    """At SD3.5's size on the 132 SMs of an H200: of noise, with three programs an SM, and of the loss, with two."""
+    for config, span in zip((NOISE_CONFIG, FORWARD_CONFIG), spans, strict=True):
+        _, tiles, _, _, warps = config.tiles(65536, 2)
+        assert (tiles, warps) == (16, 4)
+        assert config.span_of(samples, tiles, warps, torch.device("cpu")) == span
 
 
 def test_same_bits_every_run(device):
