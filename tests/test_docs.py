@@ -203,6 +203,7 @@ def test_the_readme_quotes_the_signs() -> None:
     [
         ("comparison_reasons.py", "comparison.md", 29),
         ("gradient_signal.py", "comparison.md", 13),
+        ("gradient_choices.py", "method.md", 9),
         ("rounding.py", "performance.md", 10),
         ("first_light.py", "hyperparameters.md", 24),
         ("first_light.py tiny-ocr", "hyperparameters.md", 6),

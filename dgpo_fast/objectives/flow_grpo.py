@@ -6,9 +6,9 @@ coefficient of the SDE, the loss is the mean over samples and steps of
 
     max(−A·ρ, −A·clamp(ρ, 1 − c, 1 + c)) + kl_weight · mean (μ_policy − μ_reference)² / (2·s²)
 
-Every step but the last is trained, with the rollout's guidance; the gradient of its unconditional velocity is a setting
-(`flow_grpo.unconditional_gradient`). An iteration's groups are split over several optimizer
-steps: from the second one on, the policy has moved away from the one that drew them, and the ratio is not 1.
+Every step but the last is trained, with the rollout's guidance; whether its unconditional velocity has a gradient is a
+setting (`flow_grpo.unconditional_gradient`). An iteration's groups are split over several optimizer steps: from the
+second one on, the policy has moved away from the one that drew them, and the ratio is not 1.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
