@@ -131,7 +131,15 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     eval_sampler = _make_sampler(config, pipeline, models.behaviour, encoder, engine)
     draw, eval_draw = _make_draws(config, engine, device)
     phases = Phases(device)
-    work = WorkMeter(models, pipeline.vae, config.policy, sampler.shape)
+    work = WorkMeter(
+        models,
+        pipeline.vae,
+        config.policy,
+        sampler.shape,
+        frozen_policy=traits(config).frozen_policy,
+        drawn=engine.drawn,
+        checkpoint=engine.checkpoint,
+    )
     learner = Learner(config, models, processes, phases, work, console.note)
     worker = RolloutWorker(
         group_size=config.rollout.group_size,

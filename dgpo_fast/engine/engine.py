@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -10,6 +11,7 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
 from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
 from dgpo_fast.engine.batches import batch_sizes, decode_batch, rows_line
+from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.engine.choices import Workload, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.decoder import WAYS, Decoder, decoder_ms
@@ -21,6 +23,7 @@ from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.forward import forwards_per_step
 from dgpo_fast.models.latents import latent_shape
+from dgpo_fast.models.meta import FusedAttention
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.registry import traits
 from dgpo_fast.records import JsonObject
@@ -97,6 +100,25 @@ class Engine:
 
     def _in_float8(self, transformer: SD3Transformer2DModel) -> bool:
         return transformer is self.rollout_transformer is not self.models.behaviour
+
+    def drawn(self, samples: int) -> int:
+        """Rows of a rollout's forward for one batch, with its padding, over the forwards that a sample takes."""
+        if self.choices.cuda_graphs:
+            samples = self.sizes.rollout
+        each = forwards_per_step(self.config.rollout.guidance_scale)
+        if self.choices.compile:
+            with torch.no_grad():
+                return self._batches(self.rollout_transformer).padded(samples * each) // each
+        return samples
+
+    @property
+    def checkpoint(self) -> Callable[[SD3Transformer2DModel], None] | None:
+        """Checkpoints the blocks of a model without data as those of the policy are; None if they are not."""
+        kind = self.config.engine.checkpointing
+        if kind == "none":
+            return None
+        attention = torch.ops.aten._scaled_dot_product_flash_attention
+        return partial(checkpoint_blocks, kind=kind, again=lambda: FusedAttention(attention))
 
     def measured(self) -> dict[str, str]:
         """The choices made by measurement, ready for JSON; another measurement could give others."""

@@ -1,8 +1,12 @@
 """FLOPs and bytes of a run's forwards and backwards.
 
 FLOPs are a function of shapes, so each kind of work is counted once, by the formulas of torch's flop counter, on the
-meta device, where nothing is computed; an iteration's FLOPs are its samples times that. Prompt encoders and reward
-models are not counted, nor is recomputation in the backward pass: saving memory must not look like speed.
+meta device, where nothing is computed; an iteration's FLOPs are its rows times that. Prompt encoders and reward models
+are not counted.
+
+Rows are counted twice. *Useful* are those that the result needs: a row a sample, or one a group at a noise level that
+the group's samples share. *Executed* are those that ran: also padding, the second forward of micro-batches below a
+group, and what checkpointing computes again. Rates and MFU are of useful FLOPs: saving memory must not look like speed.
 """
 
 import re
@@ -29,10 +33,14 @@ from dgpo_fast.models.text_embeds import TextEmbeds
 
 ROLLOUT, DECODE, BOTH = "rollout", "decode", "rollout with decode"
 REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy forward", "backward"
+RECOMPUTED = "recomputed forward"
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "matmul")
 PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)
 FUSED_ATTENTION = FusedAttention(torch.ops.aten._scaled_dot_product_flash_attention)
 """As on a GPU: the FLOP counter has a formula for it."""
+
+
+Checkpoint = Callable[[SD3Transformer2DModel], None]
 
 
 @dataclass
@@ -105,6 +113,7 @@ class ModelWork:
         vae: the decoder; likewise.
         policy: what is trained.
         adapted: whether the behaviour weights are an adapter too, and no merged copy.
+        checkpoint: checkpoints the blocks of a policy as the run does; None if it does not.
         dtype: of weights and activations; bytes depend on it.
         shape: of one sample.
     """
@@ -117,8 +126,9 @@ class ModelWork:
         dtype: torch.dtype,
         shape: SampleShape,
         adapted: bool = False,
+        checkpoint: Checkpoint | None = None,
     ):
-        self.dtype, self.shape = dtype, shape
+        self.dtype, self.shape, self.checkpoint = dtype, shape, checkpoint
         self._counted: dict[tuple[str, int], Work] = {}
         with torch.device("meta"):
             self.base = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(False)
@@ -135,6 +145,18 @@ class ModelWork:
         if (kind, batch) not in self._counted:
             self._counted[kind, batch] = self._count(kind, batch)
         return self._counted[kind, batch]
+
+    def recomputed_flops(self) -> int:
+        """FLOPs of a sample's backward that checkpointing adds."""
+        if self.checkpoint is None:
+            return 0
+        plain = self.count(BACKWARD).total_flops
+        originals = [block.forward for block in self.policy.transformer_blocks]
+        self.checkpoint(self.policy)
+        checkpointed = self._count(BACKWARD, 1).total_flops
+        for block, original in zip(self.policy.transformer_blocks, originals, strict=True):
+            block.forward = original
+        return checkpointed - plain
 
     def _count(self, kind: str, batch: int) -> Work:
         if kind == DECODE:
@@ -155,46 +177,66 @@ def _count(action: Callable[[], object]) -> Work:
 
 
 class WorkMeter:
-    """How many samples an iteration sent through each kind of work, and the FLOP/s that makes.
+    """How many rows an iteration sent through each kind of work, useful and executed, and the FLOP/s that makes.
 
     Args:
         models: the run's transformers. Their forwards inside `training` are seen by hooks.
         vae: the decoder.
         policy: what is trained.
         latent: (C, H, W) of a latent.
+        frozen_policy: whether the policy's forwards without a gradient are useful; else they find the scores of groups
+            that micro-batches cut, once more than needed.
+        drawn: the rows of a rollout's batch, padding included, for each of its forwards of a sample.
+        checkpoint: as for `ModelWork`.
 
     Attributes:
-        last: samples by kind of work of the iteration that ended last.
-        batches: samples in one forward, the most seen, by kind of training work.
+        last, last_executed: rows by kind of work of the iteration that ended last.
+        batches: rows in one forward, the most seen, by kind of training work.
     """
 
-    def __init__(self, models: PolicyModels, vae: AutoencoderKL, policy: PolicyConfig, latent: tuple[int, ...]):
+    def __init__(
+        self,
+        models: PolicyModels,
+        vae: AutoencoderKL,
+        policy: PolicyConfig,
+        latent: tuple[int, ...],
+        *,
+        frozen_policy: bool = True,
+        drawn: Callable[[int], int] = int,
+        checkpoint: Checkpoint | None = None,
+    ):
         self.models, self.vae, self.policy, self.latent = models, vae, policy, latent
+        self.frozen_policy, self.drawn, self.checkpoint = frozen_policy, drawn, checkpoint
         self.peak_tflops = peak_tflops(models.device, models.dtype)
         self.samples: dict[str, int] = defaultdict(int)
+        self.executed: dict[str, int] = defaultdict(int)
         self.last: dict[str, int] = {}
+        self.last_executed: dict[str, int] = {}
         self.batches: dict[str, int] = {}
         self.flops_per_sample: dict[str, int] = {}
         self.shape: SampleShape | None = None
 
-    def sampled(self, text: TextEmbeds, forwards: int) -> None:
-        """Counts one rollout: each prompt of `text` takes this many forwards of one sample."""
+    def sampled(self, text: TextEmbeds, forwards: int, useful: int) -> None:
+        """Counts one batch of a rollout: `text` has a prompt a row, of which the first `useful` are kept."""
         self._see(text.prompt, text.pooled)
-        self.samples[ROLLOUT] += len(text) * forwards
+        self.samples[ROLLOUT] += useful * forwards
+        self.executed[ROLLOUT] += self.drawn(len(text)) * forwards
 
     def decoded(self, images: int) -> None:
-        """Counts decoded images."""
+        """Counts decoded images; the decoder's own padding is not counted."""
         self.samples[DECODE] += images
+        self.executed[DECODE] += images
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Counts the forward and backward passes of the block."""
         named = ((REFERENCE, self.models.base), (OLD, self.models.behaviour), (POLICY, self.models.policy))
-        hooks = [
-            # In front of the engine's hook, which pads a partial batch.
-            module.register_forward_pre_hook(partial(self._on_forward, kind), with_kwargs=True, prepend=True)
-            for kind, module in named
-        ]
+        hooks = []
+        for kind, module in named:
+            # In front of the engine's hook, which pads a partial batch, and behind it.
+            useful, executed = partial(self._on_forward, kind), partial(self._on_execution, kind)
+            hooks.append(module.register_forward_pre_hook(useful, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_pre_hook(executed, with_kwargs=True))
         try:
             yield
         finally:
@@ -202,30 +244,34 @@ class WorkMeter:
                 hook.remove()
 
     def take(self) -> dict[str, int]:
-        """Samples by kind of work since the last call."""
+        """Useful rows by kind of work since the last call; those executed are in `last_executed`."""
         taken, self.samples = dict(self.samples), defaultdict(int)
+        self.last_executed, self.executed = dict(self.executed), defaultdict(int)
         return taken
 
     def rates(self, seconds: float) -> dict[str, float]:
         """Rates of the iteration that ends now and took `seconds`, for `metrics.jsonl`."""
         self.last = self.take()
-        rate = self.flops(self.last) / seconds / 1e12
-        rates = {"achieved_tflops": rate}
+        rate, executed = (self.flops(rows) / seconds / 1e12 for rows in (self.last, self.last_executed))
+        rates = {"achieved_tflops": rate, "executed_tflops": executed}
         return rates | {"mfu_percent": 100 * rate / self.peak_tflops} if self.peak_tflops else rates
 
     def flops(self, samples: dict[str, int]) -> int:
-        """FLOPs of the given number of samples of each kind of work."""
+        """FLOPs of the given number of rows of each kind of work."""
         new = set(samples) - set(self.flops_per_sample)
         if new:
             model_work = self.model_work()
-            self.flops_per_sample |= {kind: model_work.count(kind).total_flops for kind in new}
+            for kind in new:
+                counted = model_work.recomputed_flops() if kind == RECOMPUTED else model_work.count(kind).total_flops
+                self.flops_per_sample[kind] = counted
         return sum(self.flops_per_sample[kind] * count for kind, count in samples.items())
 
     def model_work(self) -> ModelWork:
         """A counter for the shapes seen. There must have been a forward."""
         assert self.shape is not None
         models = self.models
-        return ModelWork(models.base, self.vae, self.policy, models.dtype, self.shape, models.adapted)
+        of_run = (models.base, self.vae, self.policy, models.dtype, self.shape, models.adapted)
+        return ModelWork(*of_run, checkpoint=self.checkpoint)
 
     def _see(self, prompt: Tensor, pooled: Tensor) -> None:
         self.shape = SampleShape(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])
@@ -235,5 +281,12 @@ class WorkMeter:
         count = len(kwargs["hidden_states"])
         trained = kind == POLICY and torch.is_grad_enabled()
         for name in (kind, BACKWARD) if trained else (kind,):
-            self.samples[name] += count
+            if trained or kind != POLICY or self.frozen_policy:
+                self.samples[name] += count
             self.batches[name] = max(count, self.batches.get(name, 0))
+
+    def _on_execution(self, kind: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        trained = kind == POLICY and torch.is_grad_enabled()
+        again = (RECOMPUTED,) if self.checkpoint is not None else ()
+        for name in (kind, BACKWARD, *again) if trained else (kind,):
+            self.executed[name] += len(kwargs["hidden_states"])

@@ -216,8 +216,10 @@ def gpu_trace(events: list[tracing.Event]) -> GpuTrace:
     )
 
 
-def throughput(recordings: Sequence[Recording], tflop: float, device: Device) -> Throughput:
-    """Speed of the median iteration."""
+def throughput(
+    recordings: Sequence[Recording], tflop: float, device: Device, executed_tflop: float | None = None
+) -> Throughput:
+    """Speed of the median iteration; its rates are of the useful `tflop`."""
     iteration = times(r.end_s - r.start_s for r in recordings)
     images = int(np.median([r.metrics["images_count"] for r in recordings]))
     rate = tflop / iteration.median_s
@@ -229,6 +231,7 @@ def throughput(recordings: Sequence[Recording], tflop: float, device: Device) ->
         achieved_tflops=rate,
         mfu_percent=100 * rate / device.datasheet_tflops if device.datasheet_tflops else None,
         of_matmul_percent=100 * rate / device.matmul_tflops,
+        executed_tflop=executed_tflop,
     )
 
 

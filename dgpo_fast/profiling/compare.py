@@ -84,7 +84,9 @@ def _speed(report: Report) -> Iterator[tuple[tuple[str, str], Value]]:
     yield ("speed", "iteration"), Value(speed.iteration.median_s, seconds, "lower")
     yield ("speed", "images/s"), Value(speed.images_per_s, digits, "higher")
     yield ("speed", "images an iteration"), Value(speed.images, digits, None)
-    yield ("speed", "FLOP an iteration"), Value(speed.tflop_per_iteration, flop, None)
+    yield ("speed", "useful FLOP an iteration"), Value(speed.tflop_per_iteration, flop, None)
+    if speed.executed_tflop is not None:
+        yield ("speed", "executed FLOP an iteration"), Value(speed.executed_tflop, flop, "lower")
     yield ("speed", "achieved"), Value(speed.achieved_tflops, _rate, "higher")
     yield ("speed", "of the measured matmul rate"), Value(speed.of_matmul_percent, percent, "higher")
     if speed.mfu_percent is not None:

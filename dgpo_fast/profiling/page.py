@@ -105,6 +105,8 @@ def _tiles(report: Report) -> str:
         (flop(speed.achieved_tflops, per_second=True), "achieved"),
         (percent(speed.of_matmul_percent), "of the matmul rate measured here"),
     ]
+    if speed.executed_tflop is not None:
+        tiles.append((percent(100 * speed.tflop_per_iteration / speed.executed_tflop), "of the executed FLOPs useful"))
     if speed.mfu_percent is not None:
         tiles.append((percent(speed.mfu_percent), "MFU, of the datasheet"))
     if report.gpu:

@@ -31,6 +31,7 @@ class Recording:
     samples: dict[str, int] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     peak_mib: dict[str, float] = field(default_factory=dict)
+    executed: dict[str, int] = field(default_factory=dict)
 
 
 class MemoryWatch:
@@ -170,7 +171,7 @@ class Recorder:
         self.recordings.append(recording)
         recording.metrics = self.trainer.step()
         recording.end_s = time.perf_counter()
-        recording.samples = dict(self.trainer.work.last)
+        recording.samples, recording.executed = dict(self.trainer.work.last), dict(self.trainer.work.last_executed)
         training = [span for span in recording.spans if span.name == TRAIN]
         for name, start, end in self._clock.take():
             start, end = start - recording.start_s, end - recording.start_s

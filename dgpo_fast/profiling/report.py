@@ -68,7 +68,8 @@ class Throughput:
     """Speed of the median iteration.
 
     Attributes:
-        tflop_per_iteration: by the flop counter; prompt encoders and reward models left out.
+        tflop_per_iteration: useful ones, by the flop counter; prompt encoders and reward models left out.
+        executed_tflop: those that ran, with padding and recomputation; None in reports of earlier versions.
         mfu_percent: achieved rate of the datasheet's, if the device has one here.
         of_matmul_percent: achieved rate of the matmul rate measured in this run.
     """
@@ -80,6 +81,7 @@ class Throughput:
     achieved_tflops: float
     mfu_percent: float | None
     of_matmul_percent: float
+    executed_tflop: float | None = None
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -4,6 +4,7 @@ import gc
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
@@ -112,6 +113,7 @@ class Session:
         work = build.work_rows(
             recordings, model_work, batches, rates.matmul_tflops, decodes_beside=trainer.engine.decoder.overlaps
         )
+        executed = median(trainer.work.flops(recording.executed) for recording in recordings) / 1e12
         (window,) = tracing.annotation(events, tracing.ITERATION)
         on_gpu = trainer.device.type == "cuda"
         operations = tracing.kernels(events, window) if on_gpu else tracing.cpu_operations(events, window)
@@ -127,7 +129,7 @@ class Session:
             traced_iteration_s=traced_s,
             trace_file=TRACE_FILE,
             device=device,
-            throughput=build.throughput(recordings, sum(row.tflop for row in work), device),
+            throughput=build.throughput(recordings, sum(row.tflop for row in work), device, executed),
             iterations=build.iteration_rows(recordings),
             phases=build.phase_rows(recordings),
             work=work,

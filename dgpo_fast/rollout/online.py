@@ -82,10 +82,10 @@ class RolloutWorker:
                     step_noise=noises[-1],
                 )
             x0 = x0[: max(len(share) - rows.start, 0)]
+            self.work.sampled(text[rows], self.draw.forwards, useful=len(x0))
             if len(x0) == 0:
                 continue
             latents.append(x0)
-            self.work.sampled(text[: len(x0)], self.draw.forwards)
             waiting.append(self.sampler.start_decoding(x0))
             # If images are decoded beside the next batch's rollout, they are asked for after it.
             if len(waiting) > self.sampler.decodes_ahead:

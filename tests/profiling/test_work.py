@@ -10,11 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Policy
+from dgpo_fast.engine.compile import StaticBatches
 from dgpo_fast.models.datasheet import find_datasheet
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork, WorkCounter, WorkMeter
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
+from tests.engine.cases import EngineCase, make_config
 from tests.objective_configs import grpo_case
 
 
@@ -88,24 +90,21 @@ def test_torchs_flop_counter_agrees(train: str, random_pipeline: Path) -> None:
 
 @pytest.mark.parametrize(("micro_batch", "policy_forwards"), [(8, 24), (2, 48)])
 def test_samples_of_an_iteration(micro_batch: int, policy_forwards: int, workspace: Path) -> None:
-    """12 images, 4 guided steps, 2 timesteps; a group larger than the micro-batch takes one more policy forward."""
+    """12 images, 4 guided steps, 2 timesteps; a group larger than the micro-batch takes one more policy forward, which
+    is executed and not useful."""
     trainer = Trainer(build(configure(["small.yaml", "--policy.micro-batch", str(micro_batch)])))
     trainer.open_logs(workspace, {})
     trainer.console.start_training(0, 1)
     trainer.step()
-    samples = trainer.work.last
-    assert samples == {
-        "rollout": 12 * 4 * 2,
-        "decode": 12,
-        "reference forward": 24,
-        "old forward": 24,
-        "policy forward": policy_forwards,
-        "backward": 24,
-    }
+    samples, executed = trainer.work.last, trainer.work.last_executed
+    training = {"reference forward": 24, "old forward": 24, "policy forward": 24, "backward": 24}
+    assert samples == {"rollout": 12 * 4 * 2, "decode": 12, **training}
+    assert executed == {**samples, "policy forward": policy_forwards}
     per_sample = trainer.work.flops_per_sample
-    flops = sum(per_sample[kind] * count for kind, count in samples.items())
     line = read_metrics(workspace / "metrics.jsonl")[0]
-    assert line["achieved_tflops"] == pytest.approx(flops / line["iteration_s"] / 1e12)
+    for name, rows in (("achieved_tflops", samples), ("executed_tflops", executed)):
+        flops = sum(per_sample[kind] * count for kind, count in rows.items())
+        assert line[name] == pytest.approx(flops / line["iteration_s"] / 1e12)
     assert "mfu_percent" not in line, "a CPU has no datasheet here"
 
 
@@ -126,6 +125,44 @@ def test_guided_flow_grpo_agrees_with_torchs_counter(
     counted = {kind: work.count(kind).flops for kind in samples}
     flops = sum(count * (counted[k]["matmul"] + counted[k]["convolution"]) for k, count in samples.items())
     assert flops == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+def test_what_checkpointing_computes_again(kind: str, random_pipeline: Path) -> None:
+    """Blocks: all that the policy's blocks compute, and nothing of what lies around them; selective: less."""
+    case = EngineCase(random_pipeline, make_config(checkpointing=kind))
+    shape = SampleShape((16, 8, 8), (21, 48), 32)
+    work = ModelWork(
+        case.models.base, case.pipeline.vae, case.config.policy, torch.float32, shape, checkpoint=case.engine.checkpoint
+    )
+    forward, again = work.count("policy forward").total_flops, work.recomputed_flops()
+    assert (0.8 if kind == "blocks" else 0.1) * forward < again < (1.0 if kind == "blocks" else 0.8) * forward
+    assert work.count("backward").total_flops == work._count("backward", 1).total_flops, "its blocks are as before"
+
+
+def test_padding_and_recomputation_are_executed_and_not_useful(random_pipeline: Path) -> None:
+    """Batches padded to 5 and 16 rows: 12 samples at 2 levels, and a rollout of 7 in batches of 5."""
+    case = EngineCase(random_pipeline, make_config(checkpointing="blocks"))
+    meter = WorkMeter(
+        case.models,
+        case.pipeline.vae,
+        case.config.policy,
+        case.sampler.shape,
+        drawn=lambda rows: 5,
+        checkpoint=case.engine.checkpoint,
+    )
+    StaticBatches([10], training=[16]).attach(case.models.policy)
+    with meter.training():
+        case.gradient()
+    text = case.encoder(["a cat"]).repeat_interleave(7)
+    for rows in (slice(0, 5), slice(5, 7)):
+        meter.sampled(text[rows], forwards=8, useful=len(text[rows]))
+    useful = meter.take()
+    assert useful["policy forward"] == useful["backward"] == 24 and useful["rollout"] == 7 * 8
+    executed = meter.last_executed
+    assert executed["policy forward"] == executed["backward"] == executed["recomputed forward"] == 4 * 16
+    assert executed["rollout"] == 10 * 8 and "recomputed forward" not in useful
+    assert meter.flops(executed) > meter.flops(useful)
 
 
 def test_flops_are_counted_once(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
