@@ -231,7 +231,7 @@ def test_offline_groups_have_their_shape(workspace: Path) -> None:
     train([*offline, "--rollout.resolution", "16x24", "--name", "b", *SHORT])
     assert untimed(workspace / "runs/a") == untimed(workspace / "runs/b")
     for other in ("24x16", "16", "none"):
-        with pytest.raises(UserError, match=r"groups were drawn with another rollout\.resolution; name another"):
+        with pytest.raises(UserError, match=r"rollout\.resolution changed since its groups were drawn: name another"):
             train([*offline, "--rollout.resolution", other, "--name", "c", *SHORT])
 
 
