@@ -205,9 +205,9 @@ class Comparison:
         x0 = torch.randn(inputs.noise.shape, generator=generator).to(self.device)
         advantage = torch.randn(size, generator=generator).to(self.device)
         advantage = advantage - advantage.mean()
-        text, empty = self.trainer.encoder(inputs.prompts), self.trainer.encoder.empty
+        text, empty = (self.trainer.encoder(prompts) for prompts in (inputs.prompts, [""]))
         index = torch.zeros(size, dtype=torch.int64, device=self.device)
-        batch = Batch(0, x0, text, empty, advantage, index, size, self.trainer.draw.schedule)
+        batch = Batch(0, x0, text, advantage, index, size, self.trainer.draw.schedule)
         plain = (x0, advantage, Text(*text.gathered()), Text(*empty.gathered()), inputs)
         self._build("oracle", Oracle)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -285,7 +285,7 @@ class Comparison:
     def _parts(self, name: str, system: Any, inputs: Inputs) -> dict[str, list[float]]:
         """Milliseconds per image of the decoder, and of one forward of the reference with a group in it."""
         size = self.config.rollout.group_size
-        text, empty = self.trainer.encoder(inputs.prompts[:size]), self.trainer.encoder.empty
+        text, empty = (self.trainer.encoder(prompts) for prompts in (inputs.prompts[:size], [""]))
         plain = Text(*text.gathered()), Text(*empty.gathered())
         x_t, timestep = inputs.noise[:size], torch.tensor(inputs.timesteps[0], device=self.device)
         forward = system.forward if name == OURS else torch.no_grad()(system.reference)

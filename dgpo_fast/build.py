@@ -28,11 +28,12 @@ from dgpo_fast.models.lora import Lora, start_from_lora
 from dgpo_fast.models.own_settings import image_size, with_own_shift
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
+from dgpo_fast.models.prompt_notes import prompt_notes
 from dgpo_fast.models.random_weights import random_weights_note
 from dgpo_fast.models.sharded import ShardedModels
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.registry import traits
-from dgpo_fast.prompts import PromptSets, load_prompts
+from dgpo_fast.prompts import PromptSets, load_run_prompts
 from dgpo_fast.prompts.dealing import GroupSampler
 from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
@@ -104,13 +105,15 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     """
     console = Console(quiet=not processes.first)
     _require_work(config, processes)
-    prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=config.evaluation.images)
+    prompts = load_run_prompts(config)
     device = processes.own_device(pick_device(config.device))
-    reward = _load_rewards(config, prompts, processes, device)
+    reward = _load_rewards(config, processes, device)
+    for line in reward.check_prompts(prompts.everything):
+        console.note(line)
     architecture = read_model(config)
     config = with_own_shift(config, architecture, console.note)
     size = image_size(architecture, config.rollout.resolution)
-    reward.try_out([*prompts.train, *prompts.held_out], (config.rollout.group_size, 1), size)
+    reward.try_out(prompts.everything, (config.rollout.group_size, 1), size)
     workers = count_workers(config.reward_workers, device)
     pool = RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
     dtype = pick_dtype(config.precision, device)
@@ -186,9 +189,8 @@ def _require_work(config: Config, processes: Processes) -> None:
         raise UserError(f"evaluation.images {config.evaluation.images}: {processes.count} processes need one each")
 
 
-def _load_rewards(config: Config, prompts: PromptSets, processes: Processes, device: torch.device) -> WeightedReward:
+def _load_rewards(config: Config, processes: Processes, device: torch.device) -> WeightedReward:
     reward = load_rewards(config.rewards, device)
-    reward.check_prompts([*prompts.train, *prompts.held_out])
     if config.data.source == "online":  # of offline groups, each is drawn and scored by one process
         reward.check_processes(processes.count, config.rollout.groups)
     return reward
@@ -216,7 +218,7 @@ def _start_engine(
     processes: Processes,
     console: Console,
 ) -> Engine:
-    text_tokens = encoder.empty.prompt.shape[1]  # finds text encoders that cannot be loaded
+    text_tokens = encoder([""]).prompt.shape[1]  # finds text encoders that cannot be loaded
     engine = Engine(config, models, pipeline, text_tokens, console.note, processes=processes.count)
     engine.adopt(processes.broadcast(engine.measured(), "the engine's choices"))
     return engine
@@ -291,9 +293,8 @@ def _describe(parts: Parts) -> None:
     )
     state = sum(state_bytes(shape.numel(), config.optimizer.name) for shape in models.shapes.values())
     note(f"{config.optimizer.name}: {state / 2**20:.1f} MiB of optimizer state")
-    for line in parts.engine.reasons.lines:
-        note(line)
-    if config.random_weights:
-        note(random_weights_note(config))
-    for line in filter(None, (parts.prompts.note, prompts_note(config))):
+    guided = parts.draw.guided or parts.eval_draw.guided or traits(config).guided_base
+    unread = prompt_notes(parts.pipeline, config.rollout.max_sequence_length, parts.prompts.everything, guided)
+    about = (random_weights_note(config), parts.prompts.note, prompts_note(config), *unread)
+    for line in filter(None, (*parts.engine.reasons.lines, *about)):
         note(line)

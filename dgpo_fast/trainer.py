@@ -69,11 +69,11 @@ class Trainer:
     def encode_prompts(self) -> None:
         """Encodes the prompts that are not cached, so that the text encoders can be unloaded before training."""
         drawn = self.source.prompts_of(range(self.iteration, self.config.iterations))
-        texts = ["", *(prompt.text for prompt in [*self.prompts.held_out, *drawn])]
+        prompts = [*self.prompts.held_out, *drawn]
         # Processes begin at different prompts, and find what the others have encoded in the meantime.
-        first = len(texts) * self.processes.rank // self.processes.count
+        first = len(prompts) * self.processes.rank // self.processes.count
         with self.console.track("encoding prompts") as on_step:
-            done = self.encoder.prepare(texts[first:] + texts[:first], on_step)
+            done = self.encoder.prepare(prompts[first:] + prompts[:first], on_step)
         self.console.note(done)
 
     def prepare(self, folder: Path, should_stop: Callable[[], bool]) -> None:
@@ -176,7 +176,6 @@ class Trainer:
             iteration=self.iteration,
             x0=groups.x0,
             text=groups.text,
-            empty=self.encoder.empty,
             advantage=torch.zeros(len(share), device=self.device),
             group_index=torch.arange(share.start, share.stop, device=self.device) // share.group_size,
             group_size=share.group_size,

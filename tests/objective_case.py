@@ -43,8 +43,7 @@ class Case:
         self.batch = Batch(
             iteration=7,
             x0=torch.randn(GROUPS * SIZE, 16, 8, 8, generator=generator),
-            text=encoder(["a cat", "a dog", "a house"]).repeat_interleave(SIZE),
-            empty=encoder.empty,
+            text=encoder(["a cat", "a dog", "a house"], ["", "a tree", "big"]).repeat_interleave(SIZE),
             advantage=(advantage - advantage.mean(1, keepdim=True)).flatten(),
             group_index=torch.arange(GROUPS).repeat_interleave(SIZE),
             group_size=SIZE,

@@ -36,7 +36,6 @@ def grpo_case(folder: Path, **flow_grpo: object) -> Case:
         case.models.behaviour,
         case.batch.x0,
         case.batch.text,
-        case.batch.empty,
         Draw(schedule, rollout.guidance_scale, batch_size=GROUPS * SIZE),
         step_noise=step_noise,
     )
@@ -53,7 +52,6 @@ def make_batch(advantage: np.ndarray) -> Batch:
         iteration=0,
         x0=number.reshape(-1, 1, 1, 1),
         text=TextEmbeds.of_samples(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
-        empty=TextEmbeds.of_samples(torch.zeros(1, 1, 1), torch.zeros(1, 1)),
         advantage=torch.from_numpy(advantage).flatten(),
         group_index=torch.arange(groups).repeat_interleave(size),
         group_size=size,

@@ -44,8 +44,8 @@ def written_out(case: Case) -> torch.Tensor:
         with torch.no_grad():
             conditional = predict(models.base, x_t, timestep, batch.text)
             old = predict(models.behaviour, x_t, timestep, batch.text)
-            empty = predict(models.base, x_t, timestep, batch.empty.repeat_interleave(len(x_t)))
-            kl_v = empty + config.kl_guidance_scale * (conditional - empty)
+            negative = predict(models.base, x_t, timestep, batch.text.negative())
+            kl_v = negative + config.kl_guidance_scale * (conditional - negative)
         ref = old if config.reference == "ema" else kl_v if config.guided_reference else conditional
         policy = predict(models.policy, x_t, timestep, batch.text)
         d, d_ref, d_old = ((v - target).square().mean((1, 2, 3)) for v in (policy, ref, old))

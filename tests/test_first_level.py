@@ -122,7 +122,7 @@ def test_in_bf16_it_adds_nothing_to_the_rounding(folder: Path | str) -> None:
         drawn = replace(batch, iteration=iteration)
         expected, _ = learnt(exact, drawn)
         text = cases["off"].batch().text
-        half = replace(drawn, x0=drawn.x0.float(), text=text, empty=cases["off"].encoder.empty)
+        half = replace(drawn, x0=drawn.x0.float(), text=text)
         for share, case in cases.items():
             errors[share].append(apart(learnt(case, half)[0], expected))
     shared, plain = (torch.tensor(errors[share]).square().mean().sqrt() for share in ("auto", "off"))
@@ -223,12 +223,12 @@ def test_rows_of_the_recipe() -> None:
         models.dtype, models.device, models.load_behaviour = torch.bfloat16, torch.device("cpu"), lambda _: None
         seen = {name: counted(getattr(models, name)) for name in ("base", "behaviour", "policy")}
         advantage = torch.randn(groups, size, generator=random)
-        text = TextEmbeds.of_samples(torch.zeros(1, 1, 1).bfloat16(), torch.zeros(1, 1).bfloat16())
+        zero = torch.zeros(1, dtype=torch.int64)
+        text = TextEmbeds(torch.zeros(1, 1, 1).bfloat16(), torch.zeros(1, 1).bfloat16(), zero, zero)
         batch = Batch(
             iteration=0,
             x0=torch.randn(count, 1, 2, 2, generator=random),
             text=text.repeat_interleave(count),
-            empty=text,
             advantage=(advantage - advantage.mean(1, keepdim=True)).flatten(),
             group_index=torch.arange(groups).repeat_interleave(size),
             group_size=size,

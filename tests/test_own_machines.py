@@ -57,7 +57,6 @@ def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("--negative-prompt blurry", "unknown setting 'negative_prompt': guidance goes away from the empty prompt"),
         ("--rollout.height 512", "unknown setting 'rollout.height': resolution takes HEIGHTxWIDTH, as in 512x768"),
         ("--rewards pickscore:1.0", "reward 'pickscore:1.0': a weight is written pickscore=1.0"),
     ],

@@ -19,6 +19,7 @@ from dgpo_fast.models import prompt_encoder as text_module
 from dgpo_fast.models.loading import lacks_text_encoders, load_pipeline, text_encoders
 from dgpo_fast.models.prompt_cache import PromptCache, content_digest, default_folder
 from dgpo_fast.models.prompt_encoder import PromptEncoder, cache_scope
+from dgpo_fast.prompts import Prompt
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -115,7 +116,7 @@ def test_a_folder_that_cannot_be_made_costs_one_note(tmp_path: Path, random_pipe
     encoder = make_encoder(random_pipeline, make_cache(tmp_path / "file" / "cache", notes))
     first = encoder(["a cat", "a dog"])
     assert torch.equal(encoder(["a dog"]).prompt[0], first.prompt[1])
-    assert encoder.encoded_count == 2, "memory stands in"
+    assert encoder.encoded_count == 3, "the empty prompt with them; memory stands in"
     assert len(notes) == 1 and notes[0].endswith(
         "cannot be written (Not a directory): newly encoded prompts stay in memory"
     )
@@ -201,6 +202,7 @@ assert len(notes) == 1 and "Read-only file system" in notes[0], notes
 TOGETHER = """
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.prompts import Prompt
 
 model, start = sys.argv[2], time.monotonic() + 1
 cpu, texts = torch.device("cpu"), [f"a {chr(97 + n % 26)} {n}" for n in range(40)]
@@ -215,7 +217,7 @@ for number in range(3):
     if child == 0:
         notes, mine = [], random.Random(number).sample(texts, 30)
         encoder = make_encoder(make_cache(notes))
-        encoder.prepare(["", *mine])
+        encoder.prepare([Prompt(text) for text in mine])
         assert not notes, notes
         assert encoder.encoders is None, "the text encoders have left"
         os._exit(0 if encoder(mine).prompt.isfinite().all() else 1)
@@ -224,7 +226,7 @@ assert all(os.waitpid(child, 0)[1] == 0 for child in children)
 notes = []
 cache, plain = make_cache(notes), make_encoder(None)
 expected = plain(texts)
-assert plain.encoded_count == len(texts)
+assert plain.encoded_count == len(texts) + 1, "the negative prompt, which is empty"
 found = 0
 for row, text in enumerate(texts):
     cached = cache.load(text)
@@ -278,17 +280,18 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_text_encoders_come_for_what_is_missing_and_leave(tmp_path: Path, random_pipeline: Path, loads: list) -> None:
-    prompts = ["", "a cat", "a dog", "a cat"]
+    prompts = ["a cat", "a dog", "a cat"]
+    listed = [Prompt(text) for text in prompts]
     first = make_encoder(random_pipeline, make_cache(tmp_path))
-    assert first.prepare(prompts) == (
+    assert first.prepare(listed) == (
         "prompts, the empty one with them: 0 of 3 were encoded before, 3 now; the text encoders are unloaded again"
     )
     assert first.encoders is None and loads == [1]
     second = make_encoder(random_pipeline, make_cache(tmp_path))
-    said = second.prepare(prompts)
+    said = second.prepare(listed)
     empty = "prompts, the empty one with them: "
     assert said == f"{empty}3 of 3 were encoded before, 0 now; the text encoders need not be loaded"
-    assert second.prepare(prompts[1:]) == said.replace(empty, "prompts: ").replace("3 of 3", "2 of 2")
+    assert second.prepare([*listed, Prompt("")]) == said.replace(empty, "prompts: "), "who asks for it, counts it"
     assert torch.equal(second(prompts).prompt, first(prompts).prompt) and loads == [1]
     for path in tmp_path.glob("*/*/*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
@@ -302,7 +305,7 @@ def test_prompts_that_do_not_fit_are_encoded_when_they_are_needed(
     """And the text encoders stay, instead of coming and going."""
     encoder = make_encoder(random_pipeline, make_cache(tmp_path, limit=20_000), memory_mib=0)
     prompts = [f"a {n}" for n in range(9)]
-    said = encoder.prepare(prompts)
+    said = encoder.prepare([Prompt(text) for text in prompts])
     assert said.endswith("the others do not all fit in the cache and are encoded when needed")
     plain = make_encoder(random_pipeline)
     for _ in range(2):
@@ -312,7 +315,7 @@ def test_prompts_that_do_not_fit_are_encoded_when_they_are_needed(
 
 def test_without_a_disk_memory_serves_the_run(random_pipeline: Path, loads: list) -> None:
     encoder = make_encoder(random_pipeline)
-    encoder.prepare(["", "a cat"])
+    encoder.prepare([Prompt("a cat")])
     assert encoder.encoders is None
     encoder(["a cat", ""])
     assert loads == [1]
@@ -351,7 +354,7 @@ def test_text_encoders_that_do_not_fit_pass_layer_by_layer(
     encoder.whole_pipeline().save_pretrained(tmp_path / "saved")
     ours, theirs = (folder / "text_encoder_3/model.safetensors" for folder in (tmp_path / "saved", random_pipeline))
     assert ours.read_bytes() == theirs.read_bytes()
-    assert "(which did not fit: they passed layer by layer) are unloaded again" in encoder.prepare(["a cat", "a dog"])
+    assert "(which did not fit: they passed layer by layer) are unloaded again" in encoder.prepare([Prompt("a dog")])
 
 
 @pytest.mark.parametrize("free", [0, 2**40])

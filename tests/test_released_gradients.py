@@ -38,7 +38,6 @@ def in_float64(case: Case) -> Case:
         batch,
         x0=batch.x0.double(),
         text=text(batch.text),
-        empty=text(batch.empty),
         transitions=steps and Transitions(steps.states.double(), steps.log_prob.double()),
     )
     return case
@@ -47,7 +46,7 @@ def in_float64(case: Case) -> Case:
 def both(case: Case, model: nn.Module, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """Conditional and unconditional velocity, from a forward each."""
     conditional = predict(model, x, timestep, case.batch.text)  # type: ignore[arg-type]
-    return conditional, predict(model, x, timestep, case.batch.empty.repeat_interleave(len(x)))  # type: ignore[arg-type]
+    return conditional, predict(model, x, timestep, case.batch.text.negative())  # type: ignore[arg-type]
 
 
 def dgpo_written_out(case: Case, *, released: bool) -> Tensor:

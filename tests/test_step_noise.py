@@ -45,7 +45,7 @@ def roll_out(schedule: Schedule, noise: torch.Tensor, step_noise: StepNoise | No
 
     text = TextEmbeds.of_samples(torch.zeros(len(noise), 1, 1), torch.zeros(len(noise), 1))
     draw = Draw(schedule, guidance_scale=1.0, batch_size=len(noise))
-    return sample_latents(Transformer(), noise, text, text[:1], draw, step_noise=step_noise)  # type: ignore[arg-type]
+    return sample_latents(Transformer(), noise, text, draw, step_noise=step_noise)  # type: ignore[arg-type]
 
 
 def start(samples: int) -> torch.Tensor:

@@ -41,4 +41,6 @@ def size_of(resolution: int | str) -> tuple[int, int]:
 
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or a name in its place; `~` is the user's home."""
+Text = Annotated[str, BeforeValidator(lambda given: "" if given is None else given), AfterValidator(str.strip)]
+"""A text; none is the empty one."""
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the docstrings are what `--help` prints

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.bounds import STRICT, Count, Decay, Guidance, NonNegative, PathText, Positive, Resolution, Shift
+from dgpo_fast.config.bounds import (
+    STRICT,
+    Count,
+    Decay,
+    Guidance,
+    NonNegative,
+    PathText,
+    Positive,
+    Resolution,
+    Shift,
+    Text,
+)
 from dgpo_fast.config.objective_options import DGPO, Advantage, DiffusionDPO, FlowGRPO
 
 
@@ -38,6 +49,9 @@ class Rollout:
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
     """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
+    negative_prompt: Text = ""
+    """Negative prompt of all prompts that have none of their own (`negative_prompt` in a line of the file). Guidance
+    leads away from it: in rollouts, in evaluations and wherever an objective has guidance. None: the empty text."""
     shift: Shift | None = None
     """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, `shift` or `flow_shift` of
     its scheduler_config.json."""

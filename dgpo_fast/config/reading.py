@@ -95,7 +95,6 @@ USUAL_NAMES = {
 }
 """Names of settings in other trainers, if they differ from those here."""
 PURPOSES = {
-    "negative_prompt": "guidance goes away from the empty prompt, and from no other",
     "height": "resolution takes HEIGHTxWIDTH, as in 512x768",
     "width": "resolution takes HEIGHTxWIDTH, as in 512x768",
 }

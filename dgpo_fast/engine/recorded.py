@@ -12,7 +12,7 @@ from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.step_noise import StepNoise, Transitions
 
-OF_ALL_SAMPLES = ("empty_prompt", "empty_pooled", "number")
+OF_ALL_SAMPLES = ("number",)
 """Inputs with one row, whatever the batch."""
 
 
@@ -35,16 +35,16 @@ class RecordedRollouts:
         transformer: SD3Transformer2DModel,
         noise: Tensor,
         text: TextEmbeds,
-        empty: TextEmbeds,
         draw: Draw,
         *,
         step_noise: StepNoise | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> Tensor:
         """See `sample_latents`; `on_step` is told after the last step."""
-        prompt, pooled = text.gathered()
+        # (B, 1, …); with guidance (B, 2, …), the prompt and its negative prompt.
+        rows = text.gathered_pairs() if draw.guided else text.gathered()
+        prompt, pooled = (tensor.unflatten(0, (-1, len(text))).transpose(0, 1) for tensor in rows)
         inputs = {"noise": noise, "prompt": prompt, "pooled": pooled}
-        inputs |= {"empty_prompt": empty.prompt, "empty_pooled": empty.pooled}
         if step_noise is not None:
             inputs |= {"samples": step_noise.samples}
             inputs |= {"number": torch.full((1,), int(step_noise.draw), device=noise.device)}
@@ -78,9 +78,10 @@ def _solve(
     step_noise = None
     if "samples" in static:
         step_noise = StepNoise(static["samples"], seed=seed, draw=static["number"][0], keep=keep)
-    text = TextEmbeds.of_samples(static["prompt"], static["pooled"])
-    empty = TextEmbeds.of_samples(static["empty_prompt"], static["empty_pooled"])
-    x0 = sample_latents(transformer, static["noise"], text, empty, draw, step_noise=step_noise)
+    prompt, pooled = static["prompt"], static["pooled"]
+    rows = torch.arange(prompt.shape[0] * prompt.shape[1], device=prompt.device).reshape(prompt.shape[:2])
+    text = TextEmbeds(prompt.flatten(0, 1), pooled.flatten(0, 1), *rows.unbind(1))
+    x0 = sample_latents(transformer, static["noise"], text, draw, step_noise=step_noise)
     kept = step_noise.transitions if step_noise else None
     return (x0,) if kept is None else (x0, kept.states.transpose(0, 1), kept.log_prob.T)
 

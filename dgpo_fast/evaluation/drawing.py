@@ -1,7 +1,6 @@
 """Draws and scores the pictures of an evaluation, a batch at a time: no more than two batches are ever in memory."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +25,23 @@ from dgpo_fast.evaluation.settings import (
     trained_weights,
 )
 from dgpo_fast.models.fingerprints import weights_fingerprint
+from dgpo_fast.models.forward import is_guided
 from dgpo_fast.models.latents import Pictures
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import changes_text_encoders, find_lora, merge_lora
 from dgpo_fast.models.own_settings import differences, fill_in_shift
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
-from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_prompts
+from dgpo_fast.models.prompt_notes import prompt_notes
+from dgpo_fast.prompts import (
+    TRAINING_PROMPTS,
+    Prompt,
+    evaluation_prompts,
+    in_turn,
+    load_prompts,
+    load_run_prompts,
+    with_negative,
+)
+from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
 from dgpo_fast.rollout.draw import Draw
@@ -73,7 +83,9 @@ class Drawing:
         self.prompts, made_with = require_folder(settings)
         self.device = pick_device(settings.device)
         reward = load_rewards(settings.rewards, self.device)
-        reward.check_prompts(list({id(prompt): prompt for prompt in self.prompts}.values()))
+        distinct = list({id(prompt): prompt for prompt in self.prompts}.values())
+        for line in reward.check_prompts(distinct):
+            console.note(line)
         architecture = read_model(_what_to_load(settings)[0])
         shift = fill_in_shift(settings.shift, architecture, "shift")
         self.pool = RewardPool(
@@ -96,6 +108,8 @@ class Drawing:
             )
         except UserError as error:  # a run's settings have longer names
             raise UserError(str(error).replace("rollout.", "")) from None
+        for line in prompt_notes(pipeline, settings.max_sequence_length, distinct, is_guided(settings.guidance_scale)):
+            console.note(line)
         reward.try_out(self.prompts, (1,), self.sampler.image_size)
         schedule = make_schedule(settings.solver, settings.num_inference_steps, shift)
         self.draw = Draw(schedule.to(self.device), settings.guidance_scale, settings.batch_size)
@@ -135,7 +149,7 @@ class Drawing:
         self._describe(len(rows))
         if len(rows) < len(self.prompts):
             with self.console.track("encoding prompts") as on_step:
-                self.encoder.prepare(["", *(prompt.text for prompt in self.prompts[len(rows) :])], on_step)
+                self.encoder.prepare(self.prompts[len(rows) :], on_step)
         total, size = len(self.prompts), self.settings.batch_size
         self.drawn = total - len(rows)
         with self.console.count("images", total, done=len(rows)) as on_images, ThreadPoolExecutor(1) as beside:
@@ -156,7 +170,7 @@ class Drawing:
             return pending.result()
         except _NoneFinite as error:  # here, since no other thread may draw while the model is looked into
             row, stream = error.first, stream_seed(self.settings.seed, "evaluation")
-            place = self.sampler.first_fault(row.prompt.text, self.draw, number=row.sample, seed=stream)
+            place = self.sampler.first_fault(row.prompt, self.draw, number=row.sample, seed=stream)
             raise UserError(
                 f"no image of the first batch is finite; the first: {named_faults([row])}{place}: "
                 f"{finite_remedy(self.sampler.dtype, begun=False)}"
@@ -164,13 +178,14 @@ class Drawing:
 
     def _latents(self, first: int, on_images: Callable[[float], None]) -> Iterator[Tensor]:
         """Of the pictures from number `first` on, a batch at a time."""
-        texts = [prompt.text for prompt in self.prompts[first:]]
+        prompts = self.prompts[first:]
         return self.sampler.batches(
-            texts,
+            [prompt.text for prompt in prompts],
             self.draw,
             first=first,
             seed=stream_seed(self.settings.seed, "evaluation"),
-            on_step=lambda share: on_images(first + share * len(texts)),
+            negative=[prompt.negative for prompt in prompts],
+            on_step=lambda share: on_images(first + share * len(prompts)),
         )
 
     def _finish(self, start: int, pictures: Pictures, *, is_first: bool) -> list[Row]:
@@ -239,7 +254,7 @@ def require_folder(settings: EvaluationSettings) -> tuple[list[Prompt], JsonObje
     Raises UserError if the folder was made with something else.
     """
     prompts = choose_prompts(settings)
-    made_with = {**lasting(settings), "images_count": len(prompts), "prompts_sha256": _digest_of_prompts(prompts)}
+    made_with = {**lasting(settings), "images_count": len(prompts), "prompts_sha256": digest(prompts)}
     EvaluationFolder(Path(str(settings.output))).require_same(made_with)
     return prompts, made_with
 
@@ -250,9 +265,8 @@ def choose_prompts(settings: EvaluationSettings) -> list[Prompt]:
     if settings.prompts is not None:
         prompts = evaluation_prompts(settings.prompts, count)
     else:
-        config = run_config(settings.model)
-        held_out = max(count or 0, config.evaluation.images)
-        prompts = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=held_out).held_out
+        prompts = load_run_prompts(run_config(settings.model), held_out=count or 0).held_out
+    prompts = with_negative(prompts, settings.negative_prompt)
     chosen = in_turn(prompts, lambda prompt: prompt.tag, count) if count else prompts
     return [prompt for prompt in chosen for _ in range(settings.images_per_prompt)]
 
@@ -304,11 +318,6 @@ def _what_to_load(settings: EvaluationSettings) -> tuple[Config, Path | None]:
     if config.policy.train == "lora":
         return config, trained
     return replace(config, model=str(folder), revision=None, random_weights=False), None
-
-
-def _digest_of_prompts(prompts: Sequence[Prompt]) -> str:
-    lines = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _digest_of_weights(pipeline: StableDiffusion3Pipeline, output: Path) -> str:

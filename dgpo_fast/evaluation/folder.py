@@ -12,6 +12,7 @@ from PIL import Image
 from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import Prompt
+from dgpo_fast.prompts.prompt import NEGATIVE_KEY
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards.weighted import CONTENT
 from dgpo_fast.run.depends import change, changed
@@ -108,7 +109,7 @@ class EvaluationFolder:
         path = self.path / MADE_WITH
         if not path.is_file():
             raise UserError(f"{self.path}: no evaluation is there (it has no {MADE_WITH})")
-        found = read_yaml(path)
+        found = {NEGATIVE_KEY: "", **read_yaml(path)}  # earlier versions had none
         lacking = next((name for name in NEEDED if name not in found), None)
         if lacking is not None:
             raise UserError(f"{path}: lacks '{lacking}'; the evaluation is damaged, make it again")

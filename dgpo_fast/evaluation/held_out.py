@@ -70,7 +70,7 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Writes the scores and the first images, which the run's pictures show."""
-        prompts = json.dumps([[p.text, p.metadata] for p in self.prompts])
+        prompts = json.dumps([prompt.to_json() for prompt in self.prompts])
         arrays = {"prompts": np.array(prompts), "rewards": self.rewards, "images": self.images[:SHOWN_IMAGES]}
         arrays |= {f"part:{name}": values for name, values in self.parts.items()}
         arrays["not_finite"] = np.array(self.not_finite)
@@ -83,7 +83,7 @@ class Evaluation:
         """What `save` wrote; only arrays and text are read, nothing is unpickled."""
         with np.load(path, allow_pickle=False) as file:
             parts = {name.removeprefix("part:"): file[name] for name in file.files if name.startswith("part:")}
-            prompts = [Prompt(text, metadata) for text, metadata in json.loads(str(file["prompts"]))]
+            prompts = [Prompt.from_json(record) for record in json.loads(str(file["prompts"]))]
             contents = json.loads(str(file["contents"])) if "contents" in file.files else None
             not_finite = int(file["not_finite"]) if "not_finite" in file.files else 0
             return cls(prompts, file["rewards"], file["images"], parts, [], contents, not_finite)
@@ -152,7 +152,7 @@ def evaluate(
     scores = gather_scores(mine, Share(start, stop, 1), chosen, processes, "the evaluation's rewards")
     images = _first_images(images, start, len(chosen), processes)
     if not scores.finite.any():
-        place = sampler.first_fault(chosen[0].text, draw, number=0, seed=stream_seed(config.seed, "evaluation"))
+        place = sampler.first_fault(chosen[0], draw, number=0, seed=stream_seed(config.seed, "evaluation"))
         raise SharedError(
             f"no image of the evaluation is finite; the first: {scores.failures[0]}{place}: "
             f"{finite_remedy(sampler.dtype, begun=begun)}"
@@ -185,5 +185,7 @@ def draw_images(
         seed: of the evaluation.
         on_step: told the share done, in (0, 1].
     """
-    texts, stream = [prompt.text for prompt in prompts], stream_seed(seed, "evaluation")
-    return sampler.decode(torch.cat(list(sampler.batches(texts, draw, first=first, seed=stream, on_step=on_step))))
+    texts, negative = [prompt.text for prompt in prompts], [prompt.negative for prompt in prompts]
+    stream = stream_seed(seed, "evaluation")
+    batches = sampler.batches(texts, draw, first=first, seed=stream, negative=negative, on_step=on_step)
+    return sampler.decode(torch.cat(list(batches)))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.bounds import STRICT, Count, Guidance, PathText, Positive, Resolution, Shift
+from dgpo_fast.config.bounds import STRICT, Count, Guidance, PathText, Positive, Resolution, Shift, Text
 from dgpo_fast.config.command_line import take_option
 from dgpo_fast.config.options import Config, Rewards
 from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dict
@@ -54,6 +54,9 @@ class EvaluationSettings:
     """Solver steps per image."""
     guidance_scale: Guidance = 4.5
     """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
+    negative_prompt: Text = ""
+    """Negative prompt of all prompts that have none of their own (`negative_prompt` in a line of the file). Guidance
+    leads away from it. None: the empty text."""
     shift: Shift | None = None
     """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, `shift` or `flow_shift` of
     its scheduler_config.json."""
@@ -205,6 +208,7 @@ def _from_config(config: Config, *, model: str, prompts: str | None) -> Evaluati
         solver=evaluation.solver,
         num_inference_steps=evaluation.num_inference_steps,
         guidance_scale=evaluation.guidance_scale,
+        negative_prompt=rollout.negative_prompt,
         shift=rollout.shift,
         resolution=rollout.resolution,
         max_sequence_length=rollout.max_sequence_length,

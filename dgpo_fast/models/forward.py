@@ -21,21 +21,19 @@ def predict(transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, t
 
 
 def predict_pair(
-    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds, empty: TextEmbeds
+    transformer: SD3Transformer2DModel, x_t: Tensor, timestep: Tensor, text: TextEmbeds
 ) -> tuple[Tensor, Tensor]:
-    """Conditional and unconditional velocities in one forward of 2B samples, for guidance.
+    """Velocities of the prompts and of their negative prompts in one forward of 2B samples, for guidance.
 
     Args:
         x_t: (B, C, H, W) noisy latents, any float dtype.
         timestep: () or (B,), in [0, 1000].
-        text: the B prompts.
-        empty: the empty prompt, one row.
+        text: the B prompts, with their negative prompts.
     """
-    rows = zip(text.gathered(), (empty.prompt, empty.pooled), strict=True)
-    both = [torch.cat([tensor, of_empty.expand_as(tensor)]) for tensor, of_empty in rows]
     timestep = timestep.expand(len(x_t)).repeat(2)
-    conditional, unconditional = _velocity(transformer, torch.cat([x_t, x_t]), timestep, *both).chunk(2)
-    return conditional, unconditional
+    both = _velocity(transformer, torch.cat([x_t, x_t]), timestep, *text.gathered_pairs())
+    conditional, negative = both.chunk(2)
+    return conditional, negative
 
 
 def _velocity(
@@ -56,7 +54,7 @@ def batch_slices(total: int, size: int) -> Iterator[slice]:
 
 
 def is_guided(guidance_scale: float) -> bool:
-    """Whether a prediction at this scale needs that of the empty prompt beside its own."""
+    """Whether a prediction at this scale needs that of the negative prompt beside its own."""
     return guidance_scale > 1
 
 
@@ -65,6 +63,6 @@ def forwards_per_step(guidance_scale: float) -> int:
     return 2 if is_guided(guidance_scale) else 1
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: v_uncond + g·(v_cond − v_uncond)."""
-    return unconditional + guidance_scale * (conditional - unconditional)
+def guided(conditional: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: v_neg + g·(v_cond − v_neg), where the negative prompt is empty if none is given."""
+    return negative + guidance_scale * (conditional - negative)

@@ -1,8 +1,7 @@
 """Prompts as the transformer reads them, each distinct prompt encoded once."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -16,7 +15,8 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import has_t5, lacks_text_encoders, load_text_encoders, passes_by_layer
 from dgpo_fast.models.prompt_cache import PromptCache, Row, content_digest, default_folder
 from dgpo_fast.models.text_embeds import TextEmbeds
-from dgpo_fast.prompts.prompt import shorten
+from dgpo_fast.prompts.prompt import Prompt, shorten
+from dgpo_fast.wording import counted
 
 FILE_OVERHEAD_BYTES = 1024
 """What a cached prompt's file holds beside its embeddings, at most."""
@@ -59,23 +59,24 @@ class PromptEncoder:
         self.remembered_bytes = 0
         self.encoded_count = 0
 
-    def __call__(self, prompts: Sequence[str]) -> TextEmbeds:
-        """(B,) texts → embeddings on the transformer's device, in the encoders' dtype."""
-        rows = {text: self._find(text) or self._encode(text) for text in dict.fromkeys(prompts)}
+    def __call__(self, prompts: Sequence[str], negative: Sequence[str] | None = None) -> TextEmbeds:
+        """(B,) texts, and (B,) negative prompts → embeddings on the transformer's device, in the encoders' dtype.
+
+        Without `negative`, the negative prompts are empty.
+        """
+        negative = negative or [""] * len(prompts)
+        rows = {text: self._find(text) or self._encode(text) for text in dict.fromkeys([*prompts, *negative])}
         for text, row in rows.items():
             self._remember(text, row)
         number = {text: index for index, text in enumerate(rows)}
-        index = torch.tensor([number[text] for text in prompts], device=self.device)
+        index, negative_index = (
+            torch.tensor([number[text] for text in texts], device=self.device) for texts in (prompts, negative)
+        )
         tokens, pooled = (torch.stack(tensors).to(self.device) for tensors in zip(*rows.values(), strict=True))
-        return TextEmbeds(tokens, pooled, index)
+        return TextEmbeds(tokens, pooled, index, negative_index)
 
-    @cached_property
-    def empty(self) -> TextEmbeds:
-        """The empty prompt, one row, for guidance; it stays on the device."""
-        return self([""])
-
-    def prepare(self, prompts: Iterable[str], on_step: Callable[[float], None] | None = None) -> str:
-        """Encodes a run's prompts before training, so that the text encoders can be unloaded.
+    def prepare(self, prompts: Sequence[Prompt], on_step: Callable[[float], None] | None = None) -> str:
+        """Encodes a run's prompts and negative prompts before training, so that the text encoders can be unloaded.
 
         If not all prompts fit in the cache, they are encoded when they are needed, and the encoders stay.
 
@@ -86,10 +87,12 @@ class PromptEncoder:
         Returns:
             One line on what was done.
         """
-        distinct = list(dict.fromkeys(prompts))
+        distinct = list(dict.fromkeys(text for prompt in prompts for text in (prompt.negative, prompt.text)))
         missing = [text for text in distinct if not self._is_known(text)]
-        # It is no prompt of the user's, who would count one too many.
-        what = "prompts, the empty one with them" if "" in distinct else "prompts"
+        # They are no prompts of the user's, who would count some too many.
+        negative = {prompt.negative for prompt in prompts}.difference(prompt.text for prompt in prompts)
+        of_them = "the empty one" if negative == {""} else f"{counted(len(negative), 'negative one')}"
+        what = f"prompts, {of_them} with them" if negative else "prompts"
         if missing and not self._has_room(distinct, missing):
             return (
                 f"{what}: {len(distinct) - len(missing)} of {len(distinct)} were encoded before; "

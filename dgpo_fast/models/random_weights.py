@@ -100,7 +100,9 @@ def random_pipeline(
 
 
 def random_weights_note(config: Config) -> str:
-    """What a run with random weights says before anything else."""
+    """What a run with random weights says; empty for any other."""
+    if not config.random_weights:
+        return ""
     text = "text encoders are random too" if config.random_text_encoders else "random embeddings stand for prompts"
     return f"RANDOM WEIGHTS: {config.model} was not loaded; {text}; its images and rewards are meaningless"
 

@@ -21,8 +21,7 @@ class Batch:
     Attributes:
         iteration: counted from 0; keys every draw.
         x0: (B, C, H, W) fp32 final latents.
-        text: the B prompts.
-        empty: the empty prompt, one row.
+        text: the B prompts, and their negative prompts.
         advantage: (B,) fp32.
         group_index: (B,) int64; equal within a group and different between the groups of an iteration. Keys the noise.
         group_size: G, samples per group.
@@ -35,7 +34,6 @@ class Batch:
     iteration: int
     x0: Tensor
     text: TextEmbeds
-    empty: TextEmbeds
     advantage: Tensor
     group_index: Tensor
     group_size: int

@@ -88,7 +88,7 @@ class DGPOObjective(Objective):
         for comparison in compare(
             batch,
             levels,
-            partial(self._predict, models, batch.empty, kl_alone),
+            partial(self._predict, models, kl_alone),
             seed=self.noise_seed,
             batch_size=self.frozen_batch,
             at_once=self.needs.levels_at_once,
@@ -116,13 +116,13 @@ class DGPOObjective(Objective):
         ]
 
     def _predict(
-        self, models: PolicyModels, empty: TextEmbeds, kl_alone: bool, x_t: Tensor, timestep: Tensor, text: TextEmbeds
+        self, models: PolicyModels, kl_alone: bool, x_t: Tensor, timestep: Tensor, text: TextEmbeds
     ) -> dict[str, Tensor]:
         """Predictions of base and behaviour for some of the samples, by their names in `Comparison`."""
         found: dict[str, Tensor] = {}
         if self.needs.guided_base:
-            ref_v, empty_v = predict_pair(models.base, x_t, timestep, text, empty)
-            guided_v = guided(ref_v, empty_v, self.config.kl_guidance_scale)
+            ref_v, negative_v = predict_pair(models.base, x_t, timestep, text)
+            guided_v = guided(ref_v, negative_v, self.config.kl_guidance_scale)
             found = {"ref_v": guided_v} if _scores_against_guided(self.config) else {"ref_v": ref_v, "kl_v": guided_v}
         elif self.config.reference == "frozen" or self.config.kl_weight > 0:
             found["ref_v"] = predict(models.base, x_t, timestep, text)

@@ -96,7 +96,7 @@ class FlowGRPOObjective(Objective):
         the KL term alone must be told of them.
         """
         assert batch.transitions is not None and batch.schedule.noise is not None
-        mean = transition_mean(batch, step, self._policy_v(batch, models, step, constant.get("empty_v")))
+        mean = transition_mean(batch, step, self._policy_v(batch, models, step, constant.get("negative_v")))
         std = batch.schedule.noise[step, 1]
         log_prob = gaussian_log_prob((batch.transitions.states[step + 1] - mean) / std, std)
         ratio, clip = torch.exp(log_prob - batch.transitions.log_prob[step]), self.config.clip_range
@@ -114,20 +114,20 @@ class FlowGRPOObjective(Objective):
             metrics |= {"loss": metrics["loss"] + self.config.kl_weight * kl, "kl": kl}
         return metrics
 
-    def _policy_v(self, batch: Batch, models: PolicyModels, step: int, empty_v: Tensor | None) -> Tensor:
-        """With the rollout's guidance, (B, C, H, W); `empty_v` is its unconditional part, if that is a constant."""
+    def _policy_v(self, batch: Batch, models: PolicyModels, step: int, negative_v: Tensor | None) -> Tensor:
+        """With the rollout's guidance, (B, C, H, W); `negative_v` is its negative part, if that is a constant."""
         x, timestep = batch.transitions.states[step], batch.schedule.timesteps[step]  # type: ignore[union-attr]
         with autocast(models):
-            if empty_v is None:
-                return self._velocity(models.policy, batch.empty, x, timestep, batch.text)
-            return guided(predict(models.policy, x, timestep, batch.text), empty_v, self.guidance_scale)
+            if negative_v is None:
+                return self._velocity(models.policy, x, timestep, batch.text)
+            return guided(predict(models.policy, x, timestep, batch.text), negative_v, self.guidance_scale)
 
     def _constants(self, batch: Batch, models: PolicyModels, steps: int) -> Iterator[dict[str, Tensor]]:
         """Velocities that have no gradient at one step after another, (B, C, H, W) each, if they are needed.
 
-        `ref_v` is the reference's for the KL term, with the rollout's guidance; `empty_v` the policy's for the empty
-        prompt, if that has no gradient. The policy's weights are the same at all steps, so all of them are predicted
-        together.
+        `ref_v` is the reference's for the KL term, with the rollout's guidance; `negative_v` the policy's for the
+        negative prompt, if that has no gradient. The policy's weights are the same at all steps, so all of them are
+        predicted together.
         """
         assert batch.transitions is not None
         if self.config.kl_weight == 0 and not self.needs.frozen_policy:
@@ -135,28 +135,24 @@ class FlowGRPOObjective(Objective):
             return
         for some in batch_slices(steps, self.needs.levels_at_once):
             x, timesteps = batch.transitions.states[some], batch.schedule.timesteps[some]
-            forward = partial(self._predict, models, batch.empty)
+            forward = partial(self._predict, models)
             levels = [Inputs(*of_step, batch.text) for of_step in zip(x, timesteps, strict=True)]
             yield from predict_levels(forward, levels, self.frozen_batch)
 
-    def _predict(
-        self, models: PolicyModels, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds
-    ) -> dict[str, Tensor]:
+    def _predict(self, models: PolicyModels, x: Tensor, timestep: Tensor, text: TextEmbeds) -> dict[str, Tensor]:
         found = {}
         if self.config.kl_weight > 0:
-            found["ref_v"] = self._velocity(models.base, empty, x, timestep, text)
+            found["ref_v"] = self._velocity(models.base, x, timestep, text)
         if self.needs.frozen_policy:
             with autocast(models):
-                found["empty_v"] = predict(models.policy, x, timestep, empty.repeat_interleave(len(x)))
+                found["negative_v"] = predict(models.policy, x, timestep, text.negative())
         return found
 
-    def _velocity(
-        self, transformer: SD3Transformer2DModel, empty: TextEmbeds, x: Tensor, timestep: Tensor, text: TextEmbeds
-    ) -> Tensor:
+    def _velocity(self, transformer: SD3Transformer2DModel, x: Tensor, timestep: Tensor, text: TextEmbeds) -> Tensor:
         """With the rollout's guidance, (B, C, H, W)."""
         if not is_guided(self.guidance_scale):
             return predict(transformer, x, timestep, text)
-        return guided(*predict_pair(transformer, x, timestep, text, empty), self.guidance_scale)
+        return guided(*predict_pair(transformer, x, timestep, text), self.guidance_scale)
 
 
 def transition_mean(batch: Batch, step: int, velocity: Tensor) -> Tensor:

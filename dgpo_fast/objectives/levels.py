@@ -1,7 +1,7 @@
 """Predictions of frozen weights at several noise levels, in full batches (`engine.batch_timesteps`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -94,6 +94,5 @@ def _joined(levels: Sequence[Inputs], rows: slice) -> Inputs:
     for level in levels:
         pieces.append(level[max(rows.start - start, 0) : max(rows.stop - start, 0)])
         start += len(level)
-    index = torch.cat([piece.text.index for piece in pieces])
-    text = replace(levels[0].text, index=index)
+    text = TextEmbeds.joined([piece.text for piece in pieces])
     return Inputs(torch.cat([piece.x_t for piece in pieces]), torch.cat([piece.timestep for piece in pieces]), text)

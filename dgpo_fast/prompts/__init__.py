@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import KINDS, SUFFIXES, in_hash_order, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import require_geneval_metadata
@@ -17,6 +19,7 @@ from dgpo_fast.prompts.prompt import (
     in_turn,
     quoted_text,
     require_quoted_text,
+    with_negative,
     without,
 )
 
@@ -27,9 +30,11 @@ __all__ = [
     "evaluation_prompts",
     "in_turn",
     "load_prompts",
+    "load_run_prompts",
     "quoted_text",
     "require_geneval_metadata",
     "require_quoted_text",
+    "with_negative",
 ]
 
 
@@ -40,6 +45,15 @@ GENERATORS = {
     "tiny-shapes": "dgpo_fast.tiny.prompts:shape_prompts",
     "tiny-signs": "dgpo_fast.tiny.prompts:sign_prompts",
 }
+
+
+def load_run_prompts(config: Config, *, held_out: int = 0) -> PromptSets:
+    """The prompts of a run of `config`, with their negative prompts; as many to evaluate on as it evaluates, or
+    `held_out` if these are more. Raises UserError as `load_prompts`."""
+    count = max(held_out, config.evaluation.images)
+    sets = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=count)
+    train, evaluation = (with_negative(some, config.rollout.negative_prompt) for some in (sets.train, sets.held_out))
+    return replace(sets, train=train, held_out=evaluation)
 
 
 def load_prompts(source: str, *, eval_source: str | None = None, held_out: int = 256) -> PromptSets:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts.prompt import TRAINING_PROMPTS, Prompt, PromptSets, shorten, without
+from dgpo_fast.prompts.prompt import NEGATIVE_KEY, TRAINING_PROMPTS, Prompt, PromptSets, shorten, without
 from dgpo_fast.records import JsonObject, refuse_constant
 from dgpo_fast.wording import counted
 
@@ -29,8 +29,15 @@ CONTENTS = {
 SUFFIXES = tuple(CONTENTS)
 KINDS = "a .txt, .jsonl, .csv or .tsv file"
 TABLES = (".csv", ".tsv")
-COLUMNS = {"prompt": "prompt", "prompts": "prompt", "tag": "tag", "category": "tag"}
-"""What these two columns of a table may be called, in any case. All others keep their names."""
+COLUMNS = {
+    "prompt": "prompt",
+    "prompts": "prompt",
+    "tag": "tag",
+    "category": "tag",
+    NEGATIVE_KEY: NEGATIVE_KEY,
+    "negative prompt": NEGATIVE_KEY,
+}
+"""What these three columns of a table may be called, in any case. All others keep their names."""
 SEPARATORS = ",;\t"
 LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")
 """End a line of text beside CR and LF. In JSON they may stand inside a string."""
@@ -165,7 +172,12 @@ def _parse_json(line: str, origin: str) -> Prompt:
         raise UserError(f'{origin}: "prompt" holds a NUL character: leave it out')
     if not isinstance(record.get("tag", ""), str):
         raise UserError(f'{origin}: "tag" is no string: write a name, as in "tag": "counting"')
-    return Prompt(text.strip(), record, origin)
+    negative = record.get(NEGATIVE_KEY)
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f'{origin}: "{NEGATIVE_KEY}" is no string: write a text, as in "{NEGATIVE_KEY}": "blurry"')
+    if "\0" in (negative or ""):
+        raise UserError(f'{origin}: "{NEGATIVE_KEY}" holds a NUL character: leave it out')
+    return Prompt(text.strip(), record, origin, (negative or "").strip())
 
 
 def _table_parser(line: str, origin: str) -> Callable[[str, str], Prompt]:
@@ -188,12 +200,14 @@ def _table_parser(line: str, origin: str) -> Callable[[str, str], Prompt]:
             remedy = "leave tabs out of the prompt" if separator == "\t" else held
             raise UserError(f"{origin}: {seen}: {remedy}")
         # A column without a name numbers the lines.
-        record = {name: cell for name, cell in zip(columns, cells, strict=True) if name}
+        record: JsonObject = {name: cell for name, cell in zip(columns, cells, strict=True) if name}
         empty = next((name for name in ("prompt", "tag") if not record.get(name, name)), None)
         if empty is not None:
             named = header[columns.index(empty)]
             raise UserError(f"{origin}: nothing in the column {shorten(named)}: fill it in, or remove the line")
-        return Prompt(record["prompt"], record, origin)
+        # An empty cell gives none, as null does in a .jsonl.
+        record |= {NEGATIVE_KEY: record[NEGATIVE_KEY] or None} if NEGATIVE_KEY in record else {}
+        return Prompt(record["prompt"], record, origin, record.get(NEGATIVE_KEY) or "")
 
     return parse
 

@@ -7,15 +7,17 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import Metadata
 from dgpo_fast.wording import one_line
 
 T = TypeVar("T")
+NEGATIVE_KEY = "negative_prompt"
+"""Key of a prompt's metadata that gives its own negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,23 @@ class Prompt:
         text: what the model is asked to draw.
         metadata: what a reward needs besides the text, e.g. GenEval's `include` list; never changed after creation.
         origin: where the prompt came from, e.g. `"prompts.txt:12"`; empty for generated prompts.
+        negative: the negative prompt, from which guidance leads away; empty if there is none.
     """
 
     text: str
     metadata: Metadata = field(default_factory=dict, hash=False)
     origin: str = field(default="", compare=False)
+    negative: str = ""
+
+    @classmethod
+    def from_json(cls, record: Sequence[Any]) -> Prompt:
+        """What `to_json` gave."""
+        text, metadata, *negative = record
+        return cls(text, metadata, negative=negative[0] if negative else "")
+
+    def to_json(self) -> list[Any]:
+        """All but the origin, ready for JSON."""
+        return [self.text, self.metadata, self.negative] if self.negative else [self.text, self.metadata]
 
     @property
     def tag(self) -> str:
@@ -47,8 +61,14 @@ class Prompt:
 
 def digest(prompts: Iterable[Prompt]) -> str:
     """Tells lists of prompts apart by what they hold, in this order."""
-    content = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True)
+    content = json.dumps([prompt.to_json() for prompt in prompts], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def with_negative(prompts: list[Prompt], negative: str) -> list[Prompt]:
+    """`prompts`, of which those without a negative prompt of their own get this one."""
+    stays = (p.negative == negative or p.metadata.get(NEGATIVE_KEY) is not None for p in prompts)
+    return [p if as_it_is else replace(p, negative=negative) for p, as_it_is in zip(prompts, stays, strict=True)]
 
 
 TRAINING_PROMPTS = "training prompts"
@@ -69,6 +89,11 @@ class PromptSets:
     held_out: list[Prompt]
     note: str = ""
     evaluated: str = "held-out prompts"
+
+    @property
+    def everything(self) -> list[Prompt]:
+        """The prompts of both."""
+        return [*self.train, *self.held_out]
 
 
 def without(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
@@ -114,15 +139,17 @@ def quoted_text(text: str) -> str | None:
 
     None if there is no pair, if there is nothing in it, or if it is not clear which quotes are a pair: `a 12" ruler`.
     """
+    words = "".join(quoted_texts(text)[:1])
+    return words if words.strip() else None
+
+
+def quoted_texts(text: str) -> list[str]:
+    """The quoted texts of which `quoted_text` takes the first: that after `says` and the like, else all pairs."""
     text = text.translate(dict.fromkeys(map(ord, DOUBLE_QUOTES), '"'))
     announced = _ANNOUNCED.search(text)
     if announced:
-        words = announced[1]
-    elif text.count('"') % 2:
-        return None
-    else:
-        words = "".join(text.split('"', 2)[1:2])
-    return words if words.strip() else None
+        return [announced[1]]
+    return [] if text.count('"') % 2 else text.split('"')[1::2]
 
 
 def require_quoted_text(prompts: Iterable[Prompt]) -> None:

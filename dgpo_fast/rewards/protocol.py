@@ -17,10 +17,10 @@ REWARD_KEY = "reward"
 class Reward(Protocol):
     """Scores images against their prompts; a class, a function or any other callable of this shape is one.
 
-    Two methods and five attributes are optional:
+    Two methods and six attributes are optional:
 
-    - `check_prompts(prompts: Sequence[Prompt]) -> None` raises `UserError` for prompts that cannot be scored.
-      It is called once, before anything is drawn.
+    - `check_prompts(prompts: Sequence[Prompt]) -> str | None` raises `UserError` for prompts that cannot be scored, and
+      may return a line that the user should read. It is called once, before anything is drawn.
     - `self_test() -> None` raises if the reward does not work here, e.g. by scoring an image whose score is known. It
       is called once, when the reward is loaded.
     - `groups_at_once: int`, for a reward that waits for another machine: the number of threads that call it at a time,
@@ -31,6 +31,8 @@ class Reward(Protocol):
       processes, workers or trainers, may share a group. A run with fewer groups than processes needs it.
     - `needs_real_pictures = True`: it cannot score coloured squares, with which a user's own reward is tested before a
       run.
+    - `metadata_keys: tuple[str, ...]`: all keys of the metadata that it reads. Keys that no reward of a run reads are
+      named at its start; without this attribute, a reward counts as reading all of them.
     - `fingerprint: str` tells apart rewards that may have one name: stored scores are only reused if it is the same.
       By default, it is a hash of the user's module.
     """

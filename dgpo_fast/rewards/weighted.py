@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import Prompt, shorten
+from dgpo_fast.prompts.unread import unread_keys
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.device import on_device
 from dgpo_fast.rewards.protocol import REWARD_KEY, Reward, not_finite
@@ -74,14 +76,22 @@ class WeightedReward:
         """Fingerprints that stored scores must have to be those of the same rewards, by their names in messages."""
         return {f"{CONTENT}{self.sources[name]}": found for name, found in self.fingerprints.items()}
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Has every reward check its prompts. Raises UserError, one line naming the prompt, if one cannot be scored."""
+    def check_prompts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Has every reward check its prompts. Raises UserError, one line naming the prompt, if one cannot be scored.
+
+        Returns lines that the user should read: on keys that nothing reads, and what the rewards say.
+        """
+        reads = [getattr(reward, "metadata_keys", None) for reward in self.rewards.values()]
+        known = None if None in reads else list(itertools.chain.from_iterable(reads))  # type: ignore[arg-type]
+        lines = [] if known is None else unread_keys(prompts, known)
         chosen = [self.chosen(prompt) for prompt in prompts]
         for name, reward in self.rewards.items():
             check = getattr(reward, "check_prompts", None)
             if check is not None:
                 mine = [prompt for prompt, names in zip(prompts, chosen, strict=True) if name in names]
-                call(f"reward {name!r}", "cannot check the prompts", check, mine)
+                line = call(f"reward {name!r}", "cannot check the prompts", check, mine)
+                lines += [f"reward {name!r}: {line}"] if isinstance(line, str) else []
+        return lines
 
     def try_out(self, prompts: Sequence[Prompt], counts: Sequence[int], size: tuple[int, int]) -> None:
         """Tests each of the user's own rewards with coloured squares, for the first prompt that it is chosen for.

@@ -12,7 +12,7 @@ class Draw:
 
     Attributes:
         schedule: grid and coefficients, on the transformer's device.
-        guidance_scale: v = v_uncond + g·(v_cond − v_uncond); 1 is unguided.
+        guidance_scale: v = v_neg + g·(v_cond − v_neg); 1 is unguided.
         batch_size: most samples in a batch.
     """
 
@@ -22,7 +22,7 @@ class Draw:
 
     @property
     def guided(self) -> bool:
-        """Whether the empty prompt is predicted too."""
+        """Whether the negative prompt is predicted too."""
         return is_guided(self.guidance_scale)
 
     @property

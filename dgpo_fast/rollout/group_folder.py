@@ -87,7 +87,8 @@ class GroupFolder:
             return None
         try:
             found = Drawing(**json.loads(path.read_text(encoding="utf-8")))
-            before = {name: found.conditions.get(name) for name in wanted.conditions}
+            conditions = {"rollout.negative_prompt": "", **found.conditions}  # earlier versions had none
+            before = {name: conditions.get(name) for name in wanted.conditions}
             differs = changed(before, wanted.conditions, self.earlier)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: damaged; name another --data.folder, or remove this one") from None
@@ -115,7 +116,7 @@ class GroupFolder:
         tensors = {"x0": groups.x0.cpu()[rows], "rewards": torch.from_numpy(scores.rewards[valid])}
         tensors |= {f"{PART}{name}": torch.from_numpy(part[valid]) for name, part in scores.parts.items()}
         about = {
-            "prompts": json.dumps([[groups.prompts[index].text, groups.prompts[index].metadata] for index in valid]),
+            "prompts": json.dumps([groups.prompts[index].to_json() for index in valid]),
             "dropped": str(len(groups.prompts) - len(valid)),
             "seconds": str(seconds),
         }
@@ -146,12 +147,11 @@ def load(place: GroupPlace) -> Stored:
     """One group, read from its file without the others."""
     with _opened(place.path) as file:
         prompts = json.loads(file.metadata()["prompts"])
-        text, metadata = prompts[place.row]
         x0 = file.get_slice("x0")
         size = x0.get_shape()[0] // len(prompts)
         names = [name for name in file.keys() if name.startswith(PART)]  # noqa: SIM118
         return Stored(
-            prompt=Prompt(text, metadata),
+            prompt=Prompt.from_json(prompts[place.row]),
             x0=x0[place.row * size : (place.row + 1) * size],
             rewards=file.get_slice("rewards")[place.row].numpy(),
             parts={name.removeprefix(PART): file.get_slice(name)[place.row].numpy() for name in names},

@@ -65,7 +65,8 @@ class RolloutWorker:
         positions = filled(ranges, processes.rank, sharded=self.models.shards is not None)
         scoring = self.rewards.start([prompts[position // size] for position in share.pieces], share.piece_size)
         with self.phases("encode"):
-            text = self.sampler.encoder([prompts[position // size].text for position in positions])
+            drawn = [prompts[position // size] for position in positions]
+            text = self.sampler.encoder([prompt.text for prompt in drawn], [prompt.negative for prompt in drawn])
         with self.phases("rollout"):
             self.models.load_behaviour(weights)
         samples = torch.tensor(positions, device=self.models.device)

@@ -14,6 +14,7 @@ from dgpo_fast.models.forward import batch_slices, predict, predict_pair
 from dgpo_fast.models.latents import Pictures, decode_plainly, latent_shape
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.prompts import Prompt
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.step_noise import StepNoise
 
@@ -36,7 +37,6 @@ def sample_latents(
     transformer: SD3Transformer2DModel,
     noise: Tensor,
     text: TextEmbeds,
-    empty: TextEmbeds,
     draw: Draw,
     *,
     step_noise: StepNoise | None = None,
@@ -49,8 +49,7 @@ def sample_latents(
     Args:
         transformer: predicts the velocities; it should have no adapters.
         noise: (B, C, H, W) fp32 at σ = 1.
-        text: the B prompts, one a sample.
-        empty: the empty prompt, one row; read with guidance.
+        text: the B prompts, one a sample; their negative prompts are read with guidance.
         draw: grid and guidance.
         step_noise: draws the noise of the steps, and keeps them if asked to; for a schedule that has noise.
         on_step: told the share done, in (0, 1], after each solver step.
@@ -62,7 +61,7 @@ def sample_latents(
     for step in range(schedule.steps):
         timestep, coefficients = schedule.timesteps[step], schedule.coefficients[step]
         if draw.guided:
-            velocities: tuple[Tensor, Tensor | None] = predict_pair(transformer, x, timestep, text, empty)
+            velocities: tuple[Tensor, Tensor | None] = predict_pair(transformer, x, timestep, text)
         else:
             velocities = predict(transformer, x, timestep, text), None
         if schedule.solver == "euler":
@@ -85,7 +84,6 @@ class Solve(Protocol):
         transformer: SD3Transformer2DModel,
         noise: Tensor,
         text: TextEmbeds,
-        empty: TextEmbeds,
         draw: Draw,
         *,
         step_noise: StepNoise | None = None,
@@ -177,8 +175,7 @@ class Sampler:
             on_step: told the share done, in (0, 1], after each solver step.
         """
         noise = initial_noise(self.shape, samples, seed=seed, draw=number)
-        empty = self.encoder.empty
-        return self.solve(self.transformer, noise, text, empty, draw, step_noise=step_noise, on_step=on_step)
+        return self.solve(self.transformer, noise, text, draw, step_noise=step_noise, on_step=on_step)
 
     def batches(
         self,
@@ -187,6 +184,7 @@ class Sampler:
         *,
         first: int,
         seed: int,
+        negative: Sequence[str] | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> Iterator[Tensor]:
         """x0 (B, C, H, W) fp32 of one batch after another, without noise in the steps.
@@ -196,6 +194,7 @@ class Sampler:
             draw: how.
             first: the number of the first image; the others follow.
             seed: of the initial noise's stream.
+            negative: negative prompts, one an image; None: empty ones.
             on_step: told the share of all images that is done, in (0, 1].
         """
         for rows in batch_slices(len(prompts), draw.batch_size):
@@ -205,14 +204,14 @@ class Sampler:
                     on_step((rows.start + share * (rows.stop - rows.start)) / len(prompts))
 
             samples = torch.arange(first + rows.start, first + rows.stop, device=self.device)
-            text = self.encoder(prompts[rows])
+            text = self.encoder(prompts[rows], negative and negative[rows])
             yield self.latents(text, samples, draw, seed=seed, number=0, on_step=on_batch_step)
 
-    def first_fault(self, prompt: str, draw: Draw, *, number: int, seed: int) -> str:
+    def first_fault(self, prompt: Prompt, draw: Draw, *, number: int, seed: int) -> str:
         """Draws a picture of `batches` again, and names the layer that is the first to give NaN or infinity.
 
         Args:
-            prompt: its prompt.
+            prompt: its prompt, with its negative prompt.
             draw: how.
             number: its number.
             seed: of the initial noise's stream.
@@ -222,9 +221,9 @@ class Sampler:
         """
         samples = torch.tensor([number], device=self.device)
         noise = initial_noise(self.shape, samples, seed=seed, draw=0)
-        text, empty, vae = self.encoder([prompt]), self.encoder.empty, self.pipeline.vae
+        text, vae = self.encoder([prompt.text], [prompt.negative]), self.pipeline.vae
         with watched(transformer=self.transformer, decoder=vae.decoder) as found:
-            decode_plainly(vae, sample_latents(self.transformer, noise, text, empty, draw), 1)
+            decode_plainly(vae, sample_latents(self.transformer, noise, text, draw), 1)
         return f", first in {found[0]}" if found else ""
 
     def decode(self, x0: Tensor) -> Pictures:

@@ -55,6 +55,7 @@ class ShapesReward:
 
     runs_on_cpu = True
     independent_images = True
+    metadata_keys = ("exclude",)
 
     def __init__(self) -> None:
         self._templates, self._template_shapes = _templates()

@@ -97,7 +97,7 @@ class EngineCase:
             checkpoint_blocks(self.models.policy, config.engine.checkpointing)
         self.notes: list[str] = []
         self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
-        text_tokens = self.encoder.empty.prompt.shape[1]
+        text_tokens = self.encoder([""]).prompt.shape[1]
         self.engine = RunEngine(config, self.models, self.pipeline, text_tokens, self.notes.append)
         rollout = config.rollout
         schedule = make_schedule(rollout.solver, 4, 3.0, rollout.noise_level).to(device)
@@ -151,7 +151,6 @@ class EngineCase:
             iteration=7,
             x0=x0,
             text=self.encoder(PROMPTS).repeat_interleave(SIZE),
-            empty=self.encoder.empty,
             advantage=advantage.flatten().to(self.device),
             group_index=torch.arange(GROUPS, device=self.device).repeat_interleave(SIZE),
             group_size=SIZE,

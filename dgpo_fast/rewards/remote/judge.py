@@ -115,6 +115,7 @@ class JudgeReward:
     """
 
     independent_images = True
+    metadata_keys = ()
 
     def __init__(self, settings: JudgeSettings) -> None:
         """Raises UserError if settings contradict each other, or if the key is missing."""

@@ -28,6 +28,7 @@ class AestheticReward:
     """
 
     independent_images = True
+    metadata_keys = ()
 
     def __init__(self, clip: str | Path = OPENAI.source, weights: str | Path = WEIGHTS) -> None:
         """

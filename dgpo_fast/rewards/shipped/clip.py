@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.prompt import Prompt
+from dgpo_fast.prompts.unread import Reader, tokenizing, unread_ends
 from dgpo_fast.records import Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
@@ -45,6 +47,7 @@ class Clip:
     Attributes:
         model: a `CLIPModel`.
         scale: exp(logit_scale), 100 in all published models.
+        reader: how much it reads of a text, 77 tokens in all published models.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Clip:
         self.model, self._tokenizer, self._square = model, tokenizer, square
         self.scale = float(model.logit_scale.exp())
         self._size = model.config.vision_config.image_size
+        self.reader = Reader("CLIP", model.config.text_config.max_position_embeddings, tokenizing(tokenizer))
 
     @classmethod
     def load(
@@ -93,14 +97,13 @@ class Clip:
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors (B, D) of texts, cut at the model's length (77 tokens); each distinct text is read once."""
         distinct = list(dict.fromkeys(texts))
-        length = self.model.config.text_config.max_position_embeddings
         found = []
         for start in range(0, len(distinct), _CHUNK):
             tokens = self._tokenizer(
                 distinct[start : start + _CHUNK],
                 padding="max_length",
                 truncation=True,
-                max_length=length,
+                max_length=self.reader.limit,
                 return_tensors="pt",
             ).to(self.model.device)
             outputs = self.model.get_text_features(
@@ -129,6 +132,7 @@ class CosineReward:
     """factor · cos(image, text): `CLIPScore`, `PickScore` and `HPSv2.1` differ in the model and in the factor alone."""
 
     independent_images = True
+    metadata_keys = ()
 
     def __init__(self, name: str, clip: Clip, factor: float, expected: tuple[float, float]) -> None:
         """
@@ -152,6 +156,10 @@ class CosineReward:
             return np.zeros(0, np.float32), {"cosine": np.zeros(0, np.float32)}
         cosine = (self._clip.features(images) * self._clip.text_features(prompts)).sum(-1).cpu().numpy()
         return self._factor * cosine, {"cosine": cosine}
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> str | None:
+        """A line on prompts that are longer than the model reads; None if there are none."""
+        return unread_ends((prompt.text for prompt in prompts), [self._clip.reader])
 
     def self_test(self) -> None:
         """Raises UserError unless coloured squares and their descriptions match, on the scale that is expected."""

@@ -47,6 +47,7 @@ class GenevalReward:
     """
 
     independent_images = True
+    metadata_keys = ("exclude",)
 
     def __init__(
         self, detector: str | Path = DETECTOR.source, clip: str | Path = OPENAI.source, *, rule: Rule = "fixed"

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.prompt import Prompt
+from dgpo_fast.prompts.unread import Reader, tokenizing, unread_ends
 from dgpo_fast.records import Metadata
 from dgpo_fast.rewards import golden
 from dgpo_fast.rewards.protocol import require_images
@@ -54,6 +56,7 @@ class ImageRewardReward:
     """
 
     independent_images = True
+    metadata_keys = ()
 
     def __init__(
         self, weights: str | Path = PUBLISHED.source, tokenizer: str | Path = "google-bert/bert-base-uncased"
@@ -97,6 +100,11 @@ class ImageRewardReward:
                 pixels = models.to_tensor(images[chunk], self._vision.device)
                 scores.append(self._score(pixels, prompts[chunk]).cpu().numpy())
         return np.concatenate(scores)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> str | None:
+        """A line on prompts that are longer than the model reads; None if there are none."""
+        reader = Reader("BERT", MAX_TOKENS, tokenizing(self._tokenizer))
+        return unread_ends((prompt.text for prompt in prompts), [reader])
 
     def self_test(self) -> None:
         """Raises UserError unless a portrait, and red and blue squares, suit their descriptions by clear margins."""

@@ -24,6 +24,7 @@ class JpegReward:
 
     runs_on_cpu = True
     independent_images = True
+    metadata_keys = ()
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]

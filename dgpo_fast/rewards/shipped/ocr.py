@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.prompt import DOUBLE_QUOTES, Prompt, quoted_text, require_quoted_text, shorten
+from dgpo_fast.prompts.unread import unread_quotes
 from dgpo_fast.records import Metadata
 from dgpo_fast.rewards.protocol import require_images
 
@@ -59,6 +60,7 @@ class OcrReward:
 
     runs_on_cpu = True
     independent_images = True
+    metadata_keys = ()
 
     def __init__(self, workers: int | None = None) -> None:
         """Loads the engine, in about a second.
@@ -100,9 +102,12 @@ class OcrReward:
         """The text on each of uint8 RGB images (B, H, W, 3), its lines joined from the top; "" if there is none."""
         return ["".join(texts) for texts, _ in self._pool.map(self._read_one, images)]
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+    def check_prompts(self, prompts: Sequence[Prompt]) -> str | None:
         """Raises UserError, with file and line, for a prompt without text between double quotes, or whose text has
-        letters that the engine cannot read: its best possible score would be below 1."""
+        letters that the engine cannot read: its best possible score would be below 1.
+
+        Returns a line on prompts that quote several texts, of which the first one is taken.
+        """
         require_quoted_text(prompts)
         for prompt in prompts:
             words = quoted_text(prompt.text) or ""
@@ -112,6 +117,7 @@ class OcrReward:
                     f"{prompt.origin or 'prompt'}: reward 'ocr' cannot read {unread!r} in {shorten(words)}: leave "
                     "these letters out, or remove the line"
                 )
+        return unread_quotes(prompts)
 
     def self_test(self) -> None:
         """Raises UserError unless a printed word is read right, with the confidence that the engine has in it when it
