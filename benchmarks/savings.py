@@ -38,6 +38,7 @@ SAVINGS: dict[str, list[str]] = {
     "engine.share_first_level": ["--engine.share-first-level", "off"],
     "engine.skip_equal_groups": ["--engine.skip-equal-groups", "False"],
     "policy.behaviour": ["--policy.behaviour", "adapter"],
+    "policy.forward": ["--policy.forward", "adapter"],
 }
 """Name of a saving → what switches it off."""
 EQUAL_GROUPS = "engine.skip_equal_groups"
@@ -50,6 +51,7 @@ FOR_DEVICE = {
     "engine.cuda_graphs": "cuda",
     "engine.overlap": "cuda",
     "engine.epilogue": "cuda",
+    "policy.forward": "cuda",
     "engine.linear": "cpu",
     "engine.share_first_level": "cuda",  # in fp32, "auto" leaves it off with the recipe's solver
     "policy.micro_batch auto": "cuda",

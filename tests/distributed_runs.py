@@ -54,6 +54,7 @@ SCENARIOS: dict[str, list[str]] = {
     "lora": ["--iterations", "20", "--evaluation.every", "20", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-5"],
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
     "from a LoRA": ["--lora", "start.safetensors"],
+    "merged weights": ["--policy.forward", "merged"],
     "small micro-batches, std of the iteration": [
         "--policy.micro-batch",
         "3",

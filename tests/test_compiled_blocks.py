@@ -17,7 +17,7 @@ from dgpo_fast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = json.loads(RESULTS.read_text(encoding="utf-8"))
-PROGRAMS = ("single.frozen", "single.lora")
+PROGRAMS = ("single.frozen", "single.merged")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,10 @@ def test_a_forward_without_a_gradient_moves_little(counted: dict[tuple[str, str]
 
 
 def test_the_policy_moves_little(counted: dict[tuple[str, str], dict[str, Any]]) -> None:
-    forward, backward = counted["lora", "forward"], counted["lora", "backward"]
-    assert megabytes(forward, "fused", "library") <= 256
-    assert megabytes(backward, "fused", "library") <= 344
-    assert forward["fused"] + forward["library"] <= 49
+    forward, backward = counted["merged", "forward"], counted["merged", "backward"]
+    assert megabytes(forward, "fused", "library") <= 195
+    assert megabytes(backward, "fused", "library") <= 325
+    assert forward["fused"] + forward["library"] <= 31
     assert backward["fused"] + backward["library"] <= 62
 
 

@@ -78,6 +78,7 @@ def simulated(folder: Path, dtype: torch.dtype, trained: Trained, layers: int = 
 TRAINED = {
     "lora fp32": (torch.float32, Trained("fp32", (4, Policy().lora_targets))),
     "lora bf16": (torch.bfloat16, Trained("bf16_master", (4, Policy().lora_targets))),
+    "lora bf16, merged": (torch.bfloat16, Trained("bf16_master", (4, Policy().lora_targets), merged=True)),
     "full fp32": (torch.float32, Trained("fp32", None)),
     "full bf16": (torch.bfloat16, Trained("bf16_stochastic", None)),
     "full bf16 under autocast": (torch.bfloat16, Trained("fp32", None)),
@@ -133,7 +134,7 @@ def test_checkpointing_saves_what_is_predicted(kind: str, name: str, random_pipe
     assert small.saved < (0.4 if kind == "blocks" else 0.7) * large.saved and small.peak < large.peak
 
 
-@pytest.mark.parametrize("name", ["lora fp32", "lora bf16", "full fp32", "full bf16"])
+@pytest.mark.parametrize("name", ["lora fp32", "lora bf16", "lora bf16, merged", "full fp32", "full bf16"])
 def test_simulated_training_takes_what_the_real_one_does(name: str, random_pipeline: Path) -> None:
     """The meta device's activations are the CPU's to 3 %."""
     dtype, trained = TRAINED[name]
@@ -146,6 +147,7 @@ def test_simulated_training_takes_what_the_real_one_does(name: str, random_pipel
         train="full" if trained.lora is None else "lora",
         lora_rank=4,
         weights=trained.storage,  # type: ignore[arg-type]
+        forward="merged" if trained.merged else "auto",
     )
     models = PolicyModels(transformer, policy, seed=0)
     assert simulation.training(6).peak == pytest.approx(real_peak(models, 6), rel=0.03)
@@ -158,6 +160,7 @@ RUNS = {
     "small micro-batches, the decoder needs most": [*LORA, "--policy.micro-batch", "4"],
     "bf16, 8 bits": [*BF16, "--optimizer.name", "adamw8bit", "--policy.weights", "bf16_stochastic"],
     "bf16 LoRA, second adapter": [*BF16, *LORA, "--policy.behaviour", "adapter"],
+    "bf16 LoRA, merged": [*BF16, *LORA, "--policy.forward", "merged"],
     "checkpointed blocks": [*LORA, "--engine.checkpointing", "blocks"],
     "steps of a rollout with noise": [
         *LORA,

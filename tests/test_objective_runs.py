@@ -27,6 +27,7 @@ NOISE = ["--rollout.solver=euler", "--rollout.noise-level=0.7"]
 OFFLINE = ["--data.source=offline", "--data.offline-groups=8"]
 SYSTEMS = {
     "dgpo-sde": NOISE,
+    "dgpo-merged": ["--policy.forward=merged", "--precision=bf16"],
     "dgpo-offline": OFFLINE,
     "diffusion-dpo": ["--objective=diffusion_dpo", "--optimizer.lr=1e-3"],
     "flow-grpo": ["--objective=flow_grpo", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=none", *NOISE],

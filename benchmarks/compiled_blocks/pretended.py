@@ -67,6 +67,7 @@ def pretended(properties: SimpleNamespace) -> Iterator[None]:
         replaced(torch.utils._triton, triton_hash_with_backend=lambda: properties.name),
         replaced(driver, _active=_Driver(properties)),
     ):
+        torch.utils._triton.has_triton.cache_clear()
         yield
 
 

@@ -12,7 +12,9 @@ from benchmarks.compiled_blocks.counting import Counted, count
 from dgpo_fast.config.options import Policy
 from dgpo_fast.engine.attention import set_attention
 from dgpo_fast.engine.epilogue import use_epilogue
+from dgpo_fast.engine.upsampling import in_phases
 from dgpo_fast.models.architecture import CLIP_TOKENS, sd35_medium
+from dgpo_fast.models.merged_lora import use_merged_weights
 from dgpo_fast.models.meta import FusedAttention
 from dgpo_fast.models.policy import with_lora
 
@@ -23,7 +25,7 @@ BLOCKS = {"dual": 13, "single": 10, "last": 1}
 """Kinds of block → how many of them the model has: with a second attention, with one, and the last one, whose text
 tokens go nowhere."""
 DECODER = "decoder"
-PLAIN, FROZEN, LORA, FULL = "plain", "frozen", "lora", "full"
+PLAIN, FROZEN, LORA, MERGED, FULL = "plain", "frozen", "lora", "merged", "full"
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Program:
 
     Attributes:
         part: a kind of block, or the decoder.
-        weights: frozen without and with the engine's epilogue, with LoRA adapters, or all trained. The last two have a
-            backward.
+        weights: frozen, without and with the engine's savings; LoRA, with adapters and on merged weights; all trained.
+            The last three have a backward.
         rows: samples at a time.
     """
 
@@ -44,8 +46,8 @@ class Program:
 
 PROGRAMS = (
     *(Program(part, weights, 32) for weights in (PLAIN, FROZEN) for part in BLOCKS),
-    *(Program(part, weights, 16) for weights in (LORA, FULL) for part in BLOCKS),
-    Program(DECODER, FROZEN, 16),
+    *(Program(part, weights, 16) for weights in (LORA, MERGED, FULL) for part in BLOCKS),
+    *(Program(DECODER, weights, 16) for weights in (PLAIN, FROZEN)),
 )
 
 _LIBRARY = torch.library.Library("compiled_blocks", "DEF")
@@ -89,7 +91,7 @@ def counted(program: Program, gpu: SimpleNamespace) -> Counted:
     with mode:
         weights = {
             name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=DTYPE, requires_grad=tensor.requires_grad)
-            for name, tensor in module.state_dict(keep_vars=True).items()
+            for name, tensor in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items()
         }
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -111,11 +113,13 @@ def _block(program: Program, mode: FakeTensorMode) -> tuple[nn.Module, dict[str,
     with torch.device("meta"):
         transformer = replace(architecture, transformer=small).build_transformer()
     transformer.requires_grad_(program.weights == FULL)
-    if program.weights == LORA:
+    if program.weights in (LORA, MERGED):
         transformer = with_lora(transformer, Policy(), seed=0)
+    if program.weights == MERGED:
+        use_merged_weights(transformer)
     set_attention(transformer, "native")
     use_epilogue(transformer, program.weights == FROZEN)
-    width, is_trained = architecture.transformer["caption_projection_dim"], program.weights in (LORA, FULL)
+    width, is_trained = architecture.transformer["caption_projection_dim"], program.weights in (LORA, MERGED, FULL)
     shapes = {"hidden_states": (IMAGE_TOKENS, width), "encoder_hidden_states": (TEXT_TOKENS, width), "temb": (width,)}
     # The embedding of the timestep comes before all adapters.
     trained = {name: is_trained and (name != "temb" or program.weights == FULL) for name in shapes}
@@ -132,6 +136,8 @@ def _decoder(program: Program, mode: FakeTensorMode) -> tuple[nn.Module, dict[st
     with torch.device("meta"):
         module = sd35_medium().build_vae().decoder.requires_grad_(False)
     nn.Module.to(module, memory_format=torch.channels_last)
+    if program.weights == FROZEN:
+        in_phases(module)
     with mode:
         latents = torch.empty(program.rows, *LATENT, dtype=DTYPE)
     return module, {"sample": latents}

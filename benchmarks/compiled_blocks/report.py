@@ -24,7 +24,14 @@ PARTS = {
     WHOLE: "**all 24 blocks**",
     DECODER: "decoder",
 }
-WEIGHTS = {"plain": "frozen, `engine.epilogue` off", "frozen": "frozen", "lora": "LoRA", "full": "all trained"}
+WEIGHTS = {
+    "plain": "frozen, `engine.epilogue` off",
+    "frozen": "frozen",
+    "lora": "LoRA, `policy.forward` adapter",
+    "merged": "LoRA, `policy.forward` merged",
+    "full": "all trained",
+}
+DECODERS = {"plain": "frozen, `engine.decoder` fast", "frozen": "frozen, `engine.decoder` phases"}
 HEAD = ("compiled graph", "weights", "rows", "fused kernels", "MB a sample", "library calls", "MB a sample", "both, MB")
 
 
@@ -87,7 +94,7 @@ def _line(part: str, row: JsonObject, numbers: tuple[int, float, int, float]) ->
     fused, fused_mb, library, library_mb = numbers
     cells = [
         f"{PARTS[part]}, {row['direction']}",
-        WEIGHTS[row["weights"]],
+        DECODERS[row["weights"]] if part == DECODER else WEIGHTS[row["weights"]],
         str(row["rows"]),
         str(fused),
         f"{fused_mb:,.1f}",

@@ -98,6 +98,10 @@ class Policy:
     behaviour: Literal["merged", "adapter"] = "merged"
     """Weights that draw the rollouts when LoRA is trained. merged: a copy of the model with the LoRA merged in.
     adapter: the base model with a second adapter; needs no copy, but each forward pass is slower."""
+    forward: Literal["auto", "adapter", "merged"] = "auto"
+    """How the policy computes when LoRA is trained; the gradient is the same but for rounding. adapter: the frozen
+    layers with the LoRA beside them, as in PEFT. merged: weights with the LoRA merged in; faster, but needs a copy of
+    the layers that have a LoRA. auto: merged on a GPU if `behaviour` is merged, else adapter."""
     lora_rank: Count = 64
     """Rank of the LoRA adapters."""
     lora_alpha: Positive = 128.0

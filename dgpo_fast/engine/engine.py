@@ -68,6 +68,9 @@ class Engine:
         if models.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(models.device).multi_processor_count
             self.reasons.lines.append(rows_line(config, self.sizes, text_tokens, self._width, multiprocessors))
+        if config.policy.train == "lora":
+            how = "merged weights" if models.merged else "adapters"
+            self.reasons.lines.append(f"the policy computes with {how} (policy.forward {config.policy.forward})")
         self.rollout_transformer = models.behaviour
         if config.engine.rollout_precision == "fp8":
             self.rollout_transformer = self._float8()

@@ -77,10 +77,13 @@ class Learner:
             with self.phases("communicate"):
                 own_norm = self._sum_gradients(f"the gradients of iteration {number}")
             with self.phases("optimizer"):
+                kept = self.models.merge_kept  # by the forwards, before the step
                 norm, taken = self._update(rate, own_norm, number, folder)
             skipped += not taken
-            # Each process has its part of the means; the norm is that of the summed gradient, the same on all.
+            # Each process has its part of the means; norm and weights are the same on all.
             parts = {**losses, "grad_norm": norm / self.processes.count}
+            if kept is not None:
+                parts["lora_merge_kept"] = kept / self.processes.count
             add_metrics(totals, parts, part.samples / batch.samples)
         return {
             "learning_rate": rate,
@@ -158,6 +161,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        self.models.weights_changed()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, True
 

@@ -23,7 +23,7 @@ from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.forward import forwards_per_step
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.meta import SampleShape
-from dgpo_fast.models.policy import weight_storage
+from dgpo_fast.models.policy import is_merged, weight_storage
 from dgpo_fast.objectives.first_level import is_shared
 from dgpo_fast.objectives.registry import traits
 
@@ -131,6 +131,10 @@ class Predictor:
             "averages": total * FP32 * (1 if config.ema.offload and self.on_gpu else 2),
             "decoder": _bytes(self.vae, self.dtype),
         }
+        if self._merged(config):
+            # The merged weights, and the factors times alpha / rank.
+            adapted = sum(layer.weight.numel() for layer in adapted_layers(self.transformer, config))
+            held["merged policy weights"] = (adapted + total) * self.dtype.itemsize
         if config.engine.decoder != "plain":
             held["decoder's copy"] = _bytes(self.vae.decoder, self.dtype)
         if config.engine.rollout_precision == "fp8":
@@ -169,6 +173,9 @@ class Predictor:
 
     def _storage(self, config: Config) -> str:
         return weight_storage(config.policy, self.dtype, sharded=self._shards(config) > 1)
+
+    def _merged(self, config: Config) -> bool:
+        return is_merged(config.policy, self.on_gpu)
 
     @property
     def _blocks(self) -> list[nn.Module]:
@@ -235,6 +242,7 @@ class Predictor:
             storage=self._storage(config),
             lora=(policy.lora_rank, policy.lora_targets) if policy.train == "lora" else None,
             checkpointing=config.engine.checkpointing,
+            merged=self._merged(config),
         )
         return simulation(*self.texts, trained, self.dtype, self.shape(config))
 
@@ -275,12 +283,18 @@ def trained_sizes(transformer: SD3Transformer2DModel, config: Config) -> list[in
     """
     if config.policy.train == "full":
         return [parameter.numel() for parameter in transformer.parameters()]
-    ends = tuple(f".{end}" for end in config.policy.lora_targets)
-    adapted = [
-        module for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and name.endswith(ends)
-    ]
     return [
-        config.policy.lora_rank * width for linear in adapted for width in (linear.in_features, linear.out_features)
+        config.policy.lora_rank * width
+        for layer in adapted_layers(transformer, config)
+        for width in (layer.in_features, layer.out_features)
+    ]
+
+
+def adapted_layers(transformer: SD3Transformer2DModel, config: Config) -> list[nn.Linear]:
+    """The layers of `transformer` that get a LoRA."""
+    ends = tuple(f".{end}" for end in config.policy.lora_targets)
+    return [
+        module for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and name.endswith(ends)
     ]
 
 

@@ -3,6 +3,7 @@
 Only one transformer block of each kind is run: blocks of a kind save the same, so the model's whole depth is the sum.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.memory.live import LiveBytes
+from dgpo_fast.models.merged_lora import use_merged_weights
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import with_lora
 from dgpo_fast.records import JsonObject
@@ -36,11 +38,13 @@ class Trained:
         storage: how its weights are kept, see `policy.weight_storage`.
         lora: rank and targets of the adapters; None if all weights are trained.
         checkpointing: as `engine.checkpointing`.
+        merged: whether the policy computes with merged weights, see `policy.is_merged`.
     """
 
     storage: str
     lora: tuple[int, tuple[str, ...]] | None
     checkpointing: str = "none"
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,9 @@ class Simulation:
             nn.Module.to(module, dtype)
         if trained.lora is not None:
             with_lora(self.policy, PolicyConfig(lora_rank=trained.lora[0], lora_targets=trained.lora[1]), seed=0)
+        self.adapted = copy.deepcopy(self.policy) if trained.merged else self.policy
+        if trained.merged:
+            use_merged_weights(self.policy)
         if trained.checkpointing != "none":
             checkpoint_blocks(self.policy, trained.checkpointing, again=lambda: modes(self.mixed))
         self.mixed = dtype == torch.bfloat16 and trained.storage == "fp32"
@@ -127,7 +134,7 @@ class Simulation:
                 parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
 
     def forward(self, batch: int, *, policy: bool = False) -> int:
-        """Peak of a forward without a gradient, of the base or of the policy."""
+        """Peak of a forward without a gradient, of the base or with the policy's adapters."""
         return self._once(("forward", batch, policy), lambda: self._forward(batch, policy))
 
     def training(self, batch: int) -> Activations:
@@ -144,7 +151,7 @@ class Simulation:
         return self.known[key]
 
     def _forward(self, batch: int, policy: bool) -> int:
-        module = self.policy if policy else self.base
+        module = self.adapted if policy else self.base
         with self._counting(module) as live, torch.no_grad():
             start = live.now
             self.shape.predict(module, batch, self.dtype)

@@ -1,7 +1,9 @@
 """The three sets of weights of a run.
 
 * **base**: the frozen pretrained transformer W. It is the reference, and carries no adapter.
-* **policy**: what is trained. With LoRA it is W + (alpha / rank)·B·A, where W are the *same tensors* as the base's.
+* **policy**: what is trained. With LoRA it is W + (alpha / rank)·B·A, where W are the *same tensors* as the base's. It
+  computes with adapters, or with merged weights of its own (`policy.forward`, `merged_lora`). The behaviour's copy
+  cannot serve for that: it holds θ_old while the policy learns.
 * **behaviour**: a merged copy without adapters. It draws the rollouts and makes the old predictions. To save memory, it
   can instead be the base's tensors with a second adapter (`policy.behaviour`).
 
@@ -10,7 +12,7 @@ twice per iteration.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.lora import Factors, Lora, join, write_lora
+from dgpo_fast.models.merged_lora import MergedLoraLinear, merge_all, merged_weight, use_merged_weights
 
 if TYPE_CHECKING:
     from dgpo_fast.distributed.shards import Shards
@@ -47,6 +50,21 @@ def weight_storage(config: PolicyConfig, dtype: torch.dtype, sharded: bool = Fal
     return config.weights
 
 
+def is_merged(config: PolicyConfig, on_gpu: bool) -> bool:
+    """Whether the policy computes with merged weights, by `config.forward`.
+
+    Raises UserError if that is asked for where there is no LoRA.
+    """
+    if config.forward == "merged" and config.train == "full":
+        raise UserError(
+            "policy.forward merged is for LoRA: use --policy.train lora, or leave out --policy.forward with "
+            "--policy.train full"
+        )
+    if config.forward == "auto":
+        return config.train == "lora" and config.behaviour == "merged" and on_gpu
+    return config.forward == "merged"
+
+
 class PolicyModels:
     """Base, policy and behaviour transformers of one pipeline. `sharded.ShardedModels` cuts them over processes.
 
@@ -59,6 +77,8 @@ class PolicyModels:
     Attributes:
         weights: what this process trains, by name.
         adapted: whether the behaviour weights are a second adapter instead of a merged copy.
+        merged: whether the policy computes with merged weights.
+        merge_kept: the share of the policy's LoRA that rounding its merged weights keeps, a scalar; None if it is all.
         shards: None if every process holds all weights.
         after_load: called after the behaviour copy's weights have changed.
     """
@@ -73,7 +93,11 @@ class PolicyModels:
         self.dtype = transformer.dtype
         self.after_load: list[Callable[[], None]] = []
         self.storage = weight_storage(config, transformer.dtype, self.shards is not None)
+        self.merged = is_merged(config, transformer.device.type == "cuda")
+        self.merge_kept: Tensor | None = None
+        self._merged_layers: Sequence[MergedLoraLinear] = ()
         self.weights = self._make(seed)
+        self.weights_changed()
 
     def _make(self, seed: int) -> dict[str, nn.Parameter]:
         """Makes `behaviour` and `policy`; returns the trained weights."""
@@ -94,6 +118,8 @@ class PolicyModels:
             weight.data = weight.data.to(torch.float32 if self.storage == "fp32" else torch.bfloat16)
             # Gradients of all micro-batches and timesteps add up in fp32.
             weight.grad_dtype = torch.float32
+        if self.merged:
+            self._merged_layers = use_merged_weights(self.policy)
         return weights
 
     @property
@@ -140,10 +166,8 @@ class PolicyModels:
             torch._foreach_copy_([own[name] for name in weights], list(weights.values()))
         else:
             for name, layer in self._lora_layers():
-                factors = (weights[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
-                down, up = (factor.to(self.device, torch.float32) for factor in factors)
-                base = layer.base_layer.weight.float()
-                own[f"{name}.weight"].copy_(torch.addmm(base, up, down, alpha=layer.scaling[ADAPTER]))
+                down, up = (weights[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
+                own[f"{name}.weight"].copy_(merged_weight(layer, down, up))
         for action in self.after_load:
             action()
 
@@ -158,6 +182,11 @@ class PolicyModels:
         """Overwrites the policy's trained tensors, as when a run is resumed."""
         for name, parameter in self.weights.items():
             parameter.copy_(weights[name])
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Has to be called after every change of `weights`: merges them anew if the policy computes so. In place."""
+        self.merge_kept = merge_all(self._merged_layers)
 
     def save(self, weights: Weights, folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
         """Writes `weights` so that plain diffusers loads them: a LoRA file, or a whole pipeline folder.

@@ -9,6 +9,7 @@ the group's samples share. *Executed* are those that ran: also padding, the seco
 group, and what checkpointing computes again. Rates and MFU are of useful FLOPs: saving memory must not look like speed.
 """
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.models.datasheet import peak_tflops
+from dgpo_fast.models.merged_lora import use_merged_weights
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import PolicyModels, with_lora
 from dgpo_fast.models.text_embeds import TextEmbeds
@@ -114,6 +116,7 @@ class ModelWork:
         policy: what is trained.
         adapted: whether the behaviour weights are an adapter too, and no merged copy.
         checkpoint: checkpoints the blocks of a policy as the run does; None if it does not.
+        merged: whether the policy computes with merged weights.
         dtype: of weights and activations; bytes depend on it.
         shape: of one sample.
     """
@@ -127,6 +130,7 @@ class ModelWork:
         shape: SampleShape,
         adapted: bool = False,
         checkpoint: Checkpoint | None = None,
+        merged: bool = False,
     ):
         self.dtype, self.shape, self.checkpoint = dtype, shape, checkpoint
         self._counted: dict[tuple[str, int], Work] = {}
@@ -136,8 +140,10 @@ class ModelWork:
             self.vae = AutoencoderKL.from_config(vae.config).requires_grad_(False)
         if policy.train == "lora":
             with_lora(self.policy, policy, seed=0)
-        self.behaviour = self.policy if adapted else self.base
-        for module in (self.base, self.policy, self.vae):
+        self.behaviour = copy.deepcopy(self.policy) if adapted else self.base
+        if merged:
+            use_merged_weights(self.policy)
+        for module in (self.base, self.behaviour, self.policy, self.vae):
             torch.nn.Module.to(module, dtype)  # diffusers' own `to` warns of what does not matter without data
 
     def count(self, kind: str, batch: int = 1) -> Work:
@@ -271,7 +277,7 @@ class WorkMeter:
         assert self.shape is not None
         models = self.models
         of_run = (models.base, self.vae, self.policy, models.dtype, self.shape, models.adapted)
-        return ModelWork(*of_run, checkpoint=self.checkpoint)
+        return ModelWork(*of_run, checkpoint=self.checkpoint, merged=models.merged)
 
     def _see(self, prompt: Tensor, pooled: Tensor) -> None:
         self.shape = SampleShape(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])

@@ -72,12 +72,13 @@ def test_sd35_medium_has_its_known_flops() -> None:
     assert tflop == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_torchs_flop_counter_agrees(train: str, random_pipeline: Path) -> None:
+@pytest.mark.parametrize(("train", "merged"), [("lora", False), ("lora", True), ("full", False)])
+def test_torchs_flop_counter_agrees(train: str, merged: bool, random_pipeline: Path) -> None:
     transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
     vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
     shape = SampleShape((16, 8, 8), (21, 48), 32)
-    work = ModelWork(transformer, vae, Policy(train=train, lora_rank=4), torch.float32, shape)  # type: ignore[arg-type]
+    policy = Policy(train=train, lora_rank=4)  # type: ignore[arg-type]
+    work = ModelWork(transformer, vae, policy, torch.float32, shape, merged=merged)
     for batch in (1, 3):
         with FUSED_ATTENTION, FlopCounterMode(display=False) as forward:
             out = shape.predict(work.policy, batch, torch.float32)
@@ -86,6 +87,20 @@ def test_torchs_flop_counter_agrees(train: str, random_pipeline: Path) -> None:
         assert work.count("policy forward", batch).total_flops == forward.get_total_flops() > 0
         assert work.count("backward", batch).total_flops == backward.get_total_flops() > 0
     assert work.count("rollout", 3).total_flops == 3 * work.count("rollout").total_flops
+    is_one_product = work.count("policy forward").total_flops == work.count("reference forward").total_flops
+    assert is_one_product == (merged or train == "full")
+
+
+def test_rollouts_by_an_adapter_beside_a_merged_policy(random_pipeline: Path) -> None:
+    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
+    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
+    shape = SampleShape((16, 8, 8), (21, 48), 32)
+    work, plain = (
+        ModelWork(transformer, vae, Policy(lora_rank=4), torch.float32, shape, adapted=True, merged=merged)
+        for merged in (True, False)
+    )
+    assert work.count("rollout").total_flops == plain.count("policy forward").total_flops
+    assert work.count("rollout").total_flops > work.count("policy forward").total_flops
 
 
 @pytest.mark.parametrize(("micro_batch", "policy_forwards"), [(8, 24), (2, 48)])
