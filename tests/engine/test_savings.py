@@ -63,8 +63,8 @@ def assert_within_budget(
     """Each of `found` is as near to float64 as the plain path in the same dtype, within a factor of two."""
     exact, same = plain(folder, train, torch.float64, objective), plain(folder, train, dtype, objective)
     eps = torch.finfo(dtype).eps
-    # A single number may come out right by chance; of many, their norm does not. Pictures are those of the latents found,
-    # whose error the decoder can make larger.
+    # A single number may come out right by chance; of many, their norm does not. Pictures are those of the latents
+    # found, whose error the decoder can make larger.
     floors = {"latents": eps, "pictures": 4 * eps, "loss": 8 * eps, "gradient": eps}
     for (name, floor), value, oracle, reference in zip(floors.items(), found, exact, same, strict=True):
         scale = torch.linalg.norm(oracle.double())
