@@ -128,7 +128,7 @@ def test_a_given_micro_batch_is_not_measured(gpu: Any) -> None:
 def test_more_than_is_free_is_said_before(gpu: Any) -> None:
     memory, _, notes = gpu(free=20 * GB)
     memory.predict(configure(["sd35m-geneval"]))
-    assert notes[0].startswith("predicted memory 40.8 GiB")
+    assert notes[0].startswith("predicted memory 41.5 GiB")
     assert "more than the 18.6 GiB that are free. Start with one of these" in notes[1]
     assert "--policy.micro-batch 8 (15." in notes[1]
 

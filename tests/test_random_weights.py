@@ -127,7 +127,8 @@ def test_text_encoders_are_built_where_asked_for() -> None:
     pipeline = random_pipeline(architecture, device=CPU, dtype=torch.float32, seed=0, text_encoders=True)
     assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
     embeds = PromptEncoder(pipeline, 20)(["Two red cups!", "Two red cats!"])
-    assert embeds.prompt.shape == (2, 97, 48) and embeds.pooled.shape == (2, 32)
+    tokens, pooled = embeds.gathered()
+    assert tokens.shape == (2, 97, 48) and pooled.shape == (2, 32)
     assert embeds.prompt.isfinite().all()
     for part in (embeds.prompt[:, :77], embeds.prompt[:, 77:], embeds.pooled[:, :16], embeds.pooled[:, 16:]):
         assert not torch.equal(part[0], part[1])

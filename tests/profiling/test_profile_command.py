@@ -49,7 +49,7 @@ def test_what_a_profile_writes(workspace: Path, capsys: pytest.CaptureFixture[st
     assert set(report.candidates) == timed
     assert all(sum(candidate.chosen for candidate in table) == 1 for table in report.candidates.values())
     decoders = {candidate.name: candidate for candidate in report.candidates["decoding 6 images"]}
-    assert set(decoders) == {"plain", "fast"} and decoders["fast"].chosen
+    assert set(decoders) == {"plain", "fast", "phases"} and decoders["fast"].chosen
     assert all(candidate.forward_ms > 0 for candidate in decoders.values())  # type: ignore[operator]
     assert report.gpu is None and report.power is None
     assert report.settings["prompts"] == str(prompts) and report.device.kind == "cpu"
