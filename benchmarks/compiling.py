@@ -54,6 +54,8 @@ def summary(report: dict[str, Any]) -> dict[str, float]:
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown, beside the constants."""
     found = summary(report)
+    count = len(report["runs"]["on"])
+    medians = f"medians of {count} runs each" if count > 1 else "one run each"
     about = f"{report['machine']}, torch {report['torch']}, commit {report['commit']}, {report['date']}"
     return "\n".join(
         [
@@ -62,7 +64,7 @@ def table(report: dict[str, Any]) -> str:
             f"| time of a compiled iteration over that of another | {found['share']:.2f} | {COMPILED_SHARE:g} |",
             f"| compiling, in the time of an image | {found['compiling_images']:.0f} | {COMPILING_IMAGES} |",
             "",
-            f"Compiling took {found['compiling_s']:.0f} s; medians of {len(report['runs']['on'])} runs each. {about}.",
+            f"Compiling took {found['compiling_s']:.0f} s with an empty compiler's cache; {medians}. {about}.",
         ]
     )
 

@@ -237,7 +237,7 @@ class Engine:
     """
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the transformer blocks and the decoder. auto: on for GPUs, and for CPU runs of 4,000 images or
+    """torch.compile of the transformer blocks and the decoder. auto: on for GPUs, and for CPU runs of 33,000 images or
     more; shorter runs do not win back the time it takes to compile. The recipes of the shipped pipeline have it off,
     since compiled blocks round differently: their results do not depend on a compiler."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"

@@ -44,7 +44,7 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
         share_first_level=False,
     )
     assert reasons.lines == [
-        "blocks are not compiled: on a CPU it only saves time in runs of 4,000 images or more",
+        "blocks are not compiled: on a CPU it only saves time in runs of 33,000 images or more",
         "attention of rollouts by matmul (native 2 ms, matmul 1 ms)",
         "attention of training by native (native 5 ms, matmul 4.9 ms)",
         "linear layers by onednn (torch 3 ms, onednn 1 ms)",
@@ -55,7 +55,7 @@ def test_auto_on_a_cpu_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_cpu_compiles_in_runs_that_win_back_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "BACKEND", "eager")
     config = Engine(attention="native", linear="torch", epilogue="off")
-    for images, saved in ((4_000, "0%"), (12_000, "10%")):
+    for images, saved in ((33_000, "0%"), (110_000, "12%")):
         choices, reasons = choose(config, replace(HERE, images=images))
         assert choices.compile and reasons.lines == [f"blocks are compiled: it should save {saved} of the time"]
     assert not choose(config, HERE)[0].compile
