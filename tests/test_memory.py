@@ -154,6 +154,19 @@ def test_simulated_training_takes_what_the_real_one_does(name: str, random_pipel
 
 
 LORA, BF16 = ["--policy.train", "lora"], ["--precision", "bf16"]
+NOISY = [
+    *LORA,
+    "--objective",
+    "flow_grpo",
+    "--rollout.solver",
+    "euler",
+    "--rollout.noise-level",
+    "0.7",
+    "--ema.switch-ema-ref",
+    "none",
+    "--rollout.guidance-scale",
+    "3",
+]
 RUNS = {
     "all weights, fp32": [],
     "LoRA, a clip and guidance": [*LORA, "--dgpo.clip-range", "0.01", "--rollout.guidance-scale", "3"],
@@ -162,31 +175,9 @@ RUNS = {
     "bf16 LoRA, second adapter": [*BF16, *LORA, "--policy.behaviour", "adapter"],
     "bf16 LoRA, merged": [*BF16, *LORA, "--policy.forward", "merged"],
     "checkpointed blocks": [*LORA, "--engine.checkpointing", "blocks"],
-    "steps of a rollout with noise": [
-        *LORA,
-        "--objective",
-        "flow_grpo",
-        "--rollout.solver",
-        "euler",
-        "--rollout.noise-level",
-        "0.7",
-        "--ema.switch-ema-ref",
-        "none",
-        "--rollout.guidance-scale",
-        "3",
-    ],
+    "steps of a rollout with noise": NOISY,
     "steps of a rollout with noise, no gradient of the unconditional velocity": [
-        *LORA,
-        "--objective",
-        "flow_grpo",
-        "--rollout.solver",
-        "euler",
-        "--rollout.noise-level",
-        "0.7",
-        "--ema.switch-ema-ref",
-        "none",
-        "--rollout.guidance-scale",
-        "3",
+        *NOISY,
         "--flow-grpo.unconditional-gradient",
         "false",
     ],
