@@ -12,8 +12,7 @@ from torch import Tensor
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.timing import best_ms
 from dgpo_fast.engine.upsampling import in_phases
-from dgpo_fast.models.forward import batch_slices
-from dgpo_fast.models.latents import Pictures, decode_pixels, find_faults, to_uint8
+from dgpo_fast.models.latents import Pictures, decode_in_batches, decode_pixels, to_uint8
 
 CHECKED_IMAGES = 4
 LARGEST_MEAN_DIFFERENCE = 1.0
@@ -96,12 +95,7 @@ class Decoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) latents → the parts of their `Pictures`, on their device; the decoder is not checked."""
-        images, faults = [], []
-        for rows in batch_slices(len(latents), self.batch_size):
-            pixels = self._pixels(latents[rows])
-            images.append(to_uint8(pixels))
-            faults.append(find_faults(latents[rows], pixels))
-        return torch.cat(images), torch.cat(faults)
+        return decode_in_batches(self._pixels, latents, self.batch_size)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """(B, 3, height, width) in [−1, 1] if the decoder is sure."""

@@ -1,5 +1,6 @@
 """The shape of latents, and pixels from them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +27,24 @@ class Pictures(NamedTuple):
 @torch.no_grad()
 def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> Pictures:
     """The pictures of latents (B, C, H, W)."""
+    parts = decode_in_batches(lambda chunk: decode_pixels(vae, chunk, vae.dtype), latents, batch_size)
+    return Pictures(*(part.cpu().numpy() for part in parts))
+
+
+def decode_in_batches(pixels_of: Callable[[Tensor], Tensor], latents: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """(B, C, H, W) latents → the parts of their `Pictures`, on their device.
+
+    Args:
+        pixels_of: (b, C, H, W) latents → (b, 3, height, width) pixels.
+        latents: of all pictures.
+        batch_size: latents that are decoded at a time.
+    """
     images, faults = [], []
     for chunk in latents.split(batch_size):
-        pixels = decode_pixels(vae, chunk, vae.dtype)
-        images.append(to_uint8(pixels).cpu())
-        faults.append(find_faults(chunk, pixels).cpu())
-    return Pictures(torch.cat(images).numpy(), torch.cat(faults).numpy())
+        pixels = pixels_of(chunk)
+        images.append(to_uint8(pixels))
+        faults.append(find_faults(chunk, pixels))
+    return torch.cat(images), torch.cat(faults)
 
 
 def find_faults(latents: Tensor, pixels: Tensor) -> Tensor:
