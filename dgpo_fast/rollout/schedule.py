@@ -6,7 +6,7 @@ scheduler draws. The steps are linear in the state and the predictions; `dgpo_ke
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import expm1, log, sqrt
+from math import expm1, inf, log, sqrt
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -61,14 +61,28 @@ def make_scheduler(solver: str, shift: float) -> SchedulerMixin:
     )
 
 
-def make_schedule(solver: str, num_inference_steps: int, shift: float, noise_level: float = 0.0) -> Schedule:
+def make_schedule(
+    solver: str,
+    num_inference_steps: int,
+    shift: float,
+    noise_level: float = 0.0,
+    *,
+    linear: bool = False,
+    last: float | None = None,
+) -> Schedule:
     """The grid of `num_inference_steps` steps shifted by `shift`, for "dpmpp_2m" or "euler".
 
-    A `noise_level` above 0 makes an "euler" rollout stochastic (`_stochastic_steps`).
+    A `noise_level` above 0 makes an "euler" rollout stochastic (`_stochastic_steps`). `linear` and `last` are those of
+    `models.family.Grid`.
     """
-    scheduler = make_scheduler(solver, shift)
-    scheduler.set_timesteps(num_inference_steps)
-    sigmas = [float(sigma) for sigma in scheduler.sigmas]
+    if linear:
+        grid = linear_sigmas(num_inference_steps, shift, last)
+        timesteps = 1000 * grid[:-1]
+    else:
+        scheduler = make_scheduler(solver, shift)
+        scheduler.set_timesteps(num_inference_steps)
+        grid, timesteps = scheduler.sigmas, scheduler.timesteps
+    sigmas = [float(sigma) for sigma in grid]
     noise = None
     if solver == "dpmpp_2m":
         if noise_level > 0:
@@ -80,11 +94,23 @@ def make_schedule(solver: str, num_inference_steps: int, shift: float, noise_lev
         coefficients = [[after - sigma] for sigma, after in pairwise(sigmas)]
     return Schedule(
         solver,
-        scheduler.sigmas.float().cpu(),
-        scheduler.timesteps.float().cpu(),
+        grid.float().cpu(),
+        timesteps.float().cpu(),
         torch.tensor(coefficients, dtype=torch.float32),
         None if noise is None else torch.tensor(noise, dtype=torch.float32),
     )
+
+
+def linear_sigmas(steps: int, shift: float, last: float | None = None) -> Tensor:
+    """(steps + 1,) float64: σ = s(1), s(1 − 1/n), …, s(1/n) and 0, where s(σ) = k·σ / (1 + (k − 1)·σ) with the shift k.
+
+    With `last`, the grid is stretched so that its last σ before 0 is that: 1 − (1 − σ)·(1 − last) / (1 − s(1/n)).
+    """
+    plain = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    sigmas = shift * plain / (1 + (shift - 1) * plain)
+    if last is not None and steps > 1:
+        sigmas = 1 - (1 - sigmas) * (1 - last) / (1 - sigmas[-1])
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def _stochastic_steps(sigmas: list[float], noise_level: float) -> tuple[list[list[float]], list[list[float]]]:
@@ -121,4 +147,4 @@ def _dpmpp_2m_coefficients(sigmas: list[float]) -> list[list[float]]:
 
 
 def _log_snr(sigma: float) -> float:
-    return log(1.0 - sigma) - log(sigma)
+    return log(1.0 - sigma) - log(sigma) if sigma < 1.0 else -inf
