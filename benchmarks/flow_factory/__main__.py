@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.pages import PERFORMANCE, replace_part
 from benchmarks.paired import ratio
 from dgpo_fast import tiny
 from dgpo_fast.profiling.machine import cpu_name, versions
@@ -72,6 +73,35 @@ def main() -> None:
                     [run[key] for run in found["flow_factory"]], [run[key] for run in found["ours"]]
                 )
         write_json(RESULT, report)
+    replace_part("flow_factory CHECKOUT", table(report), PERFORMANCE)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    head = ("case", "trainer", "iteration, s", "CPU seconds", "peak memory, MiB", "forwards", "rows", "with a gradient")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, case in report["cases"].items():
+        for which, shown in (("ours", "dgpo_fast"), ("flow_factory", "Flow-Factory")):
+            runs = case[which]
+            s, cpu_s, peak = (statistics.median(run[key] for run in runs) for key in ("s", "cpu_s", "peak_mib"))
+            counts = (runs[0][key] for key in ("forwards", "rows", "rows_with_gradient"))
+            cells = (name, shown, f"{s:.2f}", f"{cpu_s:.2f}", f"{peak:.0f}", *(f"{count:.0f}" for count in counts))
+            lines.append(f"| {' | '.join(cells)} |")
+        apart = (f"{_ratio(case['ratio_s'])}", f"{_ratio(case['ratio_cpu_s'])}")
+        lines.append(f"| | **Flow-Factory over dgpo_fast** | {' | '.join(apart)} | | | | |")
+    largest = max(found["relative"] for found in report["gradient"].values())
+    about = (
+        f"{report['work']}; medians of {report['iterations']} iterations without the first one, forwards and rows of all "
+        f"of them; {report['machine']}, torch {report['versions']['torch']}; Flow-Factory "
+        f"{report['peer']['commit']}; {report['date']}. Gradients on the same noised latents differ by at most "
+        f"{largest:.1e} of their norm."
+    )
+    return "\n".join([*lines, "", about])
+
+
+def _ratio(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['median']:.2f}× ({low:.2f} to {high:.2f})"
 
 
 def _about(given: argparse.Namespace) -> dict[str, Any]:
