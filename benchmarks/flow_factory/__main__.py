@@ -91,8 +91,8 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"| | **Flow-Factory over dgpo_fast** | {' | '.join(apart)} | | | | |")
     largest = max(found["relative"] for found in report["gradient"].values())
     about = (
-        f"{report['work']}; medians of {report['iterations']} iterations without the first one, forwards and rows of all "
-        f"of them; {report['machine']}, torch {report['versions']['torch']}; Flow-Factory "
+        f"{report['work']}; medians of {report['iterations']} iterations without the first one, forwards and rows of "
+        f"all of them; {report['machine']}, torch {report['versions']['torch']}; Flow-Factory "
         f"{report['peer']['commit']}; {report['date']}. Gradients on the same noised latents differ by at most "
         f"{largest:.1e} of their norm."
     )
