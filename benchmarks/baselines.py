@@ -22,6 +22,8 @@ from torch import Tensor
 
 from benchmarks.rewards import Brightness
 from dgpo_fast.config.options import Config
+from dgpo_fast.models.family import family_of
+from dgpo_fast.models.loading import reads_no_text
 from dgpo_fast.models.policy import with_lora
 from dgpo_fast.rollout.schedule import make_scheduler
 from dgpo_fast.run.metrics import Phases
@@ -249,20 +251,20 @@ class Baseline(ABC):
         return ref_v, ref_v
 
     def _encode(self, prompts: Sequence[str]) -> Text:
+        length = self.config.rollout.max_sequence_length
+        if reads_no_text(self.pipeline):
+            family, like = family_of(self.pipeline.transformer), next(self.pipeline.transformer.parameters())
+            rows = family.stack([family.random_condition(prompt, length) for prompt in prompts], 0)
+            return Text(**{name: row.to(like) for name, row in rows.items()})
         prompt, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            do_classifier_free_guidance=False,
-            device=self.device,
-            max_sequence_length=self.config.rollout.max_sequence_length,
+            list(prompts), None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=length
         )
         return Text(prompt, pooled)
 
     def _transformer(self, base: Mapping[str, Tensor], dtype: torch.dtype, own: bool) -> SD3Transformer2DModel:
         """The reference in `dtype`; with `own` memory, or in that of `base` where the dtype is its."""
         with torch.device("meta"):
-            transformer = SD3Transformer2DModel.from_config(self.pipeline.transformer.config)
+            transformer = family_of(self.pipeline.transformer).build_transformer()
         transformer.load_state_dict({name: t.detach().to(dtype, copy=own) for name, t in base.items()}, assign=True)
         return transformer.requires_grad_(False).eval()
 

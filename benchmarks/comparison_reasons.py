@@ -199,7 +199,9 @@ def main() -> None:
         )
         found = {arm: made[arm] for arm in ARMS if arm in made}
         sigmas = {
-            solver: make_schedule(solver, NORMAL.steps, read_model(recipes.tiny_shapes()).shift).sigmas[:-1].tolist()
+            solver: make_schedule(solver, NORMAL.steps, read_model(recipes.tiny_shapes()).architecture.shift)
+            .sigmas[:-1]
+            .tolist()
             for solver in ("dpmpp_2m", "euler")
         }
         content |= {"machine": machine(), "sigmas": sigmas, "runs": found}

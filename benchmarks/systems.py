@@ -17,7 +17,8 @@ from benchmarks.baselines import BASELINES, Baseline, Inputs, Oracle, Text
 from benchmarks.rewards import Brightness
 from dgpo_fast.build import build
 from dgpo_fast.config.options import Config
-from dgpo_fast.models.forward import forwards_per_step, predict
+from dgpo_fast.models.family import Guidance
+from dgpo_fast.models.forward import predict
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.models.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT
 from dgpo_fast.objectives.batch import Batch
@@ -63,7 +64,12 @@ class Ours:
     @torch.no_grad()
     def forward(self, x_t: Tensor, timestep: Tensor, text: Text, empty: Text) -> Tensor:
         """One forward of the reference."""
-        return predict(self.trainer.models.base, x_t, timestep, TextEmbeds.of_samples(text.prompt, text.pooled))
+        return predict(
+            self.trainer.models.base,
+            x_t,
+            timestep,
+            TextEmbeds.of_samples({"prompt": text.prompt, "pooled": text.pooled}),
+        )
 
     def inputs(self, iteration: int, groups: int) -> Inputs:
         """What the trainer draws in `iteration`."""
@@ -110,7 +116,7 @@ class Ours:
             steps = self.trainer.draw.schedule.steps
             drawn = config.dgpo.timesteps / min(config.dgpo.high_noise_steps or steps, steps)
             trained -= round(drawn * (images - images / config.rollout.group_size))
-        reference = forwards_per_step(config.dgpo.kl_guidance_scale) if config.dgpo.kl_weight > 0 else 1
+        reference = Guidance(config.dgpo.kl_guidance_scale).forwards if config.dgpo.kl_weight > 0 else 1
         samples = {ROLLOUT: images * self.trainer.draw.forwards, DECODE: images, POLICY: trained, BACKWARD: trained}
         samples |= {REFERENCE: trained * reference}
         return work.flops(samples | ({OLD: trained} if config.dgpo.clip_range is not None else {}))
@@ -208,7 +214,7 @@ class Comparison:
         text, empty = (self.trainer.encoder(prompts) for prompts in (inputs.prompts, [""]))
         index = torch.zeros(size, dtype=torch.int64, device=self.device)
         batch = Batch(0, x0, text, advantage, index, size, self.trainer.draw.schedule)
-        plain = (x0, advantage, Text(*text.gathered()), Text(*empty.gathered()), inputs)
+        plain = (x0, advantage, Text(**text.gathered()), Text(**empty.gathered()), inputs)
         self._build("oracle", Oracle)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             exact = _flat(_gradient(self.systems.pop("oracle"), plain), self.weights)
@@ -286,7 +292,7 @@ class Comparison:
         """Milliseconds per image of the decoder, and of one forward of the reference with a group in it."""
         size = self.config.rollout.group_size
         text, empty = (self.trainer.encoder(prompts) for prompts in (inputs.prompts[:size], [""]))
-        plain = Text(*text.gathered()), Text(*empty.gathered())
+        plain = Text(**text.gathered()), Text(**empty.gathered())
         x_t, timestep = inputs.noise[:size], torch.tensor(inputs.timesteps[0], device=self.device)
         forward = system.forward if name == OURS else torch.no_grad()(system.reference)
         actions = {"decode_ms": lambda: system.decode(x_t), "forward_ms": lambda: forward(x_t, timestep, *plain)}

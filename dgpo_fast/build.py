@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import to_dict
@@ -22,10 +22,11 @@ from dgpo_fast.learning.checkpoints import Checkpoints
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import state_bytes
 from dgpo_fast.memory.plan import MemoryPlan
+from dgpo_fast.models.family import family_of
 from dgpo_fast.models.fingerprints import sampled_fingerprint, weights_fingerprint
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import Lora, start_from_lora
-from dgpo_fast.models.own_settings import image_size, with_own_shift
+from dgpo_fast.models.own_settings import image_size, in_plain_numbers, require_trainable, with_own_shift
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from dgpo_fast.models.prompt_notes import prompt_notes
@@ -38,11 +39,10 @@ from dgpo_fast.prompts.dealing import GroupSampler
 from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, WeightedReward, count_workers, load_rewards
-from dgpo_fast.rollout.draw import Draw
+from dgpo_fast.rollout.draw import Draw, run_draws
 from dgpo_fast.rollout.offline import OfflineSource
 from dgpo_fast.rollout.online import OnlineSource, RolloutWorker
 from dgpo_fast.rollout.sampler import Sampler
-from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.rollout.source import Source
 from dgpo_fast.run.console import Console
 from dgpo_fast.run.depends import EVALUATION_PROMPTS, STARTING_LORA, TRAINING_PROMPTS, WEIGHTS
@@ -82,7 +82,7 @@ class Parts:
     reward: WeightedReward
     reward_pool: RewardPool
     memory: MemoryPlan
-    pipeline: StableDiffusion3Pipeline
+    pipeline: DiffusionPipeline
     models: PolicyModels
     encoder: PromptEncoder
     engine: Engine
@@ -110,14 +110,15 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     reward = _load_rewards(config, processes, device)
     for line in reward.check_prompts(prompts.everything):
         console.note(line)
-    architecture = read_model(config)
-    config = with_own_shift(config, architecture, console.note)
-    size = image_size(architecture, config.rollout.resolution)
+    family = read_model(config)
+    require_trainable(config, family)
+    config = with_own_shift(config, family, console.note)
+    size = image_size(family, config.rollout.resolution)
     reward.try_out(prompts.everything, (config.rollout.group_size, 1), size)
     workers = count_workers(config.reward_workers, device)
     pool = RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
     dtype = pick_dtype(config.precision, device)
-    memory = MemoryPlan(architecture, device, dtype, processes, console.note)
+    memory = MemoryPlan(family, device, dtype, processes, console.note)
     config = memory.predict(config)
     pipeline = make_pipeline(config, device=device, dtype=dtype, with_text=False)
     model = {WEIGHTS: weights_fingerprint(pipeline)}
@@ -132,25 +133,26 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     engine = _start_engine(config, models, pipeline, encoder, processes, console)
     sampler = _make_sampler(config, pipeline, engine.rollout_transformer, encoder, engine)
     eval_sampler = _make_sampler(config, pipeline, models.behaviour, encoder, engine)
-    draw, eval_draw = _make_draws(config, engine, device)
+    draw, eval_draw = run_draws(config, family, device, engine.sizes.rollout, engine.sizes.evaluation)
     phases = Phases(device)
+    plain = in_plain_numbers(config, family)
+    needs = traits(plain)
     work = WorkMeter(
         models,
-        pipeline.vae,
         config.policy,
         sampler.shape,
-        frozen_policy=traits(config).frozen_policy,
+        frozen_policy=needs.frozen_policy,
         drawn=engine.drawn,
         checkpoint=engine.checkpoint,
     )
-    learner = Learner(config, models, processes, phases, work, console.note)
+    learner = Learner(plain, models, processes, phases, work, console.note)
     worker = RolloutWorker(
         group_size=config.rollout.group_size,
         models=models,
         sampler=sampler,
         draw=draw,
         rewards=pool,
-        keep_transitions=traits(config).needs_transitions,
+        keep_transitions=needs.needs_transitions,
         phases=phases,
         work=work,
     )
@@ -197,7 +199,7 @@ def _load_rewards(config: Config, processes: Processes, device: torch.device) ->
 
 
 def _make_models(
-    pipeline: StableDiffusion3Pipeline, config: Config, processes: Processes, device: torch.device, start: Lora | None
+    pipeline: DiffusionPipeline, config: Config, processes: Processes, device: torch.device, start: Lora | None
 ) -> PolicyModels:
     shards = shards_for(config, processes, device)
     models = (
@@ -213,23 +215,19 @@ def _make_models(
 def _start_engine(
     config: Config,
     models: PolicyModels,
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: DiffusionPipeline,
     encoder: PromptEncoder,
     processes: Processes,
     console: Console,
 ) -> Engine:
-    text_tokens = encoder([""]).prompt.shape[1]  # finds text encoders that cannot be loaded
+    text_tokens = encoder.text_tokens()  # finds text encoders that cannot be loaded
     engine = Engine(config, models, pipeline, text_tokens, console.note, processes=processes.count)
     engine.adopt(processes.broadcast(engine.measured(), "the engine's choices"))
     return engine
 
 
 def _make_sampler(
-    config: Config,
-    pipeline: StableDiffusion3Pipeline,
-    transformer: SD3Transformer2DModel,
-    encoder: PromptEncoder,
-    engine: Engine,
+    config: Config, pipeline: DiffusionPipeline, transformer: ModelMixin, encoder: PromptEncoder, engine: Engine
 ) -> Sampler:
     return Sampler(
         pipeline,
@@ -239,17 +237,6 @@ def _make_sampler(
         solve=engine.solve,
         decode=engine.decoder.start,
         decodes_ahead=int(engine.decoder.overlaps),
-    )
-
-
-def _make_draws(config: Config, engine: Engine, device: torch.device) -> tuple[Draw, Draw]:
-    """How images to learn from are drawn, and how held-out ones are."""
-    rollout, evaluation, sizes = config.rollout, config.evaluation, engine.sizes
-    schedule = make_schedule(rollout.solver, rollout.num_inference_steps, rollout.grid_shift, rollout.noise_level)
-    eval_schedule = make_schedule(evaluation.solver, evaluation.num_inference_steps, rollout.grid_shift)
-    return (
-        Draw(schedule.to(device), rollout.guidance_scale, sizes.rollout),
-        Draw(eval_schedule.to(device), evaluation.guidance_scale, sizes.evaluation),
     )
 
 
@@ -293,8 +280,18 @@ def _describe(parts: Parts) -> None:
     )
     state = sum(state_bytes(shape.numel(), config.optimizer.name) for shape in models.shapes.values())
     note(f"{config.optimizer.name}: {state / 2**20:.1f} MiB of optimizer state")
-    guided = parts.draw.guided or parts.eval_draw.guided or traits(config).guided_base
+    guided = (
+        parts.draw.guided
+        or parts.eval_draw.guided
+        or traits(in_plain_numbers(config, family_of(models.base))).guided_base
+    )
     unread = prompt_notes(parts.pipeline, config.rollout.max_sequence_length, parts.prompts.everything, guided)
-    about = (random_weights_note(config), parts.prompts.note, prompts_note(config), *unread)
+    about = (
+        random_weights_note(config),
+        *family_of(models.base).notes,
+        parts.prompts.note,
+        prompts_note(config),
+        *unread,
+    )
     for line in filter(None, (*parts.engine.reasons.lines, *about)):
         note(line)

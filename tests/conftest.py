@@ -86,7 +86,7 @@ def short_runs() -> Iterator[None]:
     def model_work(meter: WorkMeter) -> ModelWork:
         models = meter.models
         checkpoint = meter.checkpoint and meter.checkpoint.keywords["kind"]  # type: ignore[attr-defined]
-        of = (models.base.config, meter.vae.config, meter.policy, models.dtype, meter.shape)
+        of = (models.base.config, meter.policy, models.dtype, meter.shape)
         of += (models.adapted, models.merged, checkpoint)
         if repr(of) not in counted:
             counted[repr(of)] = count(meter)

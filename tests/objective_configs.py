@@ -8,6 +8,7 @@ import torch
 
 from dgpo_fast.config.objective_options import FlowGRPO
 from dgpo_fast.config.options import Config
+from dgpo_fast.models.family import Guidance
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.rollout.draw import Draw
@@ -36,7 +37,7 @@ def grpo_case(folder: Path, **flow_grpo: object) -> Case:
         case.models.behaviour,
         case.batch.x0,
         case.batch.text,
-        Draw(schedule, rollout.guidance_scale, batch_size=GROUPS * SIZE),
+        Draw(schedule, Guidance(rollout.guidance_scale), batch_size=GROUPS * SIZE),
         step_noise=step_noise,
     )
     case.batch = replace(case.batch, x0=x0, schedule=schedule, transitions=step_noise.transitions)
@@ -51,7 +52,7 @@ def make_batch(advantage: np.ndarray) -> Batch:
     return Batch(
         iteration=0,
         x0=number.reshape(-1, 1, 1, 1),
-        text=TextEmbeds.of_samples(number.reshape(-1, 1, 1), number.reshape(-1, 1)),
+        text=TextEmbeds.of_samples({"prompt": number.reshape(-1, 1, 1), "pooled": number.reshape(-1, 1)}),
         advantage=torch.from_numpy(advantage).flatten(),
         group_index=torch.arange(groups).repeat_interleave(size),
         group_size=size,

@@ -33,7 +33,7 @@ MISTAKES = {
     "--rewards shape": "error: no reward 'shape': did you mean 'shapes'?",
     "--model nowhere": "error: model 'nowhere': no such folder, and no name on the hub (organisation/name)",
     "--model empty": "error: model 'empty': no model_index.json there; give a pipeline's folder in diffusers' format",
-    "--model flux": "error: model 'flux' is a FluxPipeline, not a StableDiffusion3Pipeline",
+    "--model flux": "error: model 'flux' is a WanPipeline, not a StableDiffusion3Pipeline, ",
     "--model broken": "error: broken/model_index.json: not a JSON object; the pipeline's folder is damaged",
     "--model hollow": "error: model 'hollow' lacks vae, which its model_index.json names: add the folder, or download ",
     "--policy.lora nan.safetensors": "error: command line: unknown setting 'policy.lora': did you mean 'lora'?",
@@ -83,7 +83,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file({f"{layer.replace('0', '99')}.lora_A.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     save_file({f"{layer}.dora_scale": torch.ones(2)}, tmp_path / "dora.safetensors")
     save_file({f"{layer}.lora_A.weight": torch.full((2, 128), torch.nan)}, tmp_path / "nan.safetensors")
-    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     (tmp_path / "broken" / "model_index.json").write_text("{")
     (tmp_path / "hollow" / "model_index.json").write_text(
         json.dumps({"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]})

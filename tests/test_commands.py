@@ -128,8 +128,8 @@ def test_what_is_downloaded_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The known sizes stand in for a model alone of which nothing is there."""
     config = configure(["sd35m-geneval"])
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *args, **named: None)
-    known = loading.known_architecture(config)
-    assert known is not None and known.transformer["num_layers"] == 24
-    assert loading.known_architecture(replace(config, model="tiny")) is None
+    known = loading.known_model(config)
+    assert known is not None and known.architecture.transformer["num_layers"] == 24
+    assert loading.known_model(replace(config, model="tiny")) is None
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *args, **named: str(tmp_path / "config.json"))
-    assert loading.known_architecture(config) is None
+    assert loading.known_model(config) is None

@@ -224,7 +224,7 @@ def test_rows_of_the_recipe() -> None:
         seen = {name: counted(getattr(models, name)) for name in ("base", "behaviour", "policy")}
         advantage = torch.randn(groups, size, generator=random)
         zero = torch.zeros(1, dtype=torch.int64)
-        text = TextEmbeds(torch.zeros(1, 1, 1).bfloat16(), torch.zeros(1, 1).bfloat16(), zero, zero)
+        text = TextEmbeds({"prompt": torch.zeros(1, 1, 1).bfloat16()}, zero, zero)
         batch = Batch(
             iteration=0,
             x0=torch.randn(count, 1, 2, 2, generator=random),

@@ -105,7 +105,7 @@ def test_flow_grpo_by_hand() -> None:
     batch = Batch(
         iteration=0,
         x0=after.reshape(3, 2, 1, 1),
-        text=TextEmbeds.of_samples(torch.zeros(3, 1, 1), torch.zeros(3, 1)),
+        text=TextEmbeds.of_samples({"prompt": torch.zeros(3, 1, 1), "pooled": torch.zeros(3, 1)}),
         advantage=torch.tensor([1.0, -2.0, 1.0]),
         group_index=torch.zeros(3, dtype=torch.int64),
         group_size=3,

@@ -13,7 +13,6 @@ from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Policy
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
-from dgpo_fast.memory import simulate
 from dgpo_fast.memory.__main__ import memory
 from dgpo_fast.memory.advice import remedies
 from dgpo_fast.memory.cards import CARDS_GB, fit_on
@@ -23,14 +22,14 @@ from dgpo_fast.memory.micro_batch import MemoryLine
 from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.memory.simulate import Simulation, Trained
-from dgpo_fast.models.architecture import read_architecture, sd35_medium
+from dgpo_fast.models.architecture import read_architecture
+from dgpo_fast.models.families.sd3 import SD3
 from dgpo_fast.models.forward import predict
-from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
 from dgpo_fast.trainer import Trainer
+from tests.sd3 import family_in, medium, sample_shape
 
 GB = 1e9
 
@@ -66,13 +65,17 @@ def test_live_bytes_of_a_backward() -> None:
         assert live.now == 2 * 4000, "the weight and its gradient"
 
 
-SHAPE = SampleShape((16, 8, 8), (21, 48), 32)
+SHAPE = sample_shape((16, 8, 8), (21, 48), 32)
+
+
+def deeper(folder: Path, layers: int) -> SD3:
+    architecture = read_architecture(folder)
+    settings = {**architecture.transformer, "num_layers": layers, "dual_attention_layers": [0, 1]}
+    return SD3(replace(architecture, transformer=settings))
 
 
 def simulated(folder: Path, dtype: torch.dtype, trained: Trained, layers: int = 4) -> Simulation:
-    architecture = read_architecture(folder)
-    transformer = {**architecture.transformer, "num_layers": layers, "dual_attention_layers": [0, 1]}
-    return Simulation(transformer, dict(architecture.vae), trained, dtype, SHAPE)
+    return Simulation(deeper(folder, layers), trained, dtype, SHAPE)
 
 
 TRAINED = {
@@ -92,7 +95,7 @@ def test_one_block_of_each_kind_stands_for_all(
     """The sum over kinds of blocks is what the whole depth takes."""
     dtype, trained = TRAINED[name]
     shallow = simulated(random_pipeline, dtype, trained, layers=7)
-    monkeypatch.setattr(simulate, "shallow", lambda config: (dict(config), [1] * 7))
+    monkeypatch.setattr(SD3, "one_of_each_block", lambda self: (dict(self.architecture.transformer), [1] * 7))
     whole = simulated(random_pipeline, dtype, trained, layers=7)
     assert len(shallow.policy.transformer_blocks) == 4 < len(whole.policy.transformer_blocks)
     for batch in (1, 5):
@@ -110,9 +113,7 @@ def real_peak(models: PolicyModels, batch: int) -> int:
     """Peak bytes of a forward and backward of real tensors, beside weights and gradients."""
     for weight in models.weights.values():
         weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
-    text = TextEmbeds.of_samples(
-        torch.randn(batch, *SHAPE.text, dtype=models.dtype), torch.randn(batch, SHAPE.pooled, dtype=models.dtype)
-    )
+    text = SHAPE.text(batch, models.dtype, CPU)
     x_t = torch.randn(batch, *SHAPE.latent, dtype=models.dtype)
     policy: nn.Module = models.policy
     there = [*policy.parameters(), *policy.buffers(), *(weight.grad for weight in models.weights.values())]
@@ -139,9 +140,7 @@ def test_simulated_training_takes_what_the_real_one_does(name: str, random_pipel
     """The meta device's activations are the CPU's to 3 %."""
     dtype, trained = TRAINED[name]
     simulation = simulated(random_pipeline, dtype, trained)
-    architecture = read_architecture(random_pipeline)
-    settings = {**architecture.transformer, "num_layers": 4, "dual_attention_layers": [0, 1]}
-    transformer = replace(architecture, transformer=settings).build_transformer().requires_grad_(False)
+    transformer = deeper(random_pipeline, layers=4).build_transformer().requires_grad_(False)
     nn.Module.to(transformer, dtype)
     policy = Policy(
         train="full" if trained.lora is None else "lora",
@@ -237,7 +236,7 @@ FULL_ON_80_GB = [
 @pytest.mark.parametrize("weights", ["bf16_master", "bf16_stochastic"])
 def test_full_fine_tuning_of_sd35_medium_fits_80_gb(weights: str) -> None:
     """With 8-bit states and bf16 weights the sum stays below 80 GB; with fp32 weights and states it does not."""
-    predictor = Predictor(sd35_medium(), torch.bfloat16)
+    predictor = Predictor(medium(), torch.bfloat16)
     small = predictor.predict(configure([*FULL_ON_80_GB, "--policy.weights", weights]), 8)
     assert small.peak < 80 * GB
     numel = 2_243_171_520
@@ -254,7 +253,7 @@ def test_shards_hold_their_part_and_are_a_remedy() -> None:
     plain = configure([*FULL_ON_80_GB, "--policy.weights", "auto", "--optimizer.name", "adamw"])
     sharded = replace(plain, distributed=replace(plain.distributed, shard="full"))
     hybrid = replace(plain, distributed=replace(plain.distributed, shard="hybrid"))
-    predictor = Predictor(sd35_medium(), torch.bfloat16, processes=16, local_processes=8)
+    predictor = Predictor(medium(), torch.bfloat16, processes=16, local_processes=8)
     numel = 2_243_171_520
     for config, parts in ((sharded, 16), (hybrid, 8)):
         held = predictor.predict(config, 8).held
@@ -268,7 +267,7 @@ def test_shards_hold_their_part_and_are_a_remedy() -> None:
 
 def test_sd35_medium_saves_two_gigabytes_a_sample() -> None:
     """Activations of a LoRA micro-batch at 512 × 512 in bf16, a known figure, from one second on the meta device."""
-    predictor = Predictor(sd35_medium(), torch.bfloat16)
+    predictor = Predictor(medium(), torch.bfloat16)
     config = configure(["sd35m-geneval"])
     training = MemoryLine.through(lambda size: predictor.predict(config, size).at("training"), 1, 2)
     assert training.per_sample / GB == pytest.approx(2.0, abs=0.1)
@@ -285,11 +284,11 @@ def test_sizes_in_words() -> None:
 def test_measured_on_a_gpu(random_pipeline: Path) -> None:
     """Two real steps are measured, the gradients are gone afterwards, and the prediction is near."""
     device = torch.device("cuda")
-    architecture = read_architecture(random_pipeline)
-    transformer = architecture.build_transformer().requires_grad_(False).to(device, torch.bfloat16)
+    family = family_in(random_pipeline)
+    transformer = family.build_transformer().requires_grad_(False).to(device, torch.bfloat16)
     config = configure(["--model", str(random_pipeline), "--policy.train", "lora", "--policy.micro-batch", "auto"])
     config = replace(config, rollout=replace(config.rollout, max_sequence_length=9))
-    memory = MemoryPlan(architecture, device, torch.bfloat16, ALONE, print)
+    memory = MemoryPlan(family, device, torch.bfloat16, ALONE, print)
     models = PolicyModels(transformer, config.policy, seed=0)
     chosen = memory.measure(memory.predict(config), models)
     assert chosen.policy.micro_batch == config.rollout.groups * config.rollout.group_size, "all of it fits"
@@ -310,7 +309,7 @@ def test_low_memory_learns_the_same(workspace: Path, capsys: pytest.CaptureFixtu
 
 def test_low_memory_fits_a_small_card() -> None:
     """LoRA on SD3.5-Medium: less than half of what the recipe takes as it is, below 16 GB with micro-batches of one."""
-    predictor = Predictor(sd35_medium(), torch.bfloat16)
+    predictor = Predictor(medium(), torch.bfloat16)
     plain, low = (with_low_memory(configure(["sd35m-geneval", *more])) for more in ([], ["--low-memory"]))
     assert predictor.predict(low, 1).peak < min(0.5 * predictor.predict(plain, 16).peak, 16 * GB)
 
@@ -328,10 +327,10 @@ def test_the_cards_that_a_run_fits_on(capsys: pytest.CaptureFixture[str]) -> Non
     assert len(fits) == len(CARDS_GB) and fits == sorted(fits) and not fits[0] and fits[-1]
     assert "no; these save most: --" in lines[2]
     config = configure(["sd35m-geneval", "--low-memory"])
-    small, large = (fit_on(config, sd35_medium(), torch.bfloat16, gb) for gb in (16, 80))
+    small, large = (fit_on(config, medium(), torch.bfloat16, gb) for gb in (16, 80))
     assert small.fits and small.prediction.peak < 16 * GB and small.micro_batch < large.micro_batch
     sharded = configure(["sd35m-geneval", "--policy.train", "full", "--distributed.shard", "full"])
-    alone, one_of_eight = (fit_on(sharded, sd35_medium(), torch.bfloat16, 80, processes) for processes in (1, 8))
+    alone, one_of_eight = (fit_on(sharded, medium(), torch.bfloat16, 80, processes) for processes in (1, 8))
     assert one_of_eight.prediction.held["gradients"] == alone.prediction.held["gradients"] // 8
 
 

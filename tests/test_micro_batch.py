@@ -19,10 +19,10 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.memory import plan
 from dgpo_fast.memory.micro_batch import MemoryLine, fit
 from dgpo_fast.memory.plan import MemoryPlan
-from dgpo_fast.models.architecture import sd35_medium
 from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.train import train
+from tests.sd3 import medium
 
 GB = 1e9
 
@@ -80,7 +80,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(plan, "room_for_graphs", lambda device: free > 40 * GB)
         monkeypatch.setattr(MemoryPlan, "free_bytes", lambda self: card.free)
         monkeypatch.setattr(MemoryPlan, "_headroom", lambda self: 5 * GB)
-        return MemoryPlan(sd35_medium(), torch.device("cuda"), torch.bfloat16, ALONE, notes.append), card, notes
+        return MemoryPlan(medium(), torch.device("cuda"), torch.bfloat16, ALONE, notes.append), card, notes
 
     yield make
 

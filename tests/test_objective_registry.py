@@ -12,13 +12,13 @@ from dgpo_fast.config.options import Config, Data, Distributed, Policy, Rollout
 from dgpo_fast.engine.batches import batch_sizes
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.predict import Predictor
-from dgpo_fast.models.architecture import read_architecture
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.dgpo import DGPOObjective
 from dgpo_fast.objectives.diffusion_dpo import DiffusionDPOObjective
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.objectives.registry import BUILT_IN, load_objective, traits
 from tests.objective_case import make_config
+from tests.sd3 import family_in
 
 PACKAGE = Path(__file__).parents[1] / "dgpo_fast"
 
@@ -78,7 +78,7 @@ def test_an_objective_from_outside_is_treated_as_it_declares(random_pipeline: Pa
     chosen = replace(config.policy, micro_batch=4)
     frozen = [batch_sizes(replace(of, policy=chosen), processes=1).frozen for of in (silent, says)]
     assert frozen == [10, 30]
-    predictor = Predictor(read_architecture(random_pipeline), torch.float32)
+    predictor = Predictor(family_in(random_pipeline), torch.float32)
     latent = 4 * 16 * 8 * 8
     # Noisy latents of three levels and not of one; velocities, of three models, of 10 samples and 30, and not of 10.
     assert predictor.inputs(says) - predictor.inputs(silent) == latent * (10 * 2 + 3 * 20)

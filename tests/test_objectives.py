@@ -250,10 +250,10 @@ def test_any_levels_in_any_batches(rows: list[int], batch_size: int) -> None:
 
     def forward(x: torch.Tensor, timestep: torch.Tensor, text: TextEmbeds) -> dict[str, torch.Tensor]:
         forwards.append(len(x))
-        return {"v": torch.stack([x.flatten(), timestep, text.gathered()[1].flatten()], 1)}
+        return {"v": torch.stack([x.flatten(), timestep, text.gathered()["pooled"].flatten()], 1)}
 
     numbers = torch.arange(7, dtype=torch.float32)
-    text = TextEmbeds.of_samples(numbers.reshape(-1, 1, 1), numbers.reshape(-1, 1) / 10)
+    text = TextEmbeds.of_samples({"pooled": numbers.reshape(-1, 1) / 10})
     levels = []
     for level, count in enumerate(rows):
         x_t = (100 * level + numbers[:count]).reshape(-1, 1, 1, 1)
@@ -262,7 +262,7 @@ def test_any_levels_in_any_batches(rows: list[int], batch_size: int) -> None:
     for level, found in enumerate(predict_levels(forward, levels, batch_size)):
         assert len(forwards) == -(-sum(rows[: level + 1]) // batch_size)
         read = levels[level]
-        expected = [read.x_t.flatten(), read.timestep.expand(len(read)), read.text.gathered()[1].flatten()]
+        expected = [read.x_t.flatten(), read.timestep.expand(len(read)), read.text.gathered()["pooled"].flatten()]
         assert torch.equal(found["v"], torch.stack(expected, 1))
     assert max(forwards) <= batch_size and sum(forwards) == sum(rows)
 

@@ -18,7 +18,7 @@ from dgpo_fast.config.recipes import RECIPES
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.settings import read_settings
-from dgpo_fast.models.architecture import SD35_MEDIUM, read_architecture, sd35_medium
+from dgpo_fast.models.families.sd3 import SD35_MEDIUM
 from dgpo_fast.models.latents import decode_pixels
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.lora import find_lora, merge_lora
@@ -28,6 +28,7 @@ from dgpo_fast.models.random_weights import random_pipeline as make_random_pipel
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.run.start import is_same_job, read_start
 from dgpo_fast.train import train
+from tests.sd3 import family_in, medium
 
 FILES = {
     "transformer": "diffusion_pytorch_model",
@@ -99,7 +100,7 @@ def test_a_decoder_without_a_shift(model: Path) -> None:
     pixels = []
     for shift in (None, 0.0):
         path.write_text(json.dumps({**settings, "shift_factor": shift}))
-        pixels.append(decode_pixels(loaded(model).vae, latents, torch.float32))
+        pixels.append(decode_pixels(loaded(model).vae, latents))
     assert pixels[0].equal(pixels[1])
 
 
@@ -259,16 +260,16 @@ def test_the_models_own_shift_is_the_default(
 def test_what_a_recipe_has_otherwise_is_said(model: Path, workspace: Path) -> None:
     """SD3.5-Medium's recipes have the release's values, which are said to be theirs if the model has others."""
     edit(model / "scheduler/scheduler_config.json", shift=5.0)
-    architecture, rollout = read_architecture(model), RECIPES["sd35m-geneval"]().rollout
+    family, rollout = family_in(model), RECIPES["sd35m-geneval"]().rollout
     asked = {"shift": 3.0, "resolution": rollout.resolution, "max_sequence_length": 128}
-    assert list(differences(architecture, **asked, prefix="rollout.", recipe="sd35m-geneval")) == [
+    assert list(differences(family, **asked, prefix="rollout.", recipe="sd35m-geneval")) == [
         "rollout.shift 3 (recipe sd35m-geneval): the model's own is 5",
         "rollout.resolution 512 (recipe sd35m-geneval): the model's own is 16 × 16 pixels",
     ]
-    assert list(differences(sd35_medium(), **asked, prefix="rollout.", recipe="sd35m-geneval")) == [
+    assert list(differences(medium(), **asked, prefix="rollout.", recipe="sd35m-geneval")) == [
         "rollout.resolution 512 (recipe sd35m-geneval): the model's own is 1024 × 1024 pixels"
     ]
-    assert not list(differences(architecture, shift=5.0, resolution=16, max_sequence_length=9))
+    assert not list(differences(family, shift=5.0, resolution=16, max_sequence_length=9))
 
 
 UNREAD: dict[str, tuple[dict, str]] = {
@@ -368,5 +369,5 @@ def test_a_job_that_is_started_again_is_known_by_the_settings_it_was_given(
 
 def test_random_weights_have_the_models_own_scheduler(model: Path) -> None:
     edit(model / "scheduler/scheduler_config.json", shift=5.0)
-    made = make_random_pipeline(read_architecture(model), device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    made = make_random_pipeline(family_in(model), device=torch.device("cpu"), dtype=torch.float32, seed=0)
     assert made.scheduler.config.shift == 5.0

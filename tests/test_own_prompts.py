@@ -14,6 +14,7 @@ from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.results import BEFORE_FILE
+from dgpo_fast.models.family import Guidance
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.prompt_cache import PromptCache
 from dgpo_fast.models.prompt_encoder import PromptEncoder
@@ -52,7 +53,7 @@ def drawn(sampler: Sampler, draw: Draw, negative: list[str] | None) -> torch.Ten
 def test_negative_prompts_draw_what_diffusers_draws(solver: str, random_pipeline: Path) -> None:
     """A batch of several negative prompts, one of them empty: latents to 1e-5, relative to their size."""
     pipeline = loaded(random_pipeline)
-    sampler, draw = make_sampler(pipeline), Draw(make_schedule(solver, 6, 3.0), 4.5, batch_size=5)
+    sampler, draw = make_sampler(pipeline), Draw(make_schedule(solver, 6, 3.0), Guidance(4.5), batch_size=5)
     ours = drawn(sampler, draw, NEGATIVE)
     pipeline.scheduler = make_scheduler(solver, 3.0)  # type: ignore[attr-defined]
     theirs = pipeline(  # type: ignore[operator]
@@ -77,7 +78,7 @@ def test_recorded_rollouts_take_the_negative_prompts_of_each_batch(random_pipeli
     sampler, recorder = make_sampler(loaded(random_pipeline)), TapeRecorder()
     plain, recorded = sampler.solve, RecordedRollouts(recorder)
     for guidance_scale in (3.0, 1.0):
-        draw, found = Draw(make_schedule("dpmpp_2m", 4, 3.0), guidance_scale, 3), []
+        draw, found = Draw(make_schedule("dpmpp_2m", 4, 3.0), Guidance(guidance_scale), 3), []
         for negative in (NEGATIVE, NEGATIVE[::-1], None):
             sampler.solve = recorded
             found.append(drawn(sampler, draw, negative))
@@ -89,8 +90,8 @@ def test_recorded_rollouts_take_the_negative_prompts_of_each_batch(random_pipeli
 
 def test_a_picture_that_is_not_finite_is_drawn_again_with_its_negative_prompt(random_pipeline: Path) -> None:
     """One whose negative prompt alone makes it so has its layer named."""
-    sampler, draw = make_sampler(loaded(random_pipeline)), Draw(make_schedule("dpmpp_2m", 4, 3.0), 3.0, 1)
-    tokens, pooled = sampler.encoder(["blurry"]).gathered()
+    sampler, draw = make_sampler(loaded(random_pipeline)), Draw(make_schedule("dpmpp_2m", 4, 3.0), Guidance(3.0), 1)
+    tokens, pooled = sampler.encoder(["blurry"]).gathered().values()
     sampler.encoder.memory["blurry"] = tokens[0] * float("nan"), pooled[0]
     for negative, expected in (("", ""), ("low", ""), ("blurry", ", first in the transformer's context_embedder")):
         assert sampler.first_fault(Prompt("a cat", negative=negative), draw, number=0, seed=0) == expected
@@ -98,11 +99,13 @@ def test_a_picture_that_is_not_finite_is_drawn_again_with_its_negative_prompt(ra
 
 def test_each_text_is_held_once(random_pipeline: Path) -> None:
     text = PromptEncoder(loaded(random_pipeline), 9)(["a cat", "a dog", "a cat"], ["", "a cat", ""])
-    assert text.prompt.shape[0] == 3 and text.index.tolist() == [0, 1, 0] and text.negative_index is not None
+    assert text.rows["prompt"].shape[0] == 3 and text.index.tolist() == [0, 1, 0] and text.negative_index is not None
     assert text.negative_index.tolist() == [2, 0, 2]
     assert text[1:].repeat_interleave(2).negative_index.tolist() == [0, 0, 2, 2]  # type: ignore[union-attr]
-    prompt, pooled = text[1:].gathered_pairs()
-    assert torch.equal(prompt, text.prompt[[1, 0, 0, 2]]) and torch.equal(pooled, text.pooled[[1, 0, 0, 2]])
+    prompt, pooled = text[1:].gathered_pairs().values()
+    assert torch.equal(prompt, text.rows["prompt"][[1, 0, 0, 2]]) and torch.equal(
+        pooled, text.rows["pooled"][[1, 0, 0, 2]]
+    )
 
 
 FILES = {

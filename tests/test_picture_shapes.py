@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,10 +22,9 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.memory.predict import Predictor
-from dgpo_fast.models.architecture import sd35_medium
+from dgpo_fast.models.family import Guidance, family_of
 from dgpo_fast.models.latents import decode_pixels, latent_shape
 from dgpo_fast.models.loading import load_pipeline
-from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork
 from dgpo_fast.profiling.command import profile
@@ -39,6 +38,7 @@ from tests.engine.cases import EngineCase, make_config
 from tests.engine.tape import TapeRecorder
 from tests.evaluation.cases import PROMPTS, SMALL
 from tests.runs import untimed
+from tests.sd3 import medium, sample_shape, transformer_in
 
 CPU = torch.device("cpu")
 
@@ -100,7 +100,7 @@ def test_sizes_that_a_model_cannot_draw(
     resolution: int | str, nearest: str, pipeline: StableDiffusion3Pipeline
 ) -> None:
     with pytest.raises(UserError) as caught:
-        latent_shape(pipeline.transformer, pipeline.vae, resolution)
+        latent_shape(family_of(pipeline.transformer), resolution)
     assert str(caught.value) == (
         f"rollout.resolution {resolution}: this model draws multiples of 4 up to 64 pixels; the nearest: {nearest}"
     )
@@ -120,9 +120,9 @@ def test_pictures_are_those_of_diffusers(
         decode=plain_decoding(pipeline.vae, 2),
     )
     assert sampler.image_size == (height, width) and sampler.shape == (16, height // 2, width // 2)
-    draw, prompts = Draw(make_schedule(solver, 4, 3.0), 4.5, batch_size=2), ["a cat", "two birds"]
+    draw, prompts = Draw(make_schedule(solver, 4, 3.0), Guidance(4.5), batch_size=2), ["a cat", "two birds"]
     x0 = torch.cat(list(sampler.batches(prompts, draw, first=3, seed=5)))
-    pixels = decode_pixels(pipeline.vae, x0, torch.float32)
+    pixels = decode_pixels(pipeline.vae, x0)
     original, pipeline.scheduler = pipeline.scheduler, make_scheduler(solver, 3.0)
     call = {
         "latents": initial_noise(sampler.shape, torch.arange(3, 5), seed=5, draw=0),
@@ -143,10 +143,9 @@ def test_pictures_are_those_of_diffusers(
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_flops_are_torchs(train: str, random_pipeline: Path) -> None:
-    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
-    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
-    shape = SampleShape(latent_shape(transformer, vae, "20x28"), (21, 48), 32)
-    work = ModelWork(transformer, vae, Policy(train=train, lora_rank=4), torch.float32, shape)  # type: ignore[arg-type]
+    transformer = transformer_in(random_pipeline)
+    shape = sample_shape(latent_shape(family_of(transformer), "20x28"), (21, 48), 32)
+    work = ModelWork(transformer, Policy(train=train, lora_rank=4), torch.float32, shape)  # type: ignore[arg-type]
     with FUSED_ATTENTION, FlopCounterMode(display=False) as forward:
         out = shape.predict(work.policy, 3, torch.float32)
     with FlopCounterMode(display=False) as backward:
@@ -160,7 +159,7 @@ def test_flops_are_torchs(train: str, random_pipeline: Path) -> None:
 
 def test_memory_goes_by_the_pixels() -> None:
     """Of SD3.5-Medium: as much upright as across, and between the squares of both sides."""
-    predictor = Predictor(sd35_medium(), torch.bfloat16)
+    predictor = Predictor(medium(), torch.bfloat16)
     peaks = []
     for resolution in ("512", "512x768", "768x512", "768"):
         config = configure(["sd35m-geneval", "--rollout.resolution", resolution])

@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_made_costs_one_note(tmp_path: Path, random_pipe
     notes: list[str] = []
     encoder = make_encoder(random_pipeline, make_cache(tmp_path / "file" / "cache", notes))
     first = encoder(["a cat", "a dog"])
-    assert torch.equal(encoder(["a dog"]).prompt[0], first.prompt[1])
+    assert torch.equal(encoder(["a dog"]).rows["prompt"][0], first.rows["prompt"][1])
     assert encoder.encoded_count == 3, "the empty prompt with them; memory stands in"
     assert len(notes) == 1 and notes[0].endswith(
         "cannot be written (Not a directory): newly encoded prompts stay in memory"
@@ -220,7 +220,7 @@ for number in range(3):
         encoder.prepare([Prompt(text) for text in mine])
         assert not notes, notes
         assert encoder.encoders is None, "the text encoders have left"
-        os._exit(0 if encoder(mine).prompt.isfinite().all() else 1)
+        os._exit(0 if encoder(mine).rows["prompt"].isfinite().all() else 1)
     children.append(child)
 assert all(os.waitpid(child, 0)[1] == 0 for child in children)
 notes = []
@@ -232,7 +232,7 @@ for row, text in enumerate(texts):
     cached = cache.load(text)
     if cached is not None:
         found += 1
-        assert torch.equal(cached[0], expected.prompt[row]) and torch.equal(cached[1], expected.pooled[row])
+        assert all(torch.equal(cached[name], rows[row]) for name, rows in expected.rows.items())
 assert found > 35 and not notes, (found, notes)
 """
 
@@ -348,7 +348,7 @@ def test_text_encoders_that_do_not_fit_pass_layer_by_layer(
     monkeypatch.setattr(text_module, "load_text_encoders", load_as_on_a_small_gpu)
     encoder = make_encoder(random_pipeline, make_cache(tmp_path))
     found = encoder(["a cat", ""])
-    assert torch.equal(found.prompt, plain.prompt) and torch.equal(found.pooled, plain.pooled)
+    assert all(torch.equal(rows, plain.rows[name]) for name, rows in found.rows.items())
     assert all(weight.is_meta for module in text_encoders(encoder.encoders) for weight in module.parameters())
     monkeypatch.setattr(text_module, "load_text_encoders", load)
     encoder.whole_pipeline().save_pretrained(tmp_path / "saved")

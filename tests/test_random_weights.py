@@ -10,13 +10,15 @@ from torch import nn
 
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.architecture import SD35_MEDIUM, Architecture, read_architecture, sd35_medium
+from dgpo_fast.models.architecture import read_architecture
+from dgpo_fast.models.families.sd3 import SD3, SD35_MEDIUM, sd35_medium
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.latents import decode_plainly
-from dgpo_fast.models.loading import make_pipeline
+from dgpo_fast.models.loading import make_pipeline, reads_no_text
 from dgpo_fast.models.prompt_encoder import PromptEncoder
-from dgpo_fast.models.random_weights import RandomTextPipeline, find_architecture, random_pipeline
+from dgpo_fast.models.random_weights import find_architecture, random_pipeline
 from dgpo_fast.train import train
+from tests.sd3 import medium
 
 CPU = torch.device("cpu")
 
@@ -25,7 +27,7 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def shallow() -> Architecture:
+def shallow() -> SD3:
     """SD3.5-Medium's layers, 3 of them and narrow; small text encoders of the same kinds."""
     whole = sd35_medium()
     clip, big, t5 = (whole.text_encoders[name] for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
@@ -49,14 +51,15 @@ def shallow() -> Architecture:
         "sample_size": 8,
     }
     vae = {**whole.vae, "block_out_channels": (32, 32, 32, 32)}
-    return replace(whole, transformer=transformer, vae=vae, text_encoders=encoders)
+    return SD3(replace(whole, transformer=transformer, vae=vae, text_encoders=encoders))
 
 
 def test_sd35_medium_has_the_published_sizes() -> None:
     """Parameter counts of every module, and the settings that the arithmetic of the method depends on."""
-    architecture = sd35_medium()
+    family = medium()
+    architecture = family.architecture
     with torch.device("meta"):
-        transformer, vae = architecture.build_transformer(), architecture.build_vae()
+        transformer, vae = family.build_transformer(), family.build_vae()
         encoders = [architecture.build_text_encoder(name) for name in architecture.text_encoders]
     assert count(transformer) == 2_243_171_520
     assert count(vae) == 83_819_683
@@ -99,9 +102,9 @@ def test_weights_are_repeatable_and_signals_stay_finite(dtype: torch.dtype) -> N
 
 
 def test_the_position_table_is_the_real_one() -> None:
-    architecture = shallow()
-    table = random_pipeline(architecture, device=CPU, dtype=torch.bfloat16, seed=0).transformer.pos_embed.pos_embed
-    assert torch.equal(table, architecture.build_transformer().pos_embed.pos_embed.bfloat16())
+    family = shallow()
+    table = random_pipeline(family, device=CPU, dtype=torch.bfloat16, seed=0).transformer.pos_embed.pos_embed
+    assert torch.equal(table, family.build_transformer().pos_embed.pos_embed.bfloat16())
 
 
 def test_torch_generators_are_left_alone() -> None:
@@ -115,22 +118,29 @@ def test_torch_generators_are_left_alone() -> None:
 def test_embeddings_without_encoders_are_a_function_of_the_text() -> None:
     pipeline = random_pipeline(shallow(), device=CPU, dtype=torch.bfloat16, seed=0)
     embeds = PromptEncoder(pipeline, 128)(["a cat", "a dog", ""])
-    assert embeds.prompt.shape == (3, 77 + 128, 48) and embeds.pooled.shape == (3, 32)
-    assert embeds.prompt.dtype == torch.bfloat16
+    assert embeds.rows["prompt"].shape == (3, 77 + 128, 48) and embeds.rows["pooled"].shape == (3, 32)
+    assert embeds.rows["prompt"].dtype == torch.bfloat16
     again = PromptEncoder(random_pipeline(shallow(), device=CPU, dtype=torch.bfloat16, seed=9), 128)(["a dog"])
-    assert torch.equal(again.prompt[0], embeds.prompt[1]) and not torch.equal(embeds.prompt[0], embeds.prompt[1])
+    assert torch.equal(again.rows["prompt"][0], embeds.rows["prompt"][1]) and not torch.equal(
+        embeds.rows["prompt"][0], embeds.rows["prompt"][1]
+    )
 
 
 def test_text_encoders_are_built_where_asked_for() -> None:
     """Real encoders with random weights read letters, without a tokenizer's files."""
-    architecture = shallow()
-    pipeline = random_pipeline(architecture, device=CPU, dtype=torch.float32, seed=0, text_encoders=True)
+    family = shallow()
+    pipeline = random_pipeline(family, device=CPU, dtype=torch.float32, seed=0, text_encoders=True)
     assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
     embeds = PromptEncoder(pipeline, 20)(["Two red cups!", "Two red cats!"])
-    tokens, pooled = embeds.gathered()
+    tokens, pooled = embeds.gathered().values()
     assert tokens.shape == (2, 97, 48) and pooled.shape == (2, 32)
-    assert embeds.prompt.isfinite().all()
-    for part in (embeds.prompt[:, :77], embeds.prompt[:, 77:], embeds.pooled[:, :16], embeds.pooled[:, 16:]):
+    assert embeds.rows["prompt"].isfinite().all()
+    for part in (
+        embeds.rows["prompt"][:, :77],
+        embeds.rows["prompt"][:, 77:],
+        embeds.rows["pooled"][:, :16],
+        embeds.rows["pooled"][:, 16:],
+    ):
         assert not torch.equal(part[0], part[1])
 
 
@@ -142,12 +152,12 @@ def test_a_folder_gives_its_own_sizes(random_pipeline: Path) -> None:
     for name in ("transformer", "vae", *architecture.text_encoders):
         shapes = [{key: t.shape for key, t in getattr(p, name).state_dict().items()} for p in (built, original)]
         assert shapes[0] == shapes[1], name
-    with_same = [PromptEncoder(pipeline, 9)(["a cat"]).prompt.shape for pipeline in (built, original)]
+    with_same = [PromptEncoder(pipeline, 9)(["a cat"]).rows["prompt"].shape for pipeline in (built, original)]
     assert with_same[0] == with_same[1]
     config = configure(["--model", str(random_pipeline), "--random-weights"])
     without = make_pipeline(config, device=CPU, dtype=torch.float32)
-    assert isinstance(without, RandomTextPipeline)
-    assert PromptEncoder(without, 9)(["a cat"]).prompt.shape == with_same[0]
+    assert reads_no_text(without) and not reads_no_text(built)
+    assert PromptEncoder(without, 9)(["a cat"]).rows["prompt"].shape == with_same[0]
 
 
 SMALL = """
@@ -176,7 +186,7 @@ def test_a_run_says_that_it_means_nothing(
 
 
 def test_other_names_are_refused() -> None:
-    with pytest.raises(UserError, match=f"model 'some/model' is no folder, and only {SD35_MEDIUM} is known"):
+    with pytest.raises(UserError, match=f"model 'some/model' is no folder, and only these are known .*{SD35_MEDIUM}"):
         find_architecture("some/model")
 
 

@@ -27,7 +27,7 @@ def in_float64(case: Case) -> Case:
     """The same with weights, latents, embeddings and gradients in float64."""
 
     def text(embeds: TextEmbeds) -> TextEmbeds:
-        return replace(embeds, prompt=embeds.prompt.double(), pooled=embeds.pooled.double())
+        return replace(embeds, rows={name: rows.double() for name, rows in embeds.rows.items()})
 
     for model in (case.models.base, case.models.behaviour, case.models.policy):
         nn.Module.double(model)

@@ -9,6 +9,7 @@ import torch
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.family import Guidance, family_of
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.prompt_encoder import PromptEncoder
@@ -35,7 +36,7 @@ def make_sampler(pipeline: object) -> Sampler:
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_same_pictures_as_diffusers(pipeline: object, solver: str, guidance_scale: float) -> None:
     """Same noise, same scheduler: latents to 1e-4 and pictures to 1/255 (forwards are batched differently)."""
-    sampler, draw = make_sampler(pipeline), Draw(make_schedule(solver, 7, 3.0), guidance_scale, batch_size=2)
+    sampler, draw = make_sampler(pipeline), Draw(make_schedule(solver, 7, 3.0), Guidance(guidance_scale), batch_size=2)
     x0 = torch.cat(list(sampler.batches(PROMPTS, draw, first=3, seed=5)))
     ours = sampler.decode(x0).images
     original, pipeline.scheduler = pipeline.scheduler, make_scheduler(solver, 3.0)  # type: ignore[attr-defined]
@@ -59,7 +60,7 @@ def test_same_pictures_as_diffusers(pipeline: object, solver: str, guidance_scal
 def test_batch_size_does_not_matter(pipeline: object) -> None:
     drawn, sampler = [], make_sampler(pipeline)
     for batch_size in (1, 3, 64):
-        draw = Draw(make_schedule("dpmpp_2m", 5, 3.0), 4.5, batch_size)
+        draw = Draw(make_schedule("dpmpp_2m", 5, 3.0), Guidance(4.5), batch_size)
         drawn.append(torch.cat(list(sampler.batches(PROMPTS, draw, first=0, seed=0))))
     assert torch.allclose(drawn[0], drawn[1], atol=1e-5) and torch.allclose(drawn[0], drawn[2], atol=1e-5)
 
@@ -81,28 +82,28 @@ def test_each_prompt_is_encoded_once_and_alike(pipeline: object, monkeypatch: py
     encoder = PromptEncoder(pipeline, max_sequence_length=9)
     together = encoder(["a cat", "a dog", "a cat"])
     assert calls == ["a cat", "a dog", ""]
-    assert together.index.tolist() == [0, 1, 0] and together.prompt.shape == (3, 12 + 9, 48)
-    prompt, pooled = together.gathered()
+    assert together.index.tolist() == [0, 1, 0] and together.rows["prompt"].shape == (3, 12 + 9, 48)
+    prompt, pooled = together.gathered().values()
     assert torch.equal(prompt[0], prompt[2]) and pooled.shape == (3, 32)
-    assert torch.equal(PromptEncoder(pipeline, 9)(["a dog"]).prompt[0], prompt[1])
+    assert torch.equal(PromptEncoder(pipeline, 9)(["a dog"]).rows["prompt"][0], prompt[1])
 
 
 def test_forgotten_prompts_are_encoded_again(pipeline: object) -> None:
     encoder = PromptEncoder(pipeline, max_sequence_length=9, memory_mib=0)
     first = encoder(["a cat"])
     assert not encoder.memory
-    assert torch.equal(encoder(["a cat"]).prompt, first.prompt)
+    assert torch.equal(encoder(["a cat"]).rows["prompt"], first.rows["prompt"])
 
 
 def test_resolution(pipeline: object) -> None:
-    transformer, vae = pipeline.transformer, pipeline.vae  # type: ignore[attr-defined]
-    assert latent_shape(transformer, vae, None) == (16, 8, 8)
-    assert latent_shape(transformer, vae, 24) == (16, 12, 12)
+    family = family_of(pipeline.transformer)  # type: ignore[attr-defined]
+    assert latent_shape(family, None) == (16, 8, 8)
+    assert latent_shape(family, 24) == (16, 12, 12)
     for wrong in (18, 68):
         with pytest.raises(
             UserError, match=f"rollout.resolution {wrong}: this model draws multiples of 4 up to 64 pixels"
         ):
-            latent_shape(transformer, vae, wrong)
+            latent_shape(family, wrong)
 
 
 def test_prompts_are_held_once(pipeline: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +117,7 @@ def test_prompts_are_held_once(pipeline: object, monkeypatch: pytest.MonkeyPatch
     again = PromptEncoder(pipeline, max_sequence_length=128)([f"prompt {n}" for n in range(8)]).repeat_interleave(16)
     for samples in (text, again):
         parts = [samples, samples[16:48], samples[torch.arange(0, 128, 3)]]
-        tensors = [tensor for part in parts for tensor in (part.prompt, part.pooled, part.index)]
+        tensors = [tensor for part in parts for tensor in (*part.rows.values(), part.index)]
         held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         assert [len(part) for part in parts] == [128, 32, 43] and sum(held.values()) <= 16e6
         assert parts[1].index.tolist() == [1] * 16 + [2] * 16

@@ -26,6 +26,7 @@ from dgpo_fast.run.checkpoint import CheckpointWriter, load_newest
 from dgpo_fast.trainer import Trainer
 from tests.distributed_runs import SCENARIOS, make_workspace, run
 from tests.processes import run_together
+from tests.sd3 import transformer_in
 
 NAMES = [name for name in SCENARIOS if "sharded" in name]
 RESUMED = "sharded=runs/2-sharded"
@@ -79,7 +80,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(
     """The optimizer's counters too, which its next step counts on in place while they are being written."""
     go, original = threading.Event(), checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: go.wait(60) and original(*args))
-    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer").requires_grad_(False)
+    transformer = transformer_in(random_pipeline).requires_grad_(False)
     models = ShardedModels(transformer, Policy(train="full"), one_shard)
     optimizer = torch.optim.AdamW(models.weights.values())
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.distributions import Normal
 
+from dgpo_fast.models.family import Guidance
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import sample_latents
@@ -43,8 +44,8 @@ def roll_out(schedule: Schedule, noise: torch.Tensor, step_noise: StepNoise | No
         def __call__(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
             return (gaussian_velocity(hidden_states, timestep.reshape(-1, 1, 1, 1) / 1000),)
 
-    text = TextEmbeds.of_samples(torch.zeros(len(noise), 1, 1), torch.zeros(len(noise), 1))
-    draw = Draw(schedule, guidance_scale=1.0, batch_size=len(noise))
+    text = TextEmbeds.of_samples({"prompt": torch.zeros(len(noise), 1, 1)})
+    draw = Draw(schedule, guidance=Guidance(1.0), batch_size=len(noise))
     return sample_latents(Transformer(), noise, text, draw, step_noise=step_noise)  # type: ignore[arg-type]
 
 

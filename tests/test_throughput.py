@@ -20,7 +20,7 @@ from benchmarks.throughput_tables import (
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.engine import engine
 from dgpo_fast.memory.predict import Predictor
-from dgpo_fast.models.architecture import sd35_medium
+from tests.sd3 import medium
 
 H100, H200 = ({"kind": "cuda", "name": name, "matmul_tflops": 700.0, "datasheet_tflops": 989.0} for name in "ab")
 
@@ -33,7 +33,7 @@ def bench(gib: float, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def test_what_fits_an_80_gb_card_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours alone in full fine-tuning, and two trainers with LoRA; both below 78 GiB by prediction."""
-    small, predictor = bench(79.0, monkeypatch), Predictor(sd35_medium(), torch.bfloat16)
+    small, predictor = bench(79.0, monkeypatch), Predictor(medium(), torch.bfloat16)
     lora, full = (next(case for case in CASES if case.train == train) for train in ("lora", "full"))
     assert small.alone(full) and not small.alone(lora)
     for case, beside in ((full, 0), (lora, 1)):

@@ -12,6 +12,7 @@ from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
+from dgpo_fast.models.families import make_family
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.prompt_notes import prompt_notes
 from dgpo_fast.models.random_weights import find_architecture, random_pipeline
@@ -176,7 +177,7 @@ def test_the_encoders_of_a_pipeline(random_pipeline: Path) -> None:
 
 
 def random_pipeline_without_encoders() -> object:
-    return random_pipeline(find_architecture("tiny"), device=CPU, dtype=torch.float32, seed=0)
+    return random_pipeline(make_family(find_architecture("tiny")), device=CPU, dtype=torch.float32, seed=0)
 
 
 def test_without_t5_clip_alone_is_named() -> None:

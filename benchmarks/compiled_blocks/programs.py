@@ -1,6 +1,6 @@
 """The compiled parts of SD3.5-Medium at 512 × 512, as a bf16 run trains and runs them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -10,10 +10,9 @@ from torch.autograd.function import FunctionCtx
 
 from benchmarks.compiled_blocks.counting import Counted, count
 from dgpo_fast.config.options import Policy
-from dgpo_fast.engine.attention import set_attention
 from dgpo_fast.engine.epilogue import use_epilogue
 from dgpo_fast.engine.upsampling import in_phases
-from dgpo_fast.models.architecture import CLIP_TOKENS, sd35_medium
+from dgpo_fast.models.families.sd3 import CLIP_TOKENS, SD3, sd35_medium
 from dgpo_fast.models.merged_lora import use_merged_weights
 from dgpo_fast.models.meta import FusedAttention
 from dgpo_fast.models.policy import with_lora
@@ -108,16 +107,17 @@ def counted(program: Program, gpu: SimpleNamespace) -> Counted:
 
 def _block(program: Program, mode: FakeTensorMode) -> tuple[nn.Module, dict[str, Tensor]]:
     """A block behind the first one, and what it gets."""
-    architecture = sd35_medium()
+    family = SD3(sd35_medium())
+    architecture = family.architecture
     small = {**architecture.transformer, "num_layers": len(BLOCKS), "dual_attention_layers": (0,)}
     with torch.device("meta"):
-        transformer = replace(architecture, transformer=small).build_transformer()
+        transformer = family.build_transformer(small)
     transformer.requires_grad_(program.weights == FULL)
     if program.weights in (LORA, MERGED):
         transformer = with_lora(transformer, Policy(), seed=0)
     if program.weights == MERGED:
         use_merged_weights(transformer)
-    set_attention(transformer, "native")
+    family.set_attention(transformer, "native")
     use_epilogue(transformer, program.weights == FROZEN)
     width, is_trained = architecture.transformer["caption_projection_dim"], program.weights in (LORA, MERGED, FULL)
     shapes = {"hidden_states": (IMAGE_TOKENS, width), "encoder_hidden_states": (TEXT_TOKENS, width), "temb": (width,)}
@@ -134,7 +134,7 @@ def _block(program: Program, mode: FakeTensorMode) -> tuple[nn.Module, dict[str,
 def _decoder(program: Program, mode: FakeTensorMode) -> tuple[nn.Module, dict[str, Tensor]]:
     """The decoder in channels_last, and its latents."""
     with torch.device("meta"):
-        module = sd35_medium().build_vae().decoder.requires_grad_(False)
+        module = SD3(sd35_medium()).build_vae().decoder.requires_grad_(False)
     nn.Module.to(module, memory_format=torch.channels_last)
     if program.weights == FROZEN:
         in_phases(module)

@@ -11,6 +11,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+ModelGuidance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Of a model, whose own number may begin at 0."""
 Shift = Annotated[float, Field(gt=0, le=100)]
 SMALLEST_SIDE = 16
 """Of pictures, in pixels."""

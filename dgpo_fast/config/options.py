@@ -10,7 +10,7 @@ from dgpo_fast.config.bounds import (
     STRICT,
     Count,
     Decay,
-    Guidance,
+    ModelGuidance,
     NonNegative,
     PathText,
     Positive,
@@ -47,20 +47,22 @@ class Rollout:
     """Noise added at every step; needs the `euler` solver. 0: a deterministic ODE. Flow-GRPO uses 0.7."""
     num_inference_steps: Count = 10
     """Solver steps per image."""
-    guidance_scale: Guidance = 4.5
-    """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
+    guidance_scale: ModelGuidance = 4.5
+    """Guidance scale, as the model's card has it (docs/families.md). With classifier-free guidance, 1 turns it off,
+    which halves the cost of a step."""
     negative_prompt: Text = ""
     """Negative prompt of all prompts that have none of their own (`negative_prompt` in a line of the file). Guidance
     leads away from it: in rollouts, in evaluations and wherever an objective has guidance. None: the empty text."""
     shift: Shift | None = None
-    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, `shift` or `flow_shift` of
-    its scheduler_config.json."""
+    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, by its
+    scheduler_config.json; with some models it depends on the resolution and on the number of steps."""
     resolution: Resolution | None = None
     """Size of the images in pixels: HEIGHTxWIDTH, such as 512x768, or one number for a square. None: the size that
     the model's files name, sample_size of the transformer × the decoder's factor, which diffusers draws by default.
     A model may have been trained at other sizes too: SD3.5-Medium's files say 1024, and its recipes 512."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 128
-    """Number of T5 tokens per prompt. 0: no T5 tokens, for a pipeline without that encoder."""
+    """Number of tokens per prompt; with Stable Diffusion 3, of T5. 0: no T5 tokens, for a pipeline without that
+    encoder."""
     batch_size: Count = 32
     """Images per forward pass of the rollout and the decoder. Affects speed and memory, not the images."""
 
@@ -106,20 +108,14 @@ class Policy:
     """Rank of the LoRA adapters."""
     lora_alpha: Positive = 128.0
     """The adapters are scaled by lora_alpha / lora_rank."""
-    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
-    """Linear layers that get an adapter, given by the end of their names."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear layers that get an adapter, given by the ends of their names, or by one regular expression of whole names.
+    Empty: those of the model's family (docs/families.md), attention in most."""
     micro_batch: Count | Literal["auto"] = 16
     """Images per training forward and backward pass. The gradient does not depend on it. auto: the largest size that
     fits in memory."""
+    allow_distilled: bool = False
+    """Train a model that is distilled to a few steps. It loses that: a denoising loss blurs its pictures."""
 
     @property
     def micro_batch_size(self) -> int:
@@ -187,8 +183,8 @@ class Evaluation:
     """ODE solver. dpmpp_2m: DPM-Solver++(2M). euler: Euler. Evaluations never add noise, even if rollouts do."""
     num_inference_steps: Count = 14
     """Solver steps per image."""
-    guidance_scale: Guidance = 4.5
-    """Classifier-free guidance scale. 1 turns guidance off."""
+    guidance_scale: ModelGuidance = 4.5
+    """Guidance scale, as the model's card has it. With classifier-free guidance, 1 turns it off."""
     seed: int = 0
     """Seed of the initial noise. It is separate from the run's `seed`, so that runs with different seeds can be
     compared."""
@@ -292,10 +288,12 @@ class Config:
     recipe: str = "tiny-shapes"
     """Recipe that the settings start from."""
     model: PathText = "tiny"
-    """A Stable Diffusion 3 pipeline: `tiny` (shipped), a folder in diffusers' format, or a name on the Hugging Face
-    hub."""
+    """The model: `tiny` (shipped), a pipeline's folder in diffusers' format, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. None: its default branch."""
+    family: str = "auto"
+    """How the model is drawn with. auto: by the class that its model_index.json names. Anything else: your own
+    `my_module:MyFamily` (docs/families.md)."""
     lora: PathText | None = None
     """A LoRA to start from: a .safetensors file, or the folder that contains it, as another run's. It is merged into
     the model, and the LoRA that the run saves includes it. None: no LoRA."""

@@ -4,12 +4,11 @@ Optimizer, averages and the gradient's norm work on this process's shards, which
 gathered for its forward and backward passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -37,17 +36,18 @@ class Shards:
         """How many processes hold the same shard."""
         return self.mesh.size(0) if self.mesh.ndim == 2 else 1
 
-    def cut(self, transformer: SD3Transformer2DModel, dtype: torch.dtype) -> dict[str, DTensor]:
+    def cut(self, transformer: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> dict[str, DTensor]:
         """Shards `transformer` in place, block by block; returns its parameters by name.
 
         Args:
             transformer: the same weights on every process.
+            blocks: of it, in the order of a forward.
             dtype: of its blocks while they compute. Gradients are summed over the processes in fp32, never averaged:
                 each process's loss is already its part of the whole.
         """
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # The root too is cut again after a forward: shards are written in between, and must be what the next one reads.
-        for module in (*transformer.transformer_blocks, transformer):
+        for module in (*blocks, transformer):
             fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
         for module in transformer.modules():
             if isinstance(module, FSDPModule):

@@ -1,33 +1,20 @@
-"""Attention of SD3's blocks through diffusers' dispatcher, by the kernel that is fastest at the run's own shapes."""
+"""The attention kernel that is fastest at the run's own shapes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _check_attention_backend_requirements,
-    dispatch_attention_fn,
-)
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from torch import Tensor
 from torch.nn import functional as F
 
 from dgpo_fast.engine.compile import BACKEND, RECOMPILE_LIMIT, REFUSALS, reason
 from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.engine.timing import Spread, best_ms
+from dgpo_fast.models.attention import DISPATCHED, MATMUL, attend
+from dgpo_fast.models.family import AttentionShape
 
-MATMUL = "matmul"
-DISPATCHED = {
-    "native": AttentionBackendName.NATIVE,
-    "native_flash": AttentionBackendName._NATIVE_FLASH,
-    "native_cudnn": AttentionBackendName._NATIVE_CUDNN,
-    "flash": AttentionBackendName.FLASH,
-    "flash3": AttentionBackendName._FLASH_3,
-    "xformers": AttentionBackendName.XFORMERS,
-}
 # Written-out products keep S × S numbers a head, which only pays for a few tokens on a CPU.
 CANDIDATES = {"cpu": ("native", MATMUL), "cuda": tuple(DISPATCHED)}
 FASTER_BY = 1.1
@@ -38,18 +25,6 @@ TIMED_IN_BLOCKS = ("cuda",)
 TIMED_S = {"cpu": 0.2, "cuda": 1.0}
 # Makes whole graphs of forward and backward as the compiler does, and no code of them.
 TRACER = "aot_eager"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One kind of attention in a forward: `calls` of (batch, tokens, heads, head_dim), the last `text` tokens text."""
-
-    batch: int
-    tokens: int
-    heads: int
-    head_dim: int
-    calls: int
-    text: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,93 +44,34 @@ class Timing:
     obstacle: str = ""
 
 
-class JointAttention:
-    """SD3's attention over image and text tokens: what diffusers' processor computes, through its dispatcher.
-
-    `transformer.set_attention_backend` of diffusers works on it.
-
-    Args:
-        name: the kernel, a key of `DISPATCHED` or "matmul".
-    """
-
-    _parallel_config = None
-
-    def __init__(self, name: str):
-        self._attention_backend = DISPATCHED.get(name)
-
-    def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: object
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of (B, N, C) image tokens, and of (B, T, C) text tokens beside them if there are any."""
-        images = hidden_states.shape[1]
-        query, key, value = (_heads(attn, layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        query, key = _norm(attn.norm_q, query), _norm(attn.norm_k, key)
-        if encoder_hidden_states is not None:
-            text_key, text_value = (
-                _heads(attn, layer(encoder_hidden_states)) for layer in (attn.add_k_proj, attn.add_v_proj)
-            )
-            key = torch.cat([key, _norm(attn.norm_added_k, text_key)], dim=1)
-            value = torch.cat([value, text_value], dim=1)
-            # The last block drops its text tokens. Training keeps their queries: their weights then have gradients, 0.
-            if not attn.context_pre_only or torch.is_grad_enabled():
-                text_query = _heads(attn, attn.add_q_proj(encoder_hidden_states))
-                query = torch.cat([query, _norm(attn.norm_added_q, text_query)], dim=1)
-        attended = attend(self._attention_backend, query, key, value).flatten(2).to(query.dtype)
-        # to_out[1] is a dropout, which SD3 has at 0.
-        image_out = attn.to_out[0](attended[:, :images])
-        if encoder_hidden_states is None:
-            return image_out
-        text_out = attended[:, images:]
-        return image_out, text_out if attn.context_pre_only else attn.to_add_out(text_out)
-
-
-def set_attention(transformer: SD3Transformer2DModel, name: str) -> None:
-    """Has all blocks of `transformer` attend with the kernel `name`."""
-    processor = JointAttention(name)
-    for module in transformer.modules():
-        if isinstance(module, Attention):
-            module.set_processor(processor)
-
-
-def attend(backend: AttentionBackendName | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√D)·v of (B, S, H, D) tensors; None writes the products out."""
-    if backend is not None:
-        return dispatch_attention_fn(query, key, value, backend=backend)
-    batch, _, heads, width = query.shape
-    # Rows in order for each head: torch.matmul would copy its arguments, some of them more than once.
-    query, key, value = (
-        tensor.transpose(1, 2).reshape(batch * heads, -1, width) for tensor in (query * width**-0.5, key, value)
-    )
-    weights = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
-    return torch.bmm(weights, value).unflatten(0, (batch, heads)).transpose(1, 2)
-
-
-def attention_shapes(
-    transformer: SD3Transformer2DModel, batch: int, tokens: int, text_tokens: int
-) -> tuple[Shape, ...]:
-    """Kinds of attention in one forward: over image and text together, and over the image alone."""
-    config = transformer.config
-    dual = len(config.dual_attention_layers)
-    heads = (config.num_attention_heads, config.attention_head_dim)
-    joint = Shape(batch, tokens + text_tokens, *heads, calls=config.num_layers, text=text_tokens)
-    return (joint, Shape(batch, tokens, *heads, calls=dual)) if dual else (joint,)
+def candidates(device: torch.device, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The kernels to try on `device`, of those that a model's attention can be switched to; None: of all."""
+    return tuple(name for name in CANDIDATES[device.type] if names is None or name in names)
 
 
 def timings(
-    shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtype, compiled: bool = False
+    shapes: tuple[AttentionShape, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    names: Sequence[str] | None = None,
 ) -> tuple[Timing, ...]:
     """`time_attention`, measured once on this machine."""
+    tried = candidates(device, names)
     what = {
         "attention": [asdict(shape) for shape in shapes],
         "device": device_name(device),
         "dtype": str(dtype),
         "compiled": compiled,
-        "kernels": {name: obstacle(name, device, dtype, shapes) for name in CANDIDATES[device.type]},
+        "kernels": {name: obstacle(name, device, dtype, shapes) for name in tried},
     }
     return tuple(
         Timing(**timing)
         for timing in remembered(
-            what, lambda spread: [asdict(timing) for timing in time_attention(shapes, device, dtype, compiled, spread)]
+            what,
+            lambda spread: [
+                asdict(timing) for timing in time_attention(shapes, device, dtype, compiled, spread, names)
+            ],
         )
     )
 
@@ -166,17 +82,20 @@ def device_name(device: torch.device) -> str:
 
 
 def time_attention(
-    shapes: tuple[Shape, ...],
+    shapes: tuple[AttentionShape, ...],
     device: torch.device,
     dtype: torch.dtype,
     compiled: bool = False,
     spread: Spread | None = None,
+    names: Sequence[str] | None = None,
 ) -> tuple[Timing, ...]:
-    """All kernels of this device at `shapes`, in about a second on a GPU; those that cannot run say why.
+    """All kernels of this device, or those of them in `names`, at `shapes`; those that cannot run say why.
+
+    It takes about a second on a GPU.
 
     If blocks will be `compiled`, kernels that no whole graph holds cannot run.
     """
-    obstacles = {name: obstacle(name, device, dtype, shapes) for name in CANDIDATES[device.type]}
+    obstacles = {name: obstacle(name, device, dtype, shapes) for name in candidates(device, names)}
     in_blocks = compiled and device.type in TIMED_IN_BLOCKS
     trials = {name: [] for name, why in obstacles.items() if not why}  # type: dict[str, list[_Trial]]
     tensors = [_tensors(shape, device, dtype) for shape in shapes]
@@ -206,7 +125,7 @@ def fastest(timings: Sequence[Timing], *, training: bool) -> str:
     return best if best in known and known[best] * FASTER_BY < known.get("native", float("inf")) else "native"
 
 
-def obstacle(name: str, device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape]) -> str:
+def obstacle(name: str, device: torch.device, dtype: torch.dtype, shapes: Sequence[AttentionShape]) -> str:
     """Why the kernel `name` cannot run at `shapes` here, in a few words; empty if it can."""
     if name == MATMUL:
         return "" if dtype in (torch.float32, torch.float64) else "would round its logits: only for fp32"
@@ -225,7 +144,9 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, shapes: Sequen
     return ""
 
 
-def graph_obstacle(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, whole: bool = False) -> str:
+def graph_obstacle(
+    name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, whole: bool = False
+) -> str:
     """Why the kernel `name` cannot be part of a compiled block, in a few words; empty if it can.
 
     With `whole` it is compiled as a block is and run forward and backward at `shape`, else only traced.
@@ -244,14 +165,6 @@ def graph_obstacle(name: str, shape: Shape, device: torch.device, dtype: torch.d
     except REFUSALS as error:
         return f"cannot be compiled: {reason(error)}"
     return ""
-
-
-def _heads(attn: Attention, projected: Tensor) -> Tensor:
-    return projected.unflatten(-1, (attn.heads, -1))
-
-
-def _norm(norm: torch.nn.Module | None, tensor: Tensor) -> Tensor:
-    return tensor if norm is None else norm(tensor)
 
 
 @dataclass(frozen=True)
@@ -273,7 +186,7 @@ class _Tensors:
     images: int
 
 
-def _tensors(shape: Shape, device: torch.device, dtype: torch.dtype) -> _Tensors:
+def _tensors(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> _Tensors:
     generator = torch.Generator(device).manual_seed(0)
     size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
     *inputs, gradient = (torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(4))
@@ -347,7 +260,10 @@ def _finish(device: torch.device) -> None:
 
 
 def _total_ms(
-    calls: dict[str, list[Callable[[], object]]], shapes: Sequence[Shape], device: torch.device, spread: Spread | None
+    calls: dict[str, list[Callable[[], object]]],
+    shapes: Sequence[AttentionShape],
+    device: torch.device,
+    spread: Spread | None,
 ) -> dict[str, float]:
     """Milliseconds for all attention of a forward, by kernel."""
     totals = dict.fromkeys(calls, 0.0)

@@ -6,16 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from torch import nn
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from dgpo_fast.models.family import family_of
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 LINEAR = ("linear", "_linear_pointwise")
 
 
 def checkpoint_blocks(
-    transformer: SD3Transformer2DModel, kind: str, again: Callable[[], AbstractContextManager] | None = None
+    transformer: nn.Module, kind: str, again: Callable[[], AbstractContextManager] | None = None
 ) -> None:
     """Checkpoints each block: "blocks" keeps its inputs alone, "selective" a few outputs that cost much.
 
@@ -26,7 +28,7 @@ def checkpoint_blocks(
     """
     # The compiler knows these two, and no function around them.
     contexts = noop_context_fn if kind == "blocks" else partial(create_selective_checkpoint_contexts, _keep_expensive)
-    for block in transformer.transformer_blocks:
+    for block in family_of(transformer).blocks(transformer):
         block.forward = partial(_checkpointed, block.forward, partial(_within, again, contexts) if again else contexts)
 
 

@@ -7,9 +7,10 @@ import torch
 
 from dgpo_fast.config.options import Engine as EngineConfig
 from dgpo_fast.engine import attention, compile, linear
-from dgpo_fast.engine.attention import Shape, Timing
+from dgpo_fast.engine.attention import Timing
 from dgpo_fast.engine.remembered import remembered
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.family import AttentionShape
 from dgpo_fast.objectives.first_level import input_error, is_shared, largest_error
 from dgpo_fast.records import JsonObject
 
@@ -61,16 +62,20 @@ class Workload:
         images: drawn in the whole run.
         sharded: whether weights are cut over processes.
         shared_sigma: of the level at which a group's samples may share one row; None if there is none.
+        attention_names: kernels that the model's attention can be switched to; None: all.
+        own_decoder: whether the decoder is one whose layers are exchanged (`engine/decoder.py`).
     """
 
     device: torch.device
     dtype: torch.dtype
-    rollout_shapes: tuple[Shape, ...]
-    train_shapes: tuple[Shape, ...]
+    rollout_shapes: tuple[AttentionShape, ...]
+    train_shapes: tuple[AttentionShape, ...]
     width: int
     images: int
     sharded: bool = False
     shared_sigma: float | None = None
+    attention_names: tuple[str, ...] | None = None
+    own_decoder: bool = True
 
     @property
     def on_gpu(self) -> bool:
@@ -172,14 +177,22 @@ def memory_gib(device: torch.device) -> float:
 
 def _attention(config: EngineConfig, workload: Workload, reasons: Reasons, compiled: bool, *, training: bool) -> str:
     purpose, shapes = ("training", workload.train_shapes) if training else ("rollouts", workload.rollout_shapes)
+    names = workload.attention_names
     if config.attention != "auto":
+        if names is not None and config.attention not in names:
+            raise UserError(
+                f"engine.attention {config.attention}: this model's attention runs by {' or '.join(names)} alone; "
+                "use --engine.attention auto"
+            )
         problem = attention.obstacle(config.attention, workload.device, workload.dtype, shapes)
         if compiled and not problem:
             problem = attention.graph_obstacle(config.attention, shapes[0], workload.device, workload.dtype)
         if problem:
             raise UserError(f"engine.attention {config.attention}: {problem}; use --engine.attention auto")
         return config.attention
-    timings = attention.timings(shapes, workload.device, workload.dtype, compiled)
+    if not shapes or len(attention.candidates(workload.device, names)) < 2:
+        return "native"
+    timings = attention.timings(shapes, workload.device, workload.dtype, compiled, names)
     reasons.timings[purpose] = timings
     chosen = attention.fastest(timings, training=training)
     if compiled and chosen != "native":
@@ -199,6 +212,12 @@ def _in_words(timing: Timing, training: bool) -> str:
 
 def _decoder(config: EngineConfig, workload: Workload) -> str:
     """On a CPU in fp32, pictures are the same to the last bit with every version: phases round differently."""
+    if not workload.own_decoder:
+        if config.decoder not in ("auto", "plain"):
+            raise UserError(
+                f"engine.decoder {config.decoder}: not with this model's decoder; use --engine.decoder auto"
+            )
+        return "plain"
     if config.decoder != "auto":
         return config.decoder
     return "phases" if workload.on_gpu or workload.dtype != torch.float32 else "fast"

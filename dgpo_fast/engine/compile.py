@@ -1,11 +1,12 @@
 """Regional compilation: each kind of transformer block once, for the few batch sizes that a run has."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
+
+from dgpo_fast.models.family import family_of
+from dgpo_fast.models.forward import Forward, Given, call_around
 
 # Kinds of blocks (3) × batch sizes × with and without gradients × with and without adapters; several runs in a process.
 RECOMPILE_LIMIT = 256
@@ -32,7 +33,7 @@ def reason(error: Exception) -> str:
     return lines[1] if len(lines) > 1 and lines[0].endswith("raised:") else lines[0]
 
 
-def compile_blocks(transformer: SD3Transformer2DModel, batches: "StaticBatches") -> None:
+def compile_blocks(transformer: nn.Module, batches: "StaticBatches") -> None:
     """Compiles the blocks of `transformer`, each as a whole graph that all blocks of its kind share.
 
     Its forwards are padded to `batches` from now on.
@@ -40,7 +41,7 @@ def compile_blocks(transformer: SD3Transformer2DModel, batches: "StaticBatches")
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
-    for block in transformer.transformer_blocks:
+    for block in family_of(transformer).blocks(transformer):
         block.compile(fullgraph=True, dynamic=False, backend=BACKEND)
     batches.attach(transformer)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -58,29 +59,21 @@ class StaticBatches:
 
     def __init__(self, sizes: Iterable[int], training: Iterable[int] = ()):
         self.sizes, self.training = sorted(set(sizes)), sorted(set(training))
-        self._rows: list[int] = []
 
     def padded(self, rows: int) -> int:
         """Rows of the forward that serves `rows` samples."""
         sizes = self.training if torch.is_grad_enabled() else self.sizes
         return next((size for size in sizes if size >= rows), rows)
 
-    def attach(self, module: nn.Module) -> None:
-        """Pads every forward of `module`, whose tensors are keywords with the batch in front."""
-        module.register_forward_pre_hook(self._pad, with_kwargs=True)
-        module.register_forward_hook(self._cut, with_kwargs=True, always_call=True)
+    def attach(self, transformer: nn.Module) -> None:
+        """Pads every forward of `transformer`."""
+        call_around(transformer, self._padded, innermost=True)
 
-    def _pad(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        rows = len(kwargs["hidden_states"])
-        self._rows.append(rows)
-        missing = self.padded(rows) - rows
-        return args, {name: _repeat_last(value, missing) for name, value in kwargs.items()} if missing else kwargs
-
-    def _cut(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor] | None
-    ) -> tuple[Tensor] | None:
-        rows = self._rows.pop()
-        return output if output is None or len(output[0]) == rows else (output[0][:rows],)
+    def _padded(self, forward: Forward, given: Given) -> Tensor:
+        missing = self.padded(len(given)) - len(given)
+        if not missing:
+            return forward(given)
+        return forward(given.mapped(lambda rows: _repeat_last(rows, missing)))[: len(given)]
 
 
 class HiddenGradients:
@@ -112,8 +105,6 @@ class HiddenGradients:
         self._gradients = []
 
 
-def _repeat_last(value: object, times: int) -> object:
-    """`value` with its last row `times` times more: finite numbers, whose output is cut off and has no gradient."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.cat([value, value[-1:].expand(times, *value.shape[1:])])
+def _repeat_last(rows: Tensor, times: int) -> Tensor:
+    """`rows` with the last one `times` times more: finite numbers, whose output is cut off and has no gradient."""
+    return torch.cat([rows, rows[-1:].expand(times, *rows.shape[1:])])

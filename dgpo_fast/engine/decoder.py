@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.timing import best_ms
@@ -28,7 +28,7 @@ class Decoder:
     or differ by more than `LARGEST_MEAN_DIFFERENCE` on average, fp32 takes over.
 
     Args:
-        vae: the pipeline's; it stays as it is.
+        vae: the pipeline's; it stays as it is. Any but an `AutoencoderKL` decodes the plain way.
         batch_size: pictures at a time.
         way: "plain"; "fast", channels_last in a copy of the decoder; "phases", as fast, and upsampled in four phases.
         compiled: compile that copy, for whole batches.
@@ -37,17 +37,12 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        vae: AutoencoderKL,
-        batch_size: int,
-        *,
-        way: str,
-        compiled: bool,
-        overlap: bool,
-        note: Callable[[str], None],
+        self, vae: nn.Module, batch_size: int, *, way: str, compiled: bool, overlap: bool, note: Callable[[str], None]
     ):
+        way = way if has_own_decoder(vae) else "plain"
         self.original, self.batch_size, self.note = vae, batch_size, note
-        self.vae, self.dtype = vae, vae.dtype
+        self.vae: Any = vae
+        self.dtype = next(vae.parameters()).dtype
         self.static = way != "plain" and compiled
         if way != "plain":
             self.vae = _with_own_decoder(vae, memory_format=torch.channels_last)
@@ -56,7 +51,8 @@ class Decoder:
         if self.static:
             self.vae.decoder.compile(fullgraph=True, dynamic=False, backend=compile.BACKEND)
         self.checked = not self.static and way != "phases" and self.dtype == torch.float32
-        self.stream = torch.cuda.Stream(vae.device) if overlap and vae.device.type == "cuda" else None
+        device = next(vae.parameters()).device
+        self.stream = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
 
     @property
     def overlaps(self) -> bool:
@@ -102,7 +98,7 @@ class Decoder:
         rows = len(latents)
         if self.static and rows < self.batch_size:
             latents = torch.cat([latents, latents[-1:].expand(self.batch_size - rows, *latents.shape[1:])])
-        return decode_pixels(self.vae, latents, self.dtype)[:rows]
+        return decode_pixels(self.vae, latents)[:rows]
 
     def _check(self, latents: Tensor) -> None:
         """Compares the first pictures with fp32's, once, and takes fp32 if they are too far apart."""
@@ -111,7 +107,7 @@ class Decoder:
             return  # nothing that a decoder could be blamed for
         self.checked = True
         exact = _with_own_decoder(self.original, dtype=torch.float32)
-        expected, found = decode_pixels(exact, few, torch.float32), self._pixels(few)
+        expected, found = decode_pixels(exact, few), self._pixels(few)
         difference = (to_uint8(found).int() - to_uint8(expected).int()).abs().float()
         precision, finite = str(self.dtype).removeprefix("torch."), bool(torch.isfinite(found).all())
         about = f"{precision} decoder: its numbers are not finite"
@@ -130,10 +126,16 @@ def decoder_ms(decoders: Sequence[Decoder], latents: Tensor) -> list[float]:
     return best_ms(ways, latents.device, TIMED_S)
 
 
-def _with_own_decoder(vae: AutoencoderKL, **to: Any) -> AutoencoderKL:
-    """A copy of `vae` with the original's encoder and a decoder of its own, moved as `nn.Module.to` takes it."""
-    own = copy.deepcopy(vae, {id(vae.encoder): vae.encoder})
-    for module in (own.decoder, own.post_quant_conv):
-        if module is not None:
-            torch.nn.Module.to(module, **to)
+def has_own_decoder(vae: nn.Module) -> bool:
+    """Whether its decoder's layers are exchanged: of an `AutoencoderKL`."""
+    return isinstance(vae, AutoencoderKL)
+
+
+def _with_own_decoder(vae: nn.Module, **to: Any) -> Any:
+    """A copy of `vae` that can only decode, with a decoder of its own, moved as `nn.Module.to` takes it."""
+    if not isinstance(vae, AutoencoderKL):
+        return copy.deepcopy(vae).to(**to)
+    # Without what encodes, the copy's weights are of one dtype.
+    own = copy.deepcopy(vae, {id(part): None for part in (vae.encoder, vae.quant_conv) if part is not None})
+    torch.nn.Module.to(own, **to)
     return own

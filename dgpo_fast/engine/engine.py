@@ -5,25 +5,26 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.engine.allocator import keep_freed_memory
-from dgpo_fast.engine.attention import attention_shapes, device_name, set_attention
+from dgpo_fast.engine.attention import device_name
 from dgpo_fast.engine.batches import batch_sizes, decode_batch, rows_line
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.engine.choices import Workload, choose
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
-from dgpo_fast.engine.decoder import WAYS, Decoder, decoder_ms
+from dgpo_fast.engine.decoder import WAYS, Decoder, decoder_ms, has_own_decoder
 from dgpo_fast.engine.epilogue import use_epilogue
 from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.linear import use_onednn
 from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.forward import forwards_per_step
+from dgpo_fast.models.family import Guidance, family_of
 from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.meta import FusedAttention
+from dgpo_fast.models.own_settings import in_plain_numbers
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.registry import traits
 from dgpo_fast.records import JsonObject
@@ -55,16 +56,18 @@ class Engine:
         self,
         config: Config,
         models: PolicyModels,
-        pipeline: StableDiffusion3Pipeline,
+        pipeline: DiffusionPipeline,
         text_tokens: int,
         note: Callable[[str], None],
         processes: int = 1,
     ):
+        self.family = family_of(models.base)
+        config = in_plain_numbers(config, self.family)
         self.config, self.models, self.sizes = config, models, batch_sizes(config, processes)
         if config.engine.keep_memory and models.device.type == "cpu":
             keep_freed_memory()
-        latent = latent_shape(models.base, pipeline.vae, config.rollout.resolution)
-        self.choices, self.reasons = choose(config.engine, self._workload(latent, text_tokens))
+        latent = latent_shape(self.family, config.rollout.resolution)
+        self.choices, self.reasons = choose(config.engine, self._workload(latent, text_tokens, pipeline))
         if models.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(models.device).multi_processor_count
             self.reasons.lines.append(rows_line(config, self.sizes, text_tokens, self._width, multiprocessors))
@@ -89,7 +92,7 @@ class Engine:
             note=note,
         )
 
-    def _float8(self) -> SD3Transformer2DModel:
+    def _float8(self) -> ModelMixin:
         if self.models.shards is not None:
             raise UserError(
                 "engine.rollout_precision fp8: not with sharded weights; use --engine.rollout-precision same"
@@ -101,21 +104,21 @@ class Engine:
         )
         return copied.transformer
 
-    def _in_float8(self, transformer: SD3Transformer2DModel) -> bool:
+    def _in_float8(self, transformer: ModelMixin) -> bool:
         return transformer is self.rollout_transformer is not self.models.behaviour
 
     def drawn(self, samples: int) -> int:
         """Rows of a rollout's forward for one batch, with its padding, over the forwards that a sample takes."""
         if self.choices.cuda_graphs:
             samples = self.sizes.rollout
-        each = forwards_per_step(self.config.rollout.guidance_scale)
+        each = Guidance(self.config.rollout.guidance_scale).forwards
         if self.choices.compile:
             with torch.no_grad():
                 return self._batches(self.rollout_transformer).padded(samples * each) // each
         return samples
 
     @property
-    def checkpoint(self) -> Callable[[SD3Transformer2DModel], None] | None:
+    def checkpoint(self) -> Callable[[ModelMixin], None] | None:
         """Checkpoints the blocks of a model without data as those of the policy are; None if they are not."""
         kind = self.config.engine.checkpointing
         if kind == "none":
@@ -146,7 +149,7 @@ class Engine:
     def _apply(self) -> None:
         for transformer in self._transformers():
             trained = transformer is self.models.policy
-            set_attention(transformer, self.choices.train_attention if trained else self.choices.attention)
+            self.family.set_attention(transformer, self.choices.train_attention if trained else self.choices.attention)
             use_epilogue(transformer, False)
             use_onednn(transformer, self.choices.linear == "onednn")
             # The policy's forwards agree with one another, with a gradient or without.
@@ -172,7 +175,7 @@ class Engine:
         used, count = self.decoder, self.decoder.batch_size
         decoders = {
             way: Decoder(used.original, count, way=way, compiled=self.choices.compile, overlap=False, note=used.note)
-            for way in WAYS
+            for way in (WAYS if has_own_decoder(used.original) else ())
             if way != self.choices.decoder
         } | {self.choices.decoder: used}
         latents = torch.randn(count, *latent, device=self.models.device)
@@ -188,11 +191,11 @@ class Engine:
             for name, milliseconds in zip(decoders, decoder_ms(list(decoders.values()), latents), strict=True)
         ]
 
-    def _transformers(self) -> tuple[SD3Transformer2DModel, ...]:
+    def _transformers(self) -> tuple[ModelMixin, ...]:
         models = self.models
         return tuple(dict.fromkeys((models.base, models.behaviour, models.policy, self.rollout_transformer)))
 
-    def _batches(self, transformer: SD3Transformer2DModel) -> StaticBatches:
+    def _batches(self, transformer: ModelMixin) -> StaticBatches:
         """Sizes of the whole batches that a transformer gets; with guidance there are two rows a sample."""
         config, sizes, objective = self.config, self.sizes, traits(self.config)
         # At the first noise level, or at the end of all levels that are predicted together.
@@ -207,29 +210,31 @@ class Engine:
         if transformer is self.models.base:
             one, two = [sizes.frozen, *shared], [2 * rows for rows in (sizes.frozen, *shared)]
             return StaticBatches(two if objective.guided_base else [*one, 2 * sizes.frozen])
-        drawn = sizes.rollout * forwards_per_step(config.rollout.guidance_scale)
-        shown = sizes.evaluation * forwards_per_step(config.evaluation.guidance_scale)
+        drawn = sizes.rollout * Guidance(config.rollout.guidance_scale).forwards
+        shown = sizes.evaluation * Guidance(config.evaluation.guidance_scale).forwards
         return StaticBatches([drawn, shown, sizes.frozen, *shared])
 
     @property
     def _width(self) -> int:
-        """Of the transformer."""
-        config = self.models.base.config
-        return config.num_attention_heads * config.attention_head_dim
+        """Of the transformer: that of its first block."""
+        blocks = self.family.blocks(self.models.base)
+        layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, torch.nn.Linear))
+        return next(layers).in_features
 
-    def _workload(self, latent: tuple[int, ...], text_tokens: int) -> Workload:
-        config, transformer, rollout = self.config, self.models.base, self.config.rollout
-        tokens = latent[1] * latent[2] // transformer.config.patch_size**2
+    def _workload(self, latent: tuple[int, ...], text_tokens: int, pipeline: DiffusionPipeline) -> Workload:
+        config, family, rollout = self.config, self.family, self.config.rollout
         # Kernels differ in rounding: any number of processes takes those that one alone would take.
         sizes = batch_sizes(config, processes=1)
-        rows = sizes.rollout * forwards_per_step(rollout.guidance_scale)
+        rows = sizes.rollout * Guidance(rollout.guidance_scale).forwards
         return Workload(
             device=self.models.device,
             dtype=self.models.dtype,
-            rollout_shapes=attention_shapes(transformer, rows, tokens, text_tokens),
-            train_shapes=attention_shapes(transformer, sizes.training, tokens, text_tokens),
+            rollout_shapes=family.attention_shapes(rows, latent, text_tokens),
+            train_shapes=family.attention_shapes(sizes.training, latent, text_tokens),
             width=self._width,
             images=config.iterations * rollout.groups * rollout.group_size,
             sharded=self.models.shards is not None,
             shared_sigma=traits(config).shared_sigma,
+            attention_names=family.attention_names,
+            own_decoder=has_own_decoder(pipeline.vae),
         )

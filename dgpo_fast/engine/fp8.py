@@ -8,11 +8,12 @@ import copy
 from itertools import chain
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.family import Family, family_of
 
 SMALLEST_CAPABILITY = (8, 9)
 REMEDY = "use --engine.rollout-precision same"
@@ -27,16 +28,17 @@ class Float8Copy:
     Raises UserError if torchao is missing or the GPU has no float8.
     """
 
-    def __init__(self, source: SD3Transformer2DModel):
+    def __init__(self, source: ModelMixin):
         check_float8(source.device)
         if any(isinstance(module, LoraLayer) for module in source.modules()):
             raise UserError(f"engine.rollout_precision fp8: needs --policy.behaviour merged, or {REMEDY}")
+        family = family_of(source)
         shared = {id(tensor): tensor for tensor in chain(source.parameters(), source.buffers())}
         self.transformer = copy.deepcopy(source, shared)
         self.layers = [
             (module, self.transformer.get_submodule(name))
             for name, module in source.named_modules()
-            if isinstance(module, nn.Linear) and quantised(name, module)
+            if isinstance(module, nn.Linear) and quantised(family, name, module)
         ]
         for layer, copied in self.layers:
             copied.weight = _quantise(layer)
@@ -48,12 +50,12 @@ class Float8Copy:
             copied.weight.copy_(_quantise(layer))
 
 
-def quantised(name: str, layer: nn.Linear) -> bool:
+def quantised(family: Family, name: str, layer: nn.Linear) -> bool:
     """Whether float8 pays for a layer: those of the blocks that see every token, in sizes that the hardware takes.
 
     The modulations' layers see one row a sample, and steer all tokens.
     """
-    in_block = name.startswith("transformer_blocks.") and ".norm" not in name
+    in_block = name.startswith(tuple(f"{blocks}." for blocks in family.block_names)) and ".norm" not in name
     return in_block and layer.in_features % 16 == 0 and layer.out_features % 16 == 0
 
 

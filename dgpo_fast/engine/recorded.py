@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from dgpo_fast.engine.graphs import Recorder, Recording
@@ -12,6 +12,8 @@ from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.step_noise import StepNoise, Transitions
 
+PROMPT = "prompt."
+"""Stands before the names of a prompt's tensors."""
 OF_ALL_SAMPLES = ("number",)
 """Inputs with one row, whatever the batch."""
 
@@ -32,7 +34,7 @@ class RecordedRollouts:
     @torch.no_grad()
     def __call__(
         self,
-        transformer: SD3Transformer2DModel,
+        transformer: ModelMixin,
         noise: Tensor,
         text: TextEmbeds,
         draw: Draw,
@@ -43,8 +45,8 @@ class RecordedRollouts:
         """See `sample_latents`; `on_step` is told after the last step."""
         # (B, 1, …); with guidance (B, 2, …), the prompt and its negative prompt.
         rows = text.gathered_pairs() if draw.guided else text.gathered()
-        prompt, pooled = (tensor.unflatten(0, (-1, len(text))).transpose(0, 1) for tensor in rows)
-        inputs = {"noise": noise, "prompt": prompt, "pooled": pooled}
+        prompts = {name: tensor.unflatten(0, (-1, len(text))).transpose(0, 1) for name, tensor in rows.items()}
+        inputs = {"noise": noise, **{f"{PROMPT}{name}": tensor for name, tensor in prompts.items()}}
         if step_noise is not None:
             inputs |= {"samples": step_noise.samples}
             inputs |= {"number": torch.full((1,), int(step_noise.draw), device=noise.device)}
@@ -58,7 +60,7 @@ class RecordedRollouts:
         return x0
 
     def _recording(
-        self, transformer: SD3Transformer2DModel, inputs: Mapping[str, Tensor], draw: Draw, step_noise: StepNoise | None
+        self, transformer: ModelMixin, inputs: Mapping[str, Tensor], draw: Draw, step_noise: StepNoise | None
     ) -> Recording:
         shapes = tuple(tuple(tensor.shape[1:]) for tensor in inputs.values())
         seed, keep = (step_noise.seed, step_noise.keep) if step_noise else (0, False)
@@ -72,15 +74,19 @@ class RecordedRollouts:
 
 
 def _solve(
-    transformer: SD3Transformer2DModel, static: Mapping[str, Tensor], draw: Draw, seed: int, keep: bool
+    transformer: ModelMixin, static: Mapping[str, Tensor], draw: Draw, seed: int, keep: bool
 ) -> tuple[Tensor, ...]:
     """x0; and the steps, with the batch in front, if they are kept."""
     step_noise = None
     if "samples" in static:
         step_noise = StepNoise(static["samples"], seed=seed, draw=static["number"][0], keep=keep)
-    prompt, pooled = static["prompt"], static["pooled"]
-    rows = torch.arange(prompt.shape[0] * prompt.shape[1], device=prompt.device).reshape(prompt.shape[:2])
-    text = TextEmbeds(prompt.flatten(0, 1), pooled.flatten(0, 1), *rows.unbind(1))
+    prompts = {name.removeprefix(PROMPT): rows for name, rows in static.items() if name.startswith(PROMPT)}
+    batch, each = next(iter(prompts.values())).shape[:2]
+    index = torch.arange(batch * each, device=static["noise"].device).reshape(batch, each)
+    each_prompt, *negative = index.unbind(1)
+    text = TextEmbeds(
+        {name: rows.flatten(0, 1) for name, rows in prompts.items()}, each_prompt, negative[0] if negative else None
+    )
     x0 = sample_latents(transformer, static["noise"], text, draw, step_noise=step_noise)
     kept = step_noise.transitions if step_noise else None
     return (x0,) if kept is None else (x0, kept.states.transpose(0, 1), kept.log_prob.T)

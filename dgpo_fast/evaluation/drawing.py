@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from dgpo_fast.config.options import Config
@@ -25,11 +25,10 @@ from dgpo_fast.evaluation.settings import (
     trained_weights,
 )
 from dgpo_fast.models.fingerprints import weights_fingerprint
-from dgpo_fast.models.forward import is_guided
 from dgpo_fast.models.latents import Pictures
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import changes_text_encoders, find_lora, merge_lora
-from dgpo_fast.models.own_settings import differences, fill_in_shift
+from dgpo_fast.models.own_settings import differences, fill_in_shift, own_grid
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.models.prompt_notes import prompt_notes
 from dgpo_fast.prompts import (
@@ -44,9 +43,8 @@ from dgpo_fast.prompts import (
 from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
-from dgpo_fast.rollout.draw import Draw
+from dgpo_fast.rollout.draw import make_draw
 from dgpo_fast.rollout.sampler import Sampler, plain_decoding
-from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.run.checkpoint import newest_info
 from dgpo_fast.run.console import Console
 from dgpo_fast.run.depends import STARTING_LORA, change
@@ -86,8 +84,8 @@ class Drawing:
         distinct = list({id(prompt): prompt for prompt in self.prompts}.values())
         for line in reward.check_prompts(distinct):
             console.note(line)
-        architecture = read_model(_what_to_load(settings)[0])
-        shift = fill_in_shift(settings.shift, architecture, "shift")
+        family = read_model(_what_to_load(settings)[0])
+        shift = fill_in_shift(settings.shift, family, "shift")
         self.pool = RewardPool(
             reward,
             workers=count_workers(settings.reward_workers, self.device),
@@ -108,14 +106,15 @@ class Drawing:
             )
         except UserError as error:  # a run's settings have longer names
             raise UserError(str(error).replace("rollout.", "")) from None
-        for line in prompt_notes(pipeline, settings.max_sequence_length, distinct, is_guided(settings.guidance_scale)):
+        guided = family.guidance(settings.guidance_scale).pairs
+        for line in prompt_notes(pipeline, settings.max_sequence_length, distinct, guided):
             console.note(line)
         reward.try_out(self.prompts, (1,), self.sampler.image_size)
-        schedule = make_schedule(settings.solver, settings.num_inference_steps, shift)
-        self.draw = Draw(schedule.to(self.device), settings.guidance_scale, settings.batch_size)
+        grid = own_grid(family, shift, settings.num_inference_steps, settings.resolution)
+        self.draw = make_draw(family, settings, grid, settings.batch_size, self.device)
         self.made_with = {
             **made_with,
-            "shift": shift,
+            "shift": grid.shift,
             "dtype": str(dtype).removeprefix("torch."),
             **digests,
             **reward.contents,
@@ -126,7 +125,7 @@ class Drawing:
                 f"{settings.model} has been trained further since {self.folder.path} was made: it is made again"
             )
         for line in differences(
-            architecture, shift=shift, resolution=settings.resolution, max_sequence_length=settings.max_sequence_length
+            family, shift=shift, resolution=settings.resolution, max_sequence_length=settings.max_sequence_length
         ):
             console.note(line)
         self.failures: list[str] = []
@@ -284,7 +283,7 @@ def describe_prompts(settings: EvaluationSettings) -> str:
 
 def load_evaluated(
     settings: EvaluationSettings, *, device: torch.device, dtype: torch.dtype
-) -> tuple[StableDiffusion3Pipeline, Config, dict[str, str]]:
+) -> tuple[DiffusionPipeline, Config, dict[str, str]]:
     """The pipeline with its LoRA merged, a run's configuration that would load it, and checksums of its weights.
 
     Text encoders are only loaded if the LoRA changes them.
@@ -309,7 +308,7 @@ def _what_to_load(settings: EvaluationSettings) -> tuple[Config, Path | None]:
     """The configuration of the pipeline, and the LoRA."""
     if not is_run(settings.model):
         lora = Path(settings.lora) if settings.lora else None
-        return replace(Config(), model=settings.model, revision=settings.revision), lora
+        return replace(Config(), model=settings.model, revision=settings.revision, family=settings.family), lora
     folder, weights = Path(settings.model), settings.weights
     config = run_config(str(folder))
     if weights == "before":
@@ -320,7 +319,7 @@ def _what_to_load(settings: EvaluationSettings) -> tuple[Config, Path | None]:
     return replace(config, model=str(folder), revision=None, random_weights=False), None
 
 
-def _digest_of_weights(pipeline: StableDiffusion3Pipeline, output: Path) -> str:
+def _digest_of_weights(pipeline: DiffusionPipeline, output: Path) -> str:
     """The model's fingerprint; that of an earlier version, of the transformer's weights alone, if the evaluation in
     `output` was begun with it."""
     now = weights_fingerprint(pipeline)
@@ -328,7 +327,7 @@ def _digest_of_weights(pipeline: StableDiffusion3Pipeline, output: Path) -> str:
     return kept if kept != now and kept == _digest_of_tensors(pipeline.transformer) else now
 
 
-def _digest_of_tensors(transformer: SD3Transformer2DModel) -> str:
+def _digest_of_tensors(transformer: ModelMixin) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(transformer.state_dict().items()):
         digest.update(name.encode())

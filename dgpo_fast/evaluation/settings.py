@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.bounds import STRICT, Count, Guidance, PathText, Positive, Resolution, Shift, Text
+from dgpo_fast.config.bounds import STRICT, Count, ModelGuidance, PathText, Positive, Resolution, Shift, Text
 from dgpo_fast.config.command_line import take_option
 from dgpo_fast.config.options import Config, Rewards
 from dgpo_fast.config.reading import parse_overrides, read_yaml, resolve, to_dict
@@ -25,12 +25,15 @@ FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
 
 @dataclass(kw_only=True, config=STRICT)
 class EvaluationSettings:
-    """An evaluation: draw and score images of a Stable Diffusion 3 pipeline, or of a training run."""
+    """An evaluation: draw and score images of a model, or of a training run."""
 
     model: PathText = "tiny"
     """What to evaluate: `tiny` (shipped), a pipeline's folder, a name on the Hugging Face hub, or a run's folder."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. None: its default branch."""
+    family: str = "auto"
+    """How the model is drawn with. auto: by the class that its model_index.json names. Anything else: your own
+    `my_module:MyFamily` (docs/families.md)."""
     lora: PathText | None = None
     """A LoRA to load into the model: a .safetensors file, or the folder that contains it. None: no LoRA."""
     weights: Literal["after", "before"] | None = None
@@ -52,20 +55,22 @@ class EvaluationSettings:
     """ODE solver on flow sigmas. dpmpp_2m: DPM-Solver++(2M). euler: Euler."""
     num_inference_steps: Count = 14
     """Solver steps per image."""
-    guidance_scale: Guidance = 4.5
-    """Classifier-free guidance scale. 1 turns guidance off, which halves the cost of a step."""
+    guidance_scale: ModelGuidance = 4.5
+    """Guidance scale, as the model's card has it (docs/families.md). With classifier-free guidance, 1 turns it off,
+    which halves the cost of a step."""
     negative_prompt: Text = ""
     """Negative prompt of all prompts that have none of their own (`negative_prompt` in a line of the file). Guidance
     leads away from it. None: the empty text."""
     shift: Shift | None = None
-    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, `shift` or `flow_shift` of
-    its scheduler_config.json."""
+    """Timestep shift s of the sigma grid: σ = s·t / (1 + (s − 1)·t). None: the model's own, by its
+    scheduler_config.json."""
     resolution: Resolution | None = None
     """Size of the images in pixels: HEIGHTxWIDTH, such as 512x768, or one number for a square. None: the size that
     the model's files name, sample_size of the transformer × the decoder's factor, which diffusers draws by default.
     A model may have been trained at other sizes too: SD3.5-Medium's files say 1024, and its recipes 512."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 128
-    """Number of T5 tokens per prompt. 0: no T5 tokens, for a pipeline without that encoder."""
+    """Number of tokens per prompt; with Stable Diffusion 3, of T5. 0: no T5 tokens, for a pipeline without that
+    encoder."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the model. auto: bf16 on a GPU that supports it, else fp32."""
     device: str = "auto"
@@ -155,7 +160,11 @@ def _require_there(source: str) -> None:
 
 def lasting(settings: EvaluationSettings) -> JsonObject:
     """What must stay the same when an evaluation is continued; without a shift that is still to be read."""
-    left_out = FREE if settings.shift is not None else (*FREE, "shift")
+    left_out = [
+        *FREE,
+        *(["shift"] if settings.shift is None else []),
+        *(["family"] if settings.family == "auto" else []),
+    ]
     return {name: value for name, value in to_dict(settings).items() if name not in left_out}
 
 
@@ -201,6 +210,7 @@ def _from_config(config: Config, *, model: str, prompts: str | None) -> Evaluati
     return EvaluationSettings(
         model=model,
         revision=config.revision,
+        family=config.family,
         prompts=prompts,
         rewards=config.rewards,
         images=evaluation.images,

@@ -26,7 +26,7 @@ class Learner:
     """What changes the weights of one run.
 
     Args:
-        config: the run's.
+        config: the run's, in plain numbers (`models/own_settings.py`).
         models: whose policy learns.
         processes: those that share the run.
         phases: seconds of each part go there.

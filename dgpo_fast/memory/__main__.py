@@ -10,7 +10,7 @@ USAGE = """Predict how much GPU memory a run needs, and which cards it fits on. 
   python -m dgpo_fast.memory sd35m-geneval --policy.train full --optimizer.name adamw8bit
   python -m dgpo_fast.memory my.yaml --processes 8          each of eight GPUs
 
-The sizes of SD3.5-Medium are known. Any other model on the hub is downloaded first."""
+The sizes of the models in docs/families.md are known. Any other model on the hub is downloaded first."""
 
 
 def memory(args: list[str]) -> int:
@@ -25,15 +25,15 @@ def memory(args: list[str]) -> int:
     import torch  # after the command line is known to be good
 
     from dgpo_fast.memory.cards import CARDS_GB, fit_on
-    from dgpo_fast.models.loading import known_architecture, read_model
+    from dgpo_fast.models.loading import known_model, read_model
 
-    architecture = known_architecture(config)
-    if architecture is None:
-        architecture = read_model(config)
+    family = known_model(config)
+    if family is None:
+        family = read_model(config)
     elif not config.random_weights:
         print(f"{config.model} is not downloaded: its sizes are known")
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    fits = [fit_on(config, architecture, dtype, card_gb, processes) for card_gb in CARDS_GB]
+    fits = [fit_on(config, family, dtype, card_gb, processes) for card_gb in CARDS_GB]
     print(fits[-1].prediction.line())
     rows = [["card", "micro-batch", "predicted peak", "fits"], *(fit.cells() for fit in fits)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

@@ -11,7 +11,7 @@ from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import MemoryLine, fit
 from dgpo_fast.memory.plan import headroom
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.family import Family
 
 CARDS_GB = (16, 24, 32, 48, 80, 141)
 """Memory of common cards; their GiB are about the same number."""
@@ -43,11 +43,11 @@ class Fit:
         return [f"{self.card_gb} GB", str(self.micro_batch), at_its_peak, said]
 
 
-def fit_on(config: Config, architecture: Architecture, dtype: torch.dtype, card_gb: int, processes: int = 1) -> Fit:
+def fit_on(config: Config, family: Family, dtype: torch.dtype, card_gb: int, processes: int = 1) -> Fit:
     """`config` on a card of `card_gb`, one of `processes` on machines of eight."""
     config = with_low_memory(config)
     predictor = Predictor(
-        architecture, dtype, processes=processes, local_processes=min(processes, 8), graphs=card_gb >= GRAPH_MEMORY_GIB
+        family, dtype, processes=processes, local_processes=min(processes, 8), graphs=card_gb >= GRAPH_MEMORY_GIB
     )
     available = card_gb * 2**30 - headroom(card_gb * 2**30)
     micro_batch = config.policy.micro_batch

@@ -1,7 +1,7 @@
 """The largest micro-batch that fits. Its size affects speed and memory, not the gradient."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.policy import PolicyModels, autocast
-from dgpo_fast.models.text_embeds import TextEmbeds
 
 MOST_ON_A_CPU = 128
 """Samples: larger micro-batches gain nothing on a CPU."""
@@ -98,7 +97,9 @@ class TrainingMemory:
         torch.cuda.empty_cache()
 
     def _backward(self, samples: int) -> None:
-        text = TextEmbeds.of_samples(self._random(samples, *self.shape.text), self._random(samples, self.shape.pooled))
+        text = self.shape.text(samples, self.models.dtype, self.models.device)
+        rows = {name: torch.randn_like(row) if row.is_floating_point() else row for name, row in text.rows.items()}
+        text = replace(text, rows=rows)
         x_t = self._random(samples, *self.shape.latent)
         with autocast(self.models):
             velocity = predict(self.models.policy, x_t, torch.tensor(500.0, device=self.models.device), text)

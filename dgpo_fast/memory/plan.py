@@ -13,8 +13,9 @@ from dgpo_fast.memory.advice import remedies, sentence
 from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, MemoryLine, TrainingMemory, fit, in_groups
 from dgpo_fast.memory.predict import Predictor, readable
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.family import Family
 from dgpo_fast.models.loading import free_bytes
+from dgpo_fast.models.own_settings import in_plain_numbers
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.registry import traits
 
@@ -36,7 +37,7 @@ class MemoryPlan:
     """Chooses the micro-batch of a run and predicts its memory.
 
     Args:
-        architecture: of the run's model.
+        family: of the run's model.
         device: the run's.
         dtype: the run's.
         processes: those that share the run.
@@ -45,14 +46,14 @@ class MemoryPlan:
 
     def __init__(
         self,
-        architecture: Architecture,
+        family: Family,
         device: torch.device,
         dtype: torch.dtype,
         processes: Processes,
         note: Callable[[str], None],
     ):
         self.predictor = Predictor(
-            architecture,
+            family,
             dtype,
             processes=processes.count,
             local_processes=processes.local_count,
@@ -113,7 +114,7 @@ class MemoryPlan:
     def _measured(self, config: Config, models: PolicyModels) -> MemoryLine:
         """A training step's memory from steps of one and of two groups, or of one and two samples if these are many."""
         measured, size = TrainingMemory(models, self.predictor.shape(config)), config.rollout.group_size
-        rows = 2 if traits(config).guided_policy else 1
+        rows = 2 if traits(in_plain_numbers(config, self.predictor.family)).guided_policy else 1
         try:
             for first in (size, 1):
                 try:

@@ -4,26 +4,27 @@ Predictions are bytes of tensors on the run's device. They exclude workspaces in
 rounding, the CUDA context, and reward models.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin
 from torch import nn
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.placement import largest_share, place
 from dgpo_fast.engine.batches import decode_batch, frozen_samples
+from dgpo_fast.engine.decoder import has_own_decoder
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.learning.optimizers import CHUNK_NUMEL, state_bytes
 from dgpo_fast.memory.simulate import Simulation, Trained, simulation
-from dgpo_fast.models.architecture import Architecture
-from dgpo_fast.models.forward import forwards_per_step
+from dgpo_fast.models.device_rows import KEPT_BYTES
+from dgpo_fast.models.family import Family, Guidance
 from dgpo_fast.models.latents import latent_shape
-from dgpo_fast.models.meta import SampleShape
-from dgpo_fast.models.policy import is_merged, weight_storage
+from dgpo_fast.models.meta import SampleShape, sample_shape
+from dgpo_fast.models.own_settings import in_plain_numbers
+from dgpo_fast.models.policy import adapted_layers, is_merged, lora_targets, weight_storage
 from dgpo_fast.objectives.first_level import is_shared
 from dgpo_fast.objectives.registry import traits
 
@@ -86,7 +87,7 @@ class Predictor:
     """Predicts the memory of runs on one model.
 
     Args:
-        architecture: the model's configuration.
+        family: of the model.
         dtype: of the run.
         processes: that share the run.
         local_processes: those of them on this machine.
@@ -96,7 +97,7 @@ class Predictor:
 
     def __init__(
         self,
-        architecture: Architecture,
+        family: Family,
         dtype: torch.dtype,
         *,
         processes: int = 1,
@@ -104,15 +105,15 @@ class Predictor:
         on_gpu: bool = True,
         graphs: bool = True,
     ):
-        self.architecture, self.dtype, self.processes, self.on_gpu = architecture, dtype, processes, on_gpu
+        self.family, self.dtype, self.processes, self.on_gpu = family, dtype, processes, on_gpu
         self.local_processes, self.graphs = local_processes, on_gpu and graphs
+        self.shapes: dict[tuple, SampleShape] = {}
         with torch.device("meta"):
-            self.transformer = architecture.build_transformer()
-            self.vae = architecture.build_vae()
-        self.texts = tuple(json.dumps(dict(module.config)) for module in (self.transformer, self.vae))
+            self.transformer, self.vae = family.build_transformer(), family.build_vae()
 
     def predict(self, config: Config, micro_batch: int) -> Prediction:
         """The memory of `config` with micro-batches of `micro_batch` samples."""
+        config = in_plain_numbers(config, self.family)
         return Prediction(self._held(config), self._phases(config, micro_batch))
 
     def _held(self, config: Config) -> dict[str, int]:
@@ -133,13 +134,15 @@ class Predictor:
         }
         if self._merged(config):
             # The merged weights, and the factors times alpha / rank.
-            adapted = sum(layer.weight.numel() for layer in adapted_layers(self.transformer, config))
+            adapted = sum(layer.weight.numel() for layer in _adapted(self.transformer, config))
             held["merged policy weights"] = (adapted + total) * self.dtype.itemsize
-        if config.engine.decoder != "plain":
+        if config.engine.decoder != "plain" and has_own_decoder(self.vae):
             held["decoder's copy"] = _bytes(self.vae.decoder, self.dtype)
         if config.engine.rollout_precision == "fp8":
             layers = ((name, layer) for name, layer in self.transformer.named_modules() if isinstance(layer, nn.Linear))
-            held["float8 copy"] = sum(layer.weight.numel() for name, layer in layers if quantised(name, layer))
+            held["float8 copy"] = sum(
+                layer.weight.numel() for name, layer in layers if quantised(self.family, name, layer)
+            )
         if self._recorded(config):
             held["recorded rollouts"] = self._rollout_forward(config)
         if storage == "bf16_master":
@@ -168,7 +171,7 @@ class Predictor:
         adapter = config.policy.train == "lora" and config.policy.behaviour == "adapter"
         batch = min(config.rollout.batch_size, self.local_samples(config))
         return self._simulation(config).forward(
-            batch * forwards_per_step(config.rollout.guidance_scale), policy=adapter
+            batch * Guidance(config.rollout.guidance_scale).forwards, policy=adapter
         )
 
     def _storage(self, config: Config) -> str:
@@ -181,7 +184,7 @@ class Predictor:
     def _blocks(self) -> list[nn.Module]:
         """What FSDP makes whole at a time: the blocks, and what lies outside of them."""
         rest = nn.ModuleList(child for child in self.transformer.children() if not isinstance(child, nn.ModuleList))
-        return [*self.transformer.transformer_blocks, rest]
+        return [*self.family.blocks(self.transformer), rest]
 
     @property
     def _copy_bytes(self) -> int:
@@ -195,7 +198,7 @@ class Predictor:
         micro_batch = min(micro_batch, learnt)
         latent = prod(shape.latent)
         drawn = self._texts(config) + samples * latent * FP32
-        forwards = forwards_per_step(rollout.guidance_scale)
+        forwards = Guidance(rollout.guidance_scale).forwards
         at_once = frozen_samples(config, learnt)
         frozen = simulated.forward(at_once * (2 if objective.guided_base else 1))
         if objective.frozen_policy:
@@ -205,8 +208,8 @@ class Predictor:
         return {
             "rollout": drawn + solving + (0 if self._recorded(config) else self._rollout_forward(config)),
             "decoding": drawn + simulated.decoding(min(decode_batch(config, shape.latent), batch)),
-            "reference forwards": self.inputs(config) + frozen,
-            "training": self.inputs(config)
+            "reference forwards": self._inputs(config) + frozen,
+            "training": self._inputs(config)
             + max(
                 simulated.training(rows).peak + of_samples * latent * LOSS_TENSORS * FP32
                 for rows, of_samples in self._micro_batches(config, micro_batch)
@@ -216,6 +219,9 @@ class Predictor:
 
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
+        return self._inputs(in_plain_numbers(config, self.family))
+
+    def _inputs(self, config: Config) -> int:
         objective, latent, samples = traits(config), prod(self.shape(config).latent), self.local_samples(config)
         batch = frozen_samples(config, samples)
         states = config.rollout.num_inference_steps + 1 if objective.needs_transitions else 1 + objective.levels_at_once
@@ -244,7 +250,7 @@ class Predictor:
             checkpointing=config.engine.checkpointing,
             merged=self._merged(config),
         )
-        return simulation(*self.texts, trained, self.dtype, self.shape(config))
+        return simulation(self.family, trained, self.dtype, self.shape(config))
 
     def local_samples(self, config: Config) -> int:
         """Samples of an iteration on the process that has most."""
@@ -252,17 +258,18 @@ class Predictor:
 
     def shape(self, config: Config) -> SampleShape:
         """What one sample is made of."""
-        model = self.transformer.config
-        tokens = self.architecture.clip_tokens + config.rollout.max_sequence_length
-        return SampleShape(
-            latent_shape(self.transformer, self.vae, config.rollout.resolution),
-            (tokens, model.joint_attention_dim),
-            model.pooled_projection_dim,
-        )
+        rollout = config.rollout
+        latent, length = latent_shape(self.family, rollout.resolution), rollout.max_sequence_length
+        embedded = self.family.guidance(rollout.guidance_scale).embedded is not None
+        key = (latent, length, embedded)
+        if key not in self.shapes:
+            self.shapes[key] = sample_shape(self.family, latent, length, embedded=embedded)
+        return self.shapes[key]
 
     def _texts(self, config: Config) -> int:
-        """Of the encoded prompts of an iteration, each once, on the process that has most of them."""
-        return self._groups(config) * self._text_row(config)
+        """Of the encoded prompts of an iteration on the process that has most of them, and of those that stay."""
+        row, most = self._text_row(config), config.iterations * config.rollout.groups + 1
+        return max(self._groups(config) * row, min(most * row, KEPT_BYTES))
 
     def _groups(self, config: Config) -> int:
         """Groups of an iteration, whole or in part, on the process that has most of them."""
@@ -270,11 +277,10 @@ class Predictor:
         return max(len(share.parts) for share in shares)
 
     def _text_row(self, config: Config) -> int:
-        shape = self.shape(config)
-        return (shape.text[0] * shape.text[1] + shape.pooled) * self.dtype.itemsize
+        return self.shape(config).text_bytes(self.dtype)
 
 
-def trained_sizes(transformer: SD3Transformer2DModel, config: Config) -> list[int]:
+def trained_sizes(transformer: ModelMixin, config: Config) -> list[int]:
     """Elements of each trained tensor.
 
     Args:
@@ -285,17 +291,14 @@ def trained_sizes(transformer: SD3Transformer2DModel, config: Config) -> list[in
         return [parameter.numel() for parameter in transformer.parameters()]
     return [
         config.policy.lora_rank * width
-        for layer in adapted_layers(transformer, config)
+        for layer in _adapted(transformer, config)
         for width in (layer.in_features, layer.out_features)
     ]
 
 
-def adapted_layers(transformer: SD3Transformer2DModel, config: Config) -> list[nn.Linear]:
+def _adapted(transformer: ModelMixin, config: Config) -> list[nn.Linear]:
     """The layers of `transformer` that get a LoRA."""
-    ends = tuple(f".{end}" for end in config.policy.lora_targets)
-    return [
-        module for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and name.endswith(ends)
-    ]
+    return adapted_layers(transformer, lora_targets(transformer, config.policy))
 
 
 def _numel(module: nn.Module) -> int:

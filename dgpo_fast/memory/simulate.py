@@ -7,14 +7,13 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -22,10 +21,10 @@ from torch.utils.hooks import RemovableHandle
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.memory.live import LiveBytes
+from dgpo_fast.models.family import Family
 from dgpo_fast.models.merged_lora import use_merged_weights
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import with_lora
-from dgpo_fast.records import JsonObject
 
 Counted = TypeVar("Counted")
 
@@ -85,38 +84,24 @@ class MixedPrecision(TorchFunctionMode):
         return value.bfloat16()
 
 
-def shallow(config: JsonObject) -> tuple[JsonObject, list[int]]:
-    """The transformer's configuration with one block of each kind, and how many of each kind the whole one has."""
-    layers, dual = config["num_layers"], set(config["dual_attention_layers"])
-    # Nothing before the first block needs a gradient with LoRA, so it saves less than the next.
-    kinds = [(index in dual, index == 0, index == layers - 1) for index in range(layers)]
-    unique = list(dict.fromkeys(kinds))
-    dual_attention_layers = tuple(index for index, kind in enumerate(unique) if kind[0])
-    small = {**config, "num_layers": len(unique), "dual_attention_layers": dual_attention_layers}
-    return small, [kinds.count(kind) for kind in unique]
-
-
 class Simulation:
     """A run's forward and backward passes without data. Made and cached by `simulation`.
 
     Args:
-        transformer: its configuration.
-        vae: the autoencoder's configuration.
+        family: of the model.
         trained: what of the policy is trained, and how it is kept.
         dtype: of the run.
         shape: of one sample.
     """
 
-    def __init__(
-        self, transformer: JsonObject, vae: JsonObject, trained: Trained, dtype: torch.dtype, shape: SampleShape
-    ):
-        small, self.counts = shallow(transformer)
-        self.dtype, self.shape = dtype, shape
+    def __init__(self, family: Family, trained: Trained, dtype: torch.dtype, shape: SampleShape):
+        small, self.counts = family.one_of_each_block()
+        self.family, self.dtype, self.shape = family, dtype, shape
         self.known: dict[tuple, Any] = {}  # bytes, or `Activations`
         with torch.device("meta"):
-            self.base = SD3Transformer2DModel.from_config(small).requires_grad_(False)
-            self.policy = SD3Transformer2DModel.from_config(small).requires_grad_(trained.lora is None)
-            self.vae = AutoencoderKL.from_config(vae).requires_grad_(False)
+            self.base = family.build_transformer(small).requires_grad_(False)
+            self.policy = family.build_transformer(small).requires_grad_(trained.lora is None)
+            self.vae = family.build_vae().requires_grad_(False)
         for module in (self.base, self.policy, self.vae):
             nn.Module.to(module, dtype)
         if trained.lora is not None:
@@ -160,7 +145,7 @@ class Simulation:
     def _training(self, batch: int) -> Activations:
         saved_by_block: list[int] = []
         with self._counting(self.policy) as live:
-            hooks = [_on_block(block, live, saved_by_block) for block in self.policy.transformer_blocks]
+            hooks = [_on_block(block, live, saved_by_block) for block in self.family.blocks(self.policy)]
             start = live.now
             out = self.shape.predict(self.policy, batch, self.dtype)
             shallow_saved = live.now - start
@@ -173,7 +158,7 @@ class Simulation:
     def _decoding(self, batch: int) -> int:
         with self._counting(self.vae) as live, torch.no_grad():
             start = live.now
-            self.vae.decode(self.shape.latents(batch, self.dtype), return_dict=False)
+            self.family.decode(self.vae, self.shape.latents(batch, torch.float32))
         return live.peak - start
 
     def _counting(self, module: nn.Module) -> "_Counting":
@@ -207,10 +192,25 @@ class _Counting:
         self.stack.close()
 
 
+@dataclass(frozen=True)
+class _Model:
+    """A family's model, by what its files say."""
+
+    family: Family = field(compare=False)
+    kind: type
+    configurations: str
+
+
 @cache
-def simulation(transformer: str, vae: str, trained: Trained, dtype: torch.dtype, shape: SampleShape) -> Simulation:
-    """The simulation of these settings, made once. The configurations are JSON texts."""
-    return Simulation(json.loads(transformer), json.loads(vae), trained, dtype, shape)
+def _simulation(model: _Model, trained: Trained, dtype: torch.dtype, shape: SampleShape) -> Simulation:
+    return Simulation(model.family, trained, dtype, shape)
+
+
+def simulation(family: Family, trained: Trained, dtype: torch.dtype, shape: SampleShape) -> Simulation:
+    """The simulation of these settings, made once for all models of the same sizes."""
+    made_of = family.architecture
+    configurations = json.dumps([dict(made_of.transformer), dict(made_of.vae)], default=str)
+    return _simulation(_Model(family, type(family), configurations), trained, dtype, shape)
 
 
 def _on_block(block: nn.Module, live: LiveBytes, saved: list[int]) -> list[RemovableHandle]:

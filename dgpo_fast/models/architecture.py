@@ -1,7 +1,7 @@
-"""What a Stable Diffusion 3 pipeline is made of, read from its configuration files alone: no weight is loaded.
+"""What a pipeline is made of, read from its configuration files alone: no weight is loaded.
 
-Sizes, parameter counts and memory follow from this before anything is allocated: modules built under
-`torch.device("meta")` have shapes and no storage.
+Sizes, parameter counts and memory follow from this before anything is allocated (`Family.build_transformer` under
+`torch.device("meta")`).
 """
 
 import json
@@ -10,44 +10,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+import transformers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject
 
-SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-CLIP_TOKENS = 77
+INDEX_FILE = "model_index.json"
+TEXT_ENCODER = "text_encoder"
+"""How the names of a pipeline's text encoders begin."""
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The configurations of a pipeline's modules.
+    """The configurations of a pipeline's modules. What they mean is its family's (`models/family.py`).
 
     Attributes:
-        transformer: of diffusers' `SD3Transformer2DModel`.
-        vae: of diffusers' `AutoencoderKL`.
+        transformer: of diffusers' transformer.
+        vae: of diffusers' autoencoder.
+        index: of model_index.json: the pipeline's class, the classes of its parts, and its own settings.
         text_encoders: those that the pipeline has, by their name in it.
-        clip_tokens: length of the CLIP encoders' part of a prompt's embedding.
+        token_limits: `model_max_length` of each tokenizer that names one, by its name in the pipeline.
         scheduler: of the pipeline's scheduler.
-        folder: where the files are; None for the one known without files.
+        folder: where the files are; None for one known without files.
+        name: what the model is called: on the hub, or its folder's name.
     """
 
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
-    text_encoders: Mapping[str, CLIPTextConfig | T5Config] = field(default_factory=dict)
-    clip_tokens: int = CLIP_TOKENS
+    index: Mapping[str, Any]
+    text_encoders: Mapping[str, PretrainedConfig] = field(default_factory=dict)
+    token_limits: Mapping[str, int] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels that its files name: the transformer's sample_size × the decoder's factor."""
-        side = self.transformer["sample_size"] * 2 ** (len(self.vae["block_out_channels"]) - 1)
-        return side, side
+    name: str = ""
 
     @property
     def shift(self) -> Any:
@@ -59,112 +57,37 @@ class Architecture:
         """Where `scheduler` is from."""
         return (self.folder or Path()) / SCHEDULER_FILE
 
-    def build_transformer(self) -> SD3Transformer2DModel:
-        """The transformer with diffusers' initial weights, on torch's default device, in its default dtype."""
-        return SD3Transformer2DModel.from_config(self.transformer)
-
-    def build_vae(self) -> AutoencoderKL:
-        """The autoencoder, as above."""
-        return AutoencoderKL.from_config(self.vae)
-
     def build_text_encoder(self, name: str) -> nn.Module:
-        """The text encoder called `name`, as above."""
-        config = self.text_encoders[name]
-        return T5EncoderModel(config) if isinstance(config, T5Config) else CLIPTextModelWithProjection(config)
+        """The text encoder called `name` with initial weights, on torch's default device, in its default dtype."""
+        return _encoder_class(self.index[name][1])(self.text_encoders[name])
 
 
-def sd35_medium() -> Architecture:
-    """Stable Diffusion 3.5-Medium: 2.24 B weights in 24 layers, the first 13 with a second attention."""
-    clip = {"vocab_size": 49408, "max_position_embeddings": CLIP_TOKENS, "bos_token_id": 49406, "eos_token_id": 49407}
+def read_architecture(folder: Path, name: str | None = None) -> Architecture:
+    """The architecture of the pipeline in `folder`, which is called `name`; None: as the folder is.
+
+    Raises UserError naming a file that is missing or damaged.
+    """
+    index = read_json(folder / INDEX_FILE)
     return Architecture(
-        transformer={
-            "sample_size": 128,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 24,
-            "attention_head_dim": 64,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-        vae={
-            "in_channels": 3,
-            "out_channels": 3,
-            "latent_channels": 16,
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "norm_num_groups": 32,
-            "sample_size": 1024,
-            "scaling_factor": 1.5305,
-            "shift_factor": 0.0609,
-            "force_upcast": True,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-        },
-        text_encoders={
-            "text_encoder": CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                projection_dim=768,
-                hidden_act="quick_gelu",
-                **clip,
-            ),
-            "text_encoder_2": CLIPTextConfig(
-                hidden_size=1280,
-                intermediate_size=5120,
-                num_hidden_layers=32,
-                num_attention_heads=20,
-                projection_dim=1280,
-                hidden_act="gelu",
-                **clip,
-            ),
-            "text_encoder_3": T5Config(
-                vocab_size=32128,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10240,
-                num_layers=24,
-                num_heads=64,
-                feed_forward_proj="gated-gelu",
-            ),
-        },
-        scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
-    )
-
-
-def read_architecture(folder: Path) -> Architecture:
-    """The architecture of the pipeline in `folder`. Raises UserError naming a file that is missing or damaged."""
-    index = _read(folder / "model_index.json")
-    present = [name for name in TEXT_ENCODERS if index.get(name, [None])[0] is not None]
-    kinds = {"T5EncoderModel": T5Config, "CLIPTextModelWithProjection": CLIPTextConfig}
-    encoders = {}
-    for name in present:
-        kind = index[name][1]
-        if kind not in kinds:
-            raise UserError(f"{folder / 'model_index.json'}: {name} is a {kind}; known are {', '.join(kinds)}")
-        encoders[name] = kinds[kind].from_dict(_read(folder / name / "config.json"))
-    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
-    length = _read(tokenizer).get("model_max_length", CLIP_TOKENS) if tokenizer.is_file() else CLIP_TOKENS
-    return Architecture(
-        transformer=_read(folder / "transformer" / "config.json"),
-        vae=_read(folder / "vae" / "config.json"),
-        text_encoders=encoders,
-        clip_tokens=length,
-        scheduler=_read(folder / SCHEDULER_FILE),
+        index=index,
+        transformer=read_json(folder / "transformer" / "config.json"),
+        vae=read_json(folder / "vae" / "config.json"),
+        text_encoders={part: _encoder_config(folder, part, index[part][1]) for part in _present(index, TEXT_ENCODER)},
+        token_limits=_token_limits(folder, _present(index, "tokenizer")),
+        scheduler=read_json(folder / SCHEDULER_FILE),
         folder=folder,
+        name=name or folder.resolve().name,
     )
 
 
-def _read(path: Path) -> JsonObject:
+def absent_parts(index: Mapping[str, Any], parts: tuple[str, ...]) -> dict[str, None]:
+    """Those of `parts` that a pipeline does not have, as SD3 without its T5. `from_pretrained` wants to be told so by
+    name: they are arguments without a default, and those that the index has as null are not passed on."""
+    return {name: None for name in parts if index.get(name) in (None, [None, None])}
+
+
+def read_json(path: Path) -> JsonObject:
+    """The object in a JSON file of a pipeline. Raises UserError if it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -174,3 +97,32 @@ def _read(path: Path) -> JsonObject:
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; the pipeline's folder is damaged")
     return value
+
+
+def _present(index: Mapping[str, Any], start: str) -> list[str]:
+    """The parts whose names begin with `start` and that the pipeline has."""
+    return [part for part, value in index.items() if part.startswith(start) and isinstance(value, list) and value[0]]
+
+
+def _encoder_config(folder: Path, part: str, kind: str) -> PretrainedConfig:
+    try:
+        made = _encoder_class(kind).config_class.from_dict(read_json(folder / part / "config.json"))
+    except LookupError:
+        raise UserError(
+            f"{folder / INDEX_FILE}: {part} is a {kind}, which transformers {transformers.__version__} does not have"
+        ) from None
+    return made
+
+
+def _encoder_class(kind: str) -> Any:
+    """The class of transformers of that name. Raises LookupError if it has no such model."""
+    found = getattr(transformers, kind, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise LookupError(kind)
+    return found
+
+
+def _token_limits(folder: Path, tokenizers: list[str]) -> dict[str, int]:
+    files = {name: folder / name / "tokenizer_config.json" for name in tokenizers}
+    limits = {name: read_json(file).get("model_max_length") for name, file in files.items() if file.is_file()}
+    return {name: limit for name, limit in limits.items() if isinstance(limit, int)}

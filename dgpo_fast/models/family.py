@@ -1,20 +1,23 @@
 """What a model family is: all that a run asks of one, in one class. `families/` has a file for each.
 
-Outside of a family, latents are unpacked (B, C, H, W) in fp32, x_t = (1 − σ)·x0 + σ·ε, and a velocity is ε − x0. How the
-transformer's time is scaled and signed, how latents are packed, position ids, masks, text padding, and the decoder's
-statistics stay inside.
+Outside of a family, latents are unpacked (B, C, H, W) in fp32, x_t = (1 − σ)·x0 + σ·ε, and a velocity is ε − x0. How
+the transformer's time is scaled and signed, how latents are packed, position ids, masks, text padding, and the
+decoder's statistics stay inside.
 """
 
+import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.attention import DISPATCHED
 
 Rows = Mapping[str, Tensor]
 """Named tensors of encoded prompts: of one prompt without a batch axis, of a batch with the batch in front."""
@@ -57,6 +60,11 @@ class Guidance:
         """Whether the negative prompt is predicted too."""
         return self.scale > 1
 
+    @property
+    def forwards(self) -> int:
+        """Forwards that a prediction of one sample takes: 2 with the negative prompt's, else 1."""
+        return 2 if self.pairs else 1
+
     def combine(self, conditional: Tensor, negative: Tensor) -> Tensor:
         """The guided velocity (B, C, H, W)."""
         guided = negative + self.scale * (conditional - negative)
@@ -75,11 +83,26 @@ class AttentionShape:
     text: int = 0
 
 
+@dataclass(frozen=True)
+class TextLimit:
+    """What of a prompt is read.
+
+    Attributes:
+        reader: as a note calls what reads it.
+        tokenizers: by their names in the pipeline; the one that makes most tokens of a prompt counts.
+        tokens: most that are read; None: as many as the tokenizer says (`model_max_length`).
+    """
+
+    reader: str
+    tokenizers: tuple[str, ...]
+    tokens: int | None = None
+
+
 class Family(ABC):
     """One family of models. Made for one model, from its configuration files alone.
 
     Args:
-        architecture: of the model.
+        architecture: of the model; what its files leave out is filled in from the classes' defaults.
 
     Attributes:
         title: as a person calls it.
@@ -92,21 +115,34 @@ class Family(ABC):
         text_length: tokens of a prompt that the family's own pipeline takes by default.
         pads_to: rows of text are padded to a multiple of this many tokens, which a mask hides; 0 if the length is fixed
             by `rollout.max_sequence_length`, because the padding changes the pictures.
-        attention_names: kernels that its attention can be switched to, of those in `engine/attention.py`.
+        attention_names: kernels that its attention can be switched to, of those in `models/attention.py`; by default
+            those of diffusers' dispatcher. ("native",) if its attention does not go through that.
+        negatives_differ: whether a negative prompt is encoded otherwise than a prompt (`encode`).
+        optional_parts: those of `text_parts` that a pipeline can do without.
+        known_models: the models on the hub whose sizes are known without a download, by name.
     """
 
     title: ClassVar[str]
     text_parts: ClassVar[tuple[str, ...]]
     block_names: ClassVar[tuple[str, ...]]
     lora_targets: ClassVar[tuple[str, ...] | str]
-    multiple: ClassVar[int] = 16
+    multiple: int = 16
     largest_side: int | None = None
     text_length: ClassVar[int] = 512
     pads_to: ClassVar[int] = 0
-    attention_names: ClassVar[tuple[str, ...] | None] = None
+    attention_names: ClassVar[tuple[str, ...]] = tuple(DISPATCHED)
+    negatives_differ: ClassVar[bool] = False
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    known_models: ClassVar[Mapping[str, Callable[[], Architecture]]] = {}
 
-    def __init__(self, architecture: "Architecture"):
+    def __init__(self, architecture: Architecture):
         self.architecture = architecture
+        # Files of earlier versions lack what these have added.
+        self.architecture = replace(
+            architecture,
+            transformer=_with_defaults(self.transformer_class, architecture.transformer),
+            vae=_with_defaults(self.vae_class, architecture.vae),
+        )
 
     def __deepcopy__(self, memo: dict) -> "Family":
         """Itself: nothing of it changes, and transformers that are copied carry it."""
@@ -139,9 +175,23 @@ class Family(ABC):
         """What a run on this model says at its start."""
         return ()
 
+    def build_transformer(self, config: Mapping[str, Any] | None = None) -> Any:
+        """The transformer with diffusers' initial weights, on torch's default device, in its default dtype.
+
+        Args:
+            config: another one than the model's.
+        """
+        made = cast(Any, self.transformer_class).from_config(config or self.architecture.transformer)
+        return attach(made, self)
+
+    def build_vae(self) -> Any:
+        """The autoencoder, as above."""
+        return attach(cast(Any, self.vae_class).from_config(self.architecture.vae), self)
+
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's blocks, in the order of a forward."""
-        return [block for name in self.block_names for block in transformer.get_submodule(name)]  # type: ignore[union-attr]
+        lists = (cast(nn.ModuleList, transformer.get_submodule(name)) for name in self.block_names)
+        return [block for of_list in lists for block in of_list]
 
     @abstractmethod
     def one_of_each_block(self) -> tuple[dict[str, Any], list[int]]:
@@ -203,11 +253,36 @@ class Family(ABC):
         """
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def check_length(self, length: int) -> None:
+        """Raises UserError if prompts cannot be encoded with this `rollout.max_sequence_length`."""
+        if length == 0:
+            raise UserError(
+                "rollout.max_sequence_length 0: this model's text encoder needs tokens, as in "
+                f"--rollout.max-sequence-length {self.text_length}"
+            )
+
+    def about_length(self, length: int) -> str:
+        """What to say of this `rollout.max_sequence_length`; empty if nothing."""
+        if self.pads_to or length == self.text_length:
+            return ""
+        return f"the model's own pipeline takes {self.text_length}, and its pictures depend on it"
+
+    def text_limits(self, length: int) -> list[TextLimit]:
+        """What of a prompt is read with this `rollout.max_sequence_length`, for a note on prompts that are longer. A
+        template's own tokens are left out."""
+        tokenizers = [part for part in self.text_parts if part.startswith("tokenizer")]
+        return [TextLimit(self.title, tuple(tokenizers[-1:]), length)]
+
     @abstractmethod
     def text_tokens(self, rows: Rows) -> int:
         """Text tokens of a forward, of one encoded prompt or of stacked ones."""
 
     # Forwards
+
+    @property
+    def rule(self) -> Rule | None:
+        """`Guidance.rule` of guided predictions."""
+        return self.guidance(4.0).rule
 
     def guidance(self, scale: float) -> Guidance:
         """What the setting `guidance_scale` means: the number is the family's own, as on its card."""
@@ -228,9 +303,37 @@ class Family(ABC):
         """
 
     def set_attention(self, transformer: Any, name: str) -> None:
-        """Has all blocks attend with the kernel `name` of diffusers' dispatcher."""
-        transformer.set_attention_backend(name)
+        """Has all blocks attend with the kernel `name`, one of `attention_names`."""
+        if len(self.attention_names) > 1:
+            transformer.set_attention_backend(DISPATCHED[name].value)
 
     @abstractmethod
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         """Kinds of softmax attention in one forward of `batch` rows, largest first."""
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def attach(module: Module, family: Family) -> Module:
+    """`module`, a transformer or an autoencoder, which carries its family from now on, and so do its copies."""
+    module.dgpo_family = family  # type: ignore[assignment]
+    return module
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family that `module` carries. Raises LookupError if it was neither loaded nor built as a part of a model."""
+    family = module.__dict__.get("dgpo_family")
+    if family is None:
+        raise LookupError(f"this {type(module).__name__} has no family: `attach` gives it one")
+    return family
+
+
+def _with_defaults(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **config}
+
+
+def text_seed(text: str) -> int:
+    """A seed that is a function of the text, the same in every process, for `Family.random_condition`."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import find_variant, lacks_text_encoders, text_encoders
@@ -14,7 +14,7 @@ ELEMENTS = 256
 WEIGHT_FILES = (".safetensors", ".bin", ".json")
 
 
-def weights_fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
+def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
     """Names all that draws and reads prompts in a pipeline by the content of its files, as `content_digest` does.
 
     A file is read once: the next start on this machine knows its content. Random weights, which have no files, are
@@ -38,7 +38,7 @@ def weights_fingerprint(pipeline: StableDiffusion3Pipeline) -> str:
         raise UserError(f"model '{folder}': {error.filename} cannot be read: {error.strerror}") from None
 
 
-def sampled_fingerprint(pipeline: StableDiffusion3Pipeline, *, with_text: bool = False) -> str:
+def sampled_fingerprint(pipeline: DiffusionPipeline, *, with_text: bool = False) -> str:
     """A digest of some elements of every weight of transformer and decoder, rounded to bf16; it reads no weights' file.
 
     The same weights in fp32 and in bf16 have the same one. Earlier versions have kept it for runs, and `with_text`

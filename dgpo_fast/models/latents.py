@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgpo_fast.config.bounds import SMALLEST_SIDE, size_of
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.family import Family, family_of
 
 
 class Pictures(NamedTuple):
@@ -25,9 +25,9 @@ class Pictures(NamedTuple):
 
 
 @torch.no_grad()
-def decode_plainly(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> Pictures:
+def decode_plainly(vae: nn.Module, latents: Tensor, batch_size: int) -> Pictures:
     """The pictures of latents (B, C, H, W)."""
-    parts = decode_in_batches(lambda chunk: decode_pixels(vae, chunk, vae.dtype), latents, batch_size)
+    parts = decode_in_batches(lambda chunk: decode_pixels(vae, chunk), latents, batch_size)
     return Pictures(*(part.cpu().numpy() for part in parts))
 
 
@@ -64,10 +64,9 @@ def _fault(numbers: Tensor) -> Tensor:
     return (largest.isnan() + 2 * largest.isinf()).to(torch.uint8)
 
 
-def decode_pixels(vae: AutoencoderKL, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the decoder, in `dtype`, makes of (B, C, H, W) latents: (B, 3, height, width) fp32, about in [−1, 1]."""
-    scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)  # some configurations have none
-    return vae.decode(scaled.to(dtype), return_dict=False)[0].float()
+def decode_pixels(vae: nn.Module, latents: Tensor) -> Tensor:
+    """What the decoder makes of (B, C, H, W) latents: (B, 3, height, width) fp32, about in [−1, 1]."""
+    return family_of(vae).decode(vae, latents).float()
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -75,31 +74,29 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def latent_shape(
-    transformer: SD3Transformer2DModel, vae: AutoencoderKL, resolution: int | str | None
-) -> tuple[int, int, int]:
+def latent_shape(family: Family, resolution: int | str | None) -> tuple[int, ...]:
     """(C, H, W) of a latent at `resolution`, or at the size that the model's own files name.
 
-    Raises UserError, with the nearest sizes, for a resolution that the model cannot draw: a side is a multiple of the
-    transformer's patch × the decoder's factor, and no longer than the table of position embeddings.
+    Raises UserError, with the nearest sizes, for a resolution that the model cannot draw.
     """
-    config = transformer.config
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    step, largest = scale * config.patch_size, scale * config.patch_size * config.pos_embed_max_size
     if resolution is None:
-        return config.in_channels, config.sample_size, config.sample_size
+        return family.latent_shape(*family.size)
     height, width = size_of(resolution)
+    step, largest = family.multiple, family.largest_side
     allowed = [_nearest(side, step, largest) for side in (height, width)]
     if allowed != [[height], [width]]:
         high, wide = (" or ".join(map(str, sides)) for sides in allowed)
+        limit = f" up to {largest} pixels" if largest else " pixels"
         raise UserError(
-            f"rollout.resolution {resolution}: this model draws multiples of {step} up to {largest} pixels; "
+            f"rollout.resolution {resolution}: this model draws multiples of {step}{limit}; "
             + (f"the nearest: {high}" if height == width else f"the nearest: {high} high, {wide} wide")
         )
-    return config.in_channels, height // scale, width // scale
+    return family.latent_shape(height, width)
 
 
-def _nearest(side: int, step: int, largest: int) -> list[int]:
+def _nearest(side: int, step: int, largest: int | None) -> list[int]:
     """The multiples of `step` nearest to `side` that a picture may have: `side` alone if it is one."""
     smallest = -(-SMALLEST_SIDE // step) * step
-    return sorted({min(max(count * step, smallest), largest) for count in (side // step, -(-side // step))})
+    return sorted(
+        {min(max(count * step, smallest), largest or side + step) for count in (side // step, -(-side // step))}
+    )

@@ -1,17 +1,18 @@
-"""Loading a Stable Diffusion 3 pipeline: the shipped one, a folder, or one from the Hugging Face hub."""
+"""Loading a pipeline: the shipped one, a folder, or one from the Hugging Face hub."""
 
 import json
 import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import psutil
 import torch
 import transformers
 from accelerate import cpu_offload
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -20,12 +21,13 @@ from torch import Tensor
 from dgpo_fast import tiny
 from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.architecture import SD35_MEDIUM, TEXT_ENCODERS, Architecture, read_architecture, sd35_medium
+from dgpo_fast.models.architecture import INDEX_FILE, TEXT_ENCODER, absent_parts, read_architecture, read_json
+from dgpo_fast.models.families import AUTO, BUILT_IN, find_class, known_models, make_family
+from dgpo_fast.models.family import Family, attach, family_of
 from dgpo_fast.models.random_weights import find_architecture, random_pipeline
 from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import NO_HUB_NAME
 
-PIPELINE_CLASS = "StableDiffusion3Pipeline"
 NUMBERS = {
     "transformer/config.json": ("sample_size", "patch_size", "in_channels", "pos_embed_max_size"),
     "vae/config.json": ("scaling_factor",),
@@ -35,7 +37,6 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' names."""
 ENCODING_BYTES = 2**30
 """Upper bound of the GPU memory that text encoders take in addition to their weights."""
-TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def pick_device(name: str) -> torch.device:
@@ -74,12 +75,19 @@ def free_bytes(device: torch.device) -> int:
 
 def make_pipeline(
     config: Config, *, device: torch.device, dtype: torch.dtype, with_text: bool = True
-) -> StableDiffusion3Pipeline:
+) -> DiffusionPipeline:
     """The pipeline that `config` names, with trained or with random weights. Raises UserError as `load_pipeline`."""
     if not config.random_weights:
-        return load_pipeline(config.model, revision=config.revision, device=device, dtype=dtype, with_text=with_text)
+        return load_pipeline(
+            config.model,
+            revision=config.revision,
+            device=device,
+            dtype=dtype,
+            with_text=with_text,
+            family=config.family,
+        )
     return random_pipeline(
-        find_architecture(config.model),
+        read_model(config),
         device=device,
         dtype=dtype,
         seed=stream_seed(config.seed, "random weights"),
@@ -87,24 +95,36 @@ def make_pipeline(
     )
 
 
-def read_model(config: Config) -> Architecture:
-    """The architecture of the model that `config` names, without reading weights. Raises UserError."""
+def read_model(config: Config) -> Family:
+    """The family of the model that `config` names, made for that model without reading weights. Raises UserError."""
     if config.random_weights:
-        return find_architecture(config.model)
-    return read_architecture(_find_model(config.model, config.revision))
+        return make_family(find_architecture(config.model), config.family)
+    folder = _find_model(config.model, config.revision, config.family)
+    return make_family(read_architecture(folder, _name(config.model)), config.family)
 
 
-def known_architecture(config: Config) -> Architecture | None:
+def _name(model: str) -> str | None:
+    """What the model is called if it is no folder."""
+    return None if Path(model).exists() else model
+
+
+def known_model(config: Config) -> Family | None:
     """That of a model which is known by its name alone, if it has not been downloaded; None for any other."""
-    known = config.model == SD35_MEDIUM and not Path(config.model).exists()
+    known = config.model in known_models() and not Path(config.model).exists()
     if not known or isinstance(try_to_load_from_cache(config.model, "transformer/config.json"), str):
         return None
-    return sd35_medium()
+    return make_family(find_architecture(config.model), config.family)
 
 
 def load_pipeline(
-    model: str, *, revision: str | None, device: torch.device, dtype: torch.dtype | None, with_text: bool = True
-) -> StableDiffusion3Pipeline:
+    model: str,
+    *,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    with_text: bool = True,
+    family: str = AUTO,
+) -> DiffusionPipeline:
     """The pipeline `model` on `device`, all modules frozen and in eval mode.
 
     Args:
@@ -112,31 +132,32 @@ def load_pipeline(
         revision: branch, tag or commit on the hub.
         dtype: of all weights; None: that of each part's own files.
         with_text: load the text encoders and tokenizers too; `load_text_encoders` can add them later.
+        family: as the setting of that name.
 
-    Raises UserError if there is no such model or it is not a Stable Diffusion 3 pipeline.
+    Raises UserError if there is no such model, or none of its family is known.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # commands show by themselves what takes time
-    folder = _find_model(model, revision)
+    folder = _find_model(model, revision, family)
+    made = make_family(read_architecture(folder, _name(model)), family)
+    parts = made.text_parts
     try:
         dtypes = _own_dtypes(folder) if dtype is None else dtype
-        absent = _absent(_local_index(folder)) if with_text else dict.fromkeys(TEXT_PARTS)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, dtype=dtypes, variant=find_variant(folder), **absent
-        )
+        absent = absent_parts(made.architecture.index, parts) if with_text else dict.fromkeys(parts)
+        pipeline = _pipeline_class(made).from_pretrained(folder, dtype=dtypes, variant=find_variant(folder), **absent)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
+    for module in (pipeline.transformer, pipeline.vae):
+        attach(module, made)
     for module in (pipeline.transformer, pipeline.vae, *text_encoders(pipeline)):
         module.requires_grad_(False).eval()
         require_finite(f"model '{model}': its {type(module).__name__}", module.named_parameters())
     return pipeline
 
 
-def load_text_encoders(
-    pipeline: StableDiffusion3Pipeline, device: torch.device, dtype: torch.dtype
-) -> StableDiffusion3Pipeline:
+def load_text_encoders(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
 
     If they do not fit in the GPU's free memory, they stay in CPU memory and their layers are moved through the GPU one
@@ -149,11 +170,12 @@ def load_text_encoders(
 
     Raises UserError if they cannot be loaded.
     """
-    folder = Path(pipeline.name_or_path)
+    folder, family = Path(pipeline.name_or_path), family_of(pipeline.transformer)
     try:
-        shared = {"transformer": pipeline.transformer, "vae": pipeline.vae, "scheduler": pipeline.scheduler}
-        absent = _absent(_local_index(folder))
-        whole = StableDiffusion3Pipeline.from_pretrained(
+        parts = family.text_parts
+        shared = {name: part for name, part in pipeline.components.items() if name not in parts and part is not None}
+        absent = absent_parts(family.architecture.index, parts)
+        whole = _pipeline_class(family).from_pretrained(
             folder, dtype=dtype, variant=find_variant(folder), **shared, **absent
         )
     except (OSError, ValueError) as error:
@@ -194,27 +216,23 @@ def _own_dtypes(folder: Path) -> dict[str, torch.dtype]:
     return found
 
 
-def passes_by_layer(pipeline: StableDiffusion3Pipeline) -> bool:
+def passes_by_layer(pipeline: DiffusionPipeline) -> bool:
     """Whether its text encoders are in the CPU's memory, and only their layers come to the GPU."""
     return any(hasattr(module, "_hf_hook") for module in text_encoders(pipeline))
 
 
-def lacks_text_encoders(pipeline: StableDiffusion3Pipeline) -> bool:
+def lacks_text_encoders(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline was loaded without text encoders that its folder has."""
-    return type(pipeline) is StableDiffusion3Pipeline and not text_encoders(pipeline)
+    return pipeline.name_or_path is not None and not text_encoders(pipeline)
 
 
-def has_t5(pipeline: StableDiffusion3Pipeline) -> bool:
-    """Whether the pipeline has a T5 encoder, loaded or not."""
-    if lacks_text_encoders(pipeline):
-        return "text_encoder_3" not in _absent(_local_index(Path(pipeline.name_or_path)))
-    return pipeline.text_encoder_3 is not None
+def reads_no_text(pipeline: DiffusionPipeline) -> bool:
+    """Whether it was built without text encoders, for which random conditions stand."""
+    return pipeline.name_or_path is None and not text_encoders(pipeline)
 
 
-def _absent(index: dict) -> dict[str, None]:
-    """The text parts that a pipeline does not have, as its T5 encoder. `from_pretrained` wants to be told so by name:
-    they are arguments without a default, and those that the index has as null are not passed on."""
-    return {name: None for name in TEXT_PARTS if index.get(name) in (None, [None, None])}
+def _pipeline_class(family: Family) -> Any:
+    return family.pipeline_class
 
 
 def how_to_load(folder: Path, model: str | None = None, revision: str | None = None) -> str:
@@ -224,15 +242,15 @@ def how_to_load(folder: Path, model: str | None = None, revision: str | None = N
         folder: where its files are.
         model, revision: its name and branch on the hub, if it comes from there.
     """
-    given = {"revision": revision, "variant": find_variant(folder)}
-    named = {name: value for name, value in given.items() if value is not None} | _absent(_local_index(folder))
+    given, index = {"revision": revision, "variant": find_variant(folder)}, _local_index(folder)
+    kind = index.get("_class_name", DiffusionPipeline.__name__)
+    parts = find_class(str(folder), index).text_parts if kind in BUILT_IN else ()
+    named = {name: value for name, value in given.items() if value is not None} | absent_parts(index, parts)
     arguments = ", ".join([repr(model or str(folder)), *(f"{name}={value!r}" for name, value in named.items())])
-    return (
-        f"from diffusers import StableDiffusion3Pipeline; pipe = StableDiffusion3Pipeline.from_pretrained({arguments})"
-    )
+    return f"from diffusers import {kind}; pipe = {kind}.from_pretrained({arguments})"
 
 
-def how_to_load_trained(config: Config, pipeline: StableDiffusion3Pipeline, folder: Path) -> str:
+def how_to_load_trained(config: Config, pipeline: DiffusionPipeline, folder: Path) -> str:
     """As `how_to_load`, of what the run of `config` on `pipeline` has saved in its `folder`."""
     if config.policy.train == "full":
         return how_to_load(folder)
@@ -244,21 +262,24 @@ def how_to_load_trained(config: Config, pipeline: StableDiffusion3Pipeline, fold
     return f"{base}; {lora}"
 
 
-def text_encoders(pipeline: StableDiffusion3Pipeline) -> list[torch.nn.Module]:
-    """The two or three text encoders that the pipeline has."""
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
-    return [encoder for encoder in encoders if encoder is not None]
+def text_encoder_names(pipeline: DiffusionPipeline) -> list[str]:
+    """The names of the text encoders that the pipeline's family has."""
+    return [part for part in family_of(pipeline.transformer).text_parts if part.startswith(TEXT_ENCODER)]
 
 
-def _find_model(model: str, revision: str | None) -> Path:
+def text_encoders(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
+    """The text encoders that the pipeline has."""
+    parts = (getattr(pipeline, name) for name in text_encoder_names(pipeline))
+    return [part for part in parts if part is not None]
+
+
+def _find_model(model: str, revision: str | None, family: str) -> Path:
     """The folder of the pipeline `model`, downloaded if it is on the hub."""
     source = Path(tiny.PIPELINE_DIR if model == "tiny" else model)
     index = _local_index(source) if source.exists() else _hub_index(model, revision)
-    found = index.get("_class_name")
-    if found != PIPELINE_CLASS:
-        raise UserError(f"model '{model}' is a {found or 'folder without _class_name'}, not a {PIPELINE_CLASS}")
+    kind = find_class(model, index, family)
     if source.exists():
-        _require_parts(source, index)
+        _require_parts(source, index, kind.optional_parts)
     folder = source if source.exists() else _download(model, revision)
     _require_numbers(folder)
     return folder
@@ -274,14 +295,15 @@ def _require_numbers(folder: Path) -> None:
                 raise UserError(f"{path}: {number} is null: write the number that the model was trained with")
 
 
-def _require_parts(folder: Path, index: dict) -> None:
+def _require_parts(folder: Path, index: dict, optional_parts: tuple[str, ...]) -> None:
     """Raises UserError for a part that the index names and the folder lacks."""
     for part, value in index.items():
         listed = isinstance(value, list) and value != [None, None]
         if listed and not (folder / part).is_dir():
-            optional = part in ("text_encoder_3", "tokenizer_3")
             remedy = (
-                f'or go without it: "{part}": [null, null] in model_index.json' if optional else "or download it again"
+                f'or go without it: "{part}": [null, null] in model_index.json'
+                if part in optional_parts
+                else "or download it again"
             )
             raise UserError(
                 f"model '{folder}' lacks {part}, which its model_index.json names: add the folder, {remedy}"
@@ -291,16 +313,16 @@ def _require_parts(folder: Path, index: dict) -> None:
 @cache
 def _download(model: str, revision: str | None) -> Path:
     try:
-        return Path(StableDiffusion3Pipeline.download(model, revision=revision))  # shows its own progress
+        return Path(DiffusionPipeline.download(model, revision=revision))  # shows its own progress
     except (OSError, ValueError) as error:
         raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
 
 
 def _local_index(folder: Path) -> dict:
-    path = folder / "model_index.json"
+    path = folder / INDEX_FILE
     if not path.is_file():
         raise UserError(f"model '{folder}': no model_index.json there; give a pipeline's folder in diffusers' format")
-    return _read_index(path)
+    return read_json(path)
 
 
 def _hub_index(name: str, revision: str | None) -> dict:
@@ -308,23 +330,13 @@ def _hub_index(name: str, revision: str | None) -> dict:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"{missing}{NO_HUB_NAME}")
     try:
-        return _read_index(Path(hf_hub_download(name, "model_index.json", revision=revision)))
+        return read_json(Path(hf_hub_download(name, INDEX_FILE, revision=revision)))
     except LocalEntryNotFoundError:
         raise UserError(f"{missing}, and the Hugging Face hub cannot be reached: download it first") from None
     except GatedRepoError:
         raise UserError(f"model '{name}' is gated: accept its licence on the hub, then `hf auth login`") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"{missing}, and the Hugging Face hub refused it: {first_line(error)}") from None
-
-
-def _read_index(path: Path) -> dict:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        index = None
-    if not isinstance(index, dict):
-        raise UserError(f"{path}: not a JSON object; the pipeline's folder is damaged")
-    return index
 
 
 def first_line(error: Exception) -> str:

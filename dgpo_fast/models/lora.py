@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.architecture import TEXT_ENCODERS
-from dgpo_fast.models.loading import first_line, require_finite
-from dgpo_fast.models.lora_names import OTHER_ADAPTERS, Target, candidates, is_of_text_encoder, split_name, targets
+from dgpo_fast.models.family import Family
+from dgpo_fast.models.loading import first_line, require_finite, text_encoder_names
+from dgpo_fast.models.lora_names import (
+    OTHER_ADAPTERS,
+    PREFIXES,
+    Target,
+    candidates,
+    is_of_text_encoder,
+    split_name,
+    targets,
+)
 from dgpo_fast.wording import one_line, resume_command
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -89,7 +97,7 @@ def changes_text_encoders(file: Path) -> bool:
         return any(is_of_text_encoder(name) for name in opened.keys())  # noqa: SIM118
 
 
-def start_from_lora(pipeline: StableDiffusion3Pipeline, path: str | None) -> Lora | None:
+def start_from_lora(pipeline: DiffusionPipeline, path: str | None) -> Lora | None:
     """Merges the LoRA that a run starts from, if there is one, into the pipeline's transformer, and returns it.
 
     Raises UserError as `read_lora`, and if the LoRA changes text encoders: a run would neither use nor save that.
@@ -107,7 +115,7 @@ def start_from_lora(pipeline: StableDiffusion3Pipeline, path: str | None) -> Lor
     return lora
 
 
-def merge_lora(pipeline: StableDiffusion3Pipeline, file: Path) -> Lora:
+def merge_lora(pipeline: DiffusionPipeline, file: Path) -> Lora:
     """Reads the LoRA in `file`, merges it into the pipeline's weights in place, and returns it.
 
     Args:
@@ -122,7 +130,7 @@ def merge_lora(pipeline: StableDiffusion3Pipeline, file: Path) -> Lora:
 
 
 @torch.no_grad()
-def merge(pipeline: StableDiffusion3Pipeline, lora: Lora) -> None:
+def merge(pipeline: DiffusionPipeline, lora: Lora) -> None:
     """W + B·A, layer by layer and in place, as a run merges its own: in fp32, rounded once.
 
     Raises UserError if a weight is not finite then.
@@ -140,7 +148,7 @@ def merge(pipeline: StableDiffusion3Pipeline, lora: Lora) -> None:
                 )
 
 
-def read_lora(file: Path, pipeline: StableDiffusion3Pipeline) -> Lora:
+def read_lora(file: Path, pipeline: DiffusionPipeline) -> Lora:
     """The LoRA in a .safetensors file of diffusers, PEFT, kohya's scripts or another trainer, on the CPU.
 
     Args:
@@ -165,7 +173,7 @@ def read_lora(file: Path, pipeline: StableDiffusion3Pipeline) -> Lora:
     if not named:
         raise UserError(f"LoRA '{file}': nothing is in it")
     require_finite(f"LoRA '{file}'", ((f"{n}'s {kind}", t) for n, kinds in named.items() for kind, t in kinds.items()))
-    models = {part: getattr(pipeline, part) for part in ("transformer", *TEXT_ENCODERS)}
+    models = {part: getattr(pipeline, part) for part in ("transformer", *text_encoder_names(pipeline))}
     known = {part: targets(model) for part, model in models.items() if model is not None}
     parts: dict[str, dict[str, Factors]] = {}
     try:
@@ -198,17 +206,18 @@ def join(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> dict[st
     }
 
 
-def write_lora(folder: Path, layers: Mapping[str, Factors], config: Mapping[str, Any]) -> None:
+def write_lora(folder: Path, layers: Mapping[str, Factors], config: Mapping[str, Any], family: Family) -> None:
     """Writes a LoRA of the transformer that every loader reads alike: scale in the factors, alpha = rank.
 
     Args:
         folder: gets `pytorch_lora_weights.safetensors`.
         layers: all of the same rank.
         config: PEFT's, of the adapter that was trained.
+        family: of the model; its pipeline loads the file.
     """
     rank = len(next(iter(layers.values())).a)
     trained = {f"{layer}.lora_{n}.weight": t for layer, pair in layers.items() for n, t in zip("AB", pair, strict=True)}
-    StableDiffusion3Pipeline.save_lora_weights(
+    cast(Any, family.pipeline_class).save_lora_weights(
         folder,
         transformer_lora_layers=trained,
         transformer_lora_adapter_metadata={**config, "r": rank, "lora_alpha": rank, "target_modules": list(layers)},
@@ -292,7 +301,7 @@ def _read_peft_config(path: Path) -> dict[str, dict[str, Any]]:
             f"{path}: init_lora_weights {start} has changed the model's weights too, and this LoRA is for those: "
             "save it with path_initial_model_for_weight_conversion"
         )
-    return dict.fromkeys(("transformer", *TEXT_ENCODERS), config)
+    return dict.fromkeys(PREFIXES, config)
 
 
 def _opened(file: Path) -> Any:

@@ -30,6 +30,9 @@ class MergeSettings:
 
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. None: its default branch."""
+    family: str = "auto"
+    """How the model is drawn with. auto: by the class that its model_index.json names. Anything else: your own
+    `my_module:MyFamily` (docs/families.md)."""
 
 
 def merge_command(args: list[str]) -> None:
@@ -42,10 +45,16 @@ def merge_command(args: list[str]) -> None:
     if count != 3:
         raise UserError("command line: give a model, a LoRA and the folder to write: dgpo-fast merge MODEL LORA FOLDER")
     model, lora, folder = args[:3]
-    write_merged(os.path.expanduser(model), Path(lora).expanduser(), Path(folder).expanduser(), settings.revision)
+    write_merged(
+        os.path.expanduser(model),
+        Path(lora).expanduser(),
+        Path(folder).expanduser(),
+        settings.revision,
+        settings.family,
+    )
 
 
-def write_merged(model: str, lora: Path, folder: Path, revision: str | None = None) -> None:
+def write_merged(model: str, lora: Path, folder: Path, revision: str | None = None, family: str = "auto") -> None:
     """Writes `model` with `lora` merged to `folder`, in the dtypes of the model's own files, and says so.
 
     Raises UserError if one of them cannot be used, or if the folder exists or cannot be written.
@@ -63,7 +72,7 @@ def write_merged(model: str, lora: Path, folder: Path, revision: str | None = No
     staged = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         staged.mkdir(parents=True)
-        pipeline = load_pipeline(model, revision=revision, device=torch.device("cpu"), dtype=None)
+        pipeline = load_pipeline(model, revision=revision, device=torch.device("cpu"), dtype=None, family=family)
         merged = merge_lora(pipeline, file)
         with Console().track(f"writing {folder}"):
             pipeline.save_pretrained(staged, safe_serialization=True)

@@ -1,14 +1,33 @@
 """A model without data: its forwards run on the meta device, where shapes are followed and nothing is computed."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from dgpo_fast.models.family import Family, Rows
+from dgpo_fast.models.forward import Given, velocity
+from dgpo_fast.models.text_embeds import TextEmbeds
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """One named tensor of a prompt's row.
+
+    Attributes:
+        name: as the model's family has it.
+        shape: of one prompt.
+        dtype: None for the dtype of the run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -17,31 +36,70 @@ class SampleShape:
 
     Attributes:
         latent: (C, H, W).
-        text: (T, D) of the token embeddings.
-        pooled: E of the pooled embedding.
+        rows: the tensors of a prompt.
+        embedded: whether the transformer reads a number for guidance.
     """
 
     latent: tuple[int, ...]
-    text: tuple[int, ...]
-    pooled: int
+    rows: tuple[RowShape, ...]
+    embedded: bool = False
 
-    def latents(self, batch: int, dtype: torch.dtype) -> Tensor:
-        """(B, C, H, W) without data."""
-        return torch.empty(batch, *self.latent, dtype=dtype, device="meta")
+    @classmethod
+    def of(cls, latent: tuple[int, ...], text: TextEmbeds) -> "SampleShape":
+        """Of samples with such latents and prompts."""
+        return cls(latent, _row_shapes(text.rows), text.embedded is not None)
 
-    def predict(self, transformer: SD3Transformer2DModel, batch: int, dtype: torch.dtype) -> Tensor:
+    @classmethod
+    def of_given(cls, latent: tuple[int, ...], given: Given) -> "SampleShape":
+        """Of samples with such latents, of which a forward is given some."""
+        return cls(latent, _row_shapes(given.condition), given.embedded is not None)
+
+    def latents(self, batch: int, dtype: torch.dtype, device: torch.device | str = "meta") -> Tensor:
+        """(B, C, H, W) without data, or of whatever is there."""
+        return torch.empty(batch, *self.latent, dtype=dtype, device=device)
+
+    def text(self, batch: int, dtype: torch.dtype, device: torch.device | str = "meta") -> TextEmbeds:
+        """The prompts of `batch` samples: ones, which a mask takes for tokens that are there."""
+        rows = {row.name: torch.ones(batch, *row.shape, dtype=row.dtype or dtype, device=device) for row in self.rows}
+        return TextEmbeds.of_samples(rows).with_embedded(1.0 if self.embedded else None)
+
+    def text_bytes(self, dtype: torch.dtype) -> int:
+        """Of one prompt's row."""
+        return sum(math.prod(row.shape) * (row.dtype or dtype).itemsize for row in self.rows)
+
+    def predict(self, transformer: nn.Module, batch: int, dtype: torch.dtype) -> Tensor:
         """A forward of `batch` samples: (B, C, H, W) without data."""
+        time, text = torch.empty(batch, dtype=dtype, device="meta"), self.text(batch, dtype)
+        embedded = time if self.embedded else None
+        return velocity(transformer, Given(self.latents(batch, dtype), time, text.rows, embedded))
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(batch, *shape, dtype=dtype, device="meta")
 
-        return transformer(
-            hidden_states=self.latents(batch, dtype),
-            timestep=empty(),
-            encoder_hidden_states=empty(*self.text),
-            pooled_projections=empty(self.pooled),
-            return_dict=False,
-        )[0]
+def sample_shape(family: Family, latent: tuple[int, ...], length: int, *, embedded: bool) -> SampleShape:
+    """What a sample of a run is made of, with the longest prompt that is read.
+
+    Args:
+        family: of the model.
+        latent: (C, H, W).
+        length: `rollout.max_sequence_length`.
+        embedded: whether the transformer reads a number for guidance.
+    """
+    row = family.random_condition("", length)
+    return SampleShape.of(
+        latent, TextEmbeds.of_samples(stacked(family, [row])).with_embedded(1.0 if embedded else None)
+    )
+
+
+def stacked(family: Family, rows: Sequence[Rows], tokens: int = 0) -> Rows:
+    """Encoded prompts → (U, …) tensors of one length, at least `tokens`, rounded up as the family pads."""
+    if family.pads_to:
+        tokens = max(tokens, *(family.text_tokens(row) for row in rows))
+        tokens = -(-tokens // family.pads_to) * family.pads_to
+    return family.stack(rows, tokens if family.pads_to else 0)
+
+
+def _row_shapes(rows: Rows) -> tuple[RowShape, ...]:
+    dtypes = {name: None if tensor.is_floating_point() else tensor.dtype for name, tensor in rows.items()}
+    return tuple(RowShape(name, tuple(tensor.shape[1:]), dtypes[name]) for name, tensor in rows.items())
 
 
 class FusedAttention(TorchFunctionMode):

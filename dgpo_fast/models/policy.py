@@ -12,19 +12,21 @@ twice per iteration.
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.family import family_of
 from dgpo_fast.models.lora import Factors, Lora, join, write_lora
 from dgpo_fast.models.merged_lora import MergedLoraLinear, merge_all, merged_weight, use_merged_weights
 
@@ -86,7 +88,7 @@ class PolicyModels:
     adapted = False
     shards: "Shards | None" = None
 
-    def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int, start: Lora | None = None):
+    def __init__(self, transformer: ModelMixin, config: PolicyConfig, seed: int, start: Lora | None = None):
         self.config = config
         self.start = start
         self.base = transformer
@@ -188,7 +190,7 @@ class PolicyModels:
         """Has to be called after every change of `weights`: merges them anew if the policy computes so. In place."""
         self.merge_kept = merge_all(self._merged_layers)
 
-    def save(self, weights: Weights, folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
+    def save(self, weights: Weights, folder: Path, pipeline: DiffusionPipeline) -> None:
         """Writes `weights` so that plain diffusers loads them: a LoRA file, or a whole pipeline folder.
 
         Args:
@@ -210,9 +212,9 @@ class PolicyModels:
         }
         if self.start is not None:
             factors = join(self.start.parts["transformer"], factors)
-        write_lora(folder, factors, self.policy.peft_config[ADAPTER].to_dict())
+        write_lora(folder, factors, self.policy.peft_config[ADAPTER].to_dict(), family_of(self.base))
 
-    def _with(self, weights: Weights) -> SD3Transformer2DModel:
+    def _with(self, weights: Weights) -> ModelMixin:
         """A transformer with `weights`, not sharded."""
         self.load_behaviour(weights)
         return self.behaviour
@@ -221,33 +223,54 @@ class PolicyModels:
         return [(name, module) for name, module in self.policy.named_modules() if isinstance(module, LoraLayer)]
 
 
-def own_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
+def own_copy(module: ModelMixin) -> ModelMixin:
     """A copy with parameters of its own; buffers, which nothing ever changes, are the original's."""
     return copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
 
 
-def _sharing_copy(module: SD3Transformer2DModel) -> SD3Transformer2DModel:
+def _sharing_copy(module: ModelMixin) -> ModelMixin:
     """A copy of the modules whose parameters and buffers are the original's own tensors."""
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     return copy.deepcopy(module, shared)
 
 
-def with_lora(transformer: SD3Transformer2DModel, config: PolicyConfig, seed: int) -> SD3Transformer2DModel:
+def with_lora(transformer: ModelMixin, config: PolicyConfig, seed: int) -> ModelMixin:
     """`transformer` with trainable adapters put in, in place. Raises UserError if a target is not there."""
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    unmatched = [end for end in config.lora_targets if not any(f".{name}".endswith(f".{end}") for name in names)]
-    if unmatched:
-        raise UserError(f"policy.lora_targets: no linear layer of this transformer is called '{unmatched[0]}'")
+    targets = lora_targets(transformer, config)
+    adapted_layers(transformer, targets)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         init_lora_weights="gaussian",
-        target_modules=list(config.lora_targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer.add_adapter(lora, adapter_name=ADAPTER)
     return transformer
+
+
+def lora_targets(transformer: ModelMixin, config: PolicyConfig) -> tuple[str, ...] | str:
+    """Ends of the names of the layers that get a LoRA, or one regular expression of whole names."""
+    chosen = config.lora_targets or family_of(transformer).lora_targets
+    alone = chosen[0] if not isinstance(chosen, str) and len(chosen) == 1 else chosen
+    return alone if isinstance(alone, str) and not re.fullmatch(r"[\w.]+", alone) else chosen
+
+
+def adapted_layers(transformer: nn.Module, targets: tuple[str, ...] | str) -> list[nn.Linear]:
+    """The linear layers that get a LoRA by `lora_targets`. Raises UserError if one of these hits none."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    ends = (targets,) if isinstance(targets, str) else targets
+    hits = {end: [name for name in layers if _is_hit(name, end, whole=isinstance(targets, str))] for end in ends}
+    unmatched = next((end for end, hit in hits.items() if not hit), None)
+    if unmatched is not None:
+        raise UserError(f"policy.lora_targets: no linear layer of this transformer is called '{unmatched}'")
+    hit = set(chain.from_iterable(hits.values()))
+    return [module for name, module in layers.items() if name in hit]
+
+
+def _is_hit(name: str, target: str, *, whole: bool) -> bool:
+    return bool(re.fullmatch(target, name)) if whole else f".{name}".endswith(f".{target}")
 
 
 def autocast(models: PolicyModels) -> torch.autocast:

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
+from dgpo_fast.models.family import Rows
 from dgpo_fast.wording import one_line
 
-Row = tuple[Tensor, Tensor]
-"""An encoded prompt: tokens (T, D) and pooled (E,), on the CPU in the encoders' dtype."""
+Row = Rows
+"""An encoded prompt: named tensors, on the CPU, numbers in the encoders' dtype."""
 
 FREE_SHARE = 0.05
 """Share of the disk that the cache leaves free for checkpoints."""
@@ -83,7 +83,7 @@ class PromptCache:
         try:
             with safe_open(path, framework="pt") as file:
                 # Copies are checked and used: the mapped file may yet change.
-                row = file.get_tensor("prompt").clone(), file.get_tensor("pooled").clone()
+                row = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 if file.metadata()["checksum"] != self._checksum(text, row):
                     raise ValueError("its checksum does not match")
         except OSError:
@@ -103,7 +103,7 @@ class PromptCache:
             return
         path = self._path(text)
         staged = path.with_name(f".{path.name}.{os.getpid()}")
-        tensors = {"prompt": row[0].contiguous(), "pooled": row[1].contiguous()}
+        tensors = {name: tensor.contiguous() for name, tensor in row.items()}
         content = save(tensors, {"text": text, "checksum": self._checksum(text, row)})
         try:
             if not self._make_room(len(content)):
@@ -190,8 +190,8 @@ class PromptCache:
 
     def _checksum(self, text: str, row: Row) -> str:
         digest = hashlib.sha256(f"{self.scope_digest} {self._path(text).name}".encode())
-        for tensor in row:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        for name, tensor in sorted(row.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

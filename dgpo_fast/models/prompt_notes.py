@@ -4,17 +4,18 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.loading import first_line, has_t5, lacks_text_encoders, text_encoders
+from dgpo_fast.models.family import TextLimit, family_of
+from dgpo_fast.models.loading import first_line, reads_no_text
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.unread import Reader, tokenizing, unread_ends
 
 
 def prompt_notes(
-    pipeline: StableDiffusion3Pipeline, max_sequence_length: int, prompts: Sequence[Prompt], guided: bool
+    pipeline: DiffusionPipeline, max_sequence_length: int, prompts: Sequence[Prompt], guided: bool
 ) -> list[str]:
     """A line on the prompts, and one on the negative prompts, that are longer than what is read of them.
 
@@ -22,7 +23,7 @@ def prompt_notes(
 
     Args:
         pipeline: with its text encoders, or without: the tokenizers alone are read from its folder.
-        max_sequence_length: tokens that T5 reads.
+        max_sequence_length: as `rollout.max_sequence_length`.
         prompts: each text counts once.
         guided: whether anything is drawn or trained with guidance.
 
@@ -37,17 +38,19 @@ def prompt_notes(
     return list(filter(None, lines))
 
 
-def _readers(pipeline: StableDiffusion3Pipeline, max_sequence_length: int) -> list[Reader]:
-    if not (lacks_text_encoders(pipeline) or text_encoders(pipeline)):
+def _readers(pipeline: DiffusionPipeline, max_sequence_length: int) -> list[Reader]:
+    if reads_no_text(pipeline):
         return []  # random embeddings stand for prompts
     load = cache(partial(_load, pipeline))  # most prompts are short: then the others are not needed
-    readers = [Reader("CLIP", load("tokenizer").model_max_length, lambda texts: _most_tokens(load, texts))]
-    if has_t5(pipeline):
-        readers.append(Reader("T5", max_sequence_length, lambda texts: tokenizing(load("tokenizer_3"))(texts)))
-    return readers
+    return [_reader(load, limit) for limit in family_of(pipeline.transformer).text_limits(max_sequence_length)]
 
 
-def _load(pipeline: StableDiffusion3Pipeline, part: str) -> PreTrainedTokenizerBase:
+def _reader(load: Callable[[str], PreTrainedTokenizerBase], limit: TextLimit) -> Reader:
+    tokens = load(limit.tokenizers[0]).model_max_length if limit.tokens is None else limit.tokens
+    return Reader(limit.reader, tokens, lambda texts: _most_tokens([load(name) for name in limit.tokenizers], texts))
+
+
+def _load(pipeline: DiffusionPipeline, part: str) -> PreTrainedTokenizerBase:
     loaded = getattr(pipeline, part, None)
     if loaded is not None:
         return loaded
@@ -58,10 +61,9 @@ def _load(pipeline: StableDiffusion3Pipeline, part: str) -> PreTrainedTokenizerB
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 
-def _most_tokens(load: Callable[[str], PreTrainedTokenizerBase], texts: list[str]) -> list[Sequence[int]]:
+def _most_tokens(tokenizers: Sequence[PreTrainedTokenizerBase], texts: list[str]) -> list[Sequence[int]]:
     """Those of the tokenizer that makes more of a text. Both CLIPs of Stable Diffusion 3 have one vocabulary."""
-    first, second = load("tokenizer"), load("tokenizer_2")
-    if first.get_vocab() == second.get_vocab():
-        return list(tokenizing(first)(texts))
-    both = zip(tokenizing(first)(texts), tokenizing(second)(texts), strict=True)
-    return [max(of_text, key=len) for of_text in both]
+    first, *others = tokenizers
+    different = [first, *(other for other in others if other.get_vocab() != first.get_vocab())]
+    of_each = [tokenizing(tokenizer)(texts) for tokenizer in different]
+    return [max(of_text, key=len) for of_text in zip(*of_each, strict=True)]

@@ -4,12 +4,13 @@ from itertools import chain
 from typing import cast
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.distributed.shards import Shards
+from dgpo_fast.models.family import family_of
 from dgpo_fast.models.policy import PolicyModels, Weights, own_copy
 
 
@@ -24,17 +25,17 @@ class ShardedModels(PolicyModels):
 
     shards: Shards
 
-    def __init__(self, transformer: SD3Transformer2DModel, config: PolicyConfig, shards: Shards):
+    def __init__(self, transformer: ModelMixin, config: PolicyConfig, shards: Shards):
         self.shards = shards
         super().__init__(transformer, config, seed=0)
 
     def _make(self, seed: int) -> dict[str, nn.Parameter]:
         """Cuts each transformer before the next one is copied: only one of them is whole beside the original."""
         self.behaviour = own_copy(self.base)
-        behaviour = self.shards.cut(self.behaviour, self.dtype)
+        behaviour = self._cut(self.behaviour)
         self.policy = own_copy(self.base).requires_grad_(True).float()
-        self.sharded = self.shards.cut(self.policy, self.dtype)
-        base = self.shards.cut(self.base, self.dtype)
+        self.sharded = self._cut(self.policy)
+        base = self._cut(self.base)
         self.behaviour_shards, self.base_shards = (
             {name: weight.to_local() for name, weight in weights.items()} for weights in (behaviour, base)
         )
@@ -76,13 +77,16 @@ class ShardedModels(PolicyModels):
     def _held_by_base(self) -> Weights:
         return self.base_shards
 
+    def _cut(self, transformer: ModelMixin) -> dict[str, DTensor]:
+        return self.shards.cut(transformer, family_of(transformer).blocks(transformer), self.dtype)
+
     def _cut_as(self, name: str) -> DTensor:
         """The weight that `name` is of: its own, or that at the position in `12/exp_avg`."""
         owner = name.split("/")[0]
         return list(self.sharded.values())[int(owner)] if owner.isdecimal() else self.sharded[name]
 
-    def _with(self, weights: Weights) -> SD3Transformer2DModel:
-        transformer = SD3Transformer2DModel.from_config(self.base.config)
+    def _with(self, weights: Weights) -> ModelMixin:
+        transformer = family_of(self.base).build_transformer(self.base.config)
         given = {**weights, **dict(self.base.named_buffers())}
         for name, own in chain(transformer.named_parameters(), transformer.named_buffers()):
             own.data = given[name].to(own.device, self.dtype if own.requires_grad else given[name].dtype)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dgpo_fast.models.family import Rows
+
 
 @dataclass(frozen=True)
 class TextEmbeds:
@@ -13,21 +15,23 @@ class TextEmbeds:
     forward gathers its own.
 
     Attributes:
-        prompt: (U, T, D) token embeddings of the U distinct texts: those of the CLIP encoders, then those of T5.
-        pooled: (U, E) pooled CLIP embeddings.
+        rows: (U, …) tensors of the U distinct texts, as the model's family names them. There may be rows of texts that
+            none of the samples has.
         index: (B,) int64, the row of each sample's prompt, on the same device.
         negative_index: (B,) int64, the row of each sample's negative prompt; None if there is no guidance.
+        embedded: the number for guidance that the transformer reads beside the prompts; None if it reads none.
     """
 
-    prompt: Tensor
-    pooled: Tensor
+    rows: Rows
     index: Tensor
     negative_index: Tensor | None = None
+    embedded: float | None = None
 
     @classmethod
-    def of_samples(cls, prompt: Tensor, pooled: Tensor) -> "TextEmbeds":
-        """Rows (B, T, D) and (B, E) that belong to one sample each, without negative prompts."""
-        return cls(prompt, pooled, torch.arange(len(pooled), device=pooled.device))
+    def of_samples(cls, rows: Rows) -> "TextEmbeds":
+        """Rows (B, …) that belong to one sample each, without negative prompts."""
+        first = next(iter(rows.values()))
+        return cls(rows, torch.arange(len(first), device=first.device))
 
     @classmethod
     def joined(cls, parts: Sequence["TextEmbeds"]) -> "TextEmbeds":
@@ -53,15 +57,19 @@ class TextEmbeds:
         assert self.negative_index is not None, "encoded without negative prompts"
         return replace(self, index=self.negative_index, negative_index=None)
 
-    def gathered(self) -> tuple[Tensor, Tensor]:
-        """A row for each sample: (B, T, D) token embeddings and (B, E) pooled ones, as a forward takes them."""
-        return self.prompt[self.index], self.pooled[self.index]
+    def with_embedded(self, number: float | None) -> "TextEmbeds":
+        """The same prompts, with another number for guidance."""
+        return replace(self, embedded=number)
 
-    def gathered_pairs(self) -> tuple[Tensor, Tensor]:
-        """(2B, T, D) and (2B, E) for guidance: a row for each sample's prompt, then one for each negative prompt."""
+    def gathered(self) -> dict[str, Tensor]:
+        """A row for each sample: (B, …) tensors, as a forward takes them."""
+        return {name: rows[self.index] for name, rows in self.rows.items()}
+
+    def gathered_pairs(self) -> dict[str, Tensor]:
+        """(2B, …) for guidance: a row for each sample's prompt, then one for each negative prompt."""
         assert self.negative_index is not None, "encoded without negative prompts"
         both = torch.cat([self.index, self.negative_index])
-        return self.prompt[both], self.pooled[both]
+        return {name: rows[both] for name, rows in self.rows.items()}
 
     def _indexed(self, change: Callable[[Tensor], Tensor]) -> "TextEmbeds":
         negative = None if self.negative_index is None else change(self.negative_index)

@@ -13,13 +13,13 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import ModelMixin
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,8 @@ from torch.utils.flop_counter import flop_registry
 
 from dgpo_fast.config.options import Policy as PolicyConfig
 from dgpo_fast.models.datasheet import peak_tflops
+from dgpo_fast.models.family import family_of
+from dgpo_fast.models.forward import Forward, Given, called_around
 from dgpo_fast.models.merged_lora import use_merged_weights
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import PolicyModels, with_lora
@@ -42,7 +44,7 @@ FUSED_ATTENTION = FusedAttention(torch.ops.aten._scaled_dot_product_flash_attent
 """As on a GPU: the FLOP counter has a formula for it."""
 
 
-Checkpoint = Callable[[SD3Transformer2DModel], None]
+Checkpoint = Callable[[ModelMixin], None]
 
 
 @dataclass
@@ -111,8 +113,7 @@ class ModelWork:
     """Counts a run's kinds of work on copies of its architecture that have no data.
 
     Args:
-        transformer: any of the run's transformers; its configuration alone is read.
-        vae: the decoder; likewise.
+        transformer: any of the run's transformers; its family and configuration alone are read.
         policy: what is trained.
         adapted: whether the behaviour weights are an adapter too, and no merged copy.
         checkpoint: checkpoints the blocks of a policy as the run does; None if it does not.
@@ -123,8 +124,7 @@ class ModelWork:
 
     def __init__(
         self,
-        transformer: SD3Transformer2DModel,
-        vae: AutoencoderKL,
+        transformer: ModelMixin,
         policy: PolicyConfig,
         dtype: torch.dtype,
         shape: SampleShape,
@@ -134,10 +134,12 @@ class ModelWork:
     ):
         self.dtype, self.shape, self.checkpoint = dtype, shape, checkpoint
         self._counted: dict[tuple[str, int], Work] = {}
+        self.family, config = family_of(transformer), transformer.config
+        family = self.family
         with torch.device("meta"):
-            self.base = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(False)
-            self.policy = SD3Transformer2DModel.from_config(transformer.config).requires_grad_(policy.train == "full")
-            self.vae = AutoencoderKL.from_config(vae.config).requires_grad_(False)
+            self.base = family.build_transformer(config).requires_grad_(False)
+            self.policy = family.build_transformer(config).requires_grad_(policy.train == "full")
+            self.vae = family.build_vae().requires_grad_(False)
         if policy.train == "lora":
             with_lora(self.policy, policy, seed=0)
         self.behaviour = copy.deepcopy(self.policy) if adapted else self.base
@@ -157,17 +159,18 @@ class ModelWork:
         if self.checkpoint is None:
             return 0
         plain = self.count(BACKWARD).total_flops
-        originals = [block.forward for block in self.policy.transformer_blocks]
+        blocks = self.family.blocks(self.policy)
+        originals = [block.forward for block in blocks]
         self.checkpoint(self.policy)
         checkpointed = self._count(BACKWARD, 1).total_flops
-        for block, original in zip(self.policy.transformer_blocks, originals, strict=True):
+        for block, original in zip(blocks, originals, strict=True):
             block.forward = original
         return checkpointed - plain
 
     def _count(self, kind: str, batch: int) -> Work:
         if kind == DECODE:
             latents = self.shape.latents(batch, self.dtype)
-            return _count(lambda: self.vae.decode(latents, return_dict=False))
+            return _count(lambda: self.family.decode(self.vae, latents))
         if kind == BACKWARD:
             with FUSED_ATTENTION:
                 out = self.shape.predict(self.policy, batch, self.dtype)
@@ -186,8 +189,7 @@ class WorkMeter:
     """How many rows an iteration sent through each kind of work, useful and executed, and the FLOP/s that makes.
 
     Args:
-        models: the run's transformers. Their forwards inside `training` are seen by hooks.
-        vae: the decoder.
+        models: the run's transformers. Their forwards inside `training` are seen.
         policy: what is trained.
         latent: (C, H, W) of a latent.
         frozen_policy: whether the policy's forwards without a gradient are useful; else they find the scores of groups
@@ -203,7 +205,6 @@ class WorkMeter:
     def __init__(
         self,
         models: PolicyModels,
-        vae: AutoencoderKL,
         policy: PolicyConfig,
         latent: tuple[int, ...],
         *,
@@ -211,7 +212,7 @@ class WorkMeter:
         drawn: Callable[[int], int] = int,
         checkpoint: Checkpoint | None = None,
     ):
-        self.models, self.vae, self.policy, self.latent = models, vae, policy, latent
+        self.models, self.policy, self.latent = models, policy, latent
         self.frozen_policy, self.drawn, self.checkpoint = frozen_policy, drawn, checkpoint
         self.peak_tflops = peak_tflops(models.device, models.dtype)
         self.samples: dict[str, int] = defaultdict(int)
@@ -224,7 +225,7 @@ class WorkMeter:
 
     def sampled(self, text: TextEmbeds, forwards: int, useful: int) -> None:
         """Counts one batch of a rollout: `text` has a prompt a row, of which the first `useful` are kept."""
-        self._see(text.prompt, text.pooled)
+        self.shape = SampleShape.of(self.latent, text)
         self.samples[ROLLOUT] += useful * forwards
         self.executed[ROLLOUT] += self.drawn(len(text)) * forwards
 
@@ -237,17 +238,16 @@ class WorkMeter:
     def training(self) -> Iterator[None]:
         """Counts the forward and backward passes of the block."""
         named = ((REFERENCE, self.models.base), (OLD, self.models.behaviour), (POLICY, self.models.policy))
-        hooks = []
-        for kind, module in named:
-            # In front of the engine's hook, which pads a partial batch, and behind it.
-            useful, executed = partial(self._on_forward, kind), partial(self._on_execution, kind)
-            hooks.append(module.register_forward_pre_hook(useful, with_kwargs=True, prepend=True))
-            hooks.append(module.register_forward_pre_hook(executed, with_kwargs=True))
-        try:
+        with ExitStack() as stack:
+            for kind, module in named:
+                # Outside of the engine's padding of a partial batch, and inside of it.
+                useful, executed = (
+                    partial(self._counted, self._on_forward, kind),
+                    partial(self._counted, self._on_execution, kind),
+                )
+                stack.enter_context(called_around(module, useful))
+                stack.enter_context(called_around(module, executed, innermost=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def take(self) -> dict[str, int]:
         """Useful rows by kind of work since the last call; those executed are in `last_executed`."""
@@ -276,23 +276,24 @@ class WorkMeter:
         """A counter for the shapes seen. There must have been a forward."""
         assert self.shape is not None
         models = self.models
-        of_run = (models.base, self.vae, self.policy, models.dtype, self.shape, models.adapted)
+        of_run = (models.base, self.policy, models.dtype, self.shape, models.adapted)
         return ModelWork(*of_run, checkpoint=self.checkpoint, merged=models.merged)
 
-    def _see(self, prompt: Tensor, pooled: Tensor) -> None:
-        self.shape = SampleShape(self.latent, tuple(prompt.shape[1:]), pooled.shape[1])
+    def _counted(self, count: Callable[[str, Given], None], kind: str, forward: Forward, given: Given) -> Tensor:
+        count(kind, given)
+        return forward(given)
 
-    def _on_forward(self, kind: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._see(kwargs["encoder_hidden_states"], kwargs["pooled_projections"])
-        count = len(kwargs["hidden_states"])
+    def _on_forward(self, kind: str, given: Given) -> None:
+        self.shape = SampleShape.of_given(self.latent, given)
+        count = len(given)
         trained = kind == POLICY and torch.is_grad_enabled()
         for name in (kind, BACKWARD) if trained else (kind,):
             if trained or kind != POLICY or self.frozen_policy:
                 self.samples[name] += count
             self.batches[name] = max(count, self.batches.get(name, 0))
 
-    def _on_execution(self, kind: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _on_execution(self, kind: str, given: Given) -> None:
         trained = kind == POLICY and torch.is_grad_enabled()
         again = (RECOMPUTED,) if self.checkpoint is not None else ()
         for name in (kind, BACKWARD, *again) if trained else (kind,):
-            self.executed[name] += len(kwargs["hidden_states"])
+            self.executed[name] += len(given)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dgpo_fast.config.objective_options import DGPO
 from dgpo_fast.config.options import Config
-from dgpo_fast.models.forward import guided, is_guided, predict, predict_pair
+from dgpo_fast.models.family import Guidance
+from dgpo_fast.models.forward import guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
@@ -36,7 +37,7 @@ class DGPOObjective(Objective):
         """See `Objective.traits`."""
         return Traits(
             levels_at_once=config.dgpo.timesteps if config.engine.batch_timesteps else 1,
-            guided_base=is_guided(config.dgpo.kl_guidance_scale)
+            guided_base=Guidance(config.dgpo.kl_guidance_scale).pairs
             and (config.dgpo.kl_weight > 0 or _scores_against_guided(config.dgpo)),
             shared_sigma=first_sigma(config),
             shardable=True,
@@ -122,7 +123,7 @@ class DGPOObjective(Objective):
         found: dict[str, Tensor] = {}
         if self.needs.guided_base:
             ref_v, negative_v = predict_pair(models.base, x_t, timestep, text)
-            guided_v = guided(ref_v, negative_v, self.config.kl_guidance_scale)
+            guided_v = guided(models.base, ref_v, negative_v, self.config.kl_guidance_scale)
             found = {"ref_v": guided_v} if _scores_against_guided(self.config) else {"ref_v": ref_v, "kl_v": guided_v}
         elif self.config.reference == "frozen" or self.config.kl_weight > 0:
             found["ref_v"] = predict(models.base, x_t, timestep, text)

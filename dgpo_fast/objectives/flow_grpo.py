@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from dgpo_fast.config.options import Config
-from dgpo_fast.models.forward import batch_slices, guided, is_guided, predict, predict_pair
+from dgpo_fast.models.family import Guidance
+from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
@@ -35,7 +36,7 @@ class FlowGRPOObjective(Objective):
     @classmethod
     def traits(cls, config: Config) -> Traits:
         """See `Objective.traits`."""
-        needs_pairs, whole = is_guided(config.rollout.guidance_scale), config.flow_grpo.unconditional_gradient
+        needs_pairs, whole = Guidance(config.rollout.guidance_scale).pairs, config.flow_grpo.unconditional_gradient
         return Traits(
             needs_transitions=True,
             levels_at_once=max(config.rollout.num_inference_steps - 1, 1) if config.engine.batch_timesteps else 1,
@@ -120,7 +121,8 @@ class FlowGRPOObjective(Objective):
         with autocast(models):
             if negative_v is None:
                 return self._velocity(models.policy, x, timestep, batch.text)
-            return guided(predict(models.policy, x, timestep, batch.text), negative_v, self.guidance_scale)
+            conditional = predict(models.policy, x, timestep, batch.text)
+            return guided(models.policy, conditional, negative_v, self.guidance_scale)
 
     def _constants(self, batch: Batch, models: PolicyModels, steps: int) -> Iterator[dict[str, Tensor]]:
         """Velocities that have no gradient at one step after another, (B, C, H, W) each, if they are needed.
@@ -148,11 +150,11 @@ class FlowGRPOObjective(Objective):
                 found["negative_v"] = predict(models.policy, x, timestep, text.negative())
         return found
 
-    def _velocity(self, transformer: SD3Transformer2DModel, x: Tensor, timestep: Tensor, text: TextEmbeds) -> Tensor:
+    def _velocity(self, transformer: ModelMixin, x: Tensor, timestep: Tensor, text: TextEmbeds) -> Tensor:
         """With the rollout's guidance, (B, C, H, W)."""
-        if not is_guided(self.guidance_scale):
+        if not Guidance(self.guidance_scale).pairs:
             return predict(transformer, x, timestep, text)
-        return guided(*predict_pair(transformer, x, timestep, text), self.guidance_scale)
+        return guided(transformer, *predict_pair(transformer, x, timestep, text), self.guidance_scale)
 
 
 def transition_mean(batch: Batch, step: int, velocity: Tensor) -> Tensor:

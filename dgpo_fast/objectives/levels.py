@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.config.options import Rollout
-from dgpo_fast.models.forward import batch_slices, forwards_per_step
+from dgpo_fast.models.family import Guidance
+from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.seeds import stream_seed
@@ -54,10 +55,10 @@ def frozen_batch(rollout: Rollout, *, pairs: bool) -> int:
     """Samples in a forward of frozen weights: with as many rows as a rollout's forward if that is more.
 
     Args:
-        rollout: its settings.
+        rollout: its settings, with guidance in plain numbers (`models/own_settings.py`).
         pairs: whether a sample has two rows, for guidance.
     """
-    rows = rollout.batch_size * forwards_per_step(rollout.guidance_scale)
+    rows = rollout.batch_size * Guidance(rollout.guidance_scale).forwards
     return max(rollout.batch_size, rows // (2 if pairs else 1))
 
 

@@ -102,6 +102,7 @@ class OfflineSource:
         with self.worker.phases("encode"):
             prompts = [stored[position // size].prompt for position in range(share.start, share.stop)]
             text = self.worker.sampler.encoder([one.text for one in prompts], [one.negative for one in prompts])
+            text = text.with_embedded(self.worker.draw.guidance.embedded)
         return Groups([group.prompt for group in stored], text, x0, _scores(stored), share)
 
     def summary(self) -> JsonObject:

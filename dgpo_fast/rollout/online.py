@@ -67,6 +67,7 @@ class RolloutWorker:
         with self.phases("encode"):
             drawn = [prompts[position // size] for position in positions]
             text = self.sampler.encoder([prompt.text for prompt in drawn], [prompt.negative for prompt in drawn])
+            text = text.with_embedded(self.draw.guidance.embedded)  # as the objective reads it
         with self.phases("rollout"):
             self.models.load_behaviour(weights)
         samples = torch.tensor(positions, device=self.models.device)

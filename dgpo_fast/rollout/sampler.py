@@ -6,12 +6,14 @@ from typing import Protocol
 
 import torch
 from dgpo_kernels import guided_dpmpp_2m_step, guided_euler_step, philox_normal
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import Tensor
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
 
+from dgpo_fast.models.family import Guidance, family_of
 from dgpo_fast.models.finite import watched
 from dgpo_fast.models.forward import batch_slices, predict, predict_pair
 from dgpo_fast.models.latents import Pictures, decode_plainly, latent_shape
+from dgpo_fast.models.own_settings import image_size
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.prompts import Prompt
@@ -34,7 +36,7 @@ def initial_noise(shape: tuple[int, ...], samples: Tensor, *, seed: int, draw: i
 
 @torch.no_grad()
 def sample_latents(
-    transformer: SD3Transformer2DModel,
+    transformer: ModelMixin,
     noise: Tensor,
     text: TextEmbeds,
     draw: Draw,
@@ -54,26 +56,38 @@ def sample_latents(
         step_noise: draws the noise of the steps, and keeps them if asked to; for a schedule that has noise.
         on_step: told the share done, in (0, 1], after each solver step.
     """
-    schedule, guidance_scale = draw.schedule, draw.guidance_scale
+    schedule, guidance, text = draw.schedule, draw.guidance, text.with_embedded(draw.guidance.embedded)
     if step_noise is not None:
         step_noise.start(noise, schedule.steps)
     x, x0_previous = noise, None
     for step in range(schedule.steps):
         timestep, coefficients = schedule.timesteps[step], schedule.coefficients[step]
-        if draw.guided:
-            velocities: tuple[Tensor, Tensor | None] = predict_pair(transformer, x, timestep, text)
-        else:
-            velocities = predict(transformer, x, timestep, text), None
+        velocities, scale = _velocities(transformer, x, timestep, text, guidance)
         if schedule.solver == "euler":
-            moved = guided_euler_step(x, *velocities, guidance_scale=guidance_scale, coefficients=coefficients)
+            moved = guided_euler_step(x, *velocities, guidance_scale=scale, coefficients=coefficients)
             x = moved if step_noise is None else step_noise.add(x, moved, schedule, step)
         else:
             x, x0_previous = guided_dpmpp_2m_step(
-                x, *velocities, x0_previous, guidance_scale=guidance_scale, coefficients=coefficients
+                x, *velocities, x0_previous, guidance_scale=scale, coefficients=coefficients
             )
         if on_step:
             on_step((step + 1) / schedule.steps)
     return x
+
+
+def _velocities(
+    transformer: ModelMixin, x: Tensor, timestep: Tensor, text: TextEmbeds, guidance: Guidance
+) -> tuple[tuple[Tensor, Tensor | None], float]:
+    """What a solver's step gets: a velocity and that of the negative prompt, and the scale by which it combines them.
+
+    It knows the plain rule alone: by another one they are combined here.
+    """
+    if not guidance.pairs:
+        return (predict(transformer, x, timestep, text), None), guidance.scale
+    pair = predict_pair(transformer, x, timestep, text)
+    if guidance.rule is None:
+        return pair, guidance.scale
+    return (guidance.combine(*pair), None), 1.0
 
 
 class Solve(Protocol):
@@ -81,7 +95,7 @@ class Solve(Protocol):
 
     def __call__(
         self,
-        transformer: SD3Transformer2DModel,
+        transformer: ModelMixin,
         noise: Tensor,
         text: TextEmbeds,
         draw: Draw,
@@ -97,7 +111,7 @@ Decode = Callable[[Tensor], Callable[[], Pictures]]
 """Starts decoding (B, C, H, W) latents; the function returned waits for the pictures."""
 
 
-def plain_decoding(vae: AutoencoderKL, batch_size: int) -> Decode:
+def plain_decoding(vae: nn.Module, batch_size: int) -> Decode:
     """Decodes when the images are asked for, `batch_size` at a time."""
     return lambda latents: partial(decode_plainly, vae, latents, batch_size)
 
@@ -106,8 +120,8 @@ class Sampler:
     """Draws and decodes images of prompts with one transformer.
 
     Args:
-        pipeline: its decoder says what shape latents have.
-        transformer: gives the velocities; its weights may change between calls.
+        pipeline: its decoder is looked at if a picture is not finite.
+        transformer: gives the velocities, and its family the shape of latents; its weights may change between calls.
         encoder: the prompt encoder, shared so that a prompt is encoded once.
         resolution: of the images (`config.bounds.Resolution`); None is the model's own.
         solve: solves the ODE.
@@ -119,8 +133,8 @@ class Sampler:
 
     def __init__(
         self,
-        pipeline: StableDiffusion3Pipeline,
-        transformer: SD3Transformer2DModel,
+        pipeline: DiffusionPipeline,
+        transformer: ModelMixin,
         encoder: PromptEncoder,
         *,
         resolution: int | str | None,
@@ -134,13 +148,8 @@ class Sampler:
         self.solve = solve
         self.start_decoding = decode
         self.decodes_ahead = decodes_ahead
-        self.shape = latent_shape(transformer, pipeline.vae, resolution)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images, in pixels."""
-        _, height, width = self.shape
-        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+        self.shape = latent_shape(family_of(transformer), resolution)
+        self.image_size = image_size(family_of(transformer), resolution)
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from dgpo_fast.config.objective_options import DGPO, DiffusionDPO, FlowGRPO
 from dgpo_fast.config.options import EMA, Config, Engine, Policy, Rollout
 from dgpo_fast.engine import Engine as RunEngine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
+from dgpo_fast.models.family import Guidance
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
@@ -97,11 +98,11 @@ class EngineCase:
             checkpoint_blocks(self.models.policy, config.engine.checkpointing)
         self.notes: list[str] = []
         self.encoder = PromptEncoder(self.pipeline, config.rollout.max_sequence_length)
-        text_tokens = self.encoder([""]).prompt.shape[1]
+        text_tokens = self.encoder.text_tokens()
         self.engine = RunEngine(config, self.models, self.pipeline, text_tokens, self.notes.append)
         rollout = config.rollout
         schedule = make_schedule(rollout.solver, 4, 3.0, rollout.noise_level).to(device)
-        self.draw = Draw(schedule, rollout.guidance_scale, rollout.batch_size)
+        self.draw = Draw(schedule, Guidance(rollout.guidance_scale), rollout.batch_size)
         self.sampler = Sampler(
             self.pipeline,
             self.engine.rollout_transformer,

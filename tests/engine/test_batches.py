@@ -49,7 +49,7 @@ def test_offline_groups_are_drawn_by_one_process() -> None:
 def test_forwards_are_padded_to_a_process_s_share(random_pipeline: Path) -> None:
     """Three groups of 4 in batches of 5 on three processes: rollouts have pairs of 4, micro-batches of 8 have 4."""
     case = EngineCase(random_pipeline, make_config())
-    tokens = case.encoder([""]).prompt.shape[1]
+    tokens = case.encoder.text_tokens()
     engine = Engine(case.config, case.models, case.pipeline, tokens, print, processes=3)
     drawn, trained = engine._batches(case.models.behaviour), engine._batches(case.models.policy)
     with torch.no_grad():

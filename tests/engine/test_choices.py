@@ -12,13 +12,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dgpo_fast.config.options import Engine
 from dgpo_fast.config.recipes import RECIPES, get_recipe
 from dgpo_fast.engine import attention, compile, engine, linear
-from dgpo_fast.engine.attention import Timing, attention_shapes, fastest, time_attention
+from dgpo_fast.engine.attention import Timing, fastest, time_attention
 from dgpo_fast.engine.choices import Choices, Workload, choose
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.family import AttentionShape
 from tests.engine.cases import EngineCase, make_config
+from tests.sd3 import family_in
 
 CPU = torch.device("cpu")
-SHAPES = (attention.Shape(batch=2, tokens=7, heads=2, head_dim=8, calls=3),)
+SHAPES = (AttentionShape(batch=2, tokens=7, heads=2, head_dim=8, calls=3),)
 HERE = Workload(CPU, torch.float32, SHAPES, SHAPES, width=32, images=3_999)
 
 
@@ -279,8 +281,7 @@ def test_the_fastest_kernel_must_compile_as_blocks_do(monkeypatch: pytest.Monkey
 
 
 def test_attention_shapes(random_pipeline: Path) -> None:
-    transformer = EngineCase(random_pipeline, make_config()).models.base
-    joint, dual = attention_shapes(transformer, batch=6, tokens=16, text_tokens=21)
+    joint, dual = family_in(random_pipeline).attention_shapes(batch=6, latent=(16, 8, 8), text_tokens=21)
     assert (joint.tokens, joint.calls, joint.heads, joint.head_dim) == (37, 2, 2, 16)
     assert (dual.tokens, dual.calls, dual.batch) == (16, 1, 6)
 

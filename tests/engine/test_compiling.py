@@ -9,6 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.compile import StaticBatches
+from dgpo_fast.models.family import Rows
+from dgpo_fast.models.forward import predict
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.registry import load_objective
 from tests.engine.cases import EngineCase, make_config
 
@@ -55,20 +58,29 @@ def test_a_batch_is_padded_to_what_is_compiled() -> None:
         assert [batches.padded(rows) for rows in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 17]
 
 
-class Doubles(torch.nn.Module):
-    def forward(self, hidden_states: torch.Tensor, scale: torch.Tensor, text: str) -> tuple[torch.Tensor]:
-        self.rows = len(hidden_states)
-        return (hidden_states * scale[:, None],)
+class Scaled(torch.nn.Module):
+    """A transformer whose family multiplies a row by its timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dgpo_family = self
+
+    def velocity(
+        self, transformer: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, condition: Rows, embedded: None
+    ) -> torch.Tensor:
+        self.rows = len(condition["prompt"])
+        return x_t * timestep[:, None]
 
 
 def test_padding_is_seen_neither_in_the_output_nor_in_the_gradient() -> None:
-    module = Doubles()
+    module = Scaled()
     StaticBatches([], training=[4]).attach(module)
     x, scale = torch.arange(6.0).reshape(3, 2).requires_grad_(), torch.tensor([1.0, 2.0, 3.0])
-    (out,) = module(hidden_states=x, scale=scale, text="kept")
+    text = TextEmbeds.of_samples({"prompt": torch.zeros(3, 1)})
+    out = predict(module, x, scale, text)
     out.sum().backward()
     assert module.rows == 4 and torch.equal(out, x * scale[:, None])
     assert torch.equal(x.grad, scale[:, None].expand(3, 2))
     with pytest.raises(RuntimeError):
-        module(hidden_states=x, scale=scale[:2], text="fails")
-    assert len(module(hidden_states=x, scale=scale, text="and works again")[0]) == 3
+        predict(module, x, scale[:2], text)
+    assert len(predict(module, x, scale, text)) == 3, "and works again"

@@ -14,6 +14,7 @@ from dgpo_fast.engine.decoder import Decoder
 from dgpo_fast.engine.fp8 import Float8Copy
 from dgpo_fast.engine.graphs import CudaGraphs
 from dgpo_fast.engine.recorded import RecordedRollouts
+from dgpo_fast.models.family import Guidance
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.latents import decode_plainly
 from dgpo_fast.rollout.draw import Draw
@@ -51,7 +52,7 @@ def test_replayed_rollouts_with_noise(random_pipeline: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain = EngineCase(random_pipeline, make_config(), torch.float32, CUDA)
     fast = EngineCase(random_pipeline, make_config(cuda_graphs="on"), torch.float32, CUDA)
-    plain.draw = fast.draw = Draw(make_schedule("euler", 4, 3.0, noise_level=0.7).to(CUDA), 3.0, 5)
+    plain.draw = fast.draw = Draw(make_schedule("euler", 4, 3.0, noise_level=0.7).to(CUDA), Guidance(3.0), 5)
     for number in (4, 9):
         drawn = [case.rollout(number=number, keep=True) for case in (plain, fast)]
         assert relative(*drawn) < 1e-4

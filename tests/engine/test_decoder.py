@@ -102,4 +102,4 @@ def test_fp32_takes_over_where_pictures_differ_too_much(random_pipeline: Path, m
     found = decoder(LATENTS).images
     assert notes[0].endswith("; fp32 decodes instead")
     vae.decoder.float()
-    assert np.array_equal(found[:3], to_uint8(decode_pixels(vae, LATENTS[:3], torch.float32)).numpy())
+    assert np.array_equal(found[:3], to_uint8(decode_pixels(vae, LATENTS[:3])).numpy())

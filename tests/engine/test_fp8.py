@@ -8,6 +8,7 @@ import torch
 from dgpo_fast.engine import fp8
 from dgpo_fast.engine.fp8 import Float8Copy, quantised
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.family import family_of
 from dgpo_fast.models.forward import predict
 from tests.engine.cases import EngineCase, make_config
 
@@ -20,7 +21,11 @@ def test_a_cpu_has_no_float8(random_pipeline: Path) -> None:
 
 def test_layers_that_see_every_token_are_quantised(random_pipeline: Path) -> None:
     transformer = EngineCase(random_pipeline, make_config()).models.base
-    names = {n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and quantised(n, m)}
+    names = {
+        n
+        for n, m in transformer.named_modules()
+        if isinstance(m, torch.nn.Linear) and quantised(family_of(transformer), n, m)
+    }
     assert {
         "transformer_blocks.0.attn.to_q",
         "transformer_blocks.0.attn2.to_v",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dgpo_fast.engine.recorded import RecordedRollouts
+from dgpo_fast.models.family import Guidance
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.schedule import make_schedule
 from tests.engine.cases import EngineCase, make_config
@@ -22,7 +23,7 @@ def case(random_pipeline: Path) -> EngineCase:
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_replays_draw_what_the_plain_path_draws(case: EngineCase, solver: str, guidance_scale: float) -> None:
     """Other prompts, noise and weights under one recording; the last batch is partial. Nothing is recorded twice."""
-    case.draw, plain = Draw(make_schedule(solver, 4, 3.0), guidance_scale, 5), case.sampler.solve
+    case.draw, plain = Draw(make_schedule(solver, 4, 3.0), Guidance(guidance_scale), 5), case.sampler.solve
     recorder = TapeRecorder()
     recorded = RecordedRollouts(recorder)
     for draw, prompts in enumerate((["a cat"], ["two birds", "a house", "a cat"])):
@@ -44,7 +45,7 @@ def test_replays_draw_the_noise_of_each_step(case: EngineCase, keep: bool, monke
     """Of their own draw and samples, under one recording, and keep the steps that an objective learns from."""
     # Equal groups share their noise on a CPU alone; to find them is to wait for a GPU.
     monkeypatch.setattr(torch, "unique", lambda groups, return_inverse: (groups, torch.arange(len(groups))))
-    case.draw, plain = Draw(make_schedule("euler", 4, 3.0, noise_level=0.7), 3.0, 5), case.sampler.solve
+    case.draw, plain = Draw(make_schedule("euler", 4, 3.0, noise_level=0.7), Guidance(3.0), 5), case.sampler.solve
     recorder = TapeRecorder()
     recorded = RecordedRollouts(recorder)
     drawn = []
@@ -63,7 +64,7 @@ def test_replays_draw_the_noise_of_each_step(case: EngineCase, keep: bool, monke
 
 
 def test_replays_run_no_python_of_the_model(case: EngineCase) -> None:
-    forwards, case.draw = [], Draw(make_schedule("dpmpp_2m", 4, 3.0), 3.0, 5)
+    forwards, case.draw = [], Draw(make_schedule("dpmpp_2m", 4, 3.0), Guidance(3.0), 5)
     hook = case.models.behaviour.register_forward_pre_hook(lambda *_: forwards.append(1))
     plain, case.sampler.solve = case.sampler.solve, RecordedRollouts(TapeRecorder())
     case.rollout(number=1)

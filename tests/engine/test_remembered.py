@@ -10,9 +10,9 @@ import torch
 
 from dgpo_fast.engine import attention
 from dgpo_fast.engine import remembered as remembered_module
-from dgpo_fast.engine.attention import Shape
 from dgpo_fast.engine.remembered import FOLDER, remembered
 from dgpo_fast.engine.timing import Spread
+from dgpo_fast.models.family import AttentionShape
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_without_a_folder_it_is_measured_each_time(tmp_path: Path, monkeypatch: 
 
 def test_attention_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same milliseconds, to the last digit; another machine's threads are another measurement."""
-    shapes = (Shape(2, 8, 2, 4, calls=1),)
+    shapes = (AttentionShape(2, 8, 2, 4, calls=1),)
     first = attention.timings(shapes, torch.device("cpu"), torch.float32)
     assert attention.timings(shapes, torch.device("cpu"), torch.float32) == first
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)

@@ -1,4 +1,4 @@
-"""What the tests of every family need of one: a small random pipeline of its architecture, and how diffusers draws it."""
+"""What the tests of every family need of one: a small random pipeline of it, and how diffusers draws it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ class Case:
         name: of the family's file.
         make: the pipeline, every parameter random: default starts have zero gates and norms of 1, which hide faults.
         family: import path of its class.
-        pipeline_draws: (pipeline, noise (1, C, H, W), prompt, negative prompt, scale, steps) → diffusers' own latents in
-            the form of `noise`, and pixels (1, 3, height, width) in [−1, 1].
+        pipeline_draws: (pipeline, noise (1, C, H, W), prompt, negative prompt, scale, steps) → diffusers' own latents
+            in the form of `noise`, and pixels (1, 3, height, width) in [−1, 1].
         size: (height, width) of the pictures, not square.
         scales: the setting `guidance_scale` for each way of drawing that the family has.
         solver: of the family's own scheduler.

@@ -1,7 +1,6 @@
-"""Every family draws what diffusers' own pipeline of it draws, through `Family` alone: nothing of the pipeline's loop."""
+"""Every family draws what diffusers' own pipeline of it draws, through `Family` alone."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from dgpo_fast.models.family import Family
 from dgpo_fast.rollout.schedule import make_schedule
+from tests.families import sd3
 from tests.families.case import Case
 
 PROMPTS = ("two red cups", "a sign that says open, above a very long street of small shops")
-CASES: tuple[Case, ...] = ()
+CASES: tuple[Case, ...] = (sd3.CASE,)
 BUDGET = 1e-5
 
 
@@ -36,7 +36,14 @@ def condition(family: Family, pipeline: Any, texts: Sequence[str], length: int, 
 
 @torch.no_grad()
 def draw(
-    family: Family, pipeline: Any, noise: Tensor, texts: Sequence[str], negative: str, scale: float, steps: int, case: Case
+    family: Family,
+    pipeline: Any,
+    noise: Tensor,
+    texts: Sequence[str],
+    negative: str,
+    scale: float,
+    steps: int,
+    case: Case,
 ) -> tuple[Tensor, Tensor]:
     """Latents and pixels by `Family` alone."""
     guidance, grid = family.guidance(scale), family.grid(steps, tuple(noise.shape[1:]))
@@ -123,7 +130,10 @@ def test_encoding_pixels_inverts_decoding_as_the_pipelines_own_autoencoder_does(
 def test_the_random_condition_has_the_form_of_an_encoded_prompt(of: tuple[Case, Any, Family]) -> None:
     case, pipeline, family = of
     length = 64 if family.pads_to else case.length
-    encoded, random = family.encode(pipeline, PROMPTS[0], case.length, negative=False), family.random_condition("a", length)
+    encoded, random = (
+        family.encode(pipeline, PROMPTS[0], case.length, negative=False),
+        family.random_condition("a", length),
+    )
     assert form(random) == form(encoded)
     again, other = family.random_condition("a", length), family.random_condition("b", length)
     assert all(torch.equal(again[name], random[name]) for name in random)

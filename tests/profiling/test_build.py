@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from dgpo_fast.config.options import Policy
-from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.work import ModelWork
 from dgpo_fast.profiling import build, rates
 from dgpo_fast.profiling.rates import measure_rates
 from dgpo_fast.profiling.recorder import Recording
 from dgpo_fast.profiling.report import Span
+from tests.sd3 import sample_shape, transformer_in
 
 
 def recording(start_s: float, train_s: float) -> Recording:
@@ -120,9 +119,8 @@ def test_a_sustained_rate_fills_its_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_decoding_beside_the_rollout_is_one_kind_of_work(random_pipeline: Path) -> None:
     """Its seconds cannot be told apart, so FLOPs and seconds of both add up."""
-    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
-    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
-    work = ModelWork(transformer, vae, Policy(lora_rank=4), torch.float32, SampleShape((16, 8, 8), (21, 48), 32))  # type: ignore[arg-type]
+    transformer = transformer_in(random_pipeline)
+    work = ModelWork(transformer, Policy(lora_rank=4), torch.float32, sample_shape((16, 8, 8), (21, 48), 32))  # type: ignore[arg-type]
     decode = Span(name="decode", start_s=2.5, end_s=3.0)
     samples = {"rollout": 64, "decode": 8}
     recordings = [replace(r, samples=samples, spans=[*r.spans, decode]) for r in RECORDINGS]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgpo_fast.build import build
@@ -12,12 +11,12 @@ from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Policy
 from dgpo_fast.engine.compile import StaticBatches
 from dgpo_fast.models.datasheet import find_datasheet
-from dgpo_fast.models.meta import SampleShape
 from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork, WorkCounter, WorkMeter
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 from tests.engine.cases import EngineCase, make_config
 from tests.objective_configs import grpo_case
+from tests.sd3 import medium, sample_shape, transformer_in
 
 
 def test_a_matmul_by_hand() -> None:
@@ -36,37 +35,11 @@ def test_bytes_of_an_expanded_tensor_are_its_storages() -> None:
     assert dict(counter.work.bytes) == {"other": ones + 2 * (5 + 5000 + 5000)}
 
 
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-SD3_VAE = {
-    "latent_channels": 16,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-
-
 def test_sd35_medium_has_its_known_flops() -> None:
     """TFLOP per sample at 512×512 and 205 text tokens, counted by others: 2.224, LoRA 2.270 + 2.721, decode 2.515."""
     with torch.device("meta"):
-        transformer, vae = SD3Transformer2DModel(**SD35_MEDIUM), AutoencoderKL(**SD3_VAE)
-    work = ModelWork(transformer, vae, Policy(), torch.bfloat16, SampleShape((16, 64, 64), (205, 4096), 2048))
+        transformer = medium().build_transformer()
+    work = ModelWork(transformer, Policy(), torch.bfloat16, sample_shape((16, 64, 64), (205, 4096), 2048))
     tflop = {kind: work.count(kind).total_flops / 1e12 for kind in ("rollout", "policy forward", "backward", "decode")}
     expected = {"rollout": 2.224, "policy forward": 2.270, "backward": 2.721, "decode": 2.515}
     assert tflop == pytest.approx(expected, rel=2e-3)
@@ -74,11 +47,10 @@ def test_sd35_medium_has_its_known_flops() -> None:
 
 @pytest.mark.parametrize(("train", "merged"), [("lora", False), ("lora", True), ("full", False)])
 def test_torchs_flop_counter_agrees(train: str, merged: bool, random_pipeline: Path) -> None:
-    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
-    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
-    shape = SampleShape((16, 8, 8), (21, 48), 32)
+    transformer = transformer_in(random_pipeline)
+    shape = sample_shape((16, 8, 8), (21, 48), 32)
     policy = Policy(train=train, lora_rank=4)  # type: ignore[arg-type]
-    work = ModelWork(transformer, vae, policy, torch.float32, shape, merged=merged)
+    work = ModelWork(transformer, policy, torch.float32, shape, merged=merged)
     for batch in (1, 3):
         with FUSED_ATTENTION, FlopCounterMode(display=False) as forward:
             out = shape.predict(work.policy, batch, torch.float32)
@@ -92,11 +64,10 @@ def test_torchs_flop_counter_agrees(train: str, merged: bool, random_pipeline: P
 
 
 def test_rollouts_by_an_adapter_beside_a_merged_policy(random_pipeline: Path) -> None:
-    transformer = SD3Transformer2DModel.from_pretrained(random_pipeline / "transformer")
-    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
-    shape = SampleShape((16, 8, 8), (21, 48), 32)
+    transformer = transformer_in(random_pipeline)
+    shape = sample_shape((16, 8, 8), (21, 48), 32)
     work, plain = (
-        ModelWork(transformer, vae, Policy(lora_rank=4), torch.float32, shape, adapted=True, merged=merged)
+        ModelWork(transformer, Policy(lora_rank=4), torch.float32, shape, adapted=True, merged=merged)
         for merged in (True, False)
     )
     assert work.count("rollout").total_flops == plain.count("policy forward").total_flops
@@ -129,8 +100,7 @@ def test_guided_flow_grpo_agrees_with_torchs_counter(
 ) -> None:
     """Matrix products of a gradient: an unconditional velocity that is a constant has a forward and no backward."""
     case = grpo_case(random_pipeline, unconditional_gradient=whole)
-    vae = AutoencoderKL.from_pretrained(random_pipeline / "vae")
-    meter = WorkMeter(case.models, vae, case.config.policy, tuple(case.batch.x0.shape[1:]))
+    meter = WorkMeter(case.models, case.config.policy, tuple(case.batch.x0.shape[1:]))
     with meter.training(), FlopCounterMode(display=False) as counter:
         case.gradient(micro_batch=5)
     samples, trained = meter.take(), len(case.batch.x0) * (case.batch.schedule.steps - 1)
@@ -146,10 +116,8 @@ def test_guided_flow_grpo_agrees_with_torchs_counter(
 def test_what_checkpointing_computes_again(kind: str, random_pipeline: Path) -> None:
     """Blocks: all that the policy's blocks compute, and nothing of what lies around them; selective: less."""
     case = EngineCase(random_pipeline, make_config(checkpointing=kind))
-    shape = SampleShape((16, 8, 8), (21, 48), 32)
-    work = ModelWork(
-        case.models.base, case.pipeline.vae, case.config.policy, torch.float32, shape, checkpoint=case.engine.checkpoint
-    )
+    shape = sample_shape((16, 8, 8), (21, 48), 32)
+    work = ModelWork(case.models.base, case.config.policy, torch.float32, shape, checkpoint=case.engine.checkpoint)
     forward, again = work.count("policy forward").total_flops, work.recomputed_flops()
     assert (0.8 if kind == "blocks" else 0.1) * forward < again < (1.0 if kind == "blocks" else 0.8) * forward
     assert work.count("backward").total_flops == work._count("backward", 1).total_flops, "its blocks are as before"
@@ -159,12 +127,7 @@ def test_padding_and_recomputation_are_executed_and_not_useful(random_pipeline: 
     """Batches padded to 5 and 16 rows: 12 samples at 2 levels, and a rollout of 7 in batches of 5."""
     case = EngineCase(random_pipeline, make_config(checkpointing="blocks"))
     meter = WorkMeter(
-        case.models,
-        case.pipeline.vae,
-        case.config.policy,
-        case.sampler.shape,
-        drawn=lambda rows: 5,
-        checkpoint=case.engine.checkpoint,
+        case.models, case.config.policy, case.sampler.shape, drawn=lambda rows: 5, checkpoint=case.engine.checkpoint
     )
     StaticBatches([10], training=[16]).attach(case.models.policy)
     with meter.training():
