@@ -77,7 +77,7 @@ def make_schedule(
     """
     if linear:
         grid = linear_sigmas(num_inference_steps, shift, last)
-        timesteps = 1000 * grid[:-1]
+        timesteps = 1000 * grid[:-1].float()  # rounded as diffusers rounds them
     else:
         scheduler = make_scheduler(solver, shift)
         scheduler.set_timesteps(num_inference_steps)
