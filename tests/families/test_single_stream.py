@@ -1,0 +1,219 @@
+"""Z-Image and Lumina2: gradients, compiled blocks, saved LoRAs, sizes. Their forward is written anew."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.families import known_models, make_family
+from dgpo_fast.models.family import Family, Rows
+from tests.families import lumina2, z_image
+from tests.families.case import Case
+from tests.families.test_pictures import PROMPTS, condition, draw, noise_of, relative
+
+OF = {case.name: case for case in (z_image.CASE, lumina2.CASE)}
+
+
+@pytest.fixture(params=OF.values(), ids=OF)
+def of(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Case, Any, Family]:
+    """A case, its pipeline and its family."""
+    pipeline = request.param.make()
+    return request.param, pipeline, request.param.family_of(pipeline, tmp_path / "saved")
+
+
+def with_lora(pipeline: Any, family: Family, alpha: int = 8) -> Any:
+    """The pipeline's transformer with a random LoRA."""
+    transformer = pipeline.transformer
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=list(family.lora_targets)))
+    generator = torch.Generator().manual_seed(11)
+    for parameter in adapters(transformer).values():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return transformer
+
+
+def adapters(transformer: Any) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in transformer.named_parameters() if "lora_" in name}
+
+
+def plain_velocity(name: str, transformer: Any, x: Tensor, timestep: Tensor, rows: list[Rows]) -> Tensor:
+    """ε − x0 by diffusers' own forward, which takes captions as they are."""
+    texts = [row["text"] for row in rows]
+    if name == "z_image":
+        return -torch.stack(transformer(list(x[:, :, None]), 1 - timestep / 1000, texts, return_dict=False)[0])[:, :, 0]
+    text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = torch.tensor([[place < len(own) for place in range(text.shape[1])] for own in texts])
+    return -transformer(x, 1 - timestep / 1000, text, mask, return_dict=False)[0]
+
+
+def test_the_gradient_is_that_of_diffusers_own_forward(of: tuple[Case, Any, Family]) -> None:
+    case, pipeline, family = of
+    transformer = with_lora(pipeline, family)
+    rows = [family.encode(pipeline, text, case.length, negative=False) for text in PROMPTS]
+    x, timestep = noise_of(family, case.size, 2), torch.tensor([900.0, 300.0])
+    wanted = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    gradients = []
+    for velocity in (
+        family.velocity(transformer, x, timestep, family.stack(rows, 0), None),
+        plain_velocity(case.name, transformer, x, timestep, rows),
+    ):
+        loss = ((velocity - wanted) ** 2).mean()
+        gradients.append(
+            dict(
+                zip(adapters(transformer), torch.autograd.grad(loss, list(adapters(transformer).values())), strict=True)
+            )
+        )
+    ours, plain = gradients
+    assert len(ours) == 2 * 6 * len(family.lora_targets)
+    for name, gradient in ours.items():
+        assert gradient.abs().max() > 0, name
+        assert relative(gradient, plain[name]) < 1e-4, name
+
+
+def test_padding_to_a_longer_length_changes_nothing(of: tuple[Case, Any, Family]) -> None:
+    case, pipeline, family = of
+    rows = [family.encode(pipeline, text, case.length, negative=False) for text in PROMPTS]
+    x, timestep = noise_of(family, case.size, 2), torch.tensor([900.0, 300.0])
+    with torch.no_grad():
+        short, long = (
+            family.velocity(pipeline.transformer, x, timestep, family.stack(rows, n), None) for n in (0, 320)
+        )
+    assert relative(long, short) < 1e-6
+
+
+def test_the_transformers_own_forward_stays_and_its_hooks_are_called(of: tuple[Case, Any, Family]) -> None:
+    case, pipeline, family = of
+    seen: list[int] = []
+    pipeline.transformer.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    family.velocity(
+        pipeline.transformer, noise_of(family, case.size), torch.tensor([500.0]), one(family, pipeline), None
+    )
+    assert seen == [1]
+    assert "forward" not in vars(pipeline.transformer)
+
+
+def one(family: Family, pipeline: Any) -> Rows:
+    return condition(family, pipeline, PROMPTS[:1], 288)
+
+
+@pytest.fixture
+def counter() -> Iterator[CompileCounterWithBackend]:
+    """Counts what is compiled."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def test_blocks_are_compiled_whole_and_once_for_all_prompts_of_a_length(
+    of: tuple[Case, Any, Family], counter: CompileCounterWithBackend
+) -> None:
+    case, pipeline, family = of
+    x, timestep = noise_of(family, case.size, 2), torch.tensor([900.0, 300.0])
+    texts = [*PROMPTS, "a", "b" * 40]
+    rows = [family.encode(pipeline, text, case.length, negative=False) for text in texts]
+    pairs = [family.stack([rows[i], rows[j]], 288) for i, j in ((0, 1), (2, 3), (1, 1), (3, 0))]
+    with torch.no_grad():
+        eager = [family.velocity(pipeline.transformer, x, timestep, pair, None) for pair in pairs]
+        for block in family.blocks(pipeline.transformer):
+            block.compile(fullgraph=True, dynamic=False, backend=counter)
+        first = family.velocity(pipeline.transformer, x, timestep, pairs[0], None)
+        graphs = counter.frame_count
+        found = [first, *(family.velocity(pipeline.transformer, x, timestep, pair, None) for pair in pairs[1:])]
+    assert graphs == 3  # one for each list of blocks
+    assert counter.frame_count == graphs
+    assert all(relative(ours, theirs) < 1e-6 for ours, theirs in zip(found, eager, strict=True))
+
+
+def test_a_saved_lora_draws_the_same_in_plain_diffusers(of: tuple[Case, Any, Family], tmp_path: Path) -> None:
+    case, pipeline, family = of
+    noise, scale = noise_of(family, case.size), case.scales["guided"]
+    base, _ = case.pipeline_draws(pipeline, noise, PROMPTS[0], "", scale, 4)
+    transformer = with_lora(pipeline, family, alpha=4)  # alpha = r: the form that every reader understands
+    ours, _ = draw(family, pipeline, noise, PROMPTS[:1], "", scale, 4, case)
+    family.pipeline_class.save_lora_weights(  # type: ignore[attr-defined]
+        tmp_path / "lora", transformer_lora_layers=get_peft_model_state_dict(transformer)
+    )
+    plain = z_image.quiet(family.pipeline_class.from_pretrained(tmp_path / "saved"))  # type: ignore[attr-defined]
+    plain.load_lora_weights(tmp_path / "lora")
+    theirs, _ = case.pipeline_draws(plain, noise, PROMPTS[0], "", scale, 4)
+    assert relative(ours, theirs) < 1e-5
+    assert relative(base, theirs) > 1e-2
+
+
+def test_what_is_said_of_blocks_and_attention_is_what_a_forward_does(of: tuple[Case, Any, Family]) -> None:
+    case, pipeline, family = of
+    config, counts = family.one_of_each_block()
+    small = family.transformer_class.from_config(config)  # type: ignore[attr-defined]
+    assert len(family.blocks(small)) == len(counts)
+    assert sum(counts) == len(family.blocks(pipeline.transformer))
+    seen: list[int] = []
+    for module in pipeline.transformer.modules():
+        if isinstance(module, Attention):
+            module.register_forward_pre_hook(
+                lambda _, given, named: seen.append((*given, *named.values())[0].shape[1]), with_kwargs=True
+            )
+    given, x = one(family, pipeline), noise_of(family, case.size)
+    family.velocity(pipeline.transformer, x, torch.tensor([500.0]), given, None)
+    shapes = family.attention_shapes(1, tuple(x.shape[1:]), family.text_tokens(given))
+    assert sorted(seen) == sorted(shape.tokens for shape in shapes for _ in range(shape.calls))
+    heads = next(module for module in pipeline.transformer.modules() if isinstance(module, Attention))
+    assert {(shape.heads, shape.head_dim) for shape in shapes} == {
+        (heads.heads, heads.to_q.out_features // heads.heads)
+    }
+
+
+def test_captions_end_where_the_transformers_positions_end(of: tuple[Case, Any, Family]) -> None:
+    case, pipeline, family = of
+    longest = {"z_image": 992, "lumina2": 299}[case.name]
+    given, x = family.stack([family.random_condition("a", longest)], 0), noise_of(family, case.size)
+    v = family.velocity(pipeline.transformer, x, torch.tensor([500.0]), given, None)
+    assert v.isfinite().all()
+    family.check_length(longest)
+    with pytest.raises(UserError, match=f"positions for {longest} tokens; use --rollout.max-sequence-length {longest}"):
+        family.check_length(longest + 1)
+
+
+def test_guidance_is_the_number_on_the_models_card(tmp_path: Path) -> None:
+    families = {name: case.family_of(case.make(), tmp_path / name) for name, case in OF.items()}
+    conditional, negative = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
+    z, lumina = families["z_image"], families["lumina2"]
+    assert torch.equal(z.guidance(2.0).combine(conditional, negative), conditional + 2 * (conditional - negative))
+    assert z.guidance(0.5).pairs
+    assert not z.guidance(0.0).pairs
+    guided = lumina.guidance(2.0).combine(conditional, negative)
+    assert torch.allclose(guided.norm(dim=-1), conditional.norm(dim=-1))
+    assert torch.allclose(guided / guided[..., :1], (2 * conditional - negative) / 6)
+    assert not lumina.guidance(1.0).pairs
+
+
+@pytest.mark.parametrize(
+    ("folder", "shift", "distilled"), [("base", 6.0, False), ("base", 3.0, True), ("Z-Turbo", 6.0, True)]
+)
+def test_turbo_is_known_by_its_name_or_its_shift(tmp_path: Path, folder: str, shift: float, distilled: bool) -> None:
+    family = z_image.CASE.family_of(z_image.make(shift), tmp_path / folder)
+    assert family.distilled == distilled
+    assert len(family.notes) == distilled
+
+
+@pytest.mark.parametrize(
+    ("model", "transformer", "encoder"),
+    [
+        ("Tongyi-MAI/Z-Image", 6.15, 4.02),
+        ("Tongyi-MAI/Z-Image-Turbo", 6.15, 4.02),
+        ("Alpha-VLLM/Lumina-Image-2.0", 2.61, 2.61),
+    ],
+)
+def test_published_sizes(model: str, transformer: float, encoder: float) -> None:
+    family = make_family(known_models()[model]())
+    with torch.device("meta"):
+        parts = family.build_transformer(), family.architecture.build_text_encoder("text_encoder"), family.build_vae()
+    billions = [sum(weight.numel() for weight in part.parameters()) / 1e9 for part in parts]
+    assert billions == pytest.approx([transformer, encoder, 0.0838], abs=0.005)
+    assert family.distilled == model.endswith("Turbo")
+    assert family.size == (1024, 1024)
