@@ -128,7 +128,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...] | str]
     multiple: int = 16
     largest_side: int | None = None
-    text_length: ClassVar[int] = 512
+    text_length: int = 512
     pads_to: ClassVar[int] = 0
     attention_names: ClassVar[tuple[str, ...]] = tuple(DISPATCHED)
     negatives_differ: ClassVar[bool] = False

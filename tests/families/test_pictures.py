@@ -10,11 +10,22 @@ from torch import Tensor
 
 from dgpo_fast.models.family import Family
 from dgpo_fast.rollout.schedule import make_schedule
-from tests.families import lumina2, qwen_image, sana, sd3, z_image
+from tests.families import auraflow, chroma, flux1, lumina2, qwen_image, sana, sd3, z_image
 from tests.families.case import Case
 
 PROMPTS = ("two red cups", "a sign that says open, above a very long street of small shops")
-CASES: tuple[Case, ...] = (sd3.CASE, z_image.CASE, lumina2.CASE, qwen_image.CASE, sana.CASE)
+CASES: tuple[Case, ...] = (
+    sd3.CASE,
+    flux1.CASE,
+    flux1.SCHNELL,
+    chroma.CASE,
+    chroma.MASKED,
+    auraflow.CASE,
+    z_image.CASE,
+    lumina2.CASE,
+    qwen_image.CASE,
+    sana.CASE,
+)
 BUDGET = 1e-5
 
 
