@@ -1,6 +1,9 @@
 """Parts of a Stable Diffusion 3 folder that carry their family, and shapes of its samples."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
@@ -29,3 +32,9 @@ def vae_in(folder: Path) -> AutoencoderKL:
 
 def sample_shape(latent: tuple[int, ...], tokens: tuple[int, ...], pooled: int) -> SampleShape:
     return SampleShape(latent, (RowShape("prompt", tokens), RowShape("pooled", (pooled,))))
+
+
+def stand_in(transformer: Any) -> Any:
+    """`transformer`, any callable, which is called as Stable Diffusion 3's is."""
+    transformer.dgpo_family = SimpleNamespace(velocity=partial(SD3.velocity, None), rule=None)
+    return transformer

@@ -21,6 +21,7 @@ from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.registry import load_objective
 from dgpo_fast.rollout.schedule import make_schedule
 from tests.engine.cases import GROUPS, SIZE, EngineCase, make_config
+from tests.sd3 import stand_in
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "released": {"kl_guidance_scale": 1.0},
@@ -219,12 +220,13 @@ def test_rows_of_the_recipe() -> None:
     for share in ("off", "auto"):
         config = replace(recipe, engine=replace(recipe.engine, share_first_level=share))
         objective, count = load_objective(config), groups * size
-        models = SimpleNamespace(base=Gain(), behaviour=Gain(), policy=Gain(), mixed=False)
+        gains = {name: stand_in(Gain()) for name in ("base", "behaviour", "policy")}
+        models = SimpleNamespace(**gains, mixed=False)
         models.dtype, models.device, models.load_behaviour = torch.bfloat16, torch.device("cpu"), lambda _: None
         seen = {name: counted(getattr(models, name)) for name in ("base", "behaviour", "policy")}
         advantage = torch.randn(groups, size, generator=random)
         zero = torch.zeros(1, dtype=torch.int64)
-        text = TextEmbeds({"prompt": torch.zeros(1, 1, 1).bfloat16()}, zero, zero)
+        text = TextEmbeds({"prompt": torch.zeros(1, 1, 1).bfloat16(), "pooled": torch.zeros(1, 1)}, zero, zero)
         batch = Batch(
             iteration=0,
             x0=torch.randn(count, 1, 2, 2, generator=random),

@@ -23,6 +23,7 @@ from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.step_noise import Transitions
 from tests.objective_case import GROUPS, SIZE, Case
 from tests.objective_configs import grpo_case, grpo_config, make_batch
+from tests.sd3 import stand_in
 
 
 def grpo_written_out(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -90,7 +91,9 @@ def test_flow_grpo_by_hand() -> None:
     theta = torch.ones((), requires_grad=True)
 
     def transformer(v: list[float], weight: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
-        return lambda hidden_states, **_: ((weight * torch.tensor(v)).reshape(1, 2, 1, 1).expand_as(hidden_states),)
+        return stand_in(
+            lambda hidden_states, **_: ((weight * torch.tensor(v)).reshape(1, 2, 1, 1).expand_as(hidden_states),)
+        )
 
     models: Any = SimpleNamespace(
         policy=transformer([1.0, 2.0], theta),

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.models import loading as pipeline_module
 from dgpo_fast.models import prompt_encoder as text_module
 from dgpo_fast.models.loading import lacks_text_encoders, load_pipeline, text_encoders
-from dgpo_fast.models.prompt_cache import PromptCache, content_digest, default_folder
+from dgpo_fast.models.prompt_cache import PromptCache, Row, content_digest, default_folder
 from dgpo_fast.models.prompt_encoder import PromptEncoder, cache_scope
 from dgpo_fast.prompts import Prompt
 
@@ -26,13 +25,16 @@ GIB = 2**30
 PROMPTS = ["", "a cat", "a dog", "déjà vu \U0001f408", "a\nb", "x" * 3000]
 
 
-def make_row(seed: int, tokens: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def make_row(seed: int, tokens: int = 3, dtype: torch.dtype = torch.float32) -> Row:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, 4, generator=generator).to(dtype), torch.randn(2, generator=generator).to(dtype)
+    prompt = torch.randn(tokens, 4, generator=generator).to(dtype)
+    return {"prompt": prompt, "pooled": torch.randn(2, generator=generator).to(dtype)}
 
 
-def same(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor]) -> bool:
-    return a is not None and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+def same(a: Row | None, b: Row) -> bool:
+    if a is None or a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in b)
 
 
 def make_cache(folder: Path, notes: list[str] | None = None, limit: int = GIB, **scope: object) -> PromptCache:
@@ -115,7 +117,7 @@ def test_a_folder_that_cannot_be_made_costs_one_note(tmp_path: Path, random_pipe
     notes: list[str] = []
     encoder = make_encoder(random_pipeline, make_cache(tmp_path / "file" / "cache", notes))
     first = encoder(["a cat", "a dog"])
-    assert torch.equal(encoder(["a dog"]).rows["prompt"][0], first.rows["prompt"][1])
+    assert torch.equal(encoder(["a dog"]).gathered()["prompt"][0], first.gathered()["prompt"][1])
     assert encoder.encoded_count == 3, "the empty prompt with them; memory stands in"
     assert len(notes) == 1 and notes[0].endswith(
         "cannot be written (Not a directory): newly encoded prompts stay in memory"
@@ -136,10 +138,10 @@ def make_cache(notes=None, limit=2**30):
     return PromptCache(folder, {"test": 1}, limit, ([] if notes is None else notes).append)
 
 def make_row(number, tokens):
-    return torch.full((tokens, 4), float(number)), torch.full((2,), float(number))
+    return {"prompt": torch.full((tokens, 4), float(number)), "pooled": torch.full((2,), float(number))}
 
 def check(row, number):
-    assert row is None or all((tensor == number).all() for tensor in row), number
+    assert row is None or all((tensor == number).all() for tensor in row.values()), number
     return row is not None
 """
 
@@ -292,11 +294,11 @@ def test_text_encoders_come_for_what_is_missing_and_leave(tmp_path: Path, random
     empty = "prompts, the empty one with them: "
     assert said == f"{empty}3 of 3 were encoded before, 0 now; the text encoders need not be loaded"
     assert second.prepare([*listed, Prompt("")]) == said.replace(empty, "prompts: "), "who asks for it, counts it"
-    assert torch.equal(second(prompts).prompt, first(prompts).prompt) and loads == [1]
+    assert torch.equal(second(prompts).gathered()["prompt"], first(prompts).gathered()["prompt"]) and loads == [1]
     for path in tmp_path.glob("*/*/*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     third = make_encoder(random_pipeline, make_cache(tmp_path))
-    assert torch.equal(third(prompts).prompt, first(prompts).prompt) and loads == [1, 1]
+    assert torch.equal(third(prompts).gathered()["prompt"], first(prompts).gathered()["prompt"]) and loads == [1, 1]
 
 
 def test_prompts_that_do_not_fit_are_encoded_when_they_are_needed(
@@ -309,7 +311,7 @@ def test_prompts_that_do_not_fit_are_encoded_when_they_are_needed(
     assert said.endswith("the others do not all fit in the cache and are encoded when needed")
     plain = make_encoder(random_pipeline)
     for _ in range(2):
-        assert torch.equal(encoder(prompts).prompt, plain(prompts).prompt)
+        assert torch.equal(encoder(prompts).gathered()["prompt"], plain(prompts).gathered()["prompt"])
     assert encoder.encoders is not None and loads == [1, 1], "once for each of the two"
 
 

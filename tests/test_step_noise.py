@@ -20,6 +20,7 @@ from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.schedule import Schedule, _stochastic_steps, make_schedule
 from dgpo_fast.rollout.step_noise import StepNoise, gaussian_log_prob
+from tests.sd3 import stand_in
 
 
 def test_stochastic_steps_by_hand() -> None:
@@ -44,9 +45,9 @@ def roll_out(schedule: Schedule, noise: torch.Tensor, step_noise: StepNoise | No
         def __call__(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
             return (gaussian_velocity(hidden_states, timestep.reshape(-1, 1, 1, 1) / 1000),)
 
-    text = TextEmbeds.of_samples({"prompt": torch.zeros(len(noise), 1, 1)})
+    text = TextEmbeds.of_samples({"prompt": torch.zeros(len(noise), 1, 1), "pooled": torch.zeros(len(noise), 1)})
     draw = Draw(schedule, guidance=Guidance(1.0), batch_size=len(noise))
-    return sample_latents(Transformer(), noise, text, draw, step_noise=step_noise)  # type: ignore[arg-type]
+    return sample_latents(stand_in(Transformer()), noise, text, draw, step_noise=step_noise)  # type: ignore[arg-type]
 
 
 def start(samples: int) -> torch.Tensor:
