@@ -41,7 +41,7 @@ if {lora!r}:
 noise = load_file("noise.safetensors")["noise"]
 if pipe.transformer.config.in_channels == 4 * noise.shape[1]:
     noise = pipe._pack_latents(noise, *noise.shape)
-images = pipe({prompts!r}, latents=noise, output_type="pt", **{options!r}).images
+images = pipe(prompt={prompts!r}, latents=noise, output_type="pt", **{options!r}).images
 save_file({{"images": images.contiguous()}}, "images.safetensors")
 assert not any(name.startswith(("dgpo_fast", "dgpo_kernels")) for name in sys.modules)
 """

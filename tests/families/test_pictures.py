@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dgpo_fast.models.family import Family
 from dgpo_fast.rollout.schedule import make_schedule
-from tests.families import auraflow, chroma, flux1, lumina2, qwen_image, sana, sd3, z_image
+from tests.families import auraflow, chroma, flux1, flux2, lumina2, qwen_image, sana, sd3, z_image
 from tests.families.case import Case
 
 PROMPTS = ("two red cups", "a sign that says open, above a very long street of small shops")
@@ -21,6 +21,7 @@ CASES: tuple[Case, ...] = (
     chroma.CASE,
     chroma.MASKED,
     auraflow.CASE,
+    *flux2.CASES,
     z_image.CASE,
     lumina2.CASE,
     qwen_image.CASE,

@@ -1,0 +1,178 @@
+"""What is FLUX.2's alone: the cut text encoder, the LoRA's layers, gradients, files, and sizes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import nn
+
+from dgpo_fast.models.families import known_models, make_family
+from dgpo_fast.models.family import Family
+from tests.families.case import Case
+from tests.families.flux2 import CASES, DEV, KLEIN, KLEIN_DISTILLED
+from tests.families.test_pictures import PROMPTS, condition, noise_of, relative
+
+Made = tuple[Case, Any, Family]
+RANK, ALPHA = 4, 8.0
+
+
+@pytest.fixture(scope="module", params=(KLEIN, DEV), ids=lambda case: case.name)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The case, its pipeline and its family."""
+    pipeline = request.param.make()
+    return request.param, pipeline, request.param.family_of(pipeline, tmp_path_factory.mktemp(request.param.name))
+
+
+def test_encoding_leaves_the_text_encoder_whole_and_runs_no_layer_after_the_last_that_is_read(made: Made) -> None:
+    _, pipeline, family = made
+    layers, state = pipeline.text_encoder.get_decoder().layers, pipeline.text_encoder.state_dict()
+    ran: list[int] = []
+    hooks = [layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(layers)]
+    found = family.encode(pipeline, PROMPTS[0], 512, negative=False)["text"]
+    for hook in hooks:
+        hook.remove()
+    assert ran == list(range(family.text_layers[-1])) != list(range(len(layers)))
+    assert pipeline.text_encoder.state_dict().keys() == state.keys()
+    expected, _ = pipeline.encode_prompt(PROMPTS[0])
+    assert torch.equal(found, expected[0])  # and so later callers have all layers, with the norm
+
+
+@pytest.mark.parametrize("made", (KLEIN,), ids=lambda case: case.name, indirect=True)
+def test_the_negative_prompt_of_klein_is_the_empty_one(made: Made) -> None:
+    _, pipeline, family = made
+    negative = family.encode(pipeline, "a blurred photo", 512, negative=True)["text"]
+    assert torch.equal(negative, family.encode(pipeline, "", 512, negative=False)["text"])
+    assert any("negative" in note for note in family.notes)
+
+
+@pytest.mark.parametrize("made", (DEV,), ids=lambda case: case.name, indirect=True)
+def test_marks_of_pictures_are_no_part_of_a_prompt_of_dev(made: Made) -> None:
+    _, pipeline, family = made
+    found, plain = (family.encode(pipeline, text, 512, negative=False)["text"] for text in ("a [IMG]cat", "a cat"))
+    assert torch.equal(found, plain)
+
+
+def test_the_pipelines_index_tells_a_distilled_model(tmp_path: Path) -> None:
+    found = {case.name: case.family_of(case.make(), tmp_path / case.name) for case in CASES}
+    assert [found[case.name].distilled for case in (KLEIN, KLEIN_DISTILLED, DEV)] == [False, True, False]
+    assert not found[KLEIN_DISTILLED.name].guidance(4.0).pairs
+    assert found[KLEIN.name].guidance(4.0).pairs
+    assert found[DEV.name].guidance(4.0).embedded == 4.0
+
+
+def test_encoded_pixels_are_what_the_pipeline_makes_of_a_picture(made: Made) -> None:
+    case, pipeline, family = made
+    pixels = torch.rand(1, 3, *case.size, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    found = family.encode_pixels(pipeline.vae, pixels)
+    assert relative(found, pipeline._encode_vae_image(pixels, torch.Generator())) < 1e-6
+
+
+def test_lora_targets_are_every_linear_layer_of_both_kinds_of_blocks(made: Made) -> None:
+    _, pipeline, family = made
+    names = [name for name, module in pipeline.transformer.named_modules() if isinstance(module, nn.Linear)]
+    hit = {name for name in names if re.fullmatch(family.lora_targets, name)}
+    assert hit == {name for name in names if "blocks." in name}
+    assert len(hit) == 2 * 12 + 2 * 2
+
+
+def with_random_lora(pipeline: Any, family: Family) -> dict[str, nn.Parameter]:
+    """Puts a LoRA into the pipeline's transformer, none of whose factors is 0; gives the factors."""
+    generator = torch.Generator().manual_seed(5)
+    pipeline.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=family.lora_targets))
+    factors = {name: weight for name, weight in pipeline.transformer.named_parameters() if "lora_" in name}
+    for factor in factors.values():
+        factor.data.normal_(0, 0.3, generator=generator)
+    return factors
+
+
+def test_gradients_of_a_lora_are_those_of_plain_autograd_through_diffusers_transformer(made: Made) -> None:
+    case, _, family = made
+    pipeline = case.make()
+    factors = with_random_lora(pipeline, family)
+    given = condition(family, pipeline, PROMPTS, case.length)
+    x, target = noise_of(family, case.size, 2), noise_of(family, case.size, 4)[2:]
+    times, scale = torch.tensor([300.0, 800.0]), torch.full((2,), 4.0) if case is DEV else None
+    loss = (family.velocity(pipeline.transformer, x, times, given, scale) - target).square().mean()
+    found = torch.autograd.grad(loss, list(factors.values()))
+    packed = pipeline._pack_latents(x)
+    out = pipeline.transformer(
+        hidden_states=packed,
+        encoder_hidden_states=given["text"],
+        timestep=times / 1000,
+        img_ids=pipeline._prepare_latent_ids(x),
+        txt_ids=pipeline._prepare_text_ids(given["text"]),
+        guidance=scale,
+        return_dict=False,
+    )[0]
+    plain = (out - pipeline._pack_latents(target)).square().mean()
+    expected = torch.autograd.grad(plain, list(factors.values()))
+    for name, ours, theirs in zip(factors, found, expected, strict=True):
+        assert theirs.abs().max() > 0, name
+        assert relative(ours, theirs) < 1e-5, name
+
+
+@torch.no_grad()
+def test_plain_diffusers_reads_a_lora_whose_scale_is_in_its_factors(made: Made, tmp_path: Path) -> None:
+    case, base, family = made
+    trained = case.make()
+    factors = with_random_lora(trained, family)
+    layers = {name.replace(".default", ""): tensor.detach() for name, tensor in factors.items()}
+    folded = {name: t * ALPHA / RANK if "lora_B" in name else t for name, t in layers.items()}
+    family.pipeline_class.save_lora_weights(tmp_path, transformer_lora_layers=folded)  # type: ignore[attr-defined]
+    written = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {name.split(".")[1] for name in written} == {"transformer_blocks", "single_transformer_blocks"}
+    fresh = case.make()
+    fresh.load_lora_weights(tmp_path)
+    noise = noise_of(family, case.size)
+    drawn = [case.pipeline_draws(p, noise, PROMPTS[0], "", 4.0, 4)[0] for p in (fresh, trained, base)]
+    assert relative(drawn[0], drawn[1]) < 1e-5
+    assert relative(drawn[0], drawn[2]) > 1e-2
+
+
+SIZES = {
+    "klein-base-4B": (3.88, 4.02, 96, 100),
+    "klein-4B": (3.88, 4.02, 96, 100),
+    "klein-base-9B": (9.08, 8.19, 174, 144),
+    "klein-9B": (9.08, 8.19, 174, 144),
+    "dev": (32.22, 24.01, 403, 192),
+}
+"""By the name on the hub: weights of the transformer and of the text encoder in 10⁹; of a LoRA of rank 64 in 10⁶, and
+its layers."""
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_models_have_their_numbers_of_weights(name: str) -> None:
+    transformer, encoder, lora, layers = SIZES[name]
+    architecture = known_models()[f"black-forest-labs/FLUX.2-{name}"]()
+    family = make_family(architecture)
+    with torch.device("meta"):
+        model, vae = family.build_transformer(), family.build_vae()
+        text = architecture.build_text_encoder("text_encoder")
+    assert round(weights(model) / 1e9, 2) == transformer
+    assert round(weights(text) / 1e9, 2) == encoder
+    assert round(weights(vae) / 1e6, 1) == 84.0
+    hit = [part for part_name, part in model.named_modules() if re.fullmatch(family.lora_targets, part_name)]
+    assert len(hit) == layers
+    assert round(64 * sum(layer.in_features + layer.out_features for layer in hit) / 1e6) == lora
+    assert family.distilled == (name in ("klein-4B", "klein-9B"))
+    assert family.size == (1024, 1024)
+    assert family.latent_shape(1024, 768) == (128, 64, 48)
+
+
+def weights(module: nn.Module) -> int:
+    """Numbers of all parameters, each tensor once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("side", "steps", "shift"), [(512, 4, 7.62), (512, 28, 6.42), (512, 50, 5.48), (1024, 10, 9.55), (1024, 50, 7.56)]
+)
+def test_the_shift_depends_on_the_picture_and_on_the_steps(side: int, steps: int, shift: float) -> None:
+    family = make_family(known_models()["black-forest-labs/FLUX.2-klein-base-4B"]())
+    grid = family.grid(steps, family.latent_shape(side, side))
+    assert grid.linear
+    assert round(grid.shift, 2) == shift
