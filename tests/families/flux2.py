@@ -19,6 +19,7 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3
 
 from tests.families.byte_tokenizer import CHATML, VOCABULARY, byte_tokenizer
 from tests.families.case import Case, fill
+from tests.families.tiny_parts import drawn, quiet
 
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -69,27 +70,11 @@ def make_dev(seed: int = 0) -> Flux2Pipeline:
 def pipeline_draws(
     pipeline: Any, noise: Tensor, prompt: str, negative: str, scale: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """As `Case.pipeline_draws`: the last step's latents as the pipeline has them before it decodes."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(_: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept.update(given)
-        return given
-
+    """As `Case.pipeline_draws`; there is no negative prompt."""
     height, width = noise.shape[2:]
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.image_processor.register_to_config(do_normalize=False)  # else it cuts pixels off at −1 and 1
-    pixels = pipeline(
-        prompt=prompt,
-        height=16 * height,
-        width=16 * width,
-        latents=noise,
-        guidance_scale=scale,
-        num_inference_steps=steps,
-        output_type="pt",
-        callback_on_step_end=keep,
-    ).images
-    return kept["latents"].transpose(1, 2).unflatten(2, (height, width)), pixels
+    options = {"prompt": prompt, "guidance_scale": scale, "num_inference_steps": steps}
+    tokens, pixels = drawn(quiet(pipeline), noise, height=16 * height, width=16 * width, **options)
+    return tokens.transpose(1, 2).unflatten(2, (height, width)), pixels
 
 
 def _drawing_parts(seed: int, *, guidance_embeds: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is FLUX.2's alone: the cut text encoder, the LoRA's layers, gradients, files, and sizes."""
+"""What is FLUX.2's alone: the cut text encoder, the layers and the file of a LoRA, sizes and shifts."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from safetensors.torch import load_file
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from dgpo_fast.models.families import known_models, make_family
 from dgpo_fast.models.family import Family
+from dgpo_fast.models.lora import Factors, write_lora
+from dgpo_fast.models.policy import ADAPTER
 from tests.families.case import Case
 from tests.families.flux2 import CASES, DEV, KLEIN, KLEIN_DISTILLED
-from tests.families.test_pictures import PROMPTS, condition, noise_of, relative
+from tests.families.test_gradients import with_lora
+from tests.families.test_pictures import PROMPTS, noise_of, relative
 
 Made = tuple[Case, Any, Family]
-RANK, ALPHA = 4, 8.0
 
 
 @pytest.fixture(scope="module", params=(KLEIN, DEV), ids=lambda case: case.name)
@@ -79,54 +80,21 @@ def test_lora_targets_are_every_linear_layer_of_both_kinds_of_blocks(made: Made)
     assert len(hit) == 2 * 12 + 2 * 2
 
 
-def with_random_lora(pipeline: Any, family: Family) -> dict[str, nn.Parameter]:
-    """Puts a LoRA into the pipeline's transformer, none of whose factors is 0; gives the factors."""
-    generator = torch.Generator().manual_seed(5)
-    pipeline.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=family.lora_targets))
-    factors = {name: weight for name, weight in pipeline.transformer.named_parameters() if "lora_" in name}
-    for factor in factors.values():
-        factor.data.normal_(0, 0.3, generator=generator)
-    return factors
-
-
-def test_gradients_of_a_lora_are_those_of_plain_autograd_through_diffusers_transformer(made: Made) -> None:
-    case, _, family = made
-    pipeline = case.make()
-    factors = with_random_lora(pipeline, family)
-    given = condition(family, pipeline, PROMPTS, case.length)
-    x, target = noise_of(family, case.size, 2), noise_of(family, case.size, 4)[2:]
-    times, scale = torch.tensor([300.0, 800.0]), torch.full((2,), 4.0) if case is DEV else None
-    loss = (family.velocity(pipeline.transformer, x, times, given, scale) - target).square().mean()
-    found = torch.autograd.grad(loss, list(factors.values()))
-    packed = pipeline._pack_latents(x)
-    out = pipeline.transformer(
-        hidden_states=packed,
-        encoder_hidden_states=given["text"],
-        timestep=times / 1000,
-        img_ids=pipeline._prepare_latent_ids(x),
-        txt_ids=pipeline._prepare_text_ids(given["text"]),
-        guidance=scale,
-        return_dict=False,
-    )[0]
-    plain = (out - pipeline._pack_latents(target)).square().mean()
-    expected = torch.autograd.grad(plain, list(factors.values()))
-    for name, ours, theirs in zip(factors, found, expected, strict=True):
-        assert theirs.abs().max() > 0, name
-        assert relative(ours, theirs) < 1e-5, name
-
-
 @torch.no_grad()
 def test_plain_diffusers_reads_a_lora_whose_scale_is_in_its_factors(made: Made, tmp_path: Path) -> None:
     case, base, family = made
-    trained = case.make()
-    factors = with_random_lora(trained, family)
-    layers = {name.replace(".default", ""): tensor.detach() for name, tensor in factors.items()}
-    folded = {name: t * ALPHA / RANK if "lora_B" in name else t for name, t in layers.items()}
-    family.pipeline_class.save_lora_weights(tmp_path, transformer_lora_layers=folded)  # type: ignore[attr-defined]
-    written = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    assert {name.split(".")[1] for name in written} == {"transformer_blocks", "single_transformer_blocks"}
-    fresh = case.make()
+    trained, fresh = case.make(), case.make()
+    trained.transformer = with_lora(base.transformer, family.lora_targets)
+    layers = {name: part for name, part in trained.transformer.named_modules() if isinstance(part, LoraLayer)}
+    factors = {
+        name: Factors(part.lora_A[ADAPTER].weight, part.lora_B[ADAPTER].weight * part.scaling[ADAPTER])
+        for name, part in layers.items()
+    }
+    write_lora(tmp_path, factors, trained.transformer.peft_config[ADAPTER].to_dict(), family)
     fresh.load_lora_weights(tmp_path)
+    read = {name for name, part in fresh.transformer.named_modules() if isinstance(part, LoraLayer)}
+    assert read == layers.keys()
+    assert {name.split(".")[0] for name in read} == {"transformer_blocks", "single_transformer_blocks"}
     noise = noise_of(family, case.size)
     drawn = [case.pipeline_draws(p, noise, PROMPTS[0], "", 4.0, 4)[0] for p in (fresh, trained, base)]
     assert relative(drawn[0], drawn[1]) < 1e-5

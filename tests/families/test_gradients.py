@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.models.family import Family, attach
-from tests.families import auraflow, chroma, flux1
+from tests.families import auraflow, chroma, flux1, flux2
 from tests.families.case import Case, fill
 from tests.families.test_pictures import BUDGET, PROMPTS, condition, noise_of, relative
 
@@ -59,12 +59,27 @@ def plain_auraflow(pipeline: Any, transformer: Any, x_t: Tensor, prompts: Sequen
     return transformer(x_t, encoder_hidden_states=prompt, timestep=times(x_t)).sample
 
 
+def plain_flux2(pipeline: Any, transformer: Any, x_t: Tensor, prompts: Sequence[str]) -> Tensor:
+    prompt, positions = pipeline.encode_prompt(list(prompts), max_sequence_length=flux2.DEV.length)
+    tokens = transformer(
+        hidden_states=pipeline._pack_latents(x_t),
+        encoder_hidden_states=prompt,
+        timestep=times(x_t),
+        img_ids=pipeline._prepare_latent_ids(x_t),
+        txt_ids=positions,
+        guidance=torch.full((len(x_t),), SCALE) if transformer.config.guidance_embeds else None,
+    ).sample
+    return pipeline._unpack_latents_with_ids(tokens, pipeline._prepare_latent_ids(x_t))
+
+
 PLAIN: tuple[tuple[Case, Plain], ...] = (
     (flux1.CASE, plain_flux1),
     (flux1.SCHNELL, plain_flux1),
     (chroma.CASE, lambda *given: plain_chroma(*given, dtype=torch.float32)),
     (chroma.MASKED, lambda *given: plain_chroma(*given, dtype=torch.bool)),
     (auraflow.CASE, plain_auraflow),
+    (flux2.KLEIN, plain_flux2),
+    (flux2.DEV, plain_flux2),
 )
 
 
