@@ -213,7 +213,7 @@ class Comparison:
         advantage = advantage - advantage.mean()
         text, empty = (self.trainer.encoder(prompts) for prompts in (inputs.prompts, [""]))
         index = torch.zeros(size, dtype=torch.int64, device=self.device)
-        batch = Batch(0, x0, text, advantage, index, size, self.trainer.draw.schedule)
+        batch = Batch(0, x0, text, advantage, index, torch.arange(size).to(index), size, self.trainer.draw.schedule)
         plain = (x0, advantage, Text(**text.gathered()), Text(**empty.gathered()), inputs)
         self._build("oracle", Oracle)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -40,6 +40,7 @@ from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, WeightedReward, count_workers, load_rewards
 from dgpo_fast.rollout.draw import Draw, run_draws
+from dgpo_fast.rollout.noisy_steps import noise_of
 from dgpo_fast.rollout.offline import OfflineSource
 from dgpo_fast.rollout.online import OnlineSource, RolloutWorker
 from dgpo_fast.rollout.sampler import Sampler
@@ -152,7 +153,7 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         sampler=sampler,
         draw=draw,
         rewards=pool,
-        keep_transitions=needs.needs_transitions,
+        noise=noise_of(config, draw.schedule, keep=needs.needs_transitions),
         phases=phases,
         work=work,
     )

@@ -1,7 +1,7 @@
 """`python -m dgpo_fast.recipes`: every recipe as a table."""
 
 from dgpo_fast.config.command_line import run_command
-from dgpo_fast.config.recipes import markdown_table
+from dgpo_fast.config.recipe_table import markdown_table
 from dgpo_fast.errors import UserError
 
 USAGE = "Print all recipes as a Markdown table. There is nothing to set."

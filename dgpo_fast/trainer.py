@@ -172,12 +172,14 @@ class Trainer:
             f"the group scores of iteration {self.iteration + 1}",
             sharded=self.models.shards is not None,
         )
+        sample_index = torch.arange(share.start, share.stop, device=self.device)
         drawn = Batch(
             iteration=self.iteration,
             x0=groups.x0,
             text=groups.text,
             advantage=torch.zeros(len(share), device=self.device),
-            group_index=torch.arange(share.start, share.stop, device=self.device) // share.group_size,
+            group_index=sample_index // share.group_size,
+            sample_index=sample_index,
             group_size=share.group_size,
             schedule=self.draw.schedule,
             transitions=groups.transitions,
@@ -207,8 +209,7 @@ class Trainer:
             return
         state: JsonObject = {"iteration": self.iteration}
         if self.models.shards is None:  # else each process has its own
-            averages = {**self.learner.old.weights, **{f"slow.{n}": w for n, w in self.learner.slow.weights.items()}}
-            state |= {"weights": checksum(self.models.weights), "averages": checksum(averages)}
+            state |= {f"{part} weights": checksum(weights) for part, weights in self.learner.weights.items()}
         try:
             compare(state, self.processes, f"after iteration {self.iteration}")
         except DriftError:

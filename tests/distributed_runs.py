@@ -50,6 +50,7 @@ SETTINGS = {
 SHARDED = ["--policy.train", "full", "--optimizer.lr", "3e-4", "--optimizer.eps", "1e-3", "--distributed.shard", "full"]
 START = {"A": (2, 32), "B": (32, 2)}
 """Shapes of the factors that a run starts from."""
+CENTRED = ["--objective", "crd", "--ema.switch-ema-ref", "none", "--ema.rollout-decay-per-step", "0.2"]
 SCENARIOS: dict[str, list[str]] = {
     "lora": ["--iterations", "20", "--evaluation.every", "20", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-5"],
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
@@ -88,6 +89,8 @@ SCENARIOS: dict[str, list[str]] = {
         "--ema.switch-ema-ref",
         "none",
     ],
+    "regression": ["--objective", "nft", "--ema.switch-ema-ref", "0"],
+    "centred rewards": [*CENTRED, "--policy.micro-batch", "2"],
     "sharded": [*SHARDED, "--iterations", "10", "--policy.micro-batch", "4", "--evaluation.every", "10"],
     "sharded, groups split": [
         *SHARDED,
@@ -114,6 +117,15 @@ SCENARIOS: dict[str, list[str]] = {
         "none",
         "--flow-grpo.unconditional-gradient",
         "false",
+    ],
+    "sharded, regression": [*SHARDED, "--objective", "nft", "--ema.switch-ema-ref", "0", "--nft.optimizer-steps", "2"],
+    "sharded, centred rewards, groups split": [
+        *SHARDED,
+        *CENTRED,
+        "--rollout.groups",
+        "1",
+        "--rollout.group-size",
+        "3",
     ],
     "hybrid shards": [*SHARDED[:-1], "hybrid"],
     "offline": ["--data.source", "offline", "--data.offline-groups", "7"],

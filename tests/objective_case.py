@@ -46,6 +46,7 @@ class Case:
             text=encoder(["a cat", "a dog", "a house"], ["", "a tree", "big"]).repeat_interleave(SIZE),
             advantage=(advantage - advantage.mean(1, keepdim=True)).flatten(),
             group_index=torch.arange(GROUPS).repeat_interleave(SIZE),
+            sample_index=torch.arange(GROUPS * SIZE),
             group_size=SIZE,
             schedule=make_schedule("dpmpp_2m", 6, 3.0),
         )

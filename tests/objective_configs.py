@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dgpo_fast.config.objective_options import FlowGRPO
@@ -55,7 +56,36 @@ def make_batch(advantage: np.ndarray) -> Batch:
         text=TextEmbeds.of_samples({"prompt": number.reshape(-1, 1, 1), "pooled": number.reshape(-1, 1)}),
         advantage=torch.from_numpy(advantage).flatten(),
         group_index=torch.arange(groups).repeat_interleave(size),
+        sample_index=torch.arange(count),
         group_size=size,
         schedule=make_schedule("euler", 2, 3.0, 0.7),
         transitions=Transitions(number.reshape(1, -1), number[None]),
     )
+
+
+def watched(case: Case, micro_batch: int = 12) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Gradient, metrics, and the rows of each forward of the base, and of the policy with and without a gradient."""
+    rows: dict[str, list[int]] = {"base": [], "policy": [], "constant": []}
+
+    def on_policy(_: object, __: tuple, kwargs: dict) -> None:
+        rows["policy" if torch.is_grad_enabled() else "constant"].append(len(kwargs["hidden_states"]))
+
+    hooks = [
+        case.models.base.register_forward_pre_hook(
+            lambda _, __, kwargs: rows["base"].append(len(kwargs["hidden_states"])), with_kwargs=True
+        ),
+        case.models.policy.register_forward_pre_hook(on_policy, with_kwargs=True),
+    ]
+    gradient, metrics = case.gradient(micro_batch)
+    for hook in hooks:
+        hook.remove()
+    return gradient, metrics, rows
+
+
+def assert_same(found: tuple, expected: tuple) -> None:
+    """Gradient and metrics, within rounding."""
+    assert expected[0].abs().max() > 0
+    assert (found[0] - expected[0]).abs().max() < 1e-5 * expected[0].abs().max()
+    assert found[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name

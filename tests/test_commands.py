@@ -10,7 +10,7 @@ import pytest
 
 from dgpo_fast.__main__ import COMMANDS
 from dgpo_fast.config.command_line import configure
-from dgpo_fast.config.recipes import markdown_table
+from dgpo_fast.config.recipe_table import markdown_table
 from dgpo_fast.models import loading
 
 

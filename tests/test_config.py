@@ -57,6 +57,37 @@ def test_gradient_of_flow_grpo(name: str) -> None:
     assert get_recipe(name).flow_grpo.unconditional_gradient is name.startswith("tiny-")
 
 
+def test_released_values_of_the_regressions() -> None:
+    """Those that their sources give, recipe by recipe: G, P, steps, guidance, m or β, KL weight, levels, lr."""
+    table = {
+        "sd35m-geneval-nft": (24, 48, 10, 1.0, 1.0, 1e-4, None, 1),
+        "sd35m-ocr-nft": (24, 48, 10, 1.0, 0.1, 1e-4, None, 2),
+        "sd35m-pickscore-nft": (24, 48, 10, 1.0, 1.0, 1e-4, None, 1),
+        "sd35m-geneval-awm": (24, 72, 14, 1.0, 1.0, 0.001, 6, 1),
+        "sd35m-ocr-awm": (24, 72, 14, 1.0, 1.0, 0.003, 6, 1),
+        "sd35m-pickscore-awm": (24, 72, 14, 1.0, 1.0, 0.0001, 6, 1),
+        "sd35m-geneval-ram": (24, 48, 20, 4.5, 100.0, None, 8, 1),
+        "sd35m-ocr-ram": (24, 48, 20, 4.5, 100.0, None, 8, 1),
+        "sd35m-pickscore-ram": (24, 48, 20, 4.5, 1000.0, None, 8, 1),
+        "sd35m-ocr-crd": (24, 48, 10, 1.0, 1.0, 0.1, None, 2),
+    }
+    for name, values in table.items():
+        c = get_recipe(name)
+        settings = getattr(c, c.objective)
+        found = (
+            c.rollout.group_size,
+            c.rollout.groups,
+            c.rollout.num_inference_steps,
+            c.rollout.guidance_scale,
+            {"awm": "ema_weight", "ram": "multiplier"}.get(c.objective, "beta"),
+            getattr(settings, "kl_weight", None),
+            settings.timesteps,
+            getattr(settings, "optimizer_steps", 1),
+        )
+        assert (*found[:4], getattr(settings, found[4]), *found[5:]) == values, name
+        assert (c.optimizer.lr, c.optimizer.weight_decay, c.advantage.std) == (3e-4, 1e-4, "global"), name
+
+
 @pytest.mark.parametrize(("decay", "halfway"), [("none", 0.2), ("linear", 0.1), ("cosine", 0.1)])
 def test_learning_rate(decay: Literal["none", "linear", "cosine"], halfway: float) -> None:
     """It starts where the setting says and falls towards 0, never below, whatever a resumed run's length."""

@@ -22,7 +22,15 @@ SAME_SHAPES, HYBRID = "samples one by one, uneven shares", "hybrid shards"
 COUNTS = {
     2: [name for name in SCENARIOS if "shard" not in name],
     3: ["lora", RESUMED],
-    4: ["lora", SAME_SHAPES, "small micro-batches, std of the iteration", "groups dropped", "pairs", HYBRID],
+    4: [
+        "lora",
+        SAME_SHAPES,
+        "small micro-batches, std of the iteration",
+        "groups dropped",
+        "pairs",
+        "centred rewards",
+        HYBRID,
+    ],
 }
 
 

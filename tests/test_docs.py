@@ -15,7 +15,7 @@ from benchmarks.pages import part
 from dgpo_fast.config.command_line import configure, take_option
 from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import flat
-from dgpo_fast.config.recipes import markdown_table, short_table
+from dgpo_fast.config.recipe_table import markdown_table, short_table
 from dgpo_fast.config.resuming import markdown_table as resuming_table
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import take_sources

@@ -127,7 +127,7 @@ def test_too_many_skipped_steps_stop_the_run_with_a_dump(seen: dict) -> None:
 
 
 def test_one_bit_of_drift_is_found_and_never_saved(seen: dict) -> None:
-    assert "after iteration 2: process 1 has other weights" in seen["drift"]
+    assert "after iteration 2: process 1 has other policy weights" in seen["drift"]
     assert not seen["saved after drift"]
 
 

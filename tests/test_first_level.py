@@ -233,6 +233,7 @@ def test_rows_of_the_recipe() -> None:
             text=text.repeat_interleave(count),
             advantage=(advantage - advantage.mean(1, keepdim=True)).flatten(),
             group_index=torch.arange(groups).repeat_interleave(size),
+            sample_index=torch.arange(count),
             group_size=size,
             schedule=make_schedule("dpmpp_2m", recipe.rollout.num_inference_steps, recipe.rollout.shift),
         )

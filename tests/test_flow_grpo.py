@@ -111,6 +111,7 @@ def test_flow_grpo_by_hand() -> None:
         text=TextEmbeds.of_samples({"prompt": torch.zeros(3, 1, 1), "pooled": torch.zeros(3, 1)}),
         advantage=torch.tensor([1.0, -2.0, 1.0]),
         group_index=torch.zeros(3, dtype=torch.int64),
+        sample_index=torch.arange(3),
         group_size=3,
         schedule=Schedule(
             "euler",

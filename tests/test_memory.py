@@ -180,6 +180,17 @@ RUNS = {
         "--flow-grpo.unconditional-gradient",
         "false",
     ],
+    "a regression from θ_old": ["--objective", "nft", "--ema.switch-ema-ref", "0", "--nft.timesteps", "2"],
+    "centred rewards, an average for rollouts": [
+        "--objective",
+        "crd",
+        "--crd.timesteps",
+        "2",
+        "--ema.switch-ema-ref",
+        "none",
+        "--ema.rollout-decay-per-step",
+        "0.1",
+    ],
     "low memory": [*LORA, "--low-memory"],
     "images of two by one": ["--rollout.resolution", "64x32"],
 }

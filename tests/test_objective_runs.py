@@ -30,6 +30,26 @@ SYSTEMS = {
     "dgpo-merged": ["--policy.forward=merged", "--precision=bf16"],
     "dgpo-offline": OFFLINE,
     "diffusion-dpo": ["--objective=diffusion_dpo", "--optimizer.lr=1e-3"],
+    "flow-grpo-window": [
+        "--objective=flow_grpo",
+        "--optimizer.lr=1e-3",
+        "--ema.switch-ema-ref=none",
+        *NOISE,
+        "--rollout.noise-kind=cps",
+        "--rollout.noise-steps=2",
+        "--flow-grpo.ratio=squared",
+        "--flow-grpo.steps=1",
+    ],
+    "nft": ["--objective=nft", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=0", "--nft.optimizer-steps=2"],
+    "awm": ["--objective=awm", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=none", "--awm.timesteps=2"],
+    "ram": ["--objective=ram", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=0", "--ram.timesteps=2"],
+    "crd": [
+        "--objective=crd",
+        "--optimizer.lr=1e-3",
+        "--ema.switch-ema-ref=none",
+        "--ema.rollout-decay-per-step=0.1",
+        "--ema.rollout-decay-delay=3",
+    ],
     "flow-grpo": ["--objective=flow_grpo", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=none", *NOISE],
 }
 

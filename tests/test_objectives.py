@@ -24,7 +24,7 @@ from dgpo_fast.objectives.registry import load_objective
 from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.seeds import stream_seed
 from tests.objective_case import GROUPS, SIZE, Case, make_config
-from tests.objective_configs import grpo_case, make_batch
+from tests.objective_configs import assert_same, grpo_case, make_batch, watched
 
 
 @settings(deadline=None)
@@ -130,34 +130,6 @@ def saving_case(objective: str, folder: Path, **engine: bool) -> Case:
         case = Case(folder, replace(make_config(kl_weight=0.0, clip_range=None), objective=objective))
     case.config = replace(case.config, engine=savings)
     return case
-
-
-def watched(case: Case, micro_batch: int = 12) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Gradient, metrics, and the rows of each forward of the base, and of the policy with and without a gradient."""
-    rows: dict[str, list[int]] = {"base": [], "policy": [], "constant": []}
-
-    def on_policy(_: object, __: tuple, kwargs: dict) -> None:
-        rows["policy" if torch.is_grad_enabled() else "constant"].append(len(kwargs["hidden_states"]))
-
-    hooks = [
-        case.models.base.register_forward_pre_hook(
-            lambda _, __, kwargs: rows["base"].append(len(kwargs["hidden_states"])), with_kwargs=True
-        ),
-        case.models.policy.register_forward_pre_hook(on_policy, with_kwargs=True),
-    ]
-    gradient, metrics = case.gradient(micro_batch)
-    for hook in hooks:
-        hook.remove()
-    return gradient, metrics, rows
-
-
-def assert_same(found: tuple, expected: tuple) -> None:
-    """Gradient and metrics, within rounding."""
-    assert expected[0].abs().max() > 0
-    assert (found[0] - expected[0]).abs().max() < 1e-5 * expected[0].abs().max()
-    assert found[1].keys() == expected[1].keys()
-    for name, value in expected[1].items():
-        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize("objective", ["dgpo", "diffusion_dpo", "flow_grpo with a KL term", DETACHED])

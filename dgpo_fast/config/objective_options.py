@@ -1,5 +1,6 @@
 """Settings of the objectives: from rewards to a gradient."""
 
+from math import inf
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -7,16 +8,35 @@ from pydantic.dataclasses import dataclass
 
 from dgpo_fast.config.bounds import STRICT, Count, Guidance, NonNegative, Positive
 
+Levels = Literal["grid", "strata", "uniform", "linear", "logit_normal"]
+"""How noise levels to train at are drawn."""
+Keys = Literal["sample", "group"]
+"""What has a training noise of its own."""
+
+
+def grid_steps(levels: Levels, steps: int) -> range | None:
+    """Of a rollout's grid of `steps`, those that `levels` draws from; None if it draws from all σ in (0, 1)."""
+    if levels == "grid":
+        return range(max(steps - 1, 1))
+    return range(1, max(9 * steps // 10, 2)) if levels == "strata" else None
+
 
 @dataclass(kw_only=True, config=STRICT)
 class Advantage:
-    """How rewards become advantages. The advantages of a group sum to zero."""
+    """How rewards become advantages. The advantages of a group sum to zero, unless some are clamped."""
 
-    std: Literal["group", "global"] = "group"
+    std: Literal["group", "global", "off"] = "group"
     """Standard deviation that rewards are divided by. group: that of the prompt's own group. global: that of all
-    images of the iteration."""
-    clamp: Positive = 5.0
-    """Advantages are clamped to [−clamp, clamp]."""
+    images of the iteration. off: rewards are not divided."""
+    clamp: Positive | None = 5.0
+    """Advantages are clamped to [−clamp, clamp]. None: they are not clamped."""
+    scale: Positive = 1.0
+    """Advantages are multiplied by this after they are clamped."""
+
+    @property
+    def bound(self) -> float:
+        """The largest advantage."""
+        return inf if self.clamp is None else self.clamp * self.scale
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -71,10 +91,112 @@ class FlowGRPO:
     clip_range: Positive = 1e-4
     """PPO clip on the probability ratio of each step. Log-probabilities are means over the latent's elements, so
     ratios stay close to 1."""
+    ratio: Literal["gaussian", "squared", "guard"] = "gaussian"
+    """Logarithm of the probability ratio of a step. gaussian: of the step's Gaussian. squared: without the division by
+    2·std², as Flow-CPS. guard: mean (z·Δμ) with the step's noise z, whose mean is 0 at the first update, and the loss
+    of a step divided by its length, as GRPO-Guard. The clip range has another meaning with each."""
+    steps: Count | None = None
+    """Train on N of the steps with noise, drawn anew in each iteration. None: on all of them."""
     kl_weight: NonNegative = 0.04
     """Weight of the KL divergence between the policy's and the reference's steps."""
     unconditional_gradient: bool = True
     """If rollouts are guided, back-propagate through the policy's unconditional velocity too. False: treat it as a
     constant, as the released code does; its forward pass then needs no backward pass."""
     optimizer_steps: Count = 2
+    """Optimizer steps per iteration. The iteration's groups are split evenly over them."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class NFT:
+    """The DiffusionNFT objective: a regression away from θ_old, towards good images and away from bad ones. θ_old draws
+    the rollouts (`ema.switch_ema_ref` 0)."""
+
+    beta: Positive = 1.0
+    """β: the velocity that is learned lies up to 1/β times as far from θ_old's as the image's own does."""
+    adaptive_weight: bool = True
+    """Divide each squared error by the mean absolute error of its prediction of x0, as the released code does."""
+    kl_weight: NonNegative = 1e-4
+    """Weight of the KL term: the mean squared distance between the velocities of the policy and the frozen base
+    model."""
+    levels: Levels = "grid"
+    """Noise levels to train at. grid: steps of the rollout's sigma grid but the last one. strata: one step from each of
+    M equal parts of the grid, without its first step and the last tenth. uniform: σ in [0.2, 1], one from each of M
+    equal parts. linear: σ in [0, 1] with a density that grows as σ. logit_normal: logit-normal, one from each of M
+    parts of equal weight, and shifted as the rollout's grid. The last three differ between images."""
+    timesteps: Count | None = None
+    """M: noise levels per image and iteration. None: all that `levels` grid or strata has."""
+    noise: Keys = "sample"
+    """Training noise. sample: each image has its own. group: the images of a group share it, as in DGPO."""
+    optimizer_steps: Count = 1
+    """Optimizer steps per iteration. The iteration's groups are split evenly over them."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class AWM:
+    """The AWM objective: flow matching on the policy's own images, weighted by the advantage. The policy draws the
+    rollouts (`ema.switch_ema_ref` none)."""
+
+    weighting: Literal["uniform", "sigma", "sigma2", "ghuber"] = "ghuber"
+    """What stands for the log-probability of an image with the denoising loss d. uniform: −d. sigma: −σ·d. sigma2:
+    −σ²·d. ghuber: −σ·d^p / p."""
+    ghuber_power: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """p of the `ghuber` weighting."""
+    kl_weight: NonNegative = 0.001
+    """Weight of the KL term: the mean squared distance between the velocities of the policy and the frozen base
+    model."""
+    ema_weight: NonNegative = 1.0
+    """Weight of the mean squared distance between the velocities of the policy and θ_old."""
+    clip_range: Positive | None = None
+    """PPO clip on exp of the difference of log-probabilities between the policy and θ_old, which must then draw the
+    rollouts (`ema.switch_ema_ref` 0). None: no clip."""
+    levels: Levels = "strata"
+    """Noise levels to train at, as in `nft.levels`."""
+    timesteps: Count = 6
+    """M: noise levels per image and iteration."""
+    noise: Keys = "sample"
+    """Training noise. sample: each image has its own. group: the images of a group share it, as in DGPO."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class RAM:
+    """The RAM objective: a regression from the base model's velocity towards good images, and away from bad ones."""
+
+    multiplier: Positive = 100.0
+    """m: how far the velocity is to move from the base model's, for an advantage of 1."""
+    residual: Literal["old", "policy"] = "old"
+    """Whose error the move is along. old: θ_old's, which must draw the rollouts (`ema.switch_ema_ref` 0). policy: the
+    policy's own, without a gradient; needs no forward pass of θ_old."""
+    levels: Levels = "linear"
+    """Noise levels to train at, as in `nft.levels`."""
+    timesteps: Count = 8
+    """M: noise levels per image and iteration."""
+    noise: Keys = "sample"
+    """Training noise. sample: each image has its own. group: the images of a group share it, as in DGPO."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class CRD:
+    """The CRD objective: the policy's implicit rewards, centred in each group, are to equal the real ones."""
+
+    beta: Positive = 1.0
+    """β: implicit rewards are to be 1/β times the real ones. The first gradient does not depend on it."""
+    loss: Literal["mse", "bce"] = "mse"
+    """Distance between implicit and real rewards: their mean squared difference, or the cross-entropy of their
+    sigmoids."""
+    adaptive_weight: bool = True
+    """Divide each denoising loss by the mean absolute error of its prediction."""
+    kl_weight: NonNegative = 0.1
+    """Weight of the KL term for the best images: the mean squared distance between the velocities of the policy and
+    the frozen base model."""
+    kl_weight_worst: NonNegative = 1e-4
+    """Weight of the KL term for the worst images. In between it grows with the advantage."""
+    kl_guidance_scale: Guidance = 4.5
+    """Guidance scale of the base model in the KL term. Above 1, guidance is distilled into the policy."""
+    levels: Levels = "grid"
+    """Noise levels to train at, as in `nft.levels`."""
+    timesteps: Count | None = None
+    """M: noise levels per image and iteration. None: all that `levels` grid or strata has."""
+    noise: Keys = "sample"
+    """Training noise. sample: each image has its own. group: the images of a group share it, as in DGPO."""
+    optimizer_steps: Count = 1
     """Optimizer steps per iteration. The iteration's groups are split evenly over them."""

@@ -6,6 +6,14 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from dgpo_fast.config.agreement import (
+    check_averages,
+    check_bound,
+    check_levels,
+    check_noise,
+    check_timesteps,
+    check_trained_steps,
+)
 from dgpo_fast.config.bounds import (
     STRICT,
     Count,
@@ -16,9 +24,10 @@ from dgpo_fast.config.bounds import (
     Positive,
     Resolution,
     Shift,
+    Steps,
     Text,
 )
-from dgpo_fast.config.objective_options import DGPO, Advantage, DiffusionDPO, FlowGRPO
+from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, Advantage, DiffusionDPO, FlowGRPO
 
 
 def _as_list_of_rewards(given: object) -> Sequence[str]:
@@ -45,6 +54,16 @@ class Rollout:
     """Solver. dpmpp_2m: DPM-Solver++(2M) on flow sigmas. euler: Euler steps; required if `noise_level` is above 0."""
     noise_level: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Noise added at every step; needs the `euler` solver. 0: a deterministic ODE. Flow-GRPO uses 0.7."""
+    noise_kind: Literal["sde", "constant", "cps"] = "sde"
+    """Steps with the noise level a. sde: of an SDE with the diffusion coefficient a·√(σ / (1 − σ)), as Flow-GRPO.
+    constant: of an SDE with the coefficient a, as DanceGRPO. cps: steps that replace a share of the state's noise, of
+    the size σ_next·sin(a·π/2), so that the state's noise level is exactly the grid's."""
+    noise_steps: Count | None = None
+    """N: only N steps in a row have noise, at a place that is drawn anew in each iteration. None: all steps."""
+    noise_among: Count | None = None
+    """The steps with noise lie among the first N steps. None: if `noise_steps` is given, among all but the last one."""
+    share_initial_noise: bool = False
+    """The images of a group start from the same noise, so that only the noise of their steps differs."""
     num_inference_steps: Count = 10
     """Solver steps per image."""
     guidance_scale: ModelGuidance = 4.5
@@ -156,11 +175,24 @@ class EMA:
     """Moving averages of the trained weights."""
 
     old_decay_per_step: NonNegative = 0.001
-    """Decay of θ_old, the fast average: min(old_decay_max, old_decay_per_step · iteration)."""
+    """Decay of θ_old, the fast average, after t optimizer steps, once per iteration: min(old_decay_max,
+    old_decay_start + old_decay_per_step · max(0, t − old_decay_delay))."""
+    old_decay_start: Decay = 0.0
+    """Decay of θ_old at the start."""
+    old_decay_delay: Steps = 0
+    """Optimizer steps before θ_old's decay grows."""
     old_decay_max: Decay = 0.3
     """Upper bound of θ_old's decay."""
-    switch_ema_ref: Annotated[int, Field(ge=0)] | None = 500
+    switch_ema_ref: Steps | None = 500
     """From iteration N on, θ_old draws the rollouts instead of the policy. None: the policy always draws them."""
+    rollout_decay_per_step: NonNegative | None = None
+    """If given, an average of its own draws all rollouts, so that θ_old can move at another pace. Its decay after t
+    optimizer steps: min(rollout_decay_max, rollout_decay_per_step · max(0, t − rollout_decay_delay)). None: there is
+    no such average."""
+    rollout_decay_delay: Steps = 0
+    """Optimizer steps before the decay of the rollouts' own average grows."""
+    rollout_decay_max: Decay = 0.999
+    """Upper bound of the decay of the rollouts' own average."""
     eval_decay_max: Decay = 0.9
     """Upper bound of the decay of the slow average, which is evaluated and saved: min(eval_decay_max, (1 + i) / (10
     + i)) in iteration i. 0: no averaging."""
@@ -341,13 +373,17 @@ class Config:
     name: str | None = None
     """Name of the run's folder. None: recipe, date and time."""
     objective: str = "dgpo"
-    """Training objective: dgpo, diffusion_dpo, flow_grpo, or your own `my_module:MyObjective`."""
+    """Training objective: dgpo, diffusion_dpo, flow_grpo, nft, awm, ram, crd, or your own `my_module:MyObjective`."""
     rollout: Rollout = Field(default_factory=Rollout)
     data: Data = Field(default_factory=Data)
     advantage: Advantage = Field(default_factory=Advantage)
     dgpo: DGPO = Field(default_factory=DGPO)
     diffusion_dpo: DiffusionDPO = Field(default_factory=DiffusionDPO)
     flow_grpo: FlowGRPO = Field(default_factory=FlowGRPO)
+    nft: NFT = Field(default_factory=NFT)
+    awm: AWM = Field(default_factory=AWM)
+    ram: RAM = Field(default_factory=RAM)
+    crd: CRD = Field(default_factory=CRD)
     policy: Policy = Field(default_factory=Policy)
     engine: Engine = Field(default_factory=Engine)
     optimizer: Optimizer = Field(default_factory=Optimizer)
@@ -358,15 +394,21 @@ class Config:
     log: Log = Field(default_factory=Log)
 
     def __post_init__(self) -> None:
-        if self.rollout.noise_level > 0 and self.rollout.solver != "euler":
+        rollout, name = self.rollout, self.objective
+        if rollout.noise_level > 0 and rollout.solver != "euler":
             raise ValueError(
-                f"rollout.noise_level is {self.rollout.noise_level:g} but rollout.solver is {self.rollout.solver}: "
+                f"rollout.noise_level is {rollout.noise_level:g} but rollout.solver is {rollout.solver}: "
                 "only --rollout.solver euler takes noise"
             )
-        grid = self.rollout.num_inference_steps
-        available = min(self.dgpo.high_noise_steps or grid, grid)
-        if self.objective == "dgpo" and self.dgpo.timesteps > available:
-            raise ValueError(
-                f"dgpo.timesteps is {self.dgpo.timesteps} but only {available} timesteps can be drawn "
-                "(rollout.num_inference_steps, dgpo.high_noise_steps): lower it or raise those"
-            )
+        check_noise(rollout)
+        check_averages(self.ema)
+        grid = rollout.num_inference_steps
+        if name == "dgpo":
+            available = min(self.dgpo.high_noise_steps or grid, grid)
+            check_timesteps("dgpo", self.dgpo.timesteps, available, "high_noise_steps")
+        if name == "flow_grpo":
+            check_trained_steps(self.flow_grpo.steps, rollout)
+        if name in ("nft", "crd"):
+            check_bound(name, self.advantage.clamp)
+        if name in ("nft", "awm", "ram", "crd"):
+            check_levels(name, getattr(self, name), grid)

@@ -6,14 +6,15 @@ has the present one.
 The `sd35m-*` recipes have the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512, and its gradient
 (docs/method.md). If the release's README and its configuration disagree, they follow the configuration. Those for
 Flow-GRPO have the values and the gradient of that method's release. No values were released for Diffusion-DPO; its
-recipes share DGPO's.
+recipes share DGPO's. Those of the other objectives are in objective_recipes.py.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from dgpo_fast.config.objective_options import DGPO, Advantage, FlowGRPO
+from dgpo_fast.config import objective_recipes
+from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, Advantage, FlowGRPO
 from dgpo_fast.config.options import EMA, Config, Data, Engine, Evaluation, Optimizer, Policy, Rollout
 from dgpo_fast.config.reading import YAML
 from dgpo_fast.errors import UserError
@@ -104,6 +105,35 @@ def tiny_shapes_flow_grpo() -> Config:
         optimizer=replace(tiny_shapes().optimizer, lr=1e-4),
         ema=replace(tiny_shapes().ema, switch_ema_ref=None),
     )
+
+
+def tiny_shapes_flow_grpo_fast() -> Config:
+    """Coloured shapes with Flow-GRPO on three steps with noise."""
+    return objective_recipes.fast_flow_grpo(tiny_shapes_flow_grpo())
+
+
+def tiny_shapes_nft() -> Config:
+    """Coloured shapes with DiffusionNFT: towards good images and away from bad ones."""
+    base = objective_recipes.small(tiny_shapes(), "nft", objective_recipes.nft_ema())
+    return replace(base, nft=NFT(beta=1.0, timesteps=4))
+
+
+def tiny_shapes_awm() -> Config:
+    """Coloured shapes with AWM: flow matching weighted by the advantage."""
+    base = objective_recipes.small(tiny_shapes(), "awm", objective_recipes.awm_ema())
+    return replace(base, awm=AWM(timesteps=4), advantage=Advantage(scale=0.2))
+
+
+def tiny_shapes_ram() -> Config:
+    """Coloured shapes with RAM: from the base model's velocity towards good images."""
+    base = objective_recipes.small(tiny_shapes(), "ram", objective_recipes.ram_ema())
+    return replace(base, ram=RAM(multiplier=100.0, timesteps=4), advantage=Advantage(std="global", clamp=None))
+
+
+def tiny_shapes_crd() -> Config:
+    """Coloured shapes with CRD: implicit rewards equal the real ones within a group."""
+    base = objective_recipes.small(tiny_shapes(), "crd", objective_recipes.crd_ema())
+    return replace(base, crd=CRD(kl_guidance_scale=3.0, timesteps=4))
 
 
 def sd35m_geneval() -> Config:
@@ -235,6 +265,61 @@ def sd35m_pickscore_diffusion_dpo() -> Config:
     return _diffusion_dpo(sd35m_pickscore())
 
 
+def sd35m_geneval_flow_grpo_fast() -> Config:
+    """SD3.5-Medium on GenEval with Flow-GRPO on three steps with noise, without guidance."""
+    return objective_recipes.sd35m_fast_flow_grpo(sd35m_geneval_flow_grpo())
+
+
+def sd35m_geneval_nft() -> Config:
+    """SD3.5-Medium on GenEval with DiffusionNFT."""
+    return objective_recipes.sd35m_nft(sd35m_geneval(), beta=1.0)
+
+
+def sd35m_ocr_nft() -> Config:
+    """SD3.5-Medium writing readable text with DiffusionNFT."""
+    return objective_recipes.sd35m_nft(sd35m_ocr(), beta=0.1, ocr=True)
+
+
+def sd35m_pickscore_nft() -> Config:
+    """SD3.5-Medium on human preference with DiffusionNFT."""
+    return objective_recipes.sd35m_nft(sd35m_pickscore(), beta=1.0)
+
+
+def sd35m_geneval_awm() -> Config:
+    """SD3.5-Medium on GenEval with AWM."""
+    return objective_recipes.sd35m_awm(sd35m_geneval(), kl_weight=0.001)
+
+
+def sd35m_ocr_awm() -> Config:
+    """SD3.5-Medium writing readable text with AWM."""
+    return objective_recipes.sd35m_awm(sd35m_ocr(), kl_weight=0.003)
+
+
+def sd35m_pickscore_awm() -> Config:
+    """SD3.5-Medium on human preference with AWM."""
+    return objective_recipes.sd35m_awm(sd35m_pickscore(), kl_weight=0.0001)
+
+
+def sd35m_geneval_ram() -> Config:
+    """SD3.5-Medium on GenEval with RAM."""
+    return objective_recipes.sd35m_ram(sd35m_geneval(), multiplier=100.0)
+
+
+def sd35m_ocr_ram() -> Config:
+    """SD3.5-Medium writing readable text with RAM."""
+    return objective_recipes.sd35m_ram(sd35m_ocr(), multiplier=100.0)
+
+
+def sd35m_pickscore_ram() -> Config:
+    """SD3.5-Medium on human preference with RAM."""
+    return objective_recipes.sd35m_ram(sd35m_pickscore(), multiplier=1000.0)
+
+
+def sd35m_ocr_crd() -> Config:
+    """SD3.5-Medium writing readable text with CRD."""
+    return objective_recipes.sd35m_crd(sd35m_ocr())
+
+
 _FUNCTIONS: tuple[Callable[[], Config], ...] = (
     tiny_shapes,
     tiny_ocr,
@@ -244,6 +329,11 @@ _FUNCTIONS: tuple[Callable[[], Config], ...] = (
     tiny_shapes_diffusion_dpo,
     tiny_shapes_diffusion_dpo_offline,
     tiny_shapes_flow_grpo,
+    tiny_shapes_flow_grpo_fast,
+    tiny_shapes_nft,
+    tiny_shapes_awm,
+    tiny_shapes_ram,
+    tiny_shapes_crd,
     sd35m_geneval,
     sd35m_ocr,
     sd35m_pickscore,
@@ -255,6 +345,17 @@ _FUNCTIONS: tuple[Callable[[], Config], ...] = (
     sd35m_geneval_diffusion_dpo,
     sd35m_ocr_diffusion_dpo,
     sd35m_pickscore_diffusion_dpo,
+    sd35m_geneval_flow_grpo_fast,
+    sd35m_geneval_nft,
+    sd35m_ocr_nft,
+    sd35m_pickscore_nft,
+    sd35m_geneval_awm,
+    sd35m_ocr_awm,
+    sd35m_pickscore_awm,
+    sd35m_geneval_ram,
+    sd35m_ocr_ram,
+    sd35m_pickscore_ram,
+    sd35m_ocr_crd,
 )
 RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 """Recipes by name: `tiny-shapes-offline` is `tiny_shapes_offline`."""
@@ -282,77 +383,4 @@ def prompts_note(config: Config) -> str:
         f"prompts: the papers train {config.recipe} on Pick-a-Pic, which is not shipped; GenEval's generated prompts "
         "replace it, so results do not compare with the papers'. If you have Pick-a-Pic's prompts, use "
         "--prompts pickapic.txt"
-    )
-
-
-MOST_USED = (
-    "tiny-shapes",
-    "tiny-ocr",
-    "tiny-shapes-offline",
-    "tiny-shapes-diffusion-dpo",
-    "tiny-shapes-flow-grpo",
-    "sd35m-geneval",
-    "sd35m-ocr",
-    "sd35m-pickscore",
-    "sd35m-cfgfree",
-    "sd35m-cfgfree-ema",
-)
-SHORT = ("recipe", "objective", "prompts", "rewards", "P × G", "rollout steps, guidance", "training timesteps, weights")
-
-
-def markdown_table(names: Iterable[str] = RECIPES, columns: Sequence[str] | None = None) -> str:
-    """Recipes side by side, as docs/recipes.md shows them: `python -m dgpo_fast.recipes`.
-
-    Args:
-        names: of the recipes, one a row.
-        columns: some of them, by their titles; all by default.
-    """
-    rows = [_cells(name, RECIPES[name]()) for name in names]
-    columns = columns or list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def short_table() -> str:
-    """The recipes that are used most, as the README shows them."""
-    return markdown_table(MOST_USED, SHORT)
-
-
-def _cells(name: str, config: Config) -> dict[str, str]:
-    """A recipe's row by the titles of its columns."""
-    rollout, policy = config.rollout, config.policy
-    timesteps, beta, kl, clip = _objective_cells(config)
-    rank = f" r{policy.lora_rank}" if policy.train == "lora" else ""
-    noise = f", noise {rollout.noise_level:g}" if rollout.noise_level else ""
-    return {
-        "recipe": f"`{name}`",
-        "objective": f"`{config.objective}`" + (", offline" if config.data.source == "offline" else ""),
-        "prompts": f"`{config.prompts}`" + (" in place of Pick-a-Pic" if prompts_note(config) else ""),
-        "rewards": ", ".join(f"`{reward}`" for reward in config.rewards),
-        "P × G": f"{rollout.groups} × {rollout.group_size}",
-        "rollout steps, guidance": f"{rollout.num_inference_steps}, {rollout.guidance_scale:g}{noise}",
-        "training timesteps, weights": f"{timesteps}, {policy.train}" + rank,
-        "β": beta,
-        "KL weight, guidance": kl,
-        "clip": clip,
-        "std": config.advantage.std,
-        "lr": f"{config.optimizer.lr:g}",
-    }
-
-
-def _objective_cells(config: Config) -> tuple[str, str, str, str]:
-    """Training timesteps, β, KL weight and guidance, clip."""
-    if config.objective == "diffusion_dpo":
-        dpo = config.diffusion_dpo
-        return f"{dpo.timesteps} logit-normal levels", f"{dpo.beta:g}", "", ""
-    if config.objective == "flow_grpo":
-        grpo = config.flow_grpo
-        steps = f"all steps but the last, {grpo.optimizer_steps} optimizer steps"
-        return steps, "", f"{grpo.kl_weight:g}, {config.rollout.guidance_scale:g}", f"{grpo.clip_range:g}"
-    dgpo = config.dgpo
-    return (
-        f"{dgpo.timesteps} of the first {dgpo.high_noise_steps or config.rollout.num_inference_steps} steps",
-        f"{dgpo.beta:g}" + (", EMA reference" if dgpo.reference == "ema" else ""),
-        f"{dgpo.kl_weight:g}, {dgpo.kl_guidance_scale:g}",
-        "off" if dgpo.clip_range is None else f"{dgpo.clip_range:g}",
     )

@@ -78,12 +78,12 @@ class Checkpoints:
         self._require_same(folder, state.info.get("depends", {}))
         learner, models = self.learner, self.learner.models
         try:
-            for part in ("policy", "old", "slow"):
+            for part in learner.weights:
                 if {name: tensor.shape for name, tensor in state.part(part).items()} != models.shapes:
                     raise ValueError(f"its {part} weights have other names or shapes")
             models.load_weights(models.parts(state.part("policy")))
-            learner.old.load(models.parts(state.part("old")))
-            learner.slow.load(models.parts(state.part("slow")))
+            for part, average in learner.averages.items():
+                average.load(models.parts(state.part(part)))
             load_optimizer(learner.optimizer, models.parts(state.part("optimizer")))
         except (ValueError, KeyError, RuntimeError) as error:
             reason = one_line(error)
@@ -102,12 +102,7 @@ class Checkpoints:
             raise SharedError(change(f"--resume {folder}", names, "the run began", remedy))
 
     def _parts(self) -> dict[str, Weights]:
-        return {
-            "policy": self.learner.models.weights,
-            "old": self.learner.old.weights,
-            "slow": self.learner.slow.weights,
-            "optimizer": optimizer_tensors(self.learner.optimizer),
-        }
+        return {**self.learner.weights, "optimizer": optimizer_tensors(self.learner.optimizer)}
 
     def _newest(self, folder: Path) -> tuple[State, list[str]]:
         """What process 0 finds on its disk, on every process."""

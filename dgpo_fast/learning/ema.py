@@ -9,6 +9,11 @@ TENSORS_AT_ONCE = 64
 """Few enough that the fp32 values of bf16 weights stay small beside the weights."""
 
 
+def ramp(step: int, *, per_step: float, largest: float, start: float = 0.0, delay: int = 0) -> float:
+    """A decay that grows with the optimizer steps taken: min(largest, start + per_step · max(0, step − delay))."""
+    return min(largest, start + per_step * max(step - delay, 0))
+
+
 class MovingAverage:
     """average ← decay · average + (1 − decay) · weights, in fp32.
 

@@ -11,12 +11,12 @@ from dgpo_fast.config.options import Config, Optimizer
 from dgpo_fast.distributed import Processes, SharedError
 from dgpo_fast.distributed.gradients import sum_gradients
 from dgpo_fast.distributed.guard import StepGuard, damage, gradient_norm
-from dgpo_fast.learning.ema import MovingAverage
+from dgpo_fast.learning.ema import MovingAverage, ramp
 from dgpo_fast.learning.optimizers import make_optimizer
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.batch import Batch, add_metrics
-from dgpo_fast.objectives.registry import load_objective
+from dgpo_fast.objectives.registry import load_objective, traits
 from dgpo_fast.records import Metrics
 from dgpo_fast.run.metrics import Phases, write_json
 from dgpo_fast.seeds import stream_seed
@@ -38,6 +38,7 @@ class Learner:
         optimizer: of the policy's weights.
         old: θ_old, the fast average.
         slow: the slow average, which is evaluated and saved.
+        drawing: the rollouts' own average; None if the policy or θ_old draws them.
         iteration: number of finished iterations.
         halfway: whether an iteration has taken some of its steps but is not complete. No run can resume from there.
     """
@@ -58,6 +59,9 @@ class Learner:
         )
         slow_device = torch.device("cpu") if config.ema.offload else None
         self.old, self.slow = MovingAverage(models.weights), MovingAverage(models.weights, slow_device)
+        is_apart = config.ema.rollout_decay_per_step is not None
+        self.drawing = MovingAverage(models.weights) if is_apart else None
+        self.optimizer_steps = traits(config).optimizer_steps
         self.guard = StepGuard(config.optimizer.max_skipped_steps, processes, models.dtype, note)
         self.iteration = 0
         self.halfway = False
@@ -92,11 +96,28 @@ class Learner:
         }
 
     def average(self, step: int) -> None:
-        """Updates both moving averages after iteration `step`, counted from 1."""
-        ema = self.config.ema
-        self.old.update(self.models.weights, min(ema.old_decay_max, ema.old_decay_per_step * step))
+        """Updates the moving averages after iteration `step`, counted from 1."""
+        ema, taken = self.config.ema, step * self.optimizer_steps
+        start, delay = ema.old_decay_start, ema.old_decay_delay
+        decay = ramp(taken, per_step=ema.old_decay_per_step, largest=ema.old_decay_max, start=start, delay=delay)
+        self.old.update(self.models.weights, decay)
+        if self.drawing is not None and ema.rollout_decay_per_step is not None:
+            per_step, delay = ema.rollout_decay_per_step, ema.rollout_decay_delay
+            decay = ramp(taken, per_step=per_step, largest=ema.rollout_decay_max, delay=delay)
+            self.drawing.update(self.models.weights, decay)
         if step % ema.eval_every == 0:
             self.slow.update(self.models.weights, self._slow_decay(step))
+
+    @property
+    def averages(self) -> dict[str, MovingAverage]:
+        """All moving averages, by their names in a checkpoint."""
+        apart = {} if self.drawing is None else {"drawing": self.drawing}
+        return {"old": self.old, "slow": self.slow, **apart}
+
+    @property
+    def weights(self) -> dict[str, Weights]:
+        """The policy's weights and all averages, by their names in a checkpoint."""
+        return {"policy": self.models.weights, **{part: average.weights for part, average in self.averages.items()}}
 
     def complete(self) -> None:
         """Counts an iteration as done. Both in one statement: an interrupt finds the old state or the new one."""
@@ -125,6 +146,8 @@ class Learner:
 
     def rollout_weights(self) -> Weights:
         """What draws the next iteration's images."""
+        if self.drawing is not None:
+            return self.drawing.weights
         switch = self.config.ema.switch_ema_ref
         return self.models.weights if switch is None or self.iteration < switch else self.old.weights
 

@@ -129,7 +129,7 @@ class Predictor:
             "trained weights": total * width,
             "gradients": total * FP32,
             "optimizer states": sum(state_bytes(numel, config.optimizer.name) for numel in trained),
-            "averages": total * FP32 * (1 if config.ema.offload and self.on_gpu else 2),
+            "averages": total * FP32 * self._averages(config),
             "decoder": _bytes(self.vae, self.dtype),
         }
         if self._merged(config):
@@ -148,6 +148,11 @@ class Predictor:
         if storage == "bf16_master":
             held["optimizer states"] += 2 * total
         return held if self._shards(config) == 1 else self._shared_out(held, self._shards(config))
+
+    def _averages(self, config: Config) -> int:
+        """Moving averages that are kept on the device."""
+        apart = config.ema.rollout_decay_per_step is not None
+        return 1 + apart + (not (config.ema.offload and self.on_gpu))
 
     def _shared_out(self, held: dict[str, int], shards: int) -> dict[str, int]:
         """What one of `shards` holds. Buffers and the decoder are not sharded."""

@@ -23,7 +23,9 @@ class Batch:
         x0: (B, C, H, W) fp32 final latents.
         text: the B prompts, and their negative prompts.
         advantage: (B,) fp32.
-        group_index: (B,) int64; equal within a group and different between the groups of an iteration. Keys the noise.
+        group_index: (B,) int64; equal within a group and different between the groups of an iteration. Keys the noise
+            that a group shares.
+        sample_index: (B,) int64; different between the samples of an iteration. Keys the noise of each.
         group_size: G, samples per group.
         schedule: the rollout's grid.
         transitions: every step of the rollout, for an objective that `needs_transitions`.
@@ -36,6 +38,7 @@ class Batch:
     text: TextEmbeds
     advantage: Tensor
     group_index: Tensor
+    sample_index: Tensor
     group_size: int
     schedule: Schedule
     transitions: Transitions | None = None
@@ -82,6 +85,7 @@ class Batch:
             text=self.text[rows],
             advantage=self.advantage[rows],
             group_index=self.group_index[rows],
+            sample_index=self.sample_index[rows],
             transitions=None if self.transitions is None else self.transitions[rows],
             padding=0,
         )

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class Traits:
         optimizer_steps: of an iteration, over which its groups are split.
         shared_sigma: σ of a noise level at which a group's samples may share one row of a forward
             (`objectives/first_level.py`); None if there is none.
+        drawn_by: whose rollouts it must learn from: "policy" the policy's own, "old" those of θ_old from the first
+            iteration on, "any" any.
         shardable: whether it runs on sharded weights, where some rows of a batch may be padding (`Batch.weight`).
     """
 
@@ -36,6 +39,7 @@ class Traits:
     frozen_policy: bool = False
     optimizer_steps: int = 1
     shared_sigma: float | None = None
+    drawn_by: Literal["any", "policy", "old"] = "any"
     shardable: bool = False
 
 

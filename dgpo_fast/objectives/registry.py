@@ -12,6 +12,10 @@ BUILT_IN = {
     "dgpo": "dgpo_fast.objectives.dgpo:DGPOObjective",
     "diffusion_dpo": "dgpo_fast.objectives.diffusion_dpo:DiffusionDPOObjective",
     "flow_grpo": "dgpo_fast.objectives.flow_grpo:FlowGRPOObjective",
+    "nft": "dgpo_fast.objectives.nft:NFTObjective",
+    "awm": "dgpo_fast.objectives.awm:AWMObjective",
+    "ram": "dgpo_fast.objectives.ram:RAMObjective",
+    "crd": "dgpo_fast.objectives.crd:CRDObjective",
 }
 
 
@@ -45,8 +49,15 @@ def load_objective(config: Config) -> Objective:
             f"distributed.shard {config.distributed.shard}: {what} does not declare that it runs with sharded weights; "
             "see `shardable` in docs/objectives.md"
         )
-    if not needs.needs_transitions:
-        return objective
+    if needs.needs_transitions:
+        _require_steps(config, what)
+    if config.data.source == "online":
+        _require_sampler(config, needs, what)
+    return objective
+
+
+def _require_steps(config: Config, what: str) -> None:
+    """Raises UserError if there are no steps of a rollout to learn from."""
     if config.data.source == "offline":
         raise UserError(
             f"data.source offline: {what} learns from the steps of its own rollouts; use --data.source online"
@@ -56,12 +67,30 @@ def load_objective(config: Config) -> Objective:
             f"{what} learns from the noise of the rollout's steps and rollout.noise_level is 0: give it some, "
             "as in --rollout.solver euler --rollout.noise-level 0.7"
         )
-    if config.ema.switch_ema_ref is not None:
+
+
+def _require_sampler(config: Config, needs: Traits, what: str) -> None:
+    """Raises UserError if other weights draw the rollouts than those that the objective must learn from."""
+    ema, parts = config.ema, "steps" if needs.needs_transitions else "images"
+    if needs.drawn_by == "any":
+        return
+    whose = "its own policy" if needs.drawn_by == "policy" else "θ_old"
+    if ema.rollout_decay_per_step is not None:
         raise UserError(
-            f"{what} learns from the steps of its own policy and ema.switch_ema_ref {config.ema.switch_ema_ref} lets "
+            f"{what} learns from the {parts} of {whose} and ema.rollout_decay_per_step {ema.rollout_decay_per_step:g} "
+            "lets another average draw them: use --ema.rollout-decay-per-step none"
+        )
+    if needs.drawn_by == "policy" and ema.switch_ema_ref is not None:
+        raise UserError(
+            f"{what} learns from the {parts} of its own policy and ema.switch_ema_ref {ema.switch_ema_ref} lets "
             "its average draw them later: use --ema.switch-ema-ref none"
         )
-    return objective
+    if needs.drawn_by == "old" and ema.switch_ema_ref != 0:
+        given = "none" if ema.switch_ema_ref is None else ema.switch_ema_ref
+        raise UserError(
+            f"{what} learns from the {parts} of θ_old and ema.switch_ema_ref {given} lets the policy draw them: "
+            "use --ema.switch-ema-ref 0"
+        )
 
 
 def _find(name: str) -> tuple[Any, str]:

@@ -266,7 +266,7 @@ def held_mib(trainer: Trainer) -> dict[str, float]:
         "policy's own weights": _tensors(models.policy),
         "decoder": [*_tensors(trainer.pipeline.vae), *_tensors(trainer.engine.decoder.vae)],
         "prompt encoders": [t for encoder in text_encoders(encoders) for t in _tensors(encoder)] if encoders else [],
-        "averages": [*trainer.learner.old.weights.values(), *trainer.learner.slow.weights.values()],
+        "averages": [t for average in trainer.learner.averages.values() for t in average.weights.values()],
         "optimizer states": list(optimizer_tensors(trainer.learner.optimizer).values()),
     }
     seen: set[int] = set()

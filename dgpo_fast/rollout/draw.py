@@ -50,11 +50,16 @@ class Drawn(Protocol):
 
 
 def make_draw(
-    family: Family, of: Drawn, grid: Grid, batch_size: int, device: torch.device, noise_level: float = 0.0
+    family: Family,
+    of: Drawn,
+    grid: Grid,
+    batch_size: int,
+    device: torch.device,
+    noise: tuple[float, str] = (0.0, "sde"),
 ) -> Draw:
-    """How a model of `family` draws by the settings `of`, on their `grid`."""
-    steps = of.num_inference_steps
-    schedule = make_schedule(of.solver, steps, grid.shift, noise_level, linear=grid.linear, last=grid.last)
+    """How a model of `family` draws by the settings `of`, on their `grid`; `noise` of steps is its level and kind."""
+    steps, (level, kind) = of.num_inference_steps, noise
+    schedule = make_schedule(of.solver, steps, grid.shift, level, noise_kind=kind, linear=grid.linear, last=grid.last)
     return Draw(schedule.to(device), family.guidance(of.guidance_scale), batch_size)
 
 
@@ -67,6 +72,6 @@ def run_draws(
         own_grid(family, rollout.shift, of.num_inference_steps, rollout.resolution) for of in (rollout, evaluation)
     ]
     return (
-        make_draw(family, rollout, grids[0], batch_size, device, rollout.noise_level),
+        make_draw(family, rollout, grids[0], batch_size, device, (rollout.noise_level, rollout.noise_kind)),
         make_draw(family, evaluation, grids[1], eval_batch_size, device),
     )

@@ -59,6 +59,14 @@ class GroupPlace:
     row: int
 
 
+EARLIER: Mapping[str, object] = {
+    "rollout.negative_prompt": "",
+    "rollout.noise_kind": "sde",
+    "rollout.share_initial_noise": False,
+}
+"""Conditions that earlier versions did not keep, as they were."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """One group as it was stored: x0 (G, C, H, W) fp32, rewards and their parts (G,) fp32."""
@@ -87,7 +95,7 @@ class GroupFolder:
             return None
         try:
             found = Drawing(**json.loads(path.read_text(encoding="utf-8")))
-            conditions = {"rollout.negative_prompt": "", **found.conditions}  # earlier versions had none
+            conditions = {**EARLIER, **found.conditions}
             before = {name: conditions.get(name) for name in wanted.conditions}
             differs = changed(before, wanted.conditions, self.earlier)
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -20,6 +20,7 @@ from dgpo_fast.rewards import RewardPool
 from dgpo_fast.rewards.gather import gather_scores
 from dgpo_fast.rewards.pool.pool import Scoring
 from dgpo_fast.rollout.draw import Draw
+from dgpo_fast.rollout.noisy_steps import RolloutNoise
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.source import Groups
 from dgpo_fast.rollout.step_noise import StepNoise, joined
@@ -38,7 +39,7 @@ class RolloutWorker:
         sampler: draws with that copy.
         draw: how.
         rewards: score the images.
-        keep_transitions: whether every step of a rollout with noise is kept.
+        noise: where noise is shared and moved, and whether steps with noise are kept.
         phases: seconds of each part go there.
         work: what the forwards do is counted there.
     """
@@ -48,7 +49,7 @@ class RolloutWorker:
     sampler: Sampler
     draw: Draw
     rewards: RewardPool
-    keep_transitions: bool
+    noise: RolloutNoise
     phases: Phases
     work: WorkMeter
 
@@ -70,14 +71,17 @@ class RolloutWorker:
             text = text.with_embedded(self.draw.guidance.embedded)  # as the objective reads it
         with self.phases("rollout"):
             self.models.load_behaviour(weights)
+        if self.noise.window is not None:
+            self.noise.window.place(number)
         samples = torch.tensor(positions, device=self.models.device)
+        starts = samples // size * size if self.noise.share_initial else samples
         latents, noises, waiting = [], [], deque()  # type: ignore[var-annotated]
         for rows in batch_slices(len(positions), self.draw.batch_size):
             with self.phases("rollout"):
                 noises.append(self._step_noise(samples[rows], seed, number))
                 x0 = self.sampler.latents(
                     text[rows],
-                    samples[rows],
+                    starts[rows],
                     self.draw,
                     seed=stream_seed(seed, "initial noise"),
                     number=number,
@@ -112,7 +116,7 @@ class RolloutWorker:
     def _step_noise(self, samples: torch.Tensor, seed: int, number: int) -> StepNoise | None:
         if self.draw.schedule.noise is None:
             return None
-        return StepNoise(samples, seed=stream_seed(seed, "step noise"), draw=number, keep=self.keep_transitions)
+        return StepNoise(samples, seed=stream_seed(seed, "step noise"), draw=number, keep=self.noise.keep_steps)
 
 
 @dataclass(eq=False)

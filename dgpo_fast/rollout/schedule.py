@@ -6,7 +6,7 @@ scheduler draws. The steps are linear in the state and the predictions; `dgpo_ke
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import expm1, inf, log, sqrt
+from math import cos, expm1, inf, log, pi, sin, sqrt
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -67,13 +67,14 @@ def make_schedule(
     shift: float,
     noise_level: float = 0.0,
     *,
+    noise_kind: str = "sde",
     linear: bool = False,
     last: float | None = None,
 ) -> Schedule:
     """The grid of `num_inference_steps` steps shifted by `shift`, for "dpmpp_2m" or "euler".
 
-    A `noise_level` above 0 makes an "euler" rollout stochastic (`_stochastic_steps`). `linear` and `last` are those of
-    `models.family.Grid`.
+    A `noise_level` above 0 makes an "euler" rollout stochastic: `noise_kind` is one of NOISE_KINDS. `linear` and `last`
+    are those of `models.family.Grid`.
     """
     if linear:
         grid = linear_sigmas(num_inference_steps, shift, last)
@@ -89,7 +90,7 @@ def make_schedule(
             raise ValueError("noise_level: only the euler solver has a stochastic form")
         coefficients = _dpmpp_2m_coefficients(sigmas)
     elif noise_level > 0:
-        coefficients, noise = _stochastic_steps(sigmas, noise_level)
+        coefficients, noise = NOISE_KINDS[noise_kind](sigmas, noise_level)
     else:
         coefficients = [[after - sigma] for sigma, after in pairwise(sigmas)]
     return Schedule(
@@ -128,6 +129,34 @@ def _stochastic_steps(sigmas: list[float], noise_level: float) -> tuple[list[lis
         drift.append([(1.0 + variance * (1.0 - sigma) / (2.0 * sigma)) * dt])
         noise.append([variance / (2.0 * sigma) * dt, sqrt(-variance * dt)])
     return drift, noise
+
+
+def _constant_steps(sigmas: list[float], noise_level: float) -> tuple[list[list[float]], list[list[float]]]:
+    """As `_stochastic_steps`, with s = noise_level at every σ (DanceGRPO, arXiv 2505.07818)."""
+    drift, noise = [], []
+    for sigma, after in pairwise(sigmas):
+        dt, half = after - sigma, noise_level**2 / (2.0 * sigma)
+        drift.append([(1.0 + half * (1.0 - sigma)) * dt])
+        noise.append([half * dt, noise_level * sqrt(-dt)])
+    return drift, noise
+
+
+def _preserving_steps(sigmas: list[float], noise_level: float) -> tuple[list[list[float]], list[list[float]]]:
+    """Steps whose states have exactly the grid's noise levels (Flow-CPS, arXiv 2509.05952).
+
+    With c = σ_next·sin(noise_level·π/2) and q = √(σ_next² − c²), a step is (1 − σ_next)·x0 + q·ε + c·z, where
+    x0 = x − σ·v and ε = x + (1 − σ)·v are predictions: fresh noise z replaces a share of the predicted one.
+    """
+    drift, noise = [], []
+    for sigma, after in pairwise(sigmas):
+        kept = after * cos(noise_level * pi / 2)
+        drift.append([kept * (1.0 - sigma) - sigma * (1.0 - after)])
+        noise.append([kept - after, after * sin(noise_level * pi / 2)])
+    return drift, noise
+
+
+NOISE_KINDS = {"sde": _stochastic_steps, "constant": _constant_steps, "cps": _preserving_steps}
+"""Coefficients [b] and noise [a, c] of each step, from the grid and the noise level; see `Schedule`."""
 
 
 def _dpmpp_2m_coefficients(sigmas: list[float]) -> list[list[float]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgpo_fast.config.objective_options import DGPO, DiffusionDPO, FlowGRPO
+from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, DiffusionDPO, FlowGRPO
 from dgpo_fast.config.options import EMA, Config, Engine, Policy, Rollout
 from dgpo_fast.engine import Engine as RunEngine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
@@ -64,7 +64,11 @@ def make_config(train: str = "lora", objective: str = "dgpo", **engine: Any) -> 
         dgpo=DGPO(beta=100.0, clip_range=0.01, kl_weight=0.5, kl_guidance_scale=2.0, timesteps=2, high_noise_steps=3),
         diffusion_dpo=DiffusionDPO(beta=10.0, timesteps=3),
         flow_grpo=FlowGRPO(clip_range=0.05, kl_weight=0.0, unconditional_gradient=not detached, optimizer_steps=1),
-        ema=EMA(switch_ema_ref=None),
+        nft=NFT(kl_weight=0.1, timesteps=3),
+        awm=AWM(kl_weight=0.0, ema_weight=0.0, timesteps=2),
+        ram=RAM(multiplier=2.0, timesteps=3),
+        crd=CRD(kl_guidance_scale=2.0, timesteps=3),
+        ema=EMA(switch_ema_ref=0 if objective in ("nft", "ram") else None),
         policy=Policy(train=train, lora_rank=4, lora_alpha=8.0, micro_batch=8),  # type: ignore[arg-type]
         engine=Engine(**{**OFF, **engine}),
     )
@@ -154,6 +158,7 @@ class EngineCase:
             text=self.encoder(PROMPTS).repeat_interleave(SIZE),
             advantage=advantage.flatten().to(self.device),
             group_index=torch.arange(GROUPS, device=self.device).repeat_interleave(SIZE),
+            sample_index=torch.arange(GROUPS * SIZE, device=self.device),
             group_size=SIZE,
             schedule=self.draw.schedule,
             transitions=self._transitions(x0) if self.draw.schedule.noise is not None else None,

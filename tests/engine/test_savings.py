@@ -25,6 +25,7 @@ SAVINGS: dict[str, dict[str, Any]] = {
     "checkpointing": {"checkpointing": "blocks"},
     "selective checkpointing": {"checkpointing": "selective"},
 }
+REGRESSIONS = ("nft", "awm", "ram", "crd")
 
 
 def everything() -> dict[str, Any]:
@@ -79,10 +80,17 @@ def test_each_saving_alone(saving: str, folder: Path | str) -> None:
 
 
 @pytest.mark.parametrize("saving", ["timesteps at once", "equal groups"])
-@pytest.mark.parametrize("objective", ["diffusion_dpo", "flow_grpo", "flow_grpo, detached"])
+@pytest.mark.parametrize("objective", ["diffusion_dpo", "flow_grpo", "flow_grpo, detached", *REGRESSIONS])
 def test_savings_of_the_other_objectives(objective: str, saving: str, random_pipeline: Path) -> None:
     """Those that an objective has a part in."""
     case = EngineCase(random_pipeline, make_config(objective=objective, **SAVINGS[saving]))
+    assert_within_budget(random_pipeline, "lora", torch.float32, computed(case), objective)
+
+
+@pytest.mark.parametrize("objective", REGRESSIONS)
+def test_compiled_blocks_of_the_other_objectives(objective: str, random_pipeline: Path) -> None:
+    """Whose forwards have other numbers of rows."""
+    case = EngineCase(random_pipeline, make_config(objective=objective, **SAVINGS["compile"]))
     assert_within_budget(random_pipeline, "lora", torch.float32, computed(case), objective)
 
 

@@ -1,0 +1,114 @@
+"""What must hold between settings; each check raises ValueError in one line that names them and the remedy."""
+
+from typing import Literal, Protocol
+
+from dgpo_fast.config.objective_options import Levels, grid_steps
+
+
+class RolloutSettings(Protocol):
+    """Of `options.Rollout`, what is checked."""
+
+    num_inference_steps: int
+    noise_level: float
+    noise_kind: Literal["sde", "constant", "cps"]
+    noise_steps: int | None
+    noise_among: int | None
+    share_initial_noise: bool
+
+
+class AverageSettings(Protocol):
+    """Of `options.EMA`, what is checked."""
+
+    switch_ema_ref: int | None
+    rollout_decay_per_step: float | None
+
+
+class LevelSettings(Protocol):
+    """Of an objective that draws noise levels, what is checked."""
+
+    levels: Levels
+
+    @property
+    def timesteps(self) -> int | None: ...
+
+
+def steps_with_noise(rollout: RolloutSettings) -> int:
+    """How many steps of a rollout with noise can be learned from."""
+    return rollout.noise_steps or rollout.noise_among or max(rollout.num_inference_steps - 1, 1)
+
+
+def check_noise(rollout: RolloutSettings) -> None:
+    """Of rollouts with noise."""
+    if rollout.noise_kind == "cps" and rollout.noise_level > 1:
+        raise ValueError(
+            f"rollout.noise_level is {rollout.noise_level:g} but rollout.noise_kind cps takes at most 1, where all "
+            "noise is replaced: lower it"
+        )
+    given = {"noise_steps": rollout.noise_steps, "noise_among": rollout.noise_among}
+    given["share_initial_noise"] = rollout.share_initial_noise or None
+    for name, value in given.items():
+        if rollout.noise_level == 0 and value is not None:
+            raise ValueError(
+                f"rollout.{name} is {str(value).lower()} but rollout.noise_level is 0: give it some, as in "
+                "--rollout.solver euler --rollout.noise-level 0.7"
+            )
+    most = max(rollout.num_inference_steps - 1, 1)
+    among = rollout.noise_among or most
+    if among > most:
+        raise ValueError(
+            f"rollout.noise_among is {among} but the last of {rollout.num_inference_steps} steps is not learned from: "
+            f"use at most {most}, or raise rollout.num_inference_steps"
+        )
+    if rollout.noise_steps is not None and rollout.noise_steps > among:
+        raise ValueError(
+            f"rollout.noise_steps is {rollout.noise_steps} but the steps with noise lie among the first {among} "
+            "(rollout.noise_among): lower it or raise that"
+        )
+
+
+def check_averages(ema: AverageSettings) -> None:
+    """Of the weights that draw the rollouts."""
+    if ema.rollout_decay_per_step is not None and ema.switch_ema_ref is not None:
+        raise ValueError(
+            f"ema.rollout_decay_per_step is {ema.rollout_decay_per_step:g} and ema.switch_ema_ref is "
+            f"{ema.switch_ema_ref}: only one average can draw the rollouts; use --ema.switch-ema-ref none"
+        )
+
+
+def check_timesteps(objective: str, timesteps: int, available: int, limit: str) -> None:
+    """Of the steps of the rollout's grid that an objective trains on; its setting `limit` says how many there are."""
+    if timesteps > available:
+        raise ValueError(
+            f"{objective}.timesteps is {timesteps} but only {available} timesteps can be drawn "
+            f"(rollout.num_inference_steps, {objective}.{limit}): lower it or raise those"
+        )
+
+
+def check_levels(objective: str, settings: LevelSettings, grid: int) -> None:
+    """Of noise levels, for a rollout of `grid` steps."""
+    steps = grid_steps(settings.levels, grid)
+    if steps is None and settings.timesteps is None:
+        raise ValueError(
+            f"{objective}.timesteps is none but {objective}.levels {settings.levels} has no end: give a number, as 4"
+        )
+    if steps is not None and settings.timesteps is not None:
+        check_timesteps(objective, settings.timesteps, len(steps), "levels")
+
+
+def check_trained_steps(steps: int | None, rollout: RolloutSettings) -> None:
+    """Of the steps of a rollout with noise that Flow-GRPO trains on."""
+    available = steps_with_noise(rollout)
+    if steps is not None and steps > available:
+        raise ValueError(
+            f"flow_grpo.steps is {steps} but only {available} steps have noise that can be learned from "
+            "(rollout.noise_steps, rollout.noise_among): lower it or raise those"
+        )
+
+
+def check_bound(objective: str, clamp: float | None) -> None:
+    """Of advantages, for an objective that maps them to [0, 1]."""
+    if clamp is None:
+        raise ValueError(
+            f"advantage.clamp is none but objective {objective} maps [−clamp, clamp] to [0, 1]: give a number, "
+            "as --advantage.clamp 5"
+        )

@@ -1,0 +1,160 @@
+"""Centered Reward Distillation (arXiv 2603.14128): the policy's implicit rewards within a group become the real ones.
+
+At each noise level, with x_t = (1 − σ)·x0 + σ·ε, v* = ε − x0, and b and r = A/(2b) + ½ as in DiffusionNFT
+(`objectives/nft.py`), the implicit reward of an image is how much closer to it the policy predicts than θ_old does,
+
+    r̂ = mean (v_old − v*)²/w_old − mean (v − v*)²/w        w = stop[mean |v − v*|], or 1
+
+Both rewards are centred in the group, r̂_c = r̂ − stop[mean_g r̂] and r_c = r − mean_g r, which cancels what is unknown of
+a prompt. The loss is the mean over samples and noise levels of
+
+    (b/β)·(β·r̂_c − r_c)² + kl(r) · mean (v − v_base)²        kl(r) = kl_weight_worst + r·(kl_weight − kl_weight_worst)
+
+or, with `crd.loss` bce, of (b/β)·BCE(sigmoid(β·r̂_c), sigmoid(r_c)) in place of the square. v_base has guidance: what it
+knows is distilled into the policy, and the most into the best images. If a group does not lie in one micro-batch, a
+pass without gradients finds mean_g r̂ first.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
+
+from dgpo_fast.config.objective_options import CRD
+from dgpo_fast.config.options import Config
+from dgpo_fast.models.family import Guidance
+from dgpo_fast.models.forward import batch_slices
+from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.denoising import (
+    DenoisingObjective,
+    Noised,
+    levels_at_once,
+    mean_abs,
+    mean_square,
+    policy_v,
+    preference,
+    sweep,
+)
+from dgpo_fast.objectives.protocol import Traits
+
+GroupMeans = Callable[[Tensor, Noised], Tensor]
+"""Values (B,) of samples, and the samples → each one's mean over its group, (B,)."""
+
+
+def in_groups(values: Tensor, noised: Noised) -> Tensor:
+    """`GroupMeans` of whole groups, one after another."""
+    size = noised.batch.group_size
+    return values.reshape(-1, size).mean(1).repeat_interleave(size)
+
+
+class CRDObjective(DenoisingObjective):
+    """Centered Reward Distillation; the module's docstring has the loss."""
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        """See `Objective.traits`."""
+        return Traits(
+            levels_at_once=levels_at_once(config, config.crd),
+            guided_base=_has_kl(config.crd) and Guidance(config.crd.kl_guidance_scale).pairs,
+            optimizer_steps=config.crd.optimizer_steps,
+            shardable=True,
+        )
+
+    def __init__(self, config: Config):
+        crd = config.crd
+        super().__init__(config, crd, ref=_has_kl(crd), old=True, guidance_scale=crd.kl_guidance_scale)
+        self.config, self.bound = crd, config.advantage.bound
+
+    def without_samples(self, batch: Batch) -> dict[str, Tensor]:
+        """See `DenoisingObjective.without_samples`: the others may add up the rewards of groups that they share."""
+        if batch.part is not None:
+            for _ in self.drawn_levels(batch):
+                batch.part.sum_group_scores(batch.advantage)
+        return {}
+
+    def backward(self, noised: Noised, models: PolicyModels, scale: float) -> dict[str, Tensor]:
+        """See `DenoisingObjective.backward`."""
+        batch, size = noised.batch, self.micro_batch
+        split = batch.part is not None and batch.part.split
+        means: GroupMeans = in_groups
+        if split and len(noised) <= size:
+            means = partial(_over_processes, padding=batch.padding)
+        elif split or batch.group_size > size:
+            noised, means = self._with_means(noised, models), _known
+        else:
+            size = size // batch.group_size * batch.group_size
+        wanted = preference(batch.advantage, self.bound) - self._mean_preference(batch)
+        noised = replace(noised, predicted={**noised.predicted, "wanted": wanted})
+        return sweep(noised, models, scale, size, partial(self.losses, means=means))
+
+    def _with_means(self, noised: Noised, models: PolicyModels) -> Noised:
+        """`noised` with the mean implicit reward of each sample's group, from a pass without a gradient."""
+        with torch.no_grad():
+            parts = [noised[rows] for rows in batch_slices(len(noised), self.forward_batch)]
+            reward = torch.cat([implicit_reward(policy_v(models, part.inputs), part, self.config) for part in parts])
+        mean = _over_processes(reward, noised, padding=noised.batch.padding)
+        return replace(noised, predicted={**noised.predicted, "mean_reward": mean})
+
+    def _mean_preference(self, batch: Batch) -> Tensor:
+        """mean_g r of each sample's group, (B,)."""
+        part, size = batch.part, batch.group_size
+        everyone = batch.advantage if part is None else part.advantage.to(batch.x0.device)
+        means = preference(everyone, self.bound).reshape(-1, size).mean(1)
+        position = torch.arange(len(batch.x0), device=means.device) + (0 if part is None else part.first)
+        return means[(position // size).clamp(max=len(means) - 1)]  # padding has a weight of 0
+
+    def losses(self, policy_v: Tensor, noised: Noised, means: GroupMeans = in_groups) -> dict[str, Tensor]:
+        """See `DenoisingObjective.losses`. `noised.predicted` also has `wanted`, r_c of each sample."""
+        reward, beta = implicit_reward(policy_v, noised, self.config), self.config.beta
+        centred = reward - means(reward.detach(), noised)
+        found = {
+            "loss": self.bound / beta * _distance(beta * centred, noised.predicted["wanted"], self.config.loss),
+            "dsm_policy": mean_square(policy_v.detach() - noised.target_v),
+            "old_distance": mean_square(policy_v.detach() - noised.velocity("old_v")),
+        }
+        if self.ref:
+            found["kl"] = mean_square(policy_v - noised.velocity("ref_v"))
+            worst, share = self.config.kl_weight_worst, preference(noised.batch.advantage, self.bound)
+            found["loss"] = found["loss"] + (worst + share * (self.config.kl_weight - worst)) * found["kl"]
+        return found
+
+
+def implicit_reward(policy_v: Tensor, noised: Noised, config: CRD) -> Tensor:
+    """r̂ of each sample, (B,)."""
+
+    def error(velocity: Tensor) -> Tensor:
+        difference = velocity - noised.target_v
+        return mean_square(difference) / (mean_abs(difference) if config.adaptive_weight else 1.0)
+
+    return error(noised.velocity("old_v")) - error(policy_v)
+
+
+def _has_kl(config: CRD) -> bool:
+    return max(config.kl_weight, config.kl_weight_worst) > 0
+
+
+def _distance(scaled: Tensor, wanted: Tensor, kind: str) -> Tensor:
+    if kind == "mse":
+        return (scaled - wanted).square()
+    return binary_cross_entropy_with_logits(scaled, torch.sigmoid(wanted), reduction="none")
+
+
+def _known(values: Tensor, noised: Noised) -> Tensor:
+    return noised.predicted["mean_reward"]
+
+
+def _over_processes(values: Tensor, noised: Noised, *, padding: int) -> Tensor:
+    """`GroupMeans` of all of a process's samples, of which the last `padding` are no samples; the processes that share
+    a group must call it together."""
+    part, size = noised.batch.part, noised.batch.group_size
+    own = len(values) - padding
+    before, count = (0, own // size) if part is None else (part.before, -(-(part.before + own) // size))
+    group = (torch.arange(own, device=values.device) + before) // size
+    # A product, since sums by index have no fixed order on a GPU.
+    member = (group == torch.arange(count, device=values.device)[:, None]).to(values.dtype)
+    mean = (member @ values[:own] / size)[group]
+    return pad(mean if part is None else part.sum_group_scores(mean), (0, padding))
