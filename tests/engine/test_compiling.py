@@ -9,11 +9,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.compile import StaticBatches
-from dgpo_fast.models.family import Rows
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.registry import load_objective
 from tests.engine.cases import EngineCase, make_config
+from tests.sd3 import stand_in
 
 OBJECTIVES = ["dgpo", "diffusion_dpo", "flow_grpo", "flow_grpo, detached"]
 SHARED = "dgpo with one row a group"
@@ -59,24 +59,20 @@ def test_a_batch_is_padded_to_what_is_compiled() -> None:
 
 
 class Scaled(torch.nn.Module):
-    """A transformer whose family multiplies a row by its timestep."""
+    """Multiplies a row by its timestep."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.dgpo_family = self
-
-    def velocity(
-        self, transformer: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, condition: Rows, embedded: None
-    ) -> torch.Tensor:
-        self.rows = len(condition["prompt"])
-        return x_t * timestep[:, None]
+    def forward(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
+    ) -> tuple[torch.Tensor]:
+        self.rows = len(encoder_hidden_states)
+        return (hidden_states * timestep[:, None],)
 
 
 def test_padding_is_seen_neither_in_the_output_nor_in_the_gradient() -> None:
-    module = Scaled()
+    module = stand_in(Scaled())
     StaticBatches([], training=[4]).attach(module)
     x, scale = torch.arange(6.0).reshape(3, 2).requires_grad_(), torch.tensor([1.0, 2.0, 3.0])
-    text = TextEmbeds.of_samples({"prompt": torch.zeros(3, 1)})
+    text = TextEmbeds.of_samples({"prompt": torch.zeros(3, 1), "pooled": torch.zeros(3, 1)})
     out = predict(module, x, scale, text)
     out.sum().backward()
     assert module.rows == 4 and torch.equal(out, x * scale[:, None])
