@@ -23,7 +23,7 @@ from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.family import Guidance, family_of
 from dgpo_fast.models.latents import latent_shape
-from dgpo_fast.models.meta import FusedAttention
+from dgpo_fast.models.meta import FusedAttention, flash_attention
 from dgpo_fast.models.own_settings import in_plain_numbers
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.registry import traits
@@ -123,8 +123,7 @@ class Engine:
         kind = self.config.engine.checkpointing
         if kind == "none":
             return None
-        attention = torch.ops.aten._scaled_dot_product_flash_attention
-        return partial(checkpoint_blocks, kind=kind, again=lambda: FusedAttention(attention))
+        return partial(checkpoint_blocks, kind=kind, again=lambda: FusedAttention(flash_attention))
 
     def measured(self) -> dict[str, str]:
         """The choices made by measurement, ready for JSON; another measurement could give others."""

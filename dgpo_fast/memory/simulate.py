@@ -169,11 +169,14 @@ class Simulation:
 @contextmanager
 def modes(mixed: bool) -> Iterator[None]:
     """Makes the meta device do what a real one does."""
-    with (
-        FusedAttention(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
-        MixedPrecision() if mixed else nullcontext(),
-    ):
+    with FusedAttention(_attention), MixedPrecision() if mixed else nullcontext():
         yield
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype)  # what is added to the scores, and saved for the backward
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)
 
 
 class _Counting:

@@ -106,10 +106,10 @@ class FusedAttention(TorchFunctionMode):
     """Attention as the one operation that it is on a device, where the meta device would take it apart.
 
     Args:
-        operation: called with query, key and value; gives the output first.
+        operation: called with query, key, value and the mask, None if there is none; gives the output first.
     """
 
-    def __init__(self, operation: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]):
+    def __init__(self, operation: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]):
         super().__init__()
         self.operation = operation
 
@@ -118,6 +118,11 @@ class FusedAttention(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            return self.operation(query, key, value)[0]
+            given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            return self.operation(given["query"], given["key"], given["value"], given.get("attn_mask"))[0]
         return func(*args, **kwargs)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Attention as one operation of a GPU, for which torch's FLOP counter has a formula; a mask changes no FLOPs."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)

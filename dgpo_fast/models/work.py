@@ -31,7 +31,7 @@ from dgpo_fast.models.datasheet import peak_tflops
 from dgpo_fast.models.family import family_of
 from dgpo_fast.models.forward import Forward, Given, called_around
 from dgpo_fast.models.merged_lora import use_merged_weights
-from dgpo_fast.models.meta import FusedAttention, SampleShape
+from dgpo_fast.models.meta import FusedAttention, SampleShape, flash_attention
 from dgpo_fast.models.policy import PolicyModels, with_lora
 from dgpo_fast.models.text_embeds import TextEmbeds
 
@@ -40,8 +40,7 @@ REFERENCE, OLD, POLICY, BACKWARD = "reference forward", "old forward", "policy f
 RECOMPUTED = "recomputed forward"
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_mm", "matmul")
 PARTS_OF_TRAINING = (REFERENCE, OLD, POLICY, BACKWARD)
-FUSED_ATTENTION = FusedAttention(torch.ops.aten._scaled_dot_product_flash_attention)
-"""As on a GPU: the FLOP counter has a formula for it."""
+FUSED_ATTENTION = FusedAttention(flash_attention)
 
 
 Checkpoint = Callable[[ModelMixin], None]

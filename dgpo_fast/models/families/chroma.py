@@ -68,7 +68,8 @@ class MaskedChroma(Chroma):
         return _seen(super().encode(pipeline, text, length, negative=negative))
 
     def random_condition(self, text: str, length: int) -> Rows:
-        return _seen(super().random_condition(text, length))
+        prompt = super().random_condition(text, length)["prompt"]
+        return {"prompt": prompt, "mask": torch.ones(length)}
 
     def stack(self, rows: Sequence[Rows], tokens: int) -> Rows:
         def padded(row: Rows) -> Rows:
