@@ -6,14 +6,17 @@ has the present one.
 The `sd35m-*` recipes have the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512, and its gradient
 (docs/method.md). If the release's README and its configuration disagree, they follow the configuration. Those for
 Flow-GRPO have the values and the gradient of that method's release. No values were released for Diffusion-DPO; its
-recipes share DGPO's. Those of the other objectives are in objective_recipes.py.
+recipes share DGPO's. Those of the other objectives are in objective_recipes.py, those on other families of models in
+family_recipes.py.
 """
 
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial, update_wrapper
 
 from dgpo_fast.config import objective_recipes
+from dgpo_fast.config.family_recipes import OF_SD35M_OCR
 from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, Advantage, FlowGRPO
 from dgpo_fast.config.options import EMA, Config, Data, Engine, Evaluation, Optimizer, Policy, Rollout
 from dgpo_fast.config.reading import YAML
@@ -357,7 +360,17 @@ _FUNCTIONS: tuple[Callable[[], Config], ...] = (
     sd35m_pickscore_ram,
     sd35m_ocr_crd,
 )
-RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
+
+
+def _on_families() -> dict[str, Callable[[], Config]]:
+    return {name: update_wrapper(partial(_made_of_sd35m_ocr, make), make) for name, make in OF_SD35M_OCR.items()}
+
+
+def _made_of_sd35m_ocr(make: Callable[[Config], Config]) -> Config:
+    return make(sd35m_ocr())
+
+
+RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS} | _on_families()
 """Recipes by name: `tiny-shapes-offline` is `tiny_shapes_offline`."""
 
 
