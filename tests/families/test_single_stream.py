@@ -17,6 +17,7 @@ from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Policy
 from dgpo_fast.engine import compile
 from dgpo_fast.engine.compile import StaticBatches, compile_blocks
+from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.models.families import known_models, make_family
@@ -26,7 +27,11 @@ from dgpo_fast.models.meta import sample_shape
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork
+from dgpo_fast.rollout.draw import Draw
+from dgpo_fast.rollout.sampler import sample_latents
+from dgpo_fast.rollout.schedule import make_schedule
 from dgpo_fast.trainer import Trainer
+from tests.engine.tape import TapeRecorder
 from tests.families import lumina2, z_image
 from tests.families.case import Case
 from tests.families.test_pictures import PROMPTS, condition, draw, noise_of, relative
@@ -151,6 +156,25 @@ def test_blocks_are_compiled_whole_and_once_for_all_prompts_of_a_length(
         graphs = graphs or counter.frame_count
     # One for each list of blocks; with a gradient, the first block of each refiner has one of its own.
     assert counter.frame_count == graphs == 3 + 5
+
+
+@torch.no_grad()
+def test_a_recorded_rollout_serves_all_prompts_of_a_length(of: tuple[Case, Any, Family]) -> None:
+    """By a recorder that is stricter than CUDA graphs; guided, and the last batch is partial."""
+    case, pipeline, family = of
+    transformer = attach(pipeline.transformer, family)
+    draw = Draw(make_schedule("euler", 2, 6.0, linear=True), family.guidance(case.scales["guided"]), 3)
+    recorder = TapeRecorder()
+    recorded = RecordedRollouts(recorder)
+    for texts in (["a cat", PROMPTS[1], "a"], ["b" * 40, "a dog"]):
+        encoded = [family.encode(pipeline, text, case.length, negative=False) for text in texts]
+        encoded.append(family.encode(pipeline, "", case.length, negative=True))
+        index = torch.arange(len(texts))
+        text = TextEmbeds(family.stack(encoded, 288), index, torch.full_like(index, len(texts)))
+        noise = noise_of(family, case.size, len(texts))
+        found, plain = (solve(transformer, noise, text, draw) for solve in (recorded, sample_latents))
+        assert relative(found, plain) < 1e-5
+    assert len(recorder.tapes) == 1
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
