@@ -78,7 +78,8 @@ def test_gradient_is_that_of_the_loss_written_out(variant: str, random_pipeline:
     loss = written_out(case)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(case.models.weights.values()))])
     found, metrics = case.gradient(micro_batch=GROUPS * SIZE)
-    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+    # In fp32: guidance multiplies the rounding of a difference of two predictions.
+    assert torch.linalg.norm(found - expected) < 5e-5 * torch.linalg.norm(expected)
     assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5)
 
 
