@@ -9,7 +9,7 @@ torch's own attends.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from math import exp
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig
 
 from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.families.calling import called
 from dgpo_fast.models.families.padding import padded_with_mask
 from dgpo_fast.models.family import AttentionShape, Family, Grid, Guidance, Rows, text_seed
 
@@ -127,17 +128,7 @@ class QwenImage(Family):
         self, transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None
     ) -> Tensor:
         text = condition["text"]
-        patches = F.pixel_unshuffle(x_t.to(text.dtype), PATCH)
-        height, width = patches.shape[-2:]
-        tokens = transformer(
-            hidden_states=patches.flatten(2).transpose(1, 2),
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=condition["mask"],
-            timestep=timestep / 1000,
-            img_shapes=[[(1, height, width)]] * len(x_t),
-            return_dict=False,
-        )[0]
-        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), PATCH)
+        return called(transformer, predict, x_t.to(text.dtype), timestep / 1000, text, condition["mask"])
 
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         config = self.architecture.transformer
@@ -153,6 +144,33 @@ class QwenImage(Family):
         )
 
 
+def predict(transformer: Any, x: Tensor, time: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """ε − x0, (B, C, H, W), by the parts of `transformer`. Its own forward also finds the length of each text, which
+    nothing reads; it brings a number from the host for that, and no graph could be captured.
+
+    Args:
+        x: (B, C, H, W) noisy latents.
+        time: (B,), σ.
+        text: (B, T, D).
+        mask: (B, T) bool, true for a prompt's own tokens.
+    """
+    patches = F.pixel_unshuffle(x, PATCH)
+    height, width = patches.shape[-2:]
+    image, text = transformer.img_in(patches.flatten(2).transpose(1, 2)), transformer.txt_in(transformer.txt_norm(text))
+    time = transformer.time_text_embed(time.to(image.dtype), image)
+    places = transformer.pos_embed([[(1, height, width)]], max_txt_seq_len=text.shape[1], device=x.device)
+    for block in transformer.transformer_blocks:
+        text, image = block(
+            hidden_states=image,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
+            temb=time,
+            image_rotary_emb=places,
+        )
+    tokens = transformer.proj_out(transformer.norm_out(image, time))
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), PATCH)
+
+
 def with_norms_of(guided: Tensor, conditional: Tensor) -> Tensor:
     """`guided` with the norms of `conditional`, both (B, C, H, W), in each image token: 2 × 2 latents of C channels."""
     ratio = _token_norms(conditional) / _token_norms(guided)
@@ -165,9 +183,14 @@ def _token_norms(velocity: Tensor) -> Tensor:
 
 def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the channels of latents, (C, 1, 1), in fp32."""
-    numbers = vae.config.latents_mean, vae.config.latents_std
-    mean, std = (torch.tensor(of_channels, device=device).view(-1, 1, 1) for of_channels in numbers)
-    return mean, std
+    mean, std = (tuple(numbers) for numbers in (vae.config.latents_mean, vae.config.latents_std))
+    return _channels(mean, device), _channels(std, device)
+
+
+@cache
+def _channels(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    # Made once: to bring numbers from the host is to wait for the device.
+    return torch.tensor(numbers, device=device).view(-1, 1, 1)
 
 
 def published(name: str) -> Architecture:

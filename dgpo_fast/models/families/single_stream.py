@@ -6,8 +6,7 @@ from a tensor of their lengths, and what is masked changes nothing.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.families import autoencoder_kl
+from dgpo_fast.models.families.calling import called
 from dgpo_fast.models.family import AttentionShape, Family, Grid, Rows, text_seed
 
 PATCH = 2
@@ -141,18 +141,6 @@ def static_scheduler(shift: float) -> dict[str, Any]:
         "use_dynamic_shifting": False,
         "shift": shift,
     }
-
-
-def called(transformer: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`forward(transformer, …)` as a call of `transformer`, with its hooks: one of them gathers sharded weights."""
-    own = vars(transformer).get("forward")
-    transformer.forward = partial(forward, transformer)
-    try:
-        return transformer(*inputs)
-    finally:
-        del transformer.forward
-        if own is not None:
-            transformer.forward = own
 
 
 def rounded_up(number: int, multiple: int) -> int:
