@@ -103,6 +103,14 @@ def test_a_run_is_resumed_and_its_pictures_are_drawn_by_plain_diffusers(
     assert np.abs(drawn - before.images).max() > 5.0, "the saved weights matter to these pictures"
 
 
+def own_options(case: Case, count: int) -> dict[str, Any]:
+    """How a family's pipeline is told of guidance for `count` pictures, and to draw the size that it is asked for."""
+    if case.name == "qwen_image":
+        return {"true_cfg_scale": scale_of(case), "negative_prompt": [""] * count}
+    binning = {"use_resolution_binning": False} if case.name == "sana" else {}
+    return {"guidance_scale": scale_of(case), **binning}
+
+
 def draw_by_diffusers(case: Case, evaluation: Evaluation, run: Path, what: str) -> np.ndarray:
     """Its pictures, (B, height, width, 3) in [0, 255], from what `run` has saved, in a fresh process."""
     height, width = case.size
@@ -116,7 +124,7 @@ def draw_by_diffusers(case: Case, evaluation: Evaluation, run: Path, what: str) 
         prompts=[prompt.text for prompt in evaluation.prompts],
         options={
             "num_inference_steps": STEPS,
-            "guidance_scale": scale_of(case),
+            **own_options(case, len(evaluation.prompts)),
             "max_sequence_length": case.length,
             "height": height,
             "width": width,
