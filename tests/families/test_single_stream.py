@@ -244,6 +244,8 @@ def test_captions_end_where_the_transformers_positions_end(of: tuple[Case, Any, 
     family.check_length(longest)
     with pytest.raises(UserError, match=f"positions for {longest} tokens; use --rollout.max-sequence-length {longest}"):
         family.check_length(longest + 1)
+    with pytest.raises(UserError, match="max_sequence_length 0: this model's text encoder needs tokens"):
+        family.random_condition("a", 0)
 
 
 def test_guidance_is_the_number_on_the_models_card(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ class SingleStream(Family):
             )
 
     def random_condition(self, text: str, length: int) -> Rows:
-        """As `Family` has it, with `length` tokens, the most that a prompt can have."""
+        """As `Family` has it, with `length` tokens, the most that a prompt can have. Raises as `check_length`."""
+        self.check_length(length)
         generator = torch.Generator().manual_seed(text_seed(text))
         return {"text": torch.randn(length, self.architecture.transformer["cap_feat_dim"], generator=generator)}
 
