@@ -7,6 +7,7 @@ value of DGPO was published for these models, and none of these recipes has been
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from dgpo_fast.config.options import Config
 
@@ -20,7 +21,7 @@ def of_family(
     resolution: int = 512,
     steps: int = 10,
     shown_steps: int = 28,
-    solver: str = "euler",
+    solver: Literal["dpmpp_2m", "euler"] = "euler",
     max_sequence_length: int = 512,
 ) -> Config:
     """`base` on another model, whose own scheduler gives the grid.
