@@ -5,8 +5,11 @@
 * **B**, bf16 eager: all weights in bf16 on the device, θ_old a model of its own, an encoding for each prompt; trained
   weights have an fp32 master, and gradients add up in fp32.
 * **C**: `torch.compile` on B's blocks and decoder, and nothing else.
+* **C′**: C with merged copies. Rollouts and θ_old compute with copies of the weights in which the LoRA is merged, once
+  an iteration, and the reference with weights that have none. The policy that learns keeps its adapters. If all weights
+  are trained, nothing is merged: C′ is C.
 
-All three walk through the steps of diffusers' scheduler in Python, and predict with the reference and with θ_old one
+All walk through the steps of diffusers' scheduler in Python, and predict with the reference and with θ_old one
 micro-batch and timestep at a time. In an fp32 run A has no autocast and B's weights are fp32.
 """
 
@@ -27,8 +30,6 @@ from dgpo_fast.models.loading import reads_no_text
 from dgpo_fast.models.policy import with_lora
 from dgpo_fast.rollout.schedule import make_scheduler
 from dgpo_fast.run.metrics import Phases
-
-RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Baseline(ABC):
         weights: those that training begins with, by name.
         config: the run's settings.
         dtype: the run's.
+
+    Attributes:
+        policy: what learns.
+        vae: decodes.
+        micro_batch: samples of a training forward and backward, whole groups.
     """
 
     policy: SD3Transformer2DModel
@@ -85,6 +91,8 @@ class Baseline(ABC):
     ):
         self.pipeline, self.config, self.dtype = pipeline, config, dtype
         self.device = next(iter(base.values())).device
+        group = config.rollout.group_size
+        self.micro_batch = max(config.policy.micro_batch_size // group, 1) * group
         self.phases = Phases(self.device)
         self.make_models(base)
         self.weights = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
@@ -92,6 +100,11 @@ class Baseline(ABC):
             for name, weight in self.weights.items():
                 weight.copy_(weights[name])
         self.make_optimizer()
+
+    @property
+    def drawing(self) -> SD3Transformer2DModel:
+        """What draws the rollouts: the policy, or a copy that predicts as it does."""
+        return self.policy
 
     @abstractmethod
     def make_models(self, base: Mapping[str, Tensor]) -> None:
@@ -190,10 +203,10 @@ class Baseline(ABC):
             x = noise[rows]
             for timestep in scheduler.timesteps:
                 if settings.guidance_scale > 1:
-                    conditional, unconditional = self.velocity_pair(self.policy, x, timestep, text[rows], empty)
+                    conditional, unconditional = self.velocity_pair(self.drawing, x, timestep, text[rows], empty)
                     v = unconditional + settings.guidance_scale * (conditional - unconditional)
                 else:
-                    v = self.velocity(self.policy, x, timestep, text[rows])
+                    v = self.velocity(self.drawing, x, timestep, text[rows])
                 x = scheduler.step(v, timestep, x, return_dict=False)[0]
             chunks.append(x)
         return torch.cat(chunks)
@@ -210,7 +223,7 @@ class Baseline(ABC):
 
     def accumulate(self, x0: Tensor, advantage: Tensor, text: Text, empty: Text, inputs: Inputs) -> None:
         """Adds the gradient of all micro-batches, which are whole groups, and timesteps."""
-        size, count = self.config.policy.micro_batch_size, len(inputs.sigmas)
+        size, count = self.micro_batch, len(inputs.sigmas)
         for slot in range(count):
             timestep = torch.tensor(inputs.timesteps[slot], device=self.device)
             for start in range(0, len(x0), size):
@@ -246,7 +259,8 @@ class Baseline(ABC):
         scale = self.config.dgpo.kl_guidance_scale
         if scale > 1:
             conditional, unconditional = self.velocity_pair(transformer, x_t, timestep, text, empty)
-            return conditional, unconditional + scale * (conditional - unconditional)
+            guided = unconditional + scale * (conditional - unconditional)
+            return guided if self.config.dgpo.guided_reference else conditional, guided
         ref_v = self.velocity(transformer, x_t, timestep, text)
         return ref_v, ref_v
 
@@ -328,10 +342,11 @@ class ReferenceStyle(Baseline):
 
     def old(self, x_t: Tensor, timestep: Tensor, text: Text) -> Tensor:
         kept = {name: weight.detach().cpu().clone() for name, weight in self.weights.items()}
-        self._load(self.old_weights)
-        old_v = self.velocity(self.policy, x_t, timestep, text)
-        self._load(kept)
-        return old_v
+        try:
+            self._load(self.old_weights)
+            return self.velocity(self.policy, x_t, timestep, text)
+        finally:
+            self._load(kept)
 
     @torch.no_grad()
     def _load(self, weights: Mapping[str, Tensor]) -> None:
@@ -363,81 +378,3 @@ class Oracle(ReferenceStyle):
         self.exact = torch.float32 if self.dtype == torch.bfloat16 else torch.float64
         super().make_models(base)
         self.policy.train().enable_gradient_checkpointing()
-
-
-class Eager(Baseline):
-    """B."""
-
-    def make_models(self, base: Mapping[str, Tensor]) -> None:
-        self.policy = self._trained(base, self.dtype)
-        self.old_model = self._trained(base, self.dtype).requires_grad_(False)
-        self.ref = self._transformer(base, self.dtype, own=False)
-        self.vae = copy.deepcopy(self.pipeline.vae)
-
-    def make_optimizer(self) -> None:
-        self.masters = [weight.detach().float().clone() for weight in self.weights.values()]
-        self.sums = [torch.zeros_like(master) for master in self.masters]
-        self.optimizer = self._adamw(self.masters, fused=self.device.type == "cuda")
-        own = dict(self.old_model.named_parameters())
-        self.old_weights = {name: own[name] for name in self.weights}
-        self.old_masters = [master.clone() for master in self.masters]
-        self.set_old(self.weights)
-
-    @torch.no_grad()
-    def set_old(self, old: Mapping[str, Tensor]) -> None:
-        for master, (name, weight) in zip(self.old_masters, self.old_weights.items(), strict=True):
-            master.copy_(old[name])
-            weight.copy_(master)
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        distinct = list(dict.fromkeys(prompts))
-        with torch.no_grad():
-            text = self._encode(distinct)
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        return Text(text.prompt[rows], text.pooled[rows])
-
-    def reference(self, x_t: Tensor, timestep: Tensor, text: Text, empty: Text) -> tuple[Tensor, Tensor]:
-        return self._reference_by(self.ref, x_t, timestep, text, empty)
-
-    def old(self, x_t: Tensor, timestep: Tensor, text: Text) -> Tensor:
-        return self.velocity(self.old_model, x_t, timestep, text)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        for total, weight in zip(self.sums, self.weights.values(), strict=True):
-            # The last block drops its text tokens: what comes after them has no gradient.
-            if weight.grad is not None:
-                total.add_(weight.grad)
-                weight.grad = None
-
-    def gradient(self) -> Mapping[str, Tensor]:
-        return dict(zip(self.weights, self.sums, strict=True))
-
-    def clear_gradient(self) -> None:
-        torch._foreach_zero_(self.sums)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        for master, total in zip(self.masters, self.sums, strict=True):
-            master.grad = total
-        torch.nn.utils.clip_grad_norm_(self.masters, self.config.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.clear_gradient()
-        torch._foreach_copy_(list(self.weights.values()), self.masters)
-        torch._foreach_lerp_(self.old_masters, self.masters, 1 - self._decay())
-        torch._foreach_copy_(list(self.old_weights.values()), self.old_masters)
-
-
-class Compiled(Eager):
-    """C. Block by block, which runs as fast as a whole compiled transformer, and is there in seconds."""
-
-    def make_models(self, base: Mapping[str, Tensor]) -> None:
-        super().make_models(base)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        for transformer in (self.policy, self.old_model, self.ref):
-            for block in transformer.transformer_blocks:
-                block.compile(fullgraph=True, dynamic=False)
-        self.vae.decoder.compile(fullgraph=True, dynamic=False)
-
-
-BASELINES: dict[str, type[Baseline]] = {"A": ReferenceStyle, "B": Eager, "C": Compiled}

@@ -26,6 +26,7 @@ from matplotlib.ticker import NullFormatter
 
 from dgpo_fast.profiling.machine import commit
 
+STEPS = {"test", "tune", "bench", "report"}
 COLORS = {"eager, stored noise": "#999999", "eager": "#d08c2e", "compile": "#3a7ca5", "triton": "#2a8c5a"}
 
 
@@ -173,7 +174,7 @@ Copy bandwidth in the same session: {first["copy_gb_per_s"]:.1f} GB/s (bytes rea
 
 def main() -> None:
     steps = sys.argv[1:] or ["bench", "report"]
-    unknown = set(steps) - {"test", "tune", "bench", "report"}
+    unknown = set(steps) - STEPS
     if unknown:
         sys.exit(f"unknown step {', '.join(sorted(unknown))}: expected test, tune, bench or report")
     folder = results_folder()

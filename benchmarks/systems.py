@@ -5,7 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -13,7 +13,8 @@ import torch
 from dgpo_kernels import philox_normal
 from torch import Tensor
 
-from benchmarks.baselines import BASELINES, Baseline, Inputs, Oracle, Text
+from benchmarks.baselines import Baseline, Inputs, Oracle, Text
+from benchmarks.faster_baselines import BASELINES
 from benchmarks.rewards import Brightness
 from dgpo_fast.build import build
 from dgpo_fast.config.options import Config
@@ -22,12 +23,13 @@ from dgpo_fast.models.forward import predict
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.models.work import BACKWARD, DECODE, OLD, POLICY, REFERENCE, ROLLOUT
 from dgpo_fast.objectives.batch import Batch
-from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.objectives.levels import draw_training_steps, training_sigmas
 from dgpo_fast.rollout.sampler import initial_noise
 from dgpo_fast.seeds import stream_seed
 from dgpo_fast.trainer import Trainer
 
 OURS = "ours"
+Result = TypeVar("Result")
 QUANTILES = (0.2, 0.5, 0.8)
 PART_ROUNDS = 5
 COMPARED_NUMEL = 50_000_000
@@ -80,13 +82,14 @@ class Ours:
         steps = draw_training_steps(
             iteration, count=count, among=config.dgpo.high_noise_steps or trainer.draw.schedule.steps, seed=config.seed
         )
+        sigmas = training_sigmas(trainer.draw.schedule, config.dgpo.training_sigma)
         seed = stream_seed(config.seed, "training noise")
         return Inputs(
             prompts=[prompt.text for prompt in prompts for _ in range(size)],
             noise=initial_noise(
                 trainer.sampler.shape, samples, seed=stream_seed(config.seed, "initial noise"), draw=iteration
             ),
-            sigmas=[float(trainer.draw.schedule.sigmas[step]) for step in steps],
+            sigmas=[float(sigmas[step]) for step in steps],
             timesteps=[float(trainer.draw.schedule.timesteps[step]) for step in steps],
             training_noise=[
                 philox_normal(
@@ -123,13 +126,15 @@ class Ours:
 
 
 class Comparison:
-    """A, B and C built beside a trainer, from its weights, and measured with it in turns.
+    """A, B, C and C′ built beside a trainer, from its weights, and measured with it in turns.
 
-    Fully fine-tuned, they do not fit on a GPU together: there one is measured after the other.
+    Each round begins with another one: whichever comes first finds a GPU that has rested. A baseline whose micro-batch
+    does not fit the GPU's memory has half of it, as often as needed, down to one group. Fully fine-tuned, they do not
+    fit on a GPU together: there one is measured after the other.
 
     Args:
         ours: the trainer.
-        systems: which of A, B and C.
+        systems: which of the baselines, by name.
         groups: P, groups an iteration.
         rounds: measured iterations of each system, after one that warms up.
         until: the time of `time.monotonic` after which no further round is begun.
@@ -224,8 +229,10 @@ class Comparison:
 
         def add(name: str) -> None:
             started = time.monotonic()
-            ours = name == OURS
-            gradient = self.ours.gradient(batch, self.old) if ours else _gradient(self.systems[name], plain)
+            if name == OURS:
+                gradient = self.ours.gradient(batch, self.old)
+            else:
+                gradient = self._fitting(name, lambda system: _gradient(system, plain))
             found[name] = _flat(gradient, self.weights)
             self.about[name]["first_gradient_s"] = time.monotonic() - started
 
@@ -252,55 +259,87 @@ class Comparison:
         times: dict[str, list[dict[str, float]]] = {name: [] for name in self.systems}
         for turn in range(self.rounds + 1):
             inputs = self.ours.inputs(turn, self.groups)
-            for name, system in list(self.systems.items()):
-                self._try(name, lambda n=name, s=system, i=inputs: times[n].append(self._iteration(s, i)))
+            for name in rotated(list(self.systems), turn):
+                self._try(name, lambda n=name, i=inputs: times[n].append(self._iteration(n, i)))
                 if times[name]:  # what is printed outlives a run that is cut off before its row is written
                     print(f"  {name}, iteration {turn}: {times[name][-1]['iteration']:.2f} s", flush=True)
             if time.monotonic() > self.until and turn > 0:
                 break
-        rows = {name: self._row(times[name]) | self.about[name] for name in self.systems}
-        for name, system in list(self.systems.items()):
-            self._try(name, lambda n=name, s=system, i=inputs: rows[n].update(self._parts(n, s, i)))
+        rows = {name: self._row(name, times[name]) for name in self.systems}
+        for name, parts in self._parts(inputs).items():
+            rows[name] |= parts
         if OURS in rows:
             rows[OURS]["engine"] = self.trainer.engine.choices.to_dict()
         return rows
 
-    def _iteration(self, system: Any, inputs: Inputs) -> dict[str, float]:
-        seconds, beyond_mib = timed_with_memory(lambda: system.iteration(inputs, Brightness()), self.device)
+    def _fitting(self, name: str, action: Callable[[Baseline], Result]) -> Result:
+        """`action` of a baseline, with half of its micro-batch if the GPU has not the memory for all of it."""
+        system, group = self.systems[name], self.config.rollout.group_size
+        while True:
+            try:
+                return action(system)
+            except torch.OutOfMemoryError:
+                if system.micro_batch == group:
+                    raise
+            system.clear_gradient()
+            system.phases.take()
+            system.micro_batch = max(system.micro_batch // 2 // group, 1) * group
+            empty_cache(self.device)
+
+    def _iteration(self, name: str, inputs: Inputs) -> dict[str, float]:
+        def timed_iteration(system: Any) -> tuple[dict[str, float], float | None]:
+            return timed_with_memory(lambda: system.iteration(inputs, Brightness()), self.device)
+
+        found = timed_iteration(self.ours) if name == OURS else self._fitting(name, timed_iteration)
+        seconds, beyond_mib = found
         if not self.encodes:
             seconds["iteration"] -= seconds.get("encode", 0.0)  # random numbers stand for the text encoders' work
         return seconds if beyond_mib is None else seconds | {"beyond_mib": beyond_mib}
 
-    def _row(self, times: list[dict[str, float]]) -> dict[str, Any]:
-        measured, images = times[1:], self.groups * self.config.rollout.group_size
+    def _row(self, name: str, times: list[dict[str, float]]) -> dict[str, Any]:
+        measured, images, about = times[1:], self.groups * self.config.rollout.group_size, self.about[name]
         if not measured:
-            return {"error": "not measured: the time was up after warming up", "warmup_s": times[0]["wall"]}
-        beyond = [time.pop("beyond_mib", 0.0) for time in times]
+            return {"error": "not measured: the time was up after warming up", "warmup_s": times[0]["wall"], **about}
+        beyond_mib = max(time.pop("beyond_mib", 0.0) for time in times)
         seconds = by_phase(measured)
         flops, middle = self.ours.flops(images), seconds["iteration"][1]
         return {
+            **about,
+            "micro_batch": self.config.policy.micro_batch_size if name == OURS else self.systems[name].micro_batch,
             "rounds": len(measured),
             "warmup_s": times[0]["wall"],
             "seconds": seconds,
             "images_per_s": images / middle,
             "tflop": flops / 1e12,
             "tflops": flops / middle / 1e12,
-            "beyond_mib": max(beyond) if self.device.type == "cuda" else None,
+            "peak_memory_mib": about["own_mib"] + beyond_mib if self.device.type == "cuda" else None,
         }
 
-    def _parts(self, name: str, system: Any, inputs: Inputs) -> dict[str, list[float]]:
-        """Milliseconds per image of the decoder, and of one forward of the reference with a group in it."""
+    def _parts(self, inputs: Inputs) -> dict[str, dict[str, list[float]]]:
+        """Milliseconds per image of each system's decoder, and of one forward of its reference with a group in it."""
         size = self.config.rollout.group_size
         text, empty = (self.trainer.encoder(prompts) for prompts in (inputs.prompts[:size], [""]))
         plain = Text(**text.gathered()), Text(**empty.gathered())
         x_t, timestep = inputs.noise[:size], torch.tensor(inputs.timesteps[0], device=self.device)
-        forward = system.forward if name == OURS else torch.no_grad()(system.reference)
-        actions = {"decode_ms": lambda: system.decode(x_t), "forward_ms": lambda: forward(x_t, timestep, *plain)}
-        times: dict[str, list[float]] = {part: [] for part in actions}
-        for _ in range(PART_ROUNDS + 1):
+        times: dict[str, dict[str, list[float]]] = {name: {"decode_ms": [], "forward_ms": []} for name in self.systems}
+
+        def measure(name: str) -> None:
+            system = self.systems[name]
+            forward = system.forward if name == OURS else torch.no_grad()(system.reference)
+            actions = {"decode_ms": lambda: system.decode(x_t), "forward_ms": lambda: forward(x_t, timestep, *plain)}
             for part, action in actions.items():
-                times[part].append(1e3 * timed(action, self.device)["iteration"] / size)
-        return {part: quantiles(of[1:]) for part, of in times.items()}
+                times[name][part].append(1e3 * timed(action, self.device)["iteration"] / size)
+
+        for turn in range(PART_ROUNDS + 1):
+            for name in rotated(list(self.systems), turn):
+                self._try(name, lambda n=name: measure(n))
+        return {name: {part: quantiles(of[1:]) for part, of in times[name].items()} for name in self.systems}
+
+
+def rotated(names: Sequence[str], turn: int) -> list[str]:
+    """`names` in the order of round `turn`, each round beginning with the next one."""
+    first = turn % max(len(names), 1)
+    return [*names[first:], *names[:first]]
 
 
 def _gradient(system: Baseline, batch: tuple[Any, ...]) -> dict[str, Tensor]:

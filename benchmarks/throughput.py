@@ -1,11 +1,11 @@
-"""Seconds of an iteration against three baselines, and what each saving of the engine is worth.
+"""Seconds of an iteration against four baselines, and what each saving of the engine is worth.
 
     python benchmarks/throughput.py [--only TEXT …] [--minutes 9] [--rounds 3] [--groups P]
     python benchmarks/throughput.py paired [--pairs 8] [--iterations 6]
     python benchmarks/throughput.py tables
 
 The first measures every row whose name contains one of TEXT, in one process: on a GPU at the size of SD3.5-Medium with
-random weights, on a CPU on the shipped pipeline. Baselines A, B and C are those of `baselines.py`; ours is the
+random weights, on a CPU on the shipped pipeline. Baselines A, B, C and C′ are those of `baselines.py`; ours is the
 `Trainer`. All of them draw the same prompts and noise, and take turns. Before that, their gradients of one batch are
 compared with one of higher precision: where they differ by more than rounding, the comparison is void.
 
@@ -13,7 +13,7 @@ On a GPU, what rollouts in float8 change is measured too: pictures and rewards o
 
 The second runs `python -m dgpo_fast.train` as a user does, with the engine's savings and without, in turns.
 Each row is written to `benchmarks/results/<cpu or gpu>/throughput.json` as soon as it is measured, and
-`throughput.md` is made of it by `throughput_tables.py`. A row that fails keeps the error's text, the next one goes on,
+`throughput.md` and `throughput.png` are made of it. A row that fails keeps the error's text, the next one goes on,
 and the exit status is 1.
 """
 
@@ -35,7 +35,7 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks import float8
-from benchmarks.baselines import BASELINES
+from benchmarks.faster_baselines import BASELINES, LORA_ONLY
 from benchmarks.paired import paired
 from benchmarks.savings import CHANGES, EQUAL_GROUPS, SAVINGS, names
 from benchmarks.systems import (
@@ -46,6 +46,7 @@ from benchmarks.systems import (
     empty_cache,
     in_words,
     quantiles,
+    rotated,
     timed,
     timed_with_memory,
 )
@@ -62,6 +63,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 SMALL_GIB = 100.0
 """On a smaller card there is no room for random text encoders, nor for full fine-tuning beside a baseline."""
+GROUPS = 4
+GPU_BATCH = 32
+"""Images of a rollout's batch and, in whole groups, of a micro-batch on a large card; elsewhere they are a group."""
 ROW_S = {"cuda": 45.0, "cpu": 5.0}
 """A row that has less time left than this is not begun."""
 
@@ -94,7 +98,7 @@ class Bench:
         minutes: time for all rows.
         only: texts, of which a row's name must contain one; all rows if there are none.
         path: the results' file; rows that are not measured now stay as they are.
-        systems: which of A, B and C stand beside ours.
+        systems: which of the baselines stand beside ours.
         settings: further settings of every run.
     """
 
@@ -189,14 +193,20 @@ class Bench:
         """Whether no baseline fits beside ours."""
         return self.small and case.train == "full"
 
+    def beside(self, case: Case) -> list[str]:
+        """The baselines of `case`: fully fine-tuned, there is nothing to merge."""
+        return [name for name in self.systems if case.train == "lora" or name != LORA_ONLY]
+
     def arguments(self, case: Case, text_encoders: bool = False) -> list[str]:
         """The settings of a case, as on a command line. The recipe's resolution, steps and objective stay.
 
         On a GPU it has `text_encoders` where encoding is timed.
         """
-        size = str(case.group_size)
-        args = ["sd35m-geneval", "--rewards", "benchmarks.rewards:Brightness", "--rollout.group-size", size]
-        args += ["--rollout.groups", str(self.groups), "--rollout.batch-size", size, "--policy.micro-batch", size]
+        size = case.group_size
+        batch = GPU_BATCH if self.device.type == "cuda" and not self.small else size
+        args = ["sd35m-geneval", "--rewards", "benchmarks.rewards:Brightness", "--rollout.group-size", str(size)]
+        args += ["--rollout.groups", str(self.groups), "--rollout.batch-size", str(batch)]
+        args += ["--policy.micro-batch", str(max(batch // size, 1) * size)]
         args += ["--policy.train", case.train, "--evaluation.images", "2", "--reward-workers", "0"]
         args += [] if case.guided else ["--rollout.guidance-scale", "1"]
         if self.device.type == "cuda":
@@ -208,9 +218,9 @@ class Bench:
         return [*args, "--rollout.max-sequence-length", "0", "--policy.lora-rank", "16", *self.settings]
 
     def case(self, case: Case) -> dict[str, Any]:
-        """A, B, C and ours on the same inputs; ours alone if nothing fits beside it."""
+        """The baselines and ours on the same inputs; ours alone if nothing fits beside it."""
         args = self.arguments(case, text_encoders=case.train == "lora" and not self.small)
-        systems = () if self.alone(case) else self.systems
+        systems = () if self.alone(case) else self.beside(case)
         comparison = Comparison(
             Ours(configure(args), self.device), systems, groups=self.groups, rounds=self.rounds, until=self.until
         )
@@ -231,6 +241,7 @@ class Bench:
             return "ours alone: micro-batches of 4, 8-bit AdamW, an average in the CPU's memory"
         full = self.device.type == "cuda" and case.train == "full"
         notes = ["an average in the CPU's memory"] if full else []
+        notes += ["batches of a group"] if self.small else []
         return "; ".join([*notes, "encoding left out"] if full or self.small else notes)
 
     def compare(self, name: str, change: list[str]) -> dict[str, Any]:
@@ -247,8 +258,9 @@ class Bench:
         times: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
         peaks: dict[str, float | None] = dict.fromkeys(pair)
         warmup = {name: timed(system.step, self.device)["wall"] for name, system in pair.items()}
-        for _ in range(max(self.rounds, 3)):
-            for name, system in pair.items():
+        for turn in range(max(self.rounds, 3)):
+            for name in rotated(list(pair), turn):
+                system = pair[name]
                 seconds, beyond_mib = timed_with_memory(system.step, self.device)
                 times[name].append(seconds)
                 if beyond_mib is not None:  # the other system is in memory too
@@ -267,43 +279,48 @@ class Bench:
         }
 
 
-def main() -> int:
+def options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line's options, and the settings that are every run's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "paired", "tables"])
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--groups", type=int, default=None)
-    parser.add_argument("--systems", nargs="+", choices=list(BASELINES), default=list(BASELINES))
+    parser.add_argument("--groups", type=int, default=GROUPS)
+    names = {"type": lambda name: name.replace("'", "′"), "choices": list(BASELINES), "default": list(BASELINES)}
+    parser.add_argument("--systems", nargs="+", help="baselines, as A B C C'; default: all", **names)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=None, help="folder; default: benchmarks/results/<cpu or gpu>")
     # Named in the first place alone: elsewhere the value of a setting would be taken for it.
-    named = sys.argv[1:] and (not sys.argv[1].startswith("-") or sys.argv[1] in ("-h", "--help"))
-    options, settings = parser.parse_known_args(sys.argv[1:] if named else ["run", *sys.argv[1:]])
+    named = args and (not args[0].startswith("-") or args[0] in ("-h", "--help"))
+    return parser.parse_known_args(list(args) if named else ["run", *args])
+
+
+def main() -> int:
+    given, settings = options(sys.argv[1:])
     quieten_libraries()
-    folder = options.results or RESULTS / ("gpu" if options.device.startswith("cuda") else "cpu")
+    folder = given.results or RESULTS / ("gpu" if given.device.startswith("cuda") else "cpu")
     path = folder / "throughput.json"
-    if options.what == "tables":
+    if given.what == "tables":
         write_tables(path)
         DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
         return 0
-    groups = options.groups or (2 if options.device.startswith("cuda") else 4)
     bench = Bench(
-        options.device,
-        groups=groups,
-        rounds=options.rounds,
-        minutes=options.minutes,
-        only=options.only,
+        given.device,
+        groups=given.groups,
+        rounds=given.rounds,
+        minutes=given.minutes,
+        only=given.only,
         path=path,
-        systems=options.systems,
+        systems=given.systems,
         settings=settings,
     )
-    if options.what == "paired":
+    if given.what == "paired":
         bench.only = []
         name = bench.machine["name"]
-        bench.row("paired", name, lambda: paired(options.pairs, options.iterations, SAVINGS, settings))
+        bench.row("paired", name, lambda: paired(given.pairs, given.iterations, SAVINGS, settings))
     else:
         bench.run()
     return int(bench.failed)

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.savings import CHANGES, SAVINGS, names
+from benchmarks.throughput_plot import plot, ratios
 
 NOT_MEASURED = "not measured"
-SYSTEMS = {"A": "A, reference-style", "B": "B, eager", "C": "C, compiled", "ours": "ours"}
+SYSTEMS = {
+    "A": "A, reference-style",
+    "B": "B, eager",
+    "C": "C, compiled",
+    "C′": "C′, compiled, merged copies",
+    "ours": "ours",
+}
+FULL = {"A": SYSTEMS["A"], "B": SYSTEMS["B"], "C": "C and C′, compiled: nothing to merge", "ours": "ours"}
+"""If all weights are trained, no LoRA is merged."""
 CASES = [
     f"{train}, {guided}, G {size}"
     for train in ("LoRA", "full")
@@ -46,22 +55,18 @@ def of_its_machine(report: Report) -> Report:
 
 
 def write_tables(path: Path) -> None:
-    """Writes `throughput.md` beside the results at `path`."""
+    """Writes `throughput.md` beside the results at `path`, and `throughput.png` if a case was measured."""
     report = of_its_machine(read_report(path))
     path.with_suffix(".md").write_text(document(report), encoding="utf-8")
+    cases = {name: row for name, row in _rows(report, "cases", CASES) if row}
+    if ratios(cases):
+        plot(cases, path.with_suffix(".png"))
 
 
 def document(report: Report) -> str:
     """All tables."""
     machine = report.get("machine")
-    about = (
-        "Nothing was measured yet."
-        if machine is None
-        else (
-            f"{machine['name']}, {machine['dtype']}; a matmul of {machine['matmul_size']}² reached "
-            f"{machine['matmul_tflops']:.3g} TFLOP/s, a copy {machine['copy_gb_per_s']:.3g} GB/s."
-        )
-    )
+    about = "Nothing was measured yet." if machine is None else machine_line(machine)
     parts = [
         "# Throughput",
         "Made by `python benchmarks/throughput.py`; medians, with the 20 and 80 % quantiles in brackets. "
@@ -81,6 +86,15 @@ def document(report: Report) -> str:
         targets_table(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The device and its rates; of a GPU's products both the lasting and the burst's."""
+    burst = f" (in a burst {machine['matmul_burst_tflops']:.3g})" if machine["kind"] == "cuda" else ""
+    return (
+        f"{machine['name']}, {machine['dtype']}; a matmul of {machine['matmul_size']}² reached "
+        f"{machine['matmul_tflops']:.3g} TFLOP/s{burst}, a copy {machine['copy_gb_per_s']:.3g} GB/s."
+    )
 
 
 def cases_table(report: Report) -> str:
@@ -103,18 +117,22 @@ def cases_table(report: Report) -> str:
     rows, machine = [], report.get("machine") or {}
     for case, row in _rows(report, "cases", CASES):
         systems, note = row.get("systems", {}), row.get("note")
+        titles = FULL if case.startswith("full") else SYSTEMS
         case = f"{case} ({note})" if note else case
         if not systems:
             rows.append([case, row.get("error", NOT_MEASURED), *[""] * (len(columns) - 2)])
             continue
         ours = systems.get("ours", {}).get("seconds", {}).get("iteration")
-        for name, title in SYSTEMS.items():
+        whole = max(system.get("micro_batch", 0) for system in systems.values())
+        for name, title in titles.items():
             system = systems.get(name, {})
+            if system.get("micro_batch", whole) < whole:
+                title += f", micro-batches of {system['micro_batch']}"
             if "seconds" not in system:
                 rows.append([case, title, system.get("error", NOT_MEASURED), *[""] * (len(columns) - 3)])
                 continue
             seconds = system["seconds"]
-            beyond = system.get("beyond_mib")
+            peak = system.get("peak_memory_mib")
             warmup_s = system["warmup_s"] + system.get("first_gradient_s", 0.0)
             rows.append(
                 [
@@ -128,7 +146,7 @@ def cases_table(report: Report) -> str:
                     f"{system['tflops']:.3g}",
                     _share(system["tflops"], machine.get("matmul_tflops") if machine.get("kind") == "cuda" else None),
                     _share(system["tflops"], machine.get("datasheet_tflops")),
-                    NOT_MEASURED if beyond is None else f"{(system['own_mib'] + beyond) / 1024:.1f}",
+                    NOT_MEASURED if peak is None else f"{peak / 1024:.1f}",
                     f"{warmup_s:.3g}",
                     f"{seconds['iteration'][1] / ours[1]:.2f}×" if ours else "",
                 ]
@@ -138,7 +156,7 @@ def cases_table(report: Report) -> str:
 
 def gradients_table(report: Report) -> str:
     """How far each system's gradient is from one of higher precision, and from ours."""
-    columns = ["case", "A", "B", "C", "ours", "allowed (twice B's)", "largest difference from ours", "verdict"]
+    columns = ["case", *SYSTEMS, "allowed (twice B's)", "largest difference from ours", "verdict"]
     rows = []
     for case, row in _rows(report, "cases", [HEADLINE]):
         found = row.get("same_gradient") or {}
@@ -149,7 +167,10 @@ def gradients_table(report: Report) -> str:
         rows.append(
             [
                 case,
-                *(_scientific(errors.get(name)) for name in SYSTEMS),
+                *(
+                    "as C" if case.startswith("full") and name not in FULL else _scientific(errors.get(name))
+                    for name in SYSTEMS
+                ),
                 _scientific(found.get("budget")),
                 _scientific(max(apart.values()) if apart else None),
                 verdict,
@@ -241,10 +262,11 @@ def targets_table(report: Report) -> str:
     rows = [
         _target("transformer forward vs B", over("B", "forward_ms"), 1.4, 1.6, "×"),
         _target("decode of a 512² image, ms, at most", decode, 12, 7.5, "", smaller=True),
-        _target("iteration vs A, same gradient", over("A"), 2.0, 2.5, "×"),
-        _target("iteration vs B, same gradient", over("B"), 1.5, 1.8, "×"),
-        _target("iteration vs C, same gradient", over("C"), 1.0, 1.15, "×"),
-        _target("FLOP/s of the matmul rate in the run", mfu, 56, 69, " %"),
+        _target("iteration vs A, same gradient", over("A"), 2.2, 2.6, "×"),
+        _target("iteration vs B, same gradient", over("B"), 1.6, 1.9, "×"),
+        _target("iteration vs C, same gradient", over("C"), 1.1, 1.3, "×"),
+        _target("iteration vs C′, same gradient", over("C′"), 1.0, 1.2, "×"),
+        _target("useful FLOP/s of the sustained matmul rate in the run", mfu, 60, 72, " %"),
         _target("with fp8 rollout, inexact, vs A", with_fp8 / fp8[1] if with_fp8 and fp8 else None, 2.7, 3.3, "×"),
     ]
     return _table(["", "first", "then", "measured", "reached"], rows)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Config
 from dgpo_fast.config.options import Optimizer as OptimizerConfig
+from dgpo_fast.config.recipes import RECIPES, get_recipe
 from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory import plan
@@ -119,16 +120,30 @@ def test_auto_leaves_room_for_what_is_made_later(gpu: Any) -> None:
         assert memory.measure(memory.predict(auto(*settings)), models=None).policy.micro_batch == fits
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_take_what_fits_the_card(name: str, gpu: Any) -> None:
+    """Those of SD3.5-Medium with the first three objectives. The shipped pipeline's have a number, so that their
+    results are the same everywhere."""
+    recipe = get_recipe(name)
+    assert not name.startswith("tiny-") or isinstance(recipe.policy.micro_batch, int)
+    if not name.startswith("sd35m-") or recipe.policy.micro_batch == 24:
+        return
+    assert recipe.policy.micro_batch == "auto"
+    memory, _, _ = gpu(free=110 * GB)
+    config = memory.measure(memory.predict(configure([name])), models=None)
+    assert config.policy.micro_batch_size % recipe.rollout.group_size == 0
+
+
 def test_a_given_micro_batch_is_not_measured(gpu: Any) -> None:
     memory, card, _ = gpu(free=90 * GB)
-    config = memory.measure(memory.predict(configure(["sd35m-geneval"])), models=None)
+    config = memory.measure(memory.predict(configure(["sd35m-geneval", "--policy.micro-batch", "16"])), models=None)
     assert card.tried == [] and config.policy.micro_batch == 16
 
 
 def test_more_than_is_free_is_said_before(gpu: Any) -> None:
     memory, _, notes = gpu(free=20 * GB)
-    memory.predict(configure(["sd35m-geneval"]))
-    assert notes[0].startswith("predicted memory 41.5 GiB")
+    memory.predict(configure(["sd35m-geneval", "--policy.micro-batch", "16"]))
+    assert notes[0].startswith("predicted memory 41.6 GiB")
     assert "more than the 18.6 GiB that are free. Start with one of these" in notes[1]
     assert "--policy.micro-batch 8 (15." in notes[1]
 
@@ -170,7 +185,9 @@ def test_running_out_of_memory_names_what_would_help(workspace: Path, monkeypatc
 def test_advice_is_for_the_phase_that_failed(gpu: Any) -> None:
     """A smaller micro-batch does not help where pictures are decoded."""
     memory, _, _ = gpu(free=90 * GB)
-    config = replace(configure(["sd35m-geneval"]), optimizer=OptimizerConfig(name="adamw8bit"))
+    config = replace(
+        configure(["sd35m-geneval", "--policy.micro-batch", "16"]), optimizer=OptimizerConfig(name="adamw8bit")
+    )
     assert "--policy.micro-batch" in memory.advice(config, "train")
     decoding = memory.advice(config, "decode")
     assert "--policy.micro-batch" not in decoding and "--rollout.batch-size 16" in decoding

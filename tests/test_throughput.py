@@ -9,9 +9,12 @@ import torch
 
 from benchmarks import float8, throughput
 from benchmarks.throughput import CASES, EQUAL_GROUPS, Bench
+from benchmarks.throughput_plot import plot, ratios
 from benchmarks.throughput_tables import (
     cases_table,
+    document,
     float8_table,
+    gradients_table,
     of_its_machine,
     paired_table,
     savings_table,
@@ -117,3 +120,44 @@ def test_what_float8_changes(rounding: float, workspace: Path, monkeypatch: pyte
     assert row["pictures"]["ci95"][0] <= pictures <= row["pictures"]["ci95"][1]
     table = float8_table({"float8": {"tiny-shapes": row}})
     assert f"{pictures:.3g} (" in table and f"{reward:.3g} (" in table
+
+
+def test_all_systems_stand_in_the_tables() -> None:
+    """C′ with LoRA; fully fine-tuned it is C. A micro-batch that was halved is said, and both matmul rates of a GPU."""
+    system = {"tflops": 1.0, "images_per_s": 1.0, "warmup_s": 1.0, "peak_memory_mib": 2048.0, "micro_batch": 32}
+    system |= {"seconds": {phase: [1.0] * 3 for phase in ("iteration", "rollout", "train")}}
+    systems = {name: dict(system) for name in ("A", "B", "C", "C′", "ours")}
+    systems["A"]["micro_batch"] = 16
+    full = {name: row for name, row in systems.items() if name != "C′"}
+    same = {"same": True, "relative_error": dict.fromkeys(systems, 0.01), "budget": 0.02}
+    report = {
+        "machine": {
+            **H200,
+            "dtype": "bfloat16",
+            "matmul_size": 8192,
+            "matmul_burst_tflops": 790.0,
+            "copy_gb_per_s": 4.3,
+        },
+        "cases": {
+            "LoRA, guided, G 16": {"systems": systems, "same_gradient": same},
+            "full, guided, G 16": {"systems": full, "same_gradient": same},
+        },
+    }
+    rows = [row.split(" | ")[:2] for row in cases_table(report).splitlines() if "1.00×" in row]
+    lora, trained = ([row[1] for row in rows if name in row[0]] for name in ("LoRA", "full"))
+    assert lora[0] == "A, reference-style, micro-batches of 16"
+    assert lora[1:] == ["B, eager", "C, compiled", "C′, compiled, merged copies", "ours"]
+    assert trained[2:] == ["C and C′, compiled: nothing to merge", "ours"]
+    gradients = gradients_table(report).splitlines()
+    assert "C′" in gradients[0] and "| as C |" in next(row for row in gradients if "full" in row)
+    assert "reached 700 TFLOP/s (in a burst 790)" in document(report)
+    assert "| iteration vs C′, same gradient | 1× | 1.2× | 1× | the first |" in targets_table(report)
+
+
+def test_the_plot_has_what_stands_beside_ours(tmp_path: Path) -> None:
+    """Over ours, by case; a case without ours, or with an error, has no bars."""
+    of = {name: {"seconds": {"iteration": [s, s, s]}} for name, s in (("B", 3.0), ("C′", 2.2), ("ours", 2.0))}
+    cases = {"one": {"systems": of}, "two": {"error": "no memory"}, "three": {"systems": {"B": of["B"]}}}
+    assert ratios(cases) == {"one": {"B": 1.5, "C′": 1.1}}
+    plot(cases, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -6,8 +6,8 @@ has the present one.
 The `sd35m-*` recipes have the values of the DGPO release for Stable Diffusion 3.5-Medium at 512×512, and its gradient
 (docs/method.md). If the release's README and its configuration disagree, they follow the configuration. Those for
 Flow-GRPO have the values and the gradient of that method's release. No values were released for Diffusion-DPO; its
-recipes share DGPO's. Those of the other objectives are in objective_recipes.py, those on other families of models in
-family_recipes.py.
+recipes share DGPO's. Their micro-batch is what fits the GPU, which changes a gradient by rounding alone. Recipes of the
+other objectives are in objective_recipes.py, those on other families of models in family_recipes.py.
 """
 
 import difflib
@@ -157,6 +157,7 @@ def sd35m_geneval() -> Config:
             high_noise_steps=5,
             training_sigma="timestep",
         ),
+        policy=Policy(micro_batch="auto"),
         evaluation=Evaluation(images=512, num_inference_steps=14, guidance_scale=4.5),
     )
 
@@ -188,7 +189,6 @@ def sd35m_pickscore() -> Config:
         rewards=("pickscore",),
         rollout=replace(base.rollout, group_size=24),
         dgpo=replace(base.dgpo, beta=10.0, kl_weight=0.001, clip_range=0.05),
-        policy=replace(base.policy, micro_batch=24),
     )
 
 
@@ -222,7 +222,6 @@ def _flow_grpo(base: Config, kl_weight: float) -> Config:
         objective="flow_grpo",
         rollout=replace(base.rollout, group_size=24, groups=48, solver="euler", noise_level=0.7),
         flow_grpo=FlowGRPO(clip_range=1e-4, kl_weight=kl_weight, unconditional_gradient=False, optimizer_steps=2),
-        policy=replace(base.policy, micro_batch=24),
         # The policy itself draws: its ratio is 1 until the second optimizer step.
         ema=replace(base.ema, switch_ema_ref=None),
     )

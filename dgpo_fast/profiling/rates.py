@@ -38,20 +38,24 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
         size, copy_mib = (8192, 1024) if free > 6 << 30 else (4096, 256) if free > 2 << 30 else (2048, 64)
-    sustained, burst = _matmul_tflops(device, dtype, size)
+    sustained, burst = product_tflops(device, dtype, size, size, size)
     return Rates(sustained, burst, size, _copy_gb_per_s(device, copy_mib), copy_mib)
 
 
-def _matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, float]:
-    """Sustained and in a burst; on a CPU the burst's for both."""
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    out = torch.empty_like(left)
+def product_tflops(
+    device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int
+) -> tuple[float, float]:
+    """Of (rows, inner) by (inner, columns), sustained and in a burst; on a CPU the burst's for both."""
+    left, right = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+    out = left.new_empty(rows, columns)
     ways: list[Callable[[], object]] = [lambda: torch.mm(left, right, out=out)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         # On some processors several times as fast as the library behind torch.mm.
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
-    burst = 2 * size**3 / min(_seconds(way, device) for way in ways) / 1e12
-    return 2 * size**3 / _sustained_s(ways[0]) / 1e12 if device.type == "cuda" else burst, burst
+        weight = right.t().contiguous()
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, weight, None, "none", [], ""))
+    tflop = 2 * rows * inner * columns / 1e12
+    burst = tflop / min(_seconds(way, device) for way in ways)
+    return tflop / _sustained_s(ways[0]) if device.type == "cuda" else burst, burst
 
 
 def _sustained_s(action: Callable[[], object]) -> float:

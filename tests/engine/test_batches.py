@@ -42,7 +42,7 @@ def test_waves_of_the_text_stream() -> None:
 
 
 def test_offline_groups_are_drawn_by_one_process() -> None:
-    config = configure(["sd35m-geneval", "--data.source", "offline"])
+    config = configure(["sd35m-geneval", "--policy.micro-batch", "16", "--data.source", "offline"])
     assert batch_sizes(config, 8).rollout == 32 and batch_sizes(config, 8).training == 16
 
 
