@@ -1,6 +1,6 @@
 """Activations of the policy's blocks made again in the backward pass: less memory, the same gradient."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -26,10 +26,13 @@ def checkpoint_blocks(
         kind: as `engine.checkpointing`, but not "none".
         again: entered if a block computes again in a backward, in which no mode of the forward is on.
     """
-    # The compiler knows these two, and no function around them.
     contexts = noop_context_fn if kind == "blocks" else partial(create_selective_checkpoint_contexts, _keep_expensive)
+    if again:
+        contexts = partial(_within, again, contexts)
+    # The compiler takes no context function that does nothing, and of the others none but torch's own.
+    way = {} if contexts is noop_context_fn else {"context_fn": contexts}
     for block in family_of(transformer).blocks(transformer):
-        block.forward = partial(_checkpointed, block.forward, partial(_within, again, contexts) if again else contexts)
+        block.forward = partial(_checkpointed, block.forward, way)
 
 
 def _within(again: Callable, contexts: Callable) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -45,11 +48,11 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
 
 
 # Any: arguments are those of the block, or of whichever operation it comes to.
-def _checkpointed(forward: Callable, context: Callable, *args: object, **kwargs: Any) -> object:
+def _checkpointed(forward: Callable, way: Mapping[str, Callable], *args: object, **kwargs: Any) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     # No block draws random numbers: the generators' states need not be kept.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **way, **kwargs)
 
 
 def _keep_expensive(context: object, operation: OpOverload, *args: Any, **kwargs: object) -> CheckpointPolicy:

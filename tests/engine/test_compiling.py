@@ -80,3 +80,16 @@ def test_padding_is_seen_neither_in_the_output_nor_in_the_gradient() -> None:
     with pytest.raises(RuntimeError):
         predict(module, x, scale[:2], text)
     assert len(predict(module, x, scale, text)) == 3, "and works again"
+
+
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+def test_checkpointed_blocks_are_compiled_whole(
+    kind: str, random_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same gradient as blocks that are only compiled."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compile, "BACKEND", "aot_eager")
+    plain, checkpointed = (
+        EngineCase(random_pipeline, make_config(compile="on", checkpointing=each)).gradient() for each in ("none", kind)
+    )
+    assert torch.linalg.norm(checkpointed[1] - plain[1]) <= 1e-5 * torch.linalg.norm(plain[1])
