@@ -16,7 +16,7 @@ from dgpo_fast.train import train
 
 MISTAKES = {
     # arguments: the line that they give
-    "no-such-recipe": "error: unknown recipe 'no-such-recipe': the recipes are tiny-shapes, tiny-ocr, ",
+    "no-such-recipe": "error: unknown recipe 'no-such-recipe': `python -m dgpo_fast.recipes` lists",
     "my_recipe": "error: unknown recipe 'my_recipe': did you mean my_recipe.yaml?",
     "my_recipe.yml": "error: my_recipe.yml: no such file: did you mean my_recipe.yaml?",
     "other.yml": "error: other.yml: no such file: check the path (the working folder is CWD)",

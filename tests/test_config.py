@@ -168,7 +168,7 @@ IN_A_FILE = {
     "rewards: {jpeg: 0.1}\n": ": rewards: write rewards: [jpeg=0.1, red=my_reward:Name], not {'jpeg': 0.1}",
     "rewards: [jpeg: 0.1]\n": ": rewards: write rewards: [jpeg=0.1, red=my_reward:Name], not [{'jpeg': 0.1}]",
     "rewards: []\n": ": rewards: write rewards: [jpeg=0.1, red=my_reward:Name], not []",
-    "recipe: mine.yaml\n": ": recipe 'mine.yaml': only a shipped recipe may stand there, one of tiny-shapes, ",
+    "recipe: mine.yaml\n": ": recipe 'mine.yaml': only a shipped recipe may stand there, such as tiny-shapes; ",
     "recipe: tiny-shape\n": ": unknown recipe 'tiny-shape': did you mean 'tiny-shapes'?",
     "- 1\n": "settings must be `key: value` lines, not a list",
     "iterations: many\n": "iterations: input should be a valid integer, "

@@ -371,6 +371,7 @@ def _made_of_sd35m_ocr(make: Callable[[Config], Config]) -> Config:
 
 RECIPES = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS} | _on_families()
 """Recipes by name: `tiny-shapes-offline` is `tiny_shapes_offline`."""
+LISTED = "`python -m dgpo_fast.recipes` lists the recipes"
 
 
 def get_recipe(name: str, origin: str | None = None) -> Config:
@@ -378,11 +379,11 @@ def get_recipe(name: str, origin: str | None = None) -> Config:
     if name not in RECIPES:
         if name.endswith(YAML):
             raise UserError(
-                f"{origin + ': ' if origin else ''}recipe '{name}': only a shipped recipe may stand there, "
-                f"one of {', '.join(RECIPES)}"
+                f"{origin + ': ' if origin else ''}recipe '{name}': only a shipped recipe may stand there, such as "
+                f"tiny-shapes; {LISTED}"
             )
         close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}"
+        hint = f"did you mean '{close[0]}'?" if close else LISTED
         raise UserError(f"{origin + ': ' if origin else ''}unknown recipe '{name}': {hint}")
     return RECIPES[name]()
 
