@@ -48,7 +48,7 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
 
 
 # Any: arguments are those of the block, or of whichever operation it comes to.
-def _checkpointed(forward: Callable, way: Mapping[str, Callable], *args: object, **kwargs: Any) -> object:
+def _checkpointed(forward: Callable, way: Mapping[str, Any], *args: object, **kwargs: Any) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     # No block draws random numbers: the generators' states need not be kept.
