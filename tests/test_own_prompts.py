@@ -91,8 +91,8 @@ def test_recorded_rollouts_take_the_negative_prompts_of_each_batch(random_pipeli
 def test_a_picture_that_is_not_finite_is_drawn_again_with_its_negative_prompt(random_pipeline: Path) -> None:
     """One whose negative prompt alone makes it so has its layer named."""
     sampler, draw = make_sampler(loaded(random_pipeline)), Draw(make_schedule("dpmpp_2m", 4, 3.0), Guidance(3.0), 1)
-    tokens, pooled = sampler.encoder(["blurry"]).gathered().values()
-    sampler.encoder.memory["blurry"] = tokens[0] * float("nan"), pooled[0]
+    rows = PromptEncoder(loaded(random_pipeline), 9)(["blurry"]).gathered()
+    sampler.encoder.memory["blurry"] = {"prompt": rows["prompt"][0] * float("nan"), "pooled": rows["pooled"][0]}
     for negative, expected in (("", ""), ("low", ""), ("blurry", ", first in the transformer's context_embedder")):
         assert sampler.first_fault(Prompt("a cat", negative=negative), draw, number=0, seed=0) == expected
 
