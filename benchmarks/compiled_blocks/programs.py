@@ -143,5 +143,6 @@ def _decoder(program: Program, mode: FakeTensorMode) -> tuple[nn.Module, dict[st
     return module, {"sample": latents}
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor]:
+    assert mask is None, "Stable Diffusion 3 has no masks"
     return (_Attention.apply(query, key, value),)
