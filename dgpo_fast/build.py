@@ -281,11 +281,7 @@ def _describe(parts: Parts) -> None:
     )
     state = sum(state_bytes(shape.numel(), config.optimizer.name) for shape in models.shapes.values())
     note(f"{config.optimizer.name}: {state / 2**20:.1f} MiB of optimizer state")
-    guided = (
-        parts.draw.guided
-        or parts.eval_draw.guided
-        or traits(in_plain_numbers(config, family_of(models.base))).guided_base
-    )
+    guided = parts.draw.guided or parts.eval_draw.guided or traits(parts.learner.config).guided_base
     unread = prompt_notes(parts.pipeline, config.rollout.max_sequence_length, parts.prompts.everything, guided)
     about = (
         random_weights_note(config),

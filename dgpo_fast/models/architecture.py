@@ -126,3 +126,8 @@ def _token_limits(folder: Path, tokenizers: list[str]) -> dict[str, int]:
     files = {name: folder / name / "tokenizer_config.json" for name in tokenizers}
     limits = {name: read_json(file).get("model_max_length") for name, file in files.items() if file.is_file()}
     return {name: limit for name, limit in limits.items() if isinstance(limit, int)}
+
+
+def flow_match_scheduler(shift: float, **more: Any) -> dict[str, Any]:
+    """The configuration of diffusers' Euler scheduler with that shift, and with what else it says."""
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift, **more}

@@ -46,7 +46,7 @@ class DeviceRows:
         return {name: tensor[: len(self.places)] for name, tensor in self.tensors.items()}, self.places
 
     def reserve(self, tokens: int) -> None:
-        """Has all rows padded to at least so many tokens from now on."""
+        """Pads all rows to at least `tokens` tokens from now on."""
         if tokens > self.tokens:
             self.tokens, self.places = tokens, {}
 

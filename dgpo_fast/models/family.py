@@ -337,3 +337,13 @@ def _with_defaults(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
 def text_seed(text: str) -> int:
     """A seed that is a function of the text, the same in every process, for `Family.random_condition`."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def random_tokens(text: str, length: int, width: int, std: float = 1.0) -> Tensor:
+    """(length, width) normal numbers, fp32 on the CPU, a function of the text, for `Family.random_condition`."""
+    return std * torch.randn(length, width, generator=torch.Generator().manual_seed(text_seed(text)))
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    """The next multiple, or `number` if it is one."""
+    return -(-number // multiple) * multiple

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dgpo_fast.models.family import Family, Rows
+from dgpo_fast.models.family import Family, Rows, rounded_up
 from dgpo_fast.models.forward import Given, velocity
 from dgpo_fast.models.text_embeds import TextEmbeds
 
@@ -93,7 +93,7 @@ def stacked(family: Family, rows: Sequence[Rows], tokens: int = 0) -> Rows:
     """Encoded prompts → (U, …) tensors of one length, at least `tokens`, rounded up as the family pads."""
     if family.pads_to:
         tokens = max(tokens, *(family.text_tokens(row) for row in rows))
-        tokens = -(-tokens // family.pads_to) * family.pads_to
+        tokens = rounded_up(tokens, family.pads_to)
     return family.stack(rows, tokens if family.pads_to else 0)
 
 

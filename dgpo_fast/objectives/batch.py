@@ -68,12 +68,9 @@ class Batch:
     def group_means(self) -> "Batch":
         """One row for each group: the mean x0 of the samples that are here. With sharded weights, rows are filled up to
         equally many on every process."""
-        part = self.part
-        count, before = (self.groups, 0) if part is None else (part.groups_of(self.own), part.before)
-        sample, row = (torch.arange(length, device=self.x0.device) for length in (self.own, count))
-        # A product, since sums by index have no fixed order on a GPU.
-        member = ((sample + before) // self.group_size == row[:, None]).to(self.x0.dtype)
+        member = membership(self.own, self.group_size, self.part, self.x0)
         mean = member / member.sum(1, keepdim=True).clamp(min=1) @ self.x0[: self.own].flatten(1)
+        row, before = torch.arange(len(member), device=self.x0.device), 0 if self.part is None else self.part.before
         first = (row * self.group_size - before).clamp(0, len(self.x0) - 1)
         return replace(self[first], x0=mean.unflatten(1, self.x0.shape[1:]))
 
@@ -109,6 +106,16 @@ class Batch:
         if self.part is None:
             return self[start:end]
         return self.taken(self.part.rows(start, end, self.own), self.part.only(start, end))
+
+
+def membership(own: int, group_size: int, part: BatchPart | None, like: Tensor) -> Tensor:
+    """(groups, own), in the dtype and on the device of `like`: 1 where one of a process's `own` samples is of a group.
+
+    A product with it adds up groups: sums by index have no fixed order on a GPU.
+    """
+    count, before = (own // group_size, 0) if part is None else (part.groups_of(own), part.before)
+    sample, row = (torch.arange(length, device=like.device) for length in (own, count))
+    return ((sample + before) // group_size == row[:, None]).to(like.dtype)
 
 
 def add_metrics(totals: Metrics, values: dict[str, Tensor], weight: float) -> None:

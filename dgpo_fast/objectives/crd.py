@@ -28,7 +28,7 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.models.family import Guidance
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels
-from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.batch import Batch, membership
 from dgpo_fast.objectives.denoising import (
     DenoisingObjective,
     Noised,
@@ -152,9 +152,6 @@ def _over_processes(values: Tensor, noised: Noised, *, padding: int) -> Tensor:
     a group must call it together."""
     part, size = noised.batch.part, noised.batch.group_size
     own = len(values) - padding
-    before, count = (0, own // size) if part is None else (part.before, -(-(part.before + own) // size))
-    group = (torch.arange(own, device=values.device) + before) // size
-    # A product, since sums by index have no fixed order on a GPU.
-    member = (group == torch.arange(count, device=values.device)[:, None]).to(values.dtype)
-    mean = (member @ values[:own] / size)[group]
+    member = membership(own, size, part, values)
+    mean = (member @ values[:own] / size)[member.argmax(0)]
     return pad(mean if part is None else part.sum_group_scores(mean), (0, padding))

@@ -14,7 +14,7 @@ from torch import Tensor
 from dgpo_fast.config.objective_options import Levels, grid_steps
 from dgpo_fast.objectives.group_loss import Level
 from dgpo_fast.objectives.levels import draw_training_steps
-from dgpo_fast.rollout.schedule import Schedule
+from dgpo_fast.rollout.schedule import Schedule, shifted
 from dgpo_fast.seeds import stream_seed
 
 LOWEST_UNIFORM = 0.2
@@ -71,7 +71,7 @@ class NoiseLevels:
         sigma = QUANTILES[self.kind](torch.special.ndtr(normal), slot, self.count)
         if self.kind == "logit_normal":
             assert self.shift is not None, "the grid's shift is still to be read"
-            sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+            sigma = shifted(sigma, self.shift)
         return Level(sigma, 1000 * sigma, draw)
 
 

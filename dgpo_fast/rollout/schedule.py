@@ -108,10 +108,15 @@ def linear_sigmas(steps: int, shift: float, last: float | None = None) -> Tensor
     With `last`, the grid is stretched so that its last σ before 0 is that: 1 − (1 − σ)·(1 − last) / (1 − s(1/n)).
     """
     plain = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    sigmas = shift * plain / (1 + (shift - 1) * plain)
+    sigmas = shifted(plain, shift)
     if last is not None and steps > 1:
         sigmas = 1 - (1 - sigmas) * (1 - last) / (1 - sigmas[-1])
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """s(σ) = k·σ / (1 + (k − 1)·σ) with the shift k."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def _stochastic_steps(sigmas: list[float], noise_level: float) -> tuple[list[list[float]], list[list[float]]]:

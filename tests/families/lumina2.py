@@ -7,7 +7,8 @@ from transformers import Gemma2Config, Gemma2Model
 
 from tests.families.byte_tokenizer import VOCABULARY, byte_tokenizer
 from tests.families.case import Case, fill
-from tests.families.z_image import VAE, draws, quiet
+from tests.families.tiny_parts import quiet
+from tests.families.z_image import VAE, draws
 
 LENGTH = 288
 """The system prompt alone has 185 bytes."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from tests.families.case import Case, fill
+from tests.families.tiny_parts import drawn_packed
 
-WIDTH, CHANNELS, FACTOR = 32, 4, 4
+WIDTH, CHANNELS = 32, 4
 VOCABULARY = 300
 
 
@@ -56,26 +57,10 @@ def pipeline_draws(
     pipeline: Any, noise: Tensor, prompt: str, negative: str, scale: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """As `Case.pipeline_draws`."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(_: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept.update(given)
-        return given
-
-    height, width = (FACTOR * side for side in noise.shape[2:])
     pipeline.set_progress_bar_config(disable=True)
-    pixels = pipeline(
-        prompt,
-        negative,
-        true_cfg_scale=scale,
-        height=height,
-        width=width,
-        latents=pipeline._pack_latents(noise, *noise.shape),
-        num_inference_steps=steps,
-        output_type="pt",
-        callback_on_step_end=keep,
-    ).images
-    return pipeline._unpack_latents(kept["latents"], height, width, FACTOR)[:, :, 0], 2 * pixels - 1
+    options = {"negative_prompt": negative, "true_cfg_scale": scale, "num_inference_steps": steps}
+    latents, pixels = drawn_packed(pipeline, noise, prompt=prompt, **options)
+    return latents[:, :, 0], 2 * pixels - 1
 
 
 def _text_encoder() -> Qwen2_5_VLForConditionalGeneration:

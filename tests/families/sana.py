@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from tests.families.case import Case, fill
+from tests.families.tiny_parts import drawn
 
 WIDTH, CHANNELS, FACTOR = 32, 4, 4
 LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
@@ -69,28 +70,12 @@ def pipeline_draws(
     pipeline: Any, noise: Tensor, prompt: str, negative: str, scale: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """As `Case.pipeline_draws`."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(_: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept.update(given)
-        return given
-
     height, width = (FACTOR * side for side in noise.shape[2:])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.image_processor.register_to_config(do_normalize=False)  # else it cuts pixels off at −1 and 1
-    pixels = pipeline(
-        prompt,
-        negative,
-        guidance_scale=scale,
-        height=height,
-        width=width,
-        latents=noise,
-        num_inference_steps=steps,
-        output_type="pt",
-        use_resolution_binning=False,
-        callback_on_step_end=keep,
-    ).images
-    return kept["latents"], pixels
+    options = {"negative_prompt": negative, "guidance_scale": scale, "num_inference_steps": steps}
+    size = {"height": height, "width": width, "use_resolution_binning": False}
+    return drawn(pipeline, noise, prompt=prompt, **options, **size)
 
 
 def _tokenizer() -> GemmaTokenizer:

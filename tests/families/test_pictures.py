@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.models.family import Family
+from dgpo_fast.models.meta import stacked
 from dgpo_fast.rollout.schedule import make_schedule
 from tests.families import auraflow, chroma, flux1, flux2, lumina2, qwen_image, sana, sd3, z_image
 from tests.families.case import Case
@@ -41,9 +42,7 @@ def of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 def condition(family: Family, pipeline: Any, texts: Sequence[str], length: int, *, negative: bool = False) -> Any:
     """The prompts, stacked."""
     rows = [family.encode(pipeline, text, length, negative=negative) for text in texts]
-    longest = max(family.text_tokens(row) for row in rows)
-    padded = -(-longest // family.pads_to) * family.pads_to if family.pads_to else 0
-    return family.stack(rows, padded)
+    return stacked(family, rows)
 
 
 @torch.no_grad()

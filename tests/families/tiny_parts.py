@@ -104,7 +104,7 @@ def drawn(pipeline: Any, latents: Tensor, **options: Any) -> tuple[Tensor, Tenso
 
 def drawn_packed(pipeline: Any, noise: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """`drawn` by a pipeline that packs patches of 2 × 2: noise and latents (1, C, H, W) here."""
-    height, width = (FACTOR * side for side in noise.shape[-2:])
+    height, width = (pipeline.vae_scale_factor * side for side in noise.shape[-2:])
     packed = pipeline._pack_latents(noise, *noise.shape)
     latents, pixels = drawn(pipeline, packed, height=height, width=width, **options)
     return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor), pixels

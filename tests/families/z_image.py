@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from tests.families.byte_tokenizer import CHATML, VOCABULARY, byte_tokenizer
 from tests.families.case import Case, fill
+from tests.families.tiny_parts import drawn, quiet
 
 VAE = {
     "latent_channels": 4,
@@ -58,37 +58,22 @@ def make(shift: float = 6.0) -> ZImagePipeline:
     return quiet(pipeline)
 
 
-def quiet(pipeline: Any) -> Any:
-    """`pipeline` without progress bars, whose pictures of `output_type` "pt" are the decoder's own numbers."""
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.image_processor.register_to_config(do_normalize=False)
-    return pipeline
-
-
 def draws(
     pipeline: Any, noise: Tensor, prompt: str, negative: str, scale: float, steps: int, **options: object
 ) -> tuple[Tensor, Tensor]:
     """See `Case.pipeline_draws`."""
-    kept: list[Tensor] = []
-
-    def keep(_: object, step: int, time: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept.append(values["latents"])
-        return {}
-
-    factor = pipeline.vae_scale_factor
-    pixels = pipeline(
-        [prompt],
+    height, width = (pipeline.vae_scale_factor * side for side in noise.shape[2:])
+    return drawn(
+        pipeline,
+        noise.clone(),
+        prompt=[prompt],
         negative_prompt=[negative],
-        height=noise.shape[2] * factor,
-        width=noise.shape[3] * factor,
+        height=height,
+        width=width,
         guidance_scale=scale,
         num_inference_steps=steps,
-        latents=noise.clone(),
-        callback_on_step_end=keep,
-        output_type="pt",
         **options,
-    ).images
-    return kept[-1], torch.as_tensor(pixels)
+    )
 
 
 CASE = Case(

@@ -7,15 +7,15 @@ positions limits a picture's sides.
 from math import isqrt
 from typing import Any
 
-import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL
 from torch import Tensor, nn
 from transformers import UMT5Config
 
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families import autoencoder_kl
-from dgpo_fast.models.families.flux1 import ATTENTION_LAYERS, one_of_each
-from dgpo_fast.models.family import AttentionShape, Family, Rows, text_seed
+from dgpo_fast.models.families.flux1 import one_of_each
+from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS
+from dgpo_fast.models.family import AttentionShape, Family, Rows, random_tokens
 
 AURAFLOW_V03 = "fal/AuraFlow-v0.3"
 REGISTER_TOKENS = 8
@@ -76,8 +76,8 @@ class AuraFlow(Family):
         return {"prompt": prompt[0]}
 
     def random_condition(self, text: str, length: int) -> Rows:
-        width, generator = self.architecture.transformer["joint_attention_dim"], torch.Generator()
-        return {"prompt": T5_STD * torch.randn(length, width, generator=generator.manual_seed(text_seed(text)))}
+        width = self.architecture.transformer["joint_attention_dim"]
+        return {"prompt": random_tokens(text, length, width, T5_STD)}
 
     def text_tokens(self, rows: Rows) -> int:
         return rows["prompt"].shape[-2]
@@ -114,7 +114,7 @@ def auraflow_v03() -> Architecture:
         transformer={"pos_embed_max_size": 9216},
         vae={**autoencoder_kl.PUBLISHED, "latent_channels": 4, "sample_size": 1024, "scaling_factor": 0.13025},
         text_encoders={"text_encoder": pile_t5_xl()},
-        scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.73},
+        scheduler=flow_match_scheduler(1.73),
         name=AURAFLOW_V03,
     )
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.families import autoencoder_kl
-from dgpo_fast.models.families.flux1 import ATTENTION_LAYERS, T5_STD, Packed, scheduler_numbers
-from dgpo_fast.models.families.sd3 import t5_xxl
-from dgpo_fast.models.family import Rows, text_seed
+from dgpo_fast.models.families.flux1 import T5_STD, Packed, scheduler_numbers
+from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS, t5_xxl
+from dgpo_fast.models.family import Rows, random_tokens
 
 CHROMA1_HD = "lodestones/Chroma1-HD"
 
@@ -42,8 +42,7 @@ class Chroma(Packed):
         return {"prompt": prompt[0], "mask": mask[0]}
 
     def random_condition(self, text: str, length: int) -> Rows:
-        width, generator = self.architecture.transformer["joint_attention_dim"], torch.Generator()
-        prompt = T5_STD * torch.randn(length, width, generator=generator.manual_seed(text_seed(text)))
+        prompt = random_tokens(text, length, self.architecture.transformer["joint_attention_dim"], T5_STD)
         # One token a word, one that ends the text, and the first of the padding.
         return {"prompt": prompt, "mask": (torch.arange(length) < len(text.split()) + 2).float()}
 

@@ -6,7 +6,6 @@ one length that no mask hides. CLIP's pooled embedding goes in beside the time.
 
 from collections.abc import Mapping
 from functools import partial
-from math import exp
 from typing import Any
 
 import torch
@@ -14,31 +13,19 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families import autoencoder_kl
-from dgpo_fast.models.families.sd3 import clip_l, t5_xxl
-from dgpo_fast.models.family import AttentionShape, Family, Grid, Guidance, Rows, TextLimit, text_seed
+from dgpo_fast.models.families.packing import PATCH, PackedLatents, shift_by_size
+from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS, clip_l, t5_xxl
+from dgpo_fast.models.family import AttentionShape, Grid, Guidance, Rows, TextLimit, text_seed
 
-PATCH = 2
-DEFAULT_LATENT_SIDE = 128
-"""Of the pipeline's default picture."""
 T5_STD = 0.2
 """Of the trained T5's embeddings."""
 SCHNELL_TOKENS = 256
 """Of T5: schnell was not trained on more."""
-ATTENTION_LAYERS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
 
 
-class Packed(Family):
+class Packed(PackedLatents):
     """What FLUX.1 and Chroma share: tokens are patches of 2 × 2 with positions; the shift grows with their number."""
 
     block_names = ("transformer_blocks", "single_transformer_blocks")
@@ -51,17 +38,6 @@ class Packed(Family):
 
     def one_of_each_block(self) -> tuple[dict[str, Any], list[int]]:
         return one_of_each(self.architecture.transformer, "num_layers", "num_single_layers")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        side = DEFAULT_LATENT_SIDE * self.pixels
-        return side, side
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.architecture.transformer["in_channels"] // PATCH**2, height // self.pixels, width // self.pixels
-
-    def image_tokens(self, latent: tuple[int, ...]) -> int:
-        return latent[1] * latent[2] // PATCH**2
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         return autoencoder_kl.decode(vae, latents)
@@ -171,14 +147,6 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(*axes).float()
 
 
-def shift_by_size(scheduler: Mapping[str, Any], tokens: int) -> float:
-    """The shift for a picture of `tokens` tokens, by the configuration of a scheduler with dynamic shifting."""
-    least, most = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - least) / (most - least)
-    return mu if scheduler.get("time_shift_type") == "linear" else exp(mu)
-
-
 def one_of_each(config: Mapping[str, Any], joint: str, single: str) -> tuple[dict[str, Any], list[int]]:
     """`Family.one_of_each_block` of a transformer with blocks of two kinds, one kind after the other.
 
@@ -218,16 +186,8 @@ def known(name: str) -> Architecture:
 
 def scheduler_numbers(*, dynamic: bool) -> dict[str, Any]:
     """The configuration of FLUX.1's scheduler, with the numbers that its pipeline falls back to."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-        "use_dynamic_shifting": dynamic,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-    }
+    numbers = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    return flow_match_scheduler(1.0, use_dynamic_shifting=dynamic, **numbers)
 
 
 Flux1.known_models = {

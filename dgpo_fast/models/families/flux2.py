@@ -8,7 +8,6 @@ tokens, 512 in the pipelines: the transformer gets no mask, so what stands at th
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from math import exp
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +17,10 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 from transformers import Mistral3Config, PretrainedConfig, Qwen3Config
 
-from dgpo_fast.models.architecture import Architecture
-from dgpo_fast.models.family import AttentionShape, Family, Grid, Guidance, Rows, text_seed
+from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
+from dgpo_fast.models.families.packing import DEFAULT_LATENT_SIDE, PATCH, shift_of_mu
+from dgpo_fast.models.family import AttentionShape, Family, Grid, Guidance, Rows, random_tokens
 
-DEFAULT_LATENT_SIDE = 128
-"""Of the autoencoder's latents, in the pipelines' default picture."""
-PATCH = 2
 LORA_TARGETS = (
     r"transformer_blocks\.\d+\."
     r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
@@ -82,11 +79,10 @@ class _Flux2(Family):
         if not scheduler.get("use_dynamic_shifting"):
             return Grid(self.architecture.shift, linear=True)
         mu = compute_empirical_mu(self.image_tokens(latent), steps)
-        return Grid(mu if scheduler.get("time_shift_type") == "linear" else exp(mu), linear=True)
+        return Grid(shift_of_mu(scheduler, mu), linear=True)
 
     def random_condition(self, text: str, length: int) -> Rows:
-        generator = torch.Generator().manual_seed(text_seed(text))
-        return {"text": torch.randn(length, self.architecture.transformer["joint_attention_dim"], generator=generator)}
+        return {"text": random_tokens(text, length, self.architecture.transformer["joint_attention_dim"])}
 
     def text_tokens(self, rows: Rows) -> int:
         return rows["text"].shape[-2]
@@ -234,14 +230,14 @@ def _published(
         vae={},
         index={**index, "text_encoder": ["transformers", kind]},
         text_encoders={"text_encoder": encoder},
-        scheduler={
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": 3.0,
-            "use_dynamic_shifting": True,
-        },
+        scheduler=flow_match_scheduler(3.0, use_dynamic_shifting=True),
         name=f"black-forest-labs/FLUX.2-{name}",
     )
+
+
+def qwen3_4b() -> Qwen3Config:
+    """Qwen3-4B: 4.02 B weights."""
+    return _qwen3(2560, 9728, tied=True)
 
 
 def _qwen3(width: int, intermediate: int, *, tied: bool) -> Qwen3Config:
@@ -256,7 +252,7 @@ def _qwen3(width: int, intermediate: int, *, tied: bool) -> Qwen3Config:
 
 
 def _klein_4b(name: str) -> Architecture:
-    return _klein(name, sizes=(5, 20, 24), encoder=_qwen3(2560, 9728, tied=True))
+    return _klein(name, sizes=(5, 20, 24), encoder=qwen3_4b())
 
 
 def _klein_9b(name: str) -> Architecture:

@@ -12,13 +12,12 @@ from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 from torch import Tensor
 from transformers import Gemma2Config
 
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families import autoencoder_kl
 from dgpo_fast.models.families.single_stream import (
     SingleStream,
     from_patches,
     image_positions,
-    static_scheduler,
     text_positions,
     to_patches,
 )
@@ -39,7 +38,7 @@ def _published() -> Architecture:
         vae=autoencoder_kl.FLUX1,
         index={"_class_name": "Lumina2Pipeline", "text_encoder": ["transformers", "Gemma2Model"]},
         text_encoders={"text_encoder": encoder},
-        scheduler=static_scheduler(6.0),
+        scheduler=flow_match_scheduler(6.0),
         name=LUMINA_IMAGE_2,
     )
 

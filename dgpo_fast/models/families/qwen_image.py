@@ -10,39 +10,30 @@ torch's own attends.
 
 from collections.abc import Sequence
 from functools import cache, partial
-from math import exp
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig
 
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families.calling import called
+from dgpo_fast.models.families.packing import PATCH, PackedLatents, shift_by_size
 from dgpo_fast.models.families.padding import padded_with_mask
-from dgpo_fast.models.family import AttentionShape, Family, Grid, Guidance, Rows, text_seed
-
-DEFAULT_LATENT_SIDE = 128
-"""Of the autoencoder's latents, in the pipeline's default picture."""
-PATCH = 2
+from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS
+from dgpo_fast.models.family import AttentionShape, Grid, Guidance, Rows, random_tokens
 
 
-class QwenImage(Family):
-    """Qwen-Image.
-
-    Attributes:
-        pixels: on each side of one number of a latent.
-    """
+class QwenImage(PackedLatents):
+    """Qwen-Image."""
 
     title = "Qwen-Image"
     text_parts = ("text_encoder", "tokenizer")
     block_names = ("transformer_blocks",)
     lora_targets = (
-        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-        *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        *ATTENTION_LAYERS,
         *(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")),
     )
     pads_to = 64
@@ -70,17 +61,6 @@ class QwenImage(Family):
         counts = [1, between, 1] if between > 0 else [1] * config["num_layers"]
         return {**config, "num_layers": len(counts)}, counts
 
-    @property
-    def size(self) -> tuple[int, int]:
-        side = DEFAULT_LATENT_SIDE * self.pixels
-        return side, side
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.architecture.transformer["in_channels"] // PATCH**2, height // self.pixels, width // self.pixels
-
-    def image_tokens(self, latent: tuple[int, ...]) -> int:
-        return latent[1] * latent[2] // PATCH**2
-
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         mean, std = _statistics(vae, latents.device)
         # The autoencoder is one of videos: a picture is one frame.
@@ -95,14 +75,7 @@ class QwenImage(Family):
     def grid(self, steps: int, latent: tuple[int, ...]) -> Grid:
         scheduler, shift = self.architecture.scheduler, self.architecture.shift
         if scheduler.get("use_dynamic_shifting"):
-            mu = calculate_shift(
-                self.image_tokens(latent),
-                scheduler.get("base_image_seq_len", 256),
-                scheduler.get("max_image_seq_len", 4096),
-                scheduler.get("base_shift", 0.5),
-                scheduler.get("max_shift", 1.15),
-            )
-            shift = mu if scheduler.get("time_shift_type") == "linear" else exp(mu)
+            shift = shift_by_size(scheduler, self.image_tokens(latent))
         return Grid(shift, linear=True, last=scheduler.get("shift_terminal"))
 
     def encode(self, pipeline: Any, text: str, length: int, *, negative: bool) -> Rows:
@@ -111,8 +84,7 @@ class QwenImage(Family):
         return {"text": rows[0]}
 
     def random_condition(self, text: str, length: int) -> Rows:
-        generator = torch.Generator().manual_seed(text_seed(text))
-        return {"text": torch.randn(length, self.architecture.transformer["joint_attention_dim"], generator=generator)}
+        return {"text": random_tokens(text, length, self.architecture.transformer["joint_attention_dim"])}
 
     def stack(self, rows: Sequence[Rows], tokens: int) -> Rows:
         return padded_with_mask(rows, tokens)
@@ -208,18 +180,16 @@ def published(name: str) -> Architecture:
         transformer={},
         vae={},
         text_encoders={"text_encoder": qwen25_vl_7b()},
-        scheduler={
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": 1.0,
-            "use_dynamic_shifting": True,
-            "time_shift_type": "exponential",
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 8192,
-            "base_shift": 0.5,
-            "max_shift": 0.9,
-            "shift_terminal": 0.02,
-        },
+        scheduler=flow_match_scheduler(
+            1.0,
+            use_dynamic_shifting=True,
+            time_shift_type="exponential",
+            base_image_seq_len=256,
+            max_image_seq_len=8192,
+            base_shift=0.5,
+            max_shift=0.9,
+            shift_terminal=0.02,
+        ),
         name=name,
     )
 

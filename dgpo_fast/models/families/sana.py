@@ -9,14 +9,13 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
-import torch
 from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 from transformers import Gemma2Config
 
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.families.padding import padded_with_mask
-from dgpo_fast.models.family import AttentionShape, Family, Rows, text_seed
+from dgpo_fast.models.family import AttentionShape, Family, Rows, random_tokens
 
 INSTRUCTION: list[str] = signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What stands before a prompt in the text encoder, unless it is a negative one."""
@@ -84,8 +83,7 @@ class Sana(Family):
         return {"text": rows[0][mask[0].bool()]}
 
     def random_condition(self, text: str, length: int) -> Rows:
-        generator = torch.Generator().manual_seed(text_seed(text))
-        return {"text": torch.randn(length, self.architecture.transformer["caption_channels"], generator=generator)}
+        return {"text": random_tokens(text, length, self.architecture.transformer["caption_channels"])}
 
     def stack(self, rows: Sequence[Rows], tokens: int) -> Rows:
         return padded_with_mask(rows, tokens)

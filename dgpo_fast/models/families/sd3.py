@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, T5Config
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.attention import DISPATCHED, MATMUL
+from dgpo_fast.models.families import autoencoder_kl
 from dgpo_fast.models.families.sd3_attention import JointAttention
 from dgpo_fast.models.family import AttentionShape, Family, Rows, TextLimit, text_seed
 
@@ -26,6 +27,17 @@ CLIP_TOKENS = 77
 CLIP_STD, T5_STD = 1.0, 0.2
 """Of the trained encoders' outputs, about."""
 T5 = "text_encoder_3"
+ATTENTION_LAYERS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""Linear layers of attention over image and text together, by the ends of their names."""
 
 
 class SD3(Family):
@@ -35,16 +47,7 @@ class SD3(Family):
     text_parts = ("text_encoder", "text_encoder_2", T5, "tokenizer", "tokenizer_2", "tokenizer_3")
     optional_parts = (T5, "tokenizer_3")
     block_names = ("transformer_blocks",)
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = ATTENTION_LAYERS
     text_length = 256
     attention_names = (*DISPATCHED, MATMUL)
     pipeline_class = StableDiffusion3Pipeline
@@ -53,7 +56,7 @@ class SD3(Family):
 
     def __init__(self, architecture: Architecture):
         super().__init__(architecture)
-        self.scale = 2 ** (len(architecture.vae["block_out_channels"]) - 1)
+        self.scale = autoencoder_kl.pixels_per_latent(architecture.vae)
         self.multiple = self.scale * architecture.transformer["patch_size"]
         self.largest_side = self.multiple * architecture.transformer["pos_embed_max_size"]
         self.clip_tokens = architecture.token_limits.get("tokenizer", CLIP_TOKENS)
@@ -91,15 +94,11 @@ class SD3(Family):
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """See `Family.decode`."""
-        own: Any = vae
-        scaled = latents / own.config.scaling_factor + (own.config.shift_factor or 0.0)  # some configurations have none
-        return own.decode(scaled.to(next(own.decoder.parameters()).dtype), return_dict=False)[0].float()
+        return autoencoder_kl.decode(vae, latents)
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """See `Family.encode_pixels`."""
-        own: Any = vae
-        latents = own.encode(pixels.to(next(own.encoder.parameters()).dtype)).latent_dist.mode().float()
-        return (latents - (own.config.shift_factor or 0.0)) * own.config.scaling_factor
+        return autoencoder_kl.encode(vae, pixels)
 
     def encode(self, pipeline: Any, text: str, length: int, *, negative: bool) -> Rows:
         """Tokens of CLIP, then `length` of T5 (zeros if there is no T5), and the pooled outputs of the CLIPs."""
@@ -197,27 +196,20 @@ def _model(name: str, *, layers: int, positions: int, **transformer: Any) -> Arc
             **transformer,
         },
         vae={
-            "in_channels": 3,
-            "out_channels": 3,
+            **autoencoder_kl.PUBLISHED,
             "latent_channels": 16,
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "norm_num_groups": 32,
             "sample_size": 1024,
             "scaling_factor": 1.5305,
             "shift_factor": 0.0609,
-            "force_upcast": True,
             "use_quant_conv": False,
             "use_post_quant_conv": False,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
         },
         text_encoders={
             "text_encoder": clip_l(),
             "text_encoder_2": _clip(1280, layers=32, heads=20, hidden_act="gelu"),
             T5: t5_xxl(),
         },
-        scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+        scheduler=flow_match_scheduler(3.0),
         name=name,
     )
 

@@ -18,7 +18,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.families import autoencoder_kl
 from dgpo_fast.models.families.calling import called
-from dgpo_fast.models.family import AttentionShape, Family, Grid, Rows, text_seed
+from dgpo_fast.models.family import AttentionShape, Family, Grid, Rows, random_tokens, rounded_up
 
 PATCH = 2
 
@@ -92,8 +92,7 @@ class SingleStream(Family):
     def random_condition(self, text: str, length: int) -> Rows:
         """As `Family` has it, with `length` tokens, the most that a prompt can have. Raises as `check_length`."""
         self.check_length(length)
-        generator = torch.Generator().manual_seed(text_seed(text))
-        return {"text": torch.randn(length, self.architecture.transformer["cap_feat_dim"], generator=generator)}
+        return {"text": random_tokens(text, length, self.architecture.transformer["cap_feat_dim"])}
 
     def stack(self, rows: Sequence[Rows], tokens: int) -> Rows:
         """{"text": (U, T, D), "length": (U,) int64}; T is rounded up to `pads_to` in any case."""
@@ -132,21 +131,6 @@ class SingleStream(Family):
         kinds = (image + text, layers, text), (image, refiners, 0), (text, refiners, text)
         shapes = [AttentionShape(batch, tokens, *self.heads, calls, of) for tokens, calls, of in kinds]
         return tuple(sorted(shapes, key=lambda shape: -shape.tokens))
-
-
-def static_scheduler(shift: float) -> dict[str, Any]:
-    """The configuration of a scheduler with that shift for pictures of all sizes."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "use_dynamic_shifting": False,
-        "shift": shift,
-    }
-
-
-def rounded_up(number: int, multiple: int) -> int:
-    """The next multiple, or `number` if it is one."""
-    return -(-number // multiple) * multiple
 
 
 def to_patches(x: Tensor) -> Tensor:

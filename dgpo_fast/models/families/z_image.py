@@ -11,20 +11,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
-from transformers import Qwen3Config
 
-from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families import autoencoder_kl
+from dgpo_fast.models.families.flux2 import qwen3_4b
 from dgpo_fast.models.families.single_stream import (
     SingleStream,
     from_patches,
     image_positions,
-    rounded_up,
-    static_scheduler,
     text_positions,
     to_patches,
 )
-from dgpo_fast.models.family import Guidance, Rows
+from dgpo_fast.models.family import Guidance, Rows, rounded_up
 
 TURBO_SHIFT = 3.0
 PATCHES = "2-1"
@@ -41,17 +39,8 @@ def _published(name: str, shift: float) -> Architecture:
         transformer={},
         vae=autoencoder_kl.FLUX1,
         index={"_class_name": "ZImagePipeline", "text_encoder": ["transformers", "Qwen3Model"]},
-        text_encoders={
-            "text_encoder": Qwen3Config(
-                hidden_size=2560,
-                intermediate_size=9728,
-                num_hidden_layers=36,
-                num_attention_heads=32,
-                num_key_value_heads=8,
-                tie_word_embeddings=True,
-            )
-        },
-        scheduler=static_scheduler(shift),
+        text_encoders={"text_encoder": qwen3_4b()},
+        scheduler=flow_match_scheduler(shift),
         name=name,
     )
 
