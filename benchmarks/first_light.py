@@ -52,12 +52,15 @@ def run(recipe: str, seed: int, runs_dir: Path, settings: list[str]) -> dict[str
     started = time.monotonic()
     subprocess.run(command, check=True)
     seconds = time.monotonic() - started
-    return {"wall_s": round(seconds, 1), **json.loads((runs_dir / name / "summary.json").read_text())}
+    metrics = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+    cpu_s = round(sum(line["cpu_s"] for line in metrics), 1)
+    summary = json.loads((runs_dir / name / "summary.json").read_text("utf-8"))
+    return {"wall_s": round(seconds, 1), "training_cpu_s": cpu_s, **summary}
 
 
 def log_search(path: Path, run: dict[str, Any], settings: list[str]) -> None:
     """Adds one tried setting to the log."""
-    kept = {key: run[key] for key in ("seed", "wall_s", "iterations", "training_s")}
+    kept = {key: run[key] for key in ("seed", "wall_s", "training_cpu_s", "iterations", "training_s")}
     kept |= {scores: run[scores]["reward_mean"] for scores in ("before", "after", "gain")}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"settings": " ".join(settings), **kept, "machine": machine()}) + "\n")
@@ -66,12 +69,14 @@ def log_search(path: Path, run: dict[str, Any], settings: list[str]) -> None:
 def search_table(path: Path) -> str:
     """The log as Markdown, best first."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    columns = ["settings beside the recipe's", "data", "seed", "iterations", "seconds", "before", "after", "gain"]
+    columns = ["settings beside the recipe's", "data", "seed", "iterations", "seconds", "processor's"]
+    columns += ["before", "after", "gain"]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in sorted(lines, key=lambda line: -line["gain"]):
         tried = f"| `{line['settings'] or '(none)'}` | {line.get('data', '')} | {line['seed']} | {line['iterations']}"
         outcome = f"{line['before']:.3f} | {line['after']:.3f} | {line['gain']:+.3f} |"
-        rows.append(f"{tried} | {line['training_s']:.0f} | {outcome}")
+        cpu_s = f"{line['training_cpu_s']:.0f}" if "training_cpu_s" in line else ""
+        rows.append(f"{tried} | {line['training_s']:.0f} | {cpu_s} | {outcome}")
     return "\n".join(rows)
 
 

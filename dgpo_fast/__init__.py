@@ -11,4 +11,4 @@ __version__ = "0.1.0"
 # spin in vain and keep it from finishing. After a short spin they give their cores away. The OpenMP library reads this
 # when torch loads it, and worker processes inherit it.
 if os.environ.keys().isdisjoint({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}):
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "3000"

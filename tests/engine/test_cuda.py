@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgpo_fast.config.options import Engine
+from dgpo_fast.config.options import Config, Engine
 from dgpo_fast.engine import attention
 from dgpo_fast.engine.decoder import Decoder
 from dgpo_fast.engine.fp8 import Float8Copy
@@ -28,6 +28,12 @@ ATTENTION = ("native", "native_flash", "native_cudnn", "flash", "flash3", "xform
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.linalg.norm(found.double() - expected.double()) / torch.linalg.norm(expected.double()))
+
+
+def assert_as_exact(found: torch.Tensor, plain: torch.Tensor, config: Config, folder: Path) -> None:
+    """At most twice as far from float64's gradient as the plain way in bf16: two bf16 programs may be 0.1 apart."""
+    exact = EngineCase(folder, config, torch.float64).gradient()[1]
+    assert relative(found.cpu(), exact) <= 2 * relative(plain.cpu(), exact)
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
@@ -89,7 +95,7 @@ def test_compiled_training_step(train: str, random_pipeline: Path) -> None:
     fast = EngineCase(random_pipeline, make_config(train, **savings), torch.bfloat16, CUDA)
     (loss, gradient), (fast_loss, fast_gradient) = plain.gradient(), fast.gradient()
     assert abs(fast_loss - loss) < 1e-2 * abs(loss)
-    assert relative(fast_gradient, gradient) < 0.1
+    assert_as_exact(fast_gradient, gradient, make_config(train), random_pipeline)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -100,7 +106,7 @@ def test_attention_kernels(name: str, random_pipeline: Path) -> None:
     plain = EngineCase(random_pipeline, make_config(), torch.bfloat16, CUDA)
     other = EngineCase(random_pipeline, make_config(attention=name), torch.bfloat16, CUDA)
     assert relative(other.rollout(), plain.rollout()) < 0.05
-    assert relative(other.gradient()[1], plain.gradient()[1]) < 0.1
+    assert_as_exact(other.gradient()[1], plain.gradient()[1], make_config(), random_pipeline)
 
 
 def test_auto_on_a_gpu(random_pipeline: Path) -> None:
