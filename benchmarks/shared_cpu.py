@@ -90,13 +90,15 @@ def table(report: dict[str, Any]) -> str:
         rows = {row["busy"]: row for row in report["rows"] if row["setting"] == setting}
         shown = setting if setting == UNSET else f"`{setting}`"
         for name, title in WORK.items():
-            cells = [_cell(rows[busy][name]) if busy in rows else "not measured" for busy in BUSY]
+            cells = [_cell(rows.get(busy, {}).get(name, [])) for busy in BUSY]
             lines.append(f"| {' | '.join([shown, title, *cells])} |")
     about = f"{report['machine']}, torch {report['torch']}, commit {report['commit']}, {report['date']}."
     return "\n".join([*lines, "", f"{IMAGES} images; medians, with 10 and 90 % quantiles. {about}"])
 
 
 def _cell(milliseconds: list[float]) -> str:
+    if not milliseconds:
+        return "not measured"
     low, middle, high = np.quantile(milliseconds, (0.1, 0.5, 0.9))
     return f"{middle:.0f} ({low:.0f}, {high:.0f})"
 
