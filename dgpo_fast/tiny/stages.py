@@ -7,10 +7,11 @@ leaves room for reinforcement, which a model that spells every word right has no
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,6 +64,8 @@ class Pretraining:
 
 
 Batch = tuple[Tensor, ...]
+Velocity = Callable[[Tensor, Tensor, list[str], int], Tensor]
+"""(x_t (B, C, h, w), timestep (B,) in [0, 1000], B captions, `max_sequence_length`) → noise − x0 as it is predicted."""
 
 
 @dataclass
@@ -124,31 +127,55 @@ def autoencoder_stage(pipe: StableDiffusion3Pipeline, pictures: np.ndarray, conf
 def transformer_stage(
     pipe: StableDiffusion3Pipeline, prompts: Sequence[data.Prompt], x0_all: Tensor, config: Pretraining
 ) -> Stage:
-    """Flow matching of x_t = (1 − σ)·x0 + σ·noise to the velocity noise − x0."""
+    """`flow_matching_stage` of the shipped pipeline."""
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    return flow_matching_stage(modules, partial(_velocity, pipe), T5_TOKENS, prompts, x0_all, config)
+
+
+def _velocity(
+    pipe: StableDiffusion3Pipeline, x_t: Tensor, timestep: Tensor, captions: list[str], length: int
+) -> Tensor:
+    """See `Velocity`."""
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    return pipe.transformer(x_t, embeds, pooled, timestep=timestep).sample
+
+
+def flow_matching_stage(
+    modules: Sequence[nn.Module],
+    velocity: Velocity,
+    text_lengths: Sequence[int],
+    prompts: Sequence[data.Prompt],
+    x0_all: Tensor,
+    config: Pretraining,
+) -> Stage:
+    """Flow matching of x_t = (1 − σ)·x0 + σ·noise to the velocity noise − x0.
+
+    Args:
+        modules: which are trained.
+        velocity: predicted by them.
+        text_lengths: one of them is drawn in each step, as `max_sequence_length`.
+        prompts: of the pictures.
+        x0_all: (pictures, C, h, w) their latents.
+        config: how much is trained.
+    """
     captions = [text for text, _ in prompts] + [""]
 
     def draw(generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(x0_all), (config.transformer_batch,), generator=generator)
         dropped = torch.rand(len(chosen), generator=generator) < config.caption_dropout
-        t5_tokens = torch.tensor(T5_TOKENS)[torch.randint(len(T5_TOKENS), (1,), generator=generator)]
+        length = torch.tensor(text_lengths)[torch.randint(len(text_lengths), (1,), generator=generator)]
         logit = config.sigma_mean + config.sigma_std * torch.randn(len(chosen), generator=generator)
         x0, noise = x0_all[chosen], torch.randn(len(chosen), *x0_all.shape[1:], generator=generator)
         caption = torch.where(dropped, len(captions) - 1, chosen)
-        return x0, noise, torch.sigmoid(logit), caption, t5_tokens.expand(len(chosen))
+        return x0, noise, torch.sigmoid(logit), caption, length.expand(len(chosen))
 
-    def loss(x0: Tensor, noise: Tensor, sigma: Tensor, caption: Tensor, t5_tokens: Tensor) -> Tensor:
-        embeds, _, pooled, _ = pipe.encode_prompt(
-            [captions[i] for i in caption.tolist()],
-            None,
-            None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=int(t5_tokens[0]),
-        )
+    def loss(x0: Tensor, noise: Tensor, sigma: Tensor, caption: Tensor, length: Tensor) -> Tensor:
         x_t = torch.lerp(x0, noise, sigma[:, None, None, None])
-        v = pipe.transformer(x_t, embeds, pooled, timestep=1000 * sigma).sample
+        v = velocity(x_t, 1000 * sigma, [captions[i] for i in caption.tolist()], int(length[0]))
         return F.mse_loss(v, noise - x0)
 
-    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
     return Stage("transformer", modules, draw, loss, config.transformer_steps, config.transformer_lr)
 
 
@@ -165,7 +192,7 @@ def scaled_latents(pipe: StableDiffusion3Pipeline, pictures: np.ndarray) -> Tens
 
 
 @torch.no_grad()
-def latents(pipe: StableDiffusion3Pipeline, pictures: np.ndarray) -> Tensor:
+def latents(pipe: DiffusionPipeline, pictures: np.ndarray) -> Tensor:
     """Encodes pictures, uint8 (P, 32, 32, 3), to float32 (P, C, h, w) on the CPU, with the autoencoder's scaling."""
     batches = torch.from_numpy(pictures).split(256)
     x0 = torch.cat([pipe.vae.encode(_to_pixels(b).to(pipe.device)).latent_dist.mean.cpu() for b in batches])
