@@ -49,7 +49,7 @@ class PythonProcess:
     """`python ARGUMENTS` in this working folder; its output is kept in files.
 
     Args:
-        arguments: `-m MODULE …` or `-c CODE …`.
+        arguments: `-m MODULE …`, `-c CODE …` or `SCRIPT …`.
         environment: all of it; None: this process's.
     """
 
@@ -92,13 +92,17 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, files: 
     os.environ.update(environment)
     os.chdir(folder)
     heed_ctrl_c()
-    sys.path.insert(0, folder)
-    kind, what, *rest = arguments
-    sys.argv = [what if kind == "-m" else kind, *rest]
+    kind, *rest = arguments
+    sys.path.insert(0, folder if kind.startswith("-") else str(Path(kind).parent))
     if kind == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = [kind, *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
     else:
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        sys.argv = arguments
+        runpy.run_path(kind, run_name="__main__")
 
 
 def start(arguments: list[str], count: int, machines: int = 1) -> list[PythonProcess]:
@@ -122,3 +126,10 @@ def run_together(arguments: list[str], count: int, machines: int = 1) -> list[st
     for status, _, errors in results:
         assert status == 0, errors
     return [output for _, output, _ in results]
+
+
+def run_alone(arguments: list[str]) -> str:
+    """The output of one process, which must succeed."""
+    [(status, output, errors)] = finish([PythonProcess(arguments)])
+    assert status == 0, output + errors
+    return output

@@ -1,7 +1,6 @@
 """What torch.compile makes of SD3.5-Medium's blocks on an H200, counted without one: no more than it may be."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from benchmarks.compiled_blocks.gpus import GPUS
 from benchmarks.compiled_blocks.report import counted_on, table
 from dgpo_fast.config.command_line import run_command
 from dgpo_fast.errors import UserError
+from tests.processes import run_alone
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = json.loads(RESULTS.read_text(encoding="utf-8"))
@@ -25,9 +25,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     """Counts of one kind of block, by its weights and direction."""
     out = tmp_path_factory.mktemp("counted") / "counted.json"
     # A process of its own: torch remembers the GPU that it is made to find.
-    command = [sys.executable, "-m", "benchmarks.compiled_blocks", "H200", "--only", *PROGRAMS, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    run_alone(["-m", "benchmarks.compiled_blocks", "H200", "--only", *PROGRAMS, "--out", str(out)])
     rows = json.loads(out.read_text(encoding="utf-8"))["H200"]["programs"]
     return {(row["weights"], row["direction"]): row for row in rows}
 

@@ -22,6 +22,7 @@ from dgpo_fast.evaluation.command import take_sources
 from dgpo_fast.evaluation.settings import read_settings
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
+from tests.processes import run_alone
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -212,7 +213,6 @@ def test_the_readme_quotes_the_signs() -> None:
 def test_tables_are_those_of_their_scripts(script: str, document: str, lines: int) -> None:
     """What `python benchmarks/SCRIPT --table` prints."""
     name, *recipe = script.split()
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *recipe, "--table"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.count("\n") == lines
-    assert done.stdout in (ROOT / "docs" / document).read_text(encoding="utf-8")
+    table = run_alone([str(ROOT / "benchmarks" / name), *recipe, "--table"])
+    assert table.count("\n") == lines
+    assert table in (ROOT / "docs" / document).read_text(encoding="utf-8")

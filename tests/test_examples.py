@@ -1,8 +1,6 @@
 """The files in examples/ do what the pages that show them say."""
 
 import re
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from dgpo_fast.seeds import stream_seed
 from dgpo_fast.tiny.data import all_prompts
 from dgpo_fast.train import train
 from tests.objective_case import GROUPS, SIZE, Case, make_config
+from tests.processes import run_alone
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -51,12 +50,9 @@ def test_all_of_them_train_together_and_resume(tmp_path: Path, monkeypatch: pyte
     """Started in a fresh process in examples/, as a user starts it: own recipe, prompts and reward, own objective."""
     [objective] = re.findall(r"python -m dgpo_fast.train (--objective my_objective:.*)", page("objectives.md"))
     args = ["my_recipe.yaml", *objective.split(), "--iterations=2", *SMALL, f"--runs-dir={tmp_path}", "--name=mine"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dgpo_fast.train", *args], cwd=EXAMPLES, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(EXAMPLES)
+    run_alone(["-m", "dgpo_fast.train", *args])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     assert train(["--resume", str(tmp_path / "mine"), "--iterations", "3"]) == 0
     lines = read_metrics(tmp_path / "mine/metrics.jsonl")
     assert len(lines) == 3 and all(line["loss"] > 0 for line in lines)

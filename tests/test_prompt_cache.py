@@ -19,6 +19,7 @@ from dgpo_fast.models.loading import lacks_text_encoders, load_pipeline, text_en
 from dgpo_fast.models.prompt_cache import PromptCache, Row, content_digest, default_folder
 from dgpo_fast.models.prompt_encoder import PromptEncoder, cache_scope
 from dgpo_fast.prompts import Prompt
+from tests.processes import run_alone
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -205,6 +206,7 @@ TOGETHER = """
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.prompts import Prompt
+from tests.processes import run_alone
 
 model, start = sys.argv[2], time.monotonic() + 1
 cpu, texts = torch.device("cpu"), [f"a {chr(97 + n % 26)} {n}" for n in range(40)]
@@ -240,8 +242,11 @@ assert found > 35 and not notes, (found, notes)
 
 
 def run_script(script: str, *arguments: object, wrapper: list[str] | None = None) -> None:
-    command = [*(wrapper or []), sys.executable, "-c", PREAMBLE + script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = ["-c", PREAMBLE + script, *map(str, arguments)]
+    if wrapper is None:
+        run_alone(command)
+        return
+    done = subprocess.run([*wrapper, sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
