@@ -1,20 +1,19 @@
 """The comparison: fair plans, curves and findings by hand, what is measured beside the reward, and the command."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from benchmarks.compare import workers
 from benchmarks.compare.__main__ import compare
 from benchmarks.compare.curves import curve, mean_interval
 from benchmarks.compare.findings import Findings
@@ -26,7 +25,8 @@ from benchmarks.compare.systems import QUICK, SYSTEMS, configuration
 from dgpo_fast.config.reading import flat
 from dgpo_fast.errors import UserError
 from dgpo_fast.tiny import data
-from tests.processes import ROOT
+from tests.processes import CONTEXT, PythonProcess
+from tests.servers import wait_for
 
 ALL = tuple(SYSTEMS)
 
@@ -337,48 +337,55 @@ def test_a_run_goes_on_from_its_last_evaluation(tmp_path: Path) -> None:
     assert {"diversity", "signs"} == done["out_of_task"].keys() and not (folder / "checkpoints").exists()
 
 
-def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_the_command_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL to it and its workers after the first run; the same command repeats nothing and ends with the figures.
     With more seeds it does what is new, with fewer or other settings nothing."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    all_seeds = [sys.executable, "-m", "benchmarks.compare", "--quick", "--runs-dir", "runs"]
-    all_seeds += ["--systems", "dgpo", "flow-grpo"]
-
-    def compare_again(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*all_seeds, *args], cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    first = [*all_seeds, "--seeds", "1"]
-    process = subprocess.Popen(first, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("runs/search/*/result.json")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    subprocess.run(["kill", "-9", "--", f"-{process.pid}"], check=True)
-    process.wait()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/result.json")}
+    monkeypatch.chdir(tmp_path)
+    command = ["--quick", "--runs-dir", "runs", "--systems", "dgpo", "flow-grpo"]
+    started = PythonProcess(["-m", "benchmarks.compare", *command, "--seeds", "1"])
+    wait_for(lambda: list(Path("runs/search").glob("*/result.json")) or started.returncode is not None, seconds=300)
+    assert started.returncode is None
+    kill_all(started)
+    before = results()
     assert len(before) < 5
-    killed_s = json.loads((tmp_path / "runs/spent.json").read_text())["wall_s"]
-    done = compare_again("--seeds", "1")
-    assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    names = {path.name for path in (tmp_path / "runs/results").iterdir()}
-    assert {"compare.json", "table.md", "speed.png", "ode_sde.png"} <= names
-    report = json.loads((tmp_path / "runs/results/compare.json").read_text())
+    killed_s = json.loads(Path("runs/spent.json").read_text())["wall_s"]
+    # From here on, workers are forked from a server that has imported everything.
+    monkeypatch.setattr(workers, "multiprocessing", Mock(get_context=lambda _: CONTEXT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the comparison sets
+    assert compare([*command, "--seeds", "1"]) == 0
+    assert before.items() <= results().items()
+    assert {"compare.json", "table.md", "speed.png", "ode_sde.png"} <= {
+        path.name for path in Path("runs/results").iterdir()
+    }
+    report = json.loads(Path("runs/results/compare.json").read_text())
     assert {system: len(runs) for system, runs in report["final"].items()} == {"dgpo": 1, "flow-grpo": 1}
-    assert "DGPO reaches Flow-GRPO's best reward" in done.stdout
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/result.json")}
-    more = compare_again("--seeds", "2")
-    assert more.returncode == 0, more.stderr
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    again = json.loads((tmp_path / "runs/results/compare.json").read_text())
+    assert "DGPO reaches Flow-GRPO's best reward" in capsys.readouterr().out
+    before = results()
+    assert compare([*command, "--seeds", "2"]) == 0
+    assert before.items() < results().items()
+    again = json.loads(Path("runs/results/compare.json").read_text())
     assert {system: len(runs) for system, runs in again["final"].items()} == {"dgpo": 2, "flow-grpo": 2}
     assert again["machine"]["wall_s"] > report["machine"]["wall_s"] > killed_s > 0, "all starts count"
     for changed, name in ((["--processes", "1", "--seeds", "2"], "processes"), (["--seeds", "1"], "seeds")):
-        other = compare_again(*changed)
-        assert other.returncode == 2
-        assert other.stderr == (
-            f"error: runs: a comparison with another {name} was begun there; remove it, or choose another --runs-dir\n"
+        with pytest.raises(UserError) as caught:
+            compare([*command, *changed])
+        assert str(caught.value) == (
+            f"runs: a comparison with another {name} was begun there; remove it, or choose another --runs-dir"
         )
+
+
+def results() -> dict[Path, int]:
+    """When each result was written."""
+    return {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/*/result.json")}
+
+
+def kill_all(process: PythonProcess) -> None:
+    """SIGKILL to it and to all that it started."""
+    for child in psutil.Process(process.process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
 
 
 @pytest.mark.parametrize(

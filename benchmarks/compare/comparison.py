@@ -26,7 +26,7 @@ from dgpo_fast.run.metrics import write_json
 
 PLAN, SPENT = "plan.json", "spent.json"
 LINE_EVERY_S = 30.0
-QUICK_S, QUICK_MARKS = 2.0, (0.5, 1.0)
+QUICK_S, QUICK_MARKS = 1.0, (0.5, 1.0)
 
 
 class Comparison:
