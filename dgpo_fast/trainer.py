@@ -15,6 +15,7 @@ from dgpo_fast.evaluation.results import written_to
 from dgpo_fast.models.policy import Weights
 from dgpo_fast.objectives.advantages import advantages
 from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.kept import kept
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.rewards.group_log import GroupLog
 from dgpo_fast.rollout.source import Groups
@@ -39,13 +40,12 @@ class Trainer:
         self.config, self.processes = parts.config, parts.processes
         self.console, self.device = parts.console, parts.device
         self.prompts, self.reward, self.reward_pool = parts.prompts, parts.reward, parts.reward_pool
-        self.memory, self.engine = parts.memory, parts.engine
+        self.memory, self.engine, self.phases, self.work = parts.memory, parts.engine, parts.phases, parts.work
         self.pipeline, self.encoder = parts.pipeline, parts.encoder
         self.models, self.learner, self.source = parts.models, parts.learner, parts.source
         self.sampler, self.draw = parts.sampler, parts.draw
         self.eval_sampler, self.eval_draw = parts.eval_sampler, parts.eval_draw
         self.evaluations, self.checkpoints = parts.evaluations, parts.checkpoints
-        self.phases, self.work = parts.phases, parts.work
         self.group_log = GroupLog(self.reward, self.config.max_lost_iterations, self.models.dtype, self.console.note)
         self.folder: Path | None = None
         self.sinks: tuple[Sink, ...] = ()
@@ -160,7 +160,7 @@ class Trainer:
                 self.processes.meet(f"{what} of iteration {self.iteration + 1}", self.device)
 
     def _batch(self, groups: Groups) -> Batch:
-        """The process's samples of the groups that could be scored, with their advantages."""
+        """The process's samples of the groups that could be scored, with their advantages: those that are kept."""
         scores, share = groups.scores, groups.share
         valid = np.repeat(scores.valid, share.group_size)[share.start : share.stop]
         rows = torch.from_numpy(np.flatnonzero(valid)).to(self.device)
@@ -184,7 +184,7 @@ class Trainer:
             schedule=self.draw.schedule,
             transitions=groups.transitions,
         )
-        return drawn.taken(rows, part)
+        return kept(drawn.taken(rows, part), self.config.advantage, self.config.seed)
 
     def _phases(self, iteration_s: float) -> Metrics:
         """Seconds per phase of this process; waiting time and imbalance of all processes."""

@@ -17,7 +17,7 @@ from tests.denoising_case import assert_is_derivative, config_of, error_gradient
 from tests.objective_case import GROUPS, SIZE, Case
 
 ADVANTAGE = torch.tensor([1.0, -0.4, 0.2, 0.5, -1.0, 0.7])
-WEIGHTINGS = ("uniform", "sigma", "sigma2", "ghuber")
+WEIGHTINGS = ("uniform", "sigma", "sigma2", "huber", "ghuber")
 
 
 def loss_of(advantage: Tensor, **settings: object) -> tuple:
@@ -56,6 +56,9 @@ def test_ghuber() -> None:
     torch.testing.assert_close(gradient(loss, policy_v), per_sample(scale) * error_gradient(policy_v, noised))
     one, sigma = AWM(weighting="ghuber", ghuber_power=1.0), AWM(weighting="sigma")
     torch.testing.assert_close(*(log_surrogate(error, noised.sigma, config) for config in (one, sigma)))
+    half, huber = AWM(ghuber_power=0.5), AWM(weighting="huber")
+    torch.testing.assert_close(*(k * log_surrogate(error, noised.sigma, c) for k, c in ((1, half), (2, huber))))
+    assert float(log_surrogate(torch.tensor([16.0]), torch.tensor([0.5]), huber)) == pytest.approx(-0.5 * (4 - 1e-5))
     quarter = log_surrogate(torch.tensor([16.0]), torch.tensor([0.5]), AWM())
     assert float(quarter) == pytest.approx(-0.5 * (2 - 1e-10**0.25) / 0.25)
 
@@ -116,7 +119,7 @@ def written_out(case: Case) -> Tensor:
     batch, models, config = case.batch, case.models, case.config.awm
     models.load_behaviour(case.old)
     number = torch.arange(GROUPS * SIZE)
-    losses = []
+    log_ratios, pulls = [], []
     for level in NoiseLevels("linear", 3, seed=0).draw(batch.iteration, batch.schedule, number):
         noise = philox(batch.x0, number, level.draw)
         sigma = per_sample(level.sigma)
@@ -126,13 +129,13 @@ def written_out(case: Case) -> Tensor:
         policy = predict(models.policy, x_t, level.timestep, batch.text)
         d, d_old = ((v - target).square().mean((1, 2, 3)) for v in (policy, old))
         values, old_values = (-level.sigma * ((x + 1e-10) ** 0.25 - 1e-10**0.25) / 0.25 for x in (d, d_old))
-        ratio = torch.exp(values - (values.detach() if config.clip_range is None else old_values))
-        clip = config.clip_range or 1e9
-        loss = torch.maximum(-batch.advantage * ratio, -batch.advantage * ratio.clamp(1 - clip, 1 + clip))
+        log_ratios.append(values - (values.detach() if config.clip_range is None else old_values))
         for weight, anchor in ((config.kl_weight, ref), (config.ema_weight, old)):
-            loss = loss + weight * (policy - anchor).square().mean((1, 2, 3))
-        losses.append(loss)
-    return torch.stack(losses).mean()
+            pulls.append(weight * (policy - anchor).square().mean((1, 2, 3)))
+    log_ratio, clip = torch.stack(log_ratios), config.clip_range or 1e9
+    ratio = torch.exp(log_ratio.mean(0) if config.ratio == "mean" else log_ratio)
+    loss = torch.maximum(-batch.advantage * ratio, -batch.advantage * ratio.clamp(1 - clip, 1 + clip))
+    return loss.mean() + torch.stack(pulls).sum(0).mean() / 3
 
 
 def philox(x0: Tensor, number: Tensor, draw: int) -> Tensor:
@@ -140,11 +143,12 @@ def philox(x0: Tensor, number: Tensor, draw: int) -> Tensor:
     return philox_normal(tuple(x0.shape[1:]), number, seed=stream_seed(0, "training noise"), draw=draw)
 
 
-@pytest.mark.parametrize("clip_range", [None, 0.01])
-def test_a_batch_learns_the_loss_written_out(clip_range: float | None, random_pipeline: Path) -> None:
-    case = Case(
-        random_pipeline, config_of("awm", levels="linear", kl_weight=0.3, ema_weight=0.5, clip_range=clip_range)
-    )
+@pytest.mark.parametrize(
+    ("clip_range", "ratio"), [(None, "level"), (0.01, "level"), (0.01, "mean"), (None, "mean"), (1e9, "mean")]
+)
+def test_a_batch_learns_the_loss_written_out(clip_range: float | None, ratio: str, random_pipeline: Path) -> None:
+    settings = {"levels": "linear", "kl_weight": 0.3, "ema_weight": 0.5}
+    case = Case(random_pipeline, config_of("awm", clip_range=clip_range, ratio=ratio, **settings))
     loss = written_out(case)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(case.models.weights.values()))])
     found, metrics = case.gradient(micro_batch=GROUPS * SIZE)

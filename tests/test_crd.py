@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dgpo_kernels import philox_normal
@@ -11,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dgpo_fast.models.forward import predict
 from dgpo_fast.objectives import crd as crd_module
-from dgpo_fast.objectives.crd import CRDObjective, implicit_reward, in_groups
+from dgpo_fast.objectives.crd import OF_WHOLE_GROUPS, CRDObjective, group_weights, implicit_reward, in_groups
 from dgpo_fast.objectives.denoising import Noised, mean_abs, preference
 from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.seeds import stream_seed
@@ -42,7 +43,8 @@ def loss_of(advantage: Tensor, *, at_old: bool = False, **settings: object) -> t
 
 def with_wanted(noised: Noised, share: Tensor) -> Noised:
     wanted = share - share.reshape(-1, 3).mean(1).repeat_interleave(3)
-    return replace(noised, predicted={**noised.predicted, "wanted": wanted})
+    more = {"wanted": wanted[:, None], "weight": torch.ones_like(wanted)[:, None]}
+    return replace(noised, predicted={**noised.predicted, **more})
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
@@ -50,11 +52,11 @@ def with_wanted(noised: Noised, share: Tensor) -> Noised:
 def test_the_gradient_is_the_derivative(kind: str, adaptive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the weights of the errors held, and the mean of each group, which are constants."""
     monkeypatch.setattr(crd_module, "mean_abs", Held(mean_abs, calls=2))
-    means = Held(in_groups, calls=1)
+    centres = Held(OF_WHOLE_GROUPS, calls=1)
     policy_v, noised = make_noised(ADVANTAGE)
     objective = CRDObjective(config_of("crd", loss=kind, adaptive_weight=adaptive, beta=2.0))
     noised = with_wanted(noised, preference(noised.batch.advantage, 5.0))
-    assert_is_derivative(lambda v: objective.losses(v, noised, means=means)["loss"], policy_v)
+    assert_is_derivative(lambda v: objective.losses(v, noised, centres=centres)["loss"], policy_v)
 
 
 @pytest.mark.parametrize("beta", [0.2, 3.0])
@@ -102,7 +104,7 @@ def test_the_mean_may_be_a_constant() -> None:
 
     def with_gradient(v: Tensor) -> Tensor:
         reward = implicit_reward(v, noised, config)
-        return 5.0 / 2.0 * (2.0 * (reward - in_groups(reward, noised)) - noised.predicted["wanted"]).square()
+        return 5.0 / 2.0 * (2.0 * (reward - in_groups(reward, noised)) - noised.predicted["wanted"][:, 0]).square()
 
     torch.testing.assert_close(with_gradient(policy_v), loss(policy_v))
     torch.testing.assert_close(gradient(with_gradient, policy_v), gradient(loss, policy_v))
@@ -117,6 +119,60 @@ def test_the_best_images_are_held_most() -> None:
     kl = (policy_v - noised.predicted["ref_v"]).square().mean((1, 2, 3))
     expected = torch.tensor([1e-4, 0.05005, 0.1], dtype=torch.float64) * kl
     torch.testing.assert_close(loss(policy_v) - without(policy_v), expected)
+
+
+def test_weights_of_a_groups_means_by_hand() -> None:
+    """None: all alike. T: softmax (±r/T) times G. 0: the positive ones, and the negative ones; without any, all."""
+    advantage = torch.tensor([[2.0, 0.0, -1.0, -1.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    reward = preference(advantage, 5.0)
+    assert torch.equal(group_weights(advantage, reward, None), torch.ones(2, 4, 1, dtype=torch.float64))
+    hard = group_weights(advantage, reward, 0.0)
+    assert hard[0].tolist() == [[4.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 2.0]] and bool((hard[1] == 1).all())
+    soft = group_weights(advantage, reward, 0.1)
+    e = [np.e**x for x in (2.0, 0.0, -1.0, -1.0)]
+    assert soft[0, :, 0].tolist() == pytest.approx([4 * x / sum(e) for x in e])
+    assert soft[0, :, 1].tolist() == pytest.approx([4 / x / sum(1 / y for y in e) for x in e])
+    torch.testing.assert_close(group_weights(advantage, reward, 1e9), torch.ones(2, 4, 2, dtype=torch.float64))
+
+
+def with_weights(noised: Noised, temperature: float) -> Noised:
+    advantage = noised.batch.advantage.reshape(2, 3)
+    share = preference(advantage, 5.0)
+    weight = group_weights(advantage, share, temperature)
+    wanted = share[..., None] - (weight * share[..., None]).mean(1, keepdim=True)
+    more = {"wanted": wanted.flatten(0, 1), "weight": weight.flatten(0, 1)}
+    return replace(noised, predicted={**noised.predicted, **more})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_two_centres_are_half_of_the_loss_each(temperature: float) -> None:
+    """Written out for a group; and a high temperature is the plain mean."""
+    policy_v, noised = make_noised(ADVANTAGE)
+    objective = CRDObjective(config_of("crd", beta=2.0, temperature=temperature, **NO_KL))
+    noised = with_weights(noised, temperature)
+    reward, share = implicit_reward(policy_v, noised, objective.config), preference(noised.batch.advantage, 5.0)
+    expected = 0
+    for kind in range(2):
+        weight = noised.predicted["weight"][:, kind]
+        means = [(weight * of).reshape(2, 3).sum(1).repeat_interleave(3) / 3 for of in (reward, share)]
+        expected = expected + 5.0 / 2.0 * 0.5 * (2.0 * (reward - means[0]) - (share - means[1])).square()
+    torch.testing.assert_close(objective.losses(policy_v, noised)["loss"], expected)
+    plain, policy_v, _ = loss_of(ADVANTAGE, beta=2.0, **NO_KL)
+    hot = objective.losses(policy_v, with_weights(noised, 1e9))["loss"]
+    torch.testing.assert_close(hot, plain(policy_v))
+
+
+def test_a_constant_cancels_at_any_temperature() -> None:
+    """What is unknown of a prompt: weights have the mean 1, and the two means move by it."""
+    policy_v, noised = make_noised(ADVANTAGE)
+    objective = CRDObjective(config_of("crd", temperature=0.1, **NO_KL))
+    noised = with_weights(noised, 0.1)
+    expected = objective.losses(policy_v, noised)["loss"]
+
+    def moved(reward: Tensor, noised: Noised) -> Tensor:
+        return OF_WHOLE_GROUPS(reward + 0.3, noised) - 0.3
+
+    torch.testing.assert_close(objective.losses(policy_v, noised, centres=moved)["loss"], expected)
 
 
 def written_out(case: Case) -> Tensor:

@@ -19,25 +19,32 @@ from dgpo_fast.models.forward import predict
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.objectives.advantages import advantages
 from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.seeds import stream_seed
 from tests.objective_case import CPU, GROUPS, SIZE, Case, make_config
+
+
+def levels_of(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(timestep, σ) of each level, () each, or (B,) and (B, 1, 1, 1)."""
+    config, batch = case.config.dgpo, case.batch
+    if config.lowest_sigma is not None:
+        levels = NoiseLevels("uniform", config.timesteps, case.config.seed, lowest=config.lowest_sigma)
+        drawn = levels.draw(batch.iteration, batch.schedule, batch.group_index)
+        assert all(len(level.sigma.unique()) == GROUPS for level in drawn), "equal within a group"
+        return [(level.timestep, level.sigma.reshape(-1, 1, 1, 1)) for level in drawn]
+    steps = draw_training_steps(batch.iteration, count=config.timesteps, among=4, seed=case.config.seed)
+    timesteps, sigmas = batch.schedule.timesteps, batch.schedule.sigmas
+    return [(timesteps[s], timesteps[s] / 1000 if config.training_sigma == "timestep" else sigmas[s]) for s in steps]
 
 
 def written_out(case: Case) -> torch.Tensor:
     """The loss as the paper has it, over whole groups, in plain tensor arithmetic."""
     config, batch, models = case.config.dgpo, case.batch, case.models
     models.load_behaviour(case.old)
-    steps = draw_training_steps(batch.iteration, count=config.timesteps, among=4, seed=case.config.seed)
     seed = stream_seed(case.config.seed, "training noise")
     losses = []
-    for slot, step in enumerate(steps):
-        draw, timestep, sigma = (
-            batch.iteration * len(steps) + slot,
-            batch.schedule.timesteps[step],
-            batch.schedule.timesteps[step] / 1000
-            if config.training_sigma == "timestep"
-            else batch.schedule.sigmas[step],
-        )
+    for slot, (timestep, sigma) in enumerate(levels_of(case)):
+        draw = batch.iteration * config.timesteps + slot
         noise = group_noise(torch.zeros_like(batch.x0), torch.tensor(1.0), batch.group_index, seed=seed, draw=draw)
         assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[SIZE])
         x_t, target = (1 - sigma) * batch.x0 + sigma * noise, noise - batch.x0
@@ -69,6 +76,7 @@ VARIANTS = {
     "guided reference, no KL": {"kl_guidance_scale": 4.5, "guided_reference": True, "kl_weight": 0.0},
     "EMA reference": {"reference": "ema", "beta": 2000.0},
     "nothing but groups": {"clip_range": None, "kl_weight": 0.0},
+    "off the grid": {"clip_range": None, "lowest_sigma": 0.0, "timesteps": 5},
 }
 
 

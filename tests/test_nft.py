@@ -104,6 +104,37 @@ def test_unweighted_it_is_one_regression() -> None:
     torch.testing.assert_close(gradient(loss, policy_v), expected)
 
 
+def test_what_becomes_of_advantages() -> None:
+    """As the release's modes; each loss is that of the changed advantages with all of them."""
+    advantage = torch.tensor([2.0, -3.0, 0.0, 0.5, 4.0, -1.0])
+    modes = {
+        "positive_only": [2.0, 0.0, 0.0, 0.5, 4.0, 0.0],
+        "negative_only": [0.0, -3.0, 0.0, 0.0, 0.0, -1.0],
+        "one_only": [1.0, 0.0, 0.0, 1.0, 1.0, 0.0],
+        "binary": [1.0, -1.0, 0.0, 1.0, 1.0, -1.0],
+        "all": advantage.tolist(),
+    }
+    for mode, changed in modes.items():
+        assert nft_module.shaped(advantage, mode).tolist() == changed
+        (loss, policy_v, _), (plain, _, _) = loss_of(advantage, adv_mode=mode), loss_of(torch.tensor(changed))
+        assert torch.equal(loss(policy_v), plain(policy_v))
+
+
+def test_the_best_images_may_be_held_most(random_pipeline: Path) -> None:
+    """With equal weights for best and worst, it is the plain KL term; else it is theirs by the advantage."""
+    gradients = {}
+    for worst in (None, 0.5, 0.0):
+        case = Case(random_pipeline, config_of("nft", kl_weight=0.5, kl_weight_worst=worst))
+        gradients[worst] = case.gradient(micro_batch=12)[0]
+    assert_close = torch.testing.assert_close
+    assert_close(gradients[0.5], gradients[None])
+    case.batch = replace(case.batch, advantage=torch.full_like(case.batch.advantage, -5.0))
+    held_least = case.gradient(micro_batch=12)[0]
+    case.config = config_of("nft", kl_weight=0.0)
+    assert_close(held_least, case.gradient(micro_batch=12)[0])
+    assert not torch.allclose(gradients[0.0], gradients[None])
+
+
 def written_out(case: Case) -> Tensor:
     """The released loss over the whole batch, in plain tensor arithmetic."""
     batch, models, config = case.batch, case.models, case.config.nft

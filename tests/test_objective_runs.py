@@ -39,6 +39,8 @@ SYSTEMS = {
         "--rollout.noise-steps=2",
         "--flow-grpo.ratio=squared",
         "--flow-grpo.steps=1",
+        "--advantage.keep=2",
+        "--advantage.keep-by=draw",
     ],
     "nft": ["--objective=nft", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=0", "--nft.optimizer-steps=2"],
     "awm": ["--objective=awm", "--optimizer.lr=1e-3", "--ema.switch-ema-ref=none", "--awm.timesteps=2"],

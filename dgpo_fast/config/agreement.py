@@ -23,6 +23,13 @@ class AverageSettings(Protocol):
     rollout_decay_per_step: float | None
 
 
+class AdvantageSettings(Protocol):
+    """Of `objective_options.Advantage`, what is checked."""
+
+    clamp: float | None
+    keep: int | None
+
+
 class LevelSettings(Protocol):
     """Of an objective that draws noise levels, what is checked."""
 
@@ -105,10 +112,26 @@ def check_trained_steps(steps: int | None, rollout: RolloutSettings) -> None:
         )
 
 
-def check_bound(objective: str, clamp: float | None) -> None:
-    """Of advantages, for an objective that maps them to [0, 1]."""
-    if clamp is None:
+def check_advantage(objective: str, advantage: AdvantageSettings, group_size: int, *, bounded: bool) -> None:
+    """Of advantages, which an objective may need to be `bounded`, and of the images of a group that are trained on."""
+    if bounded and advantage.clamp is None:
         raise ValueError(
             f"advantage.clamp is none but objective {objective} maps [−clamp, clamp] to [0, 1]: give a number, "
             "as --advantage.clamp 5"
+        )
+    keep = advantage.keep
+    if keep is None:
+        return
+    if objective == "diffusion_dpo":
+        raise ValueError(
+            f"advantage.keep is {keep} but objective diffusion_dpo always trains on the best and the worst image of a "
+            "group: leave it out"
+        )
+    if keep > group_size:
+        raise ValueError(
+            f"advantage.keep is {keep} but a group has {group_size} images (rollout.group_size): lower it or raise that"
+        )
+    if keep % 2 and keep < group_size:
+        raise ValueError(
+            f"advantage.keep is {keep} but half of the kept images are better ones and half worse: use an even number"
         )

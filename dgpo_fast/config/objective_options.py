@@ -32,6 +32,13 @@ class Advantage:
     """Advantages are clamped to [−clamp, clamp]. None: they are not clamped."""
     scale: Positive = 1.0
     """Advantages are multiplied by this after they are clamped."""
+    keep: Count | None = None
+    """k: train on k images of each group, an even number. All images are drawn and scored, and advantages are those
+    among all of them; the forward passes of the others are left out of training. None: train on all images."""
+    keep_by: Literal["extremes", "draw"] = "extremes"
+    """Which k images are kept. extremes: the k/2 best and the k/2 worst, with their advantages centred again. draw: k/2
+    of the better ones and k/2 of the worse ones, drawn with a chance that grows as their advantage and weighted, so
+    that the mean of the advantages times anything is right on average."""
 
     @property
     def bound(self) -> float:
@@ -61,7 +68,11 @@ class DGPO:
     timesteps: Count = 4
     """M: training timesteps per iteration, drawn without replacement from the rollout's sigma grid."""
     high_noise_steps: Count | None = 5
-    """Timestep clip: train only on the N noisiest steps of the rollout's sigma grid. None: train on all steps."""
+    """Timestep clip: train only on the N noisiest steps of the rollout's sigma grid. None: train on all steps. No
+    effect with `lowest_sigma`."""
+    lowest_sigma: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Train at noise levels that need not lie on the rollout's grid: σ in [lowest_sigma, 1], one from each of M equal
+    parts, drawn for each group. 0: at all levels, without a timestep clip. None: at steps of the grid."""
     training_sigma: Literal["grid", "timestep"] = "grid"
     """Noise level σ of the training latents. grid: that of the rollout's sigma grid. timestep: timestep / 1000, as in
     the released code. They differ with the `dpmpp_2m` solver, whose timesteps are 1000·σ rounded down."""
@@ -115,9 +126,15 @@ class NFT:
     """β: the velocity that is learned lies up to 1/β times as far from θ_old's as the image's own does."""
     adaptive_weight: bool = True
     """Divide each squared error by the mean absolute error of its prediction of x0, as the released code does."""
+    adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+    """What becomes of advantages. all: nothing. positive_only, negative_only: the others become 0. one_only: 1 if they
+    are positive, else 0. binary: their sign."""
     kl_weight: NonNegative = 1e-4
     """Weight of the KL term: the mean squared distance between the velocities of the policy and the frozen base
     model."""
+    kl_weight_worst: NonNegative | None = None
+    """Weight of the KL term for the worst images. In between it grows with the advantage, up to `kl_weight` for the
+    best. None: `kl_weight` for all."""
     levels: Levels = "grid"
     """Noise levels to train at. grid: steps of the rollout's sigma grid but the last one. strata: one step from each of
     M equal parts of the grid, without its first step and the last tenth. uniform: σ in [0.2, 1], one from each of M
@@ -136,19 +153,25 @@ class AWM:
     """The AWM objective: flow matching on the policy's own images, weighted by the advantage. The policy draws the
     rollouts (`ema.switch_ema_ref` none)."""
 
-    weighting: Literal["uniform", "sigma", "sigma2", "ghuber"] = "ghuber"
+    weighting: Literal["uniform", "sigma", "sigma2", "huber", "ghuber"] = "ghuber"
     """What stands for the log-probability of an image with the denoising loss d. uniform: −d. sigma: −σ·d. sigma2:
-    −σ²·d. ghuber: −σ·d^p / p."""
+    −σ²·d. huber: −σ·√d. ghuber: −σ·d^p / p."""
     ghuber_power: Annotated[float, Field(gt=0, le=1)] = 0.25
     """p of the `ghuber` weighting."""
     kl_weight: NonNegative = 0.001
     """Weight of the KL term: the mean squared distance between the velocities of the policy and the frozen base
     model."""
+    kl_weight_worst: NonNegative | None = None
+    """Weight of the KL term for the worst images. In between it grows with the advantage, up to `kl_weight` for the
+    best. None: `kl_weight` for all."""
     ema_weight: NonNegative = 1.0
     """Weight of the mean squared distance between the velocities of the policy and θ_old."""
     clip_range: Positive | None = None
     """PPO clip on exp of the difference of log-probabilities between the policy and θ_old, which must then draw the
     rollouts (`ema.switch_ema_ref` 0). None: no clip."""
+    ratio: Literal["level", "mean"] = "level"
+    """What a clipped ratio is of. level: of an image at one noise level. mean: of an image, from the mean of its
+    log-probabilities over the noise levels; needs a second pass over them. Without a clip, both are the same."""
     levels: Levels = "strata"
     """Noise levels to train at, as in `nft.levels`."""
     timesteps: Count = 6
@@ -183,6 +206,10 @@ class CRD:
     loss: Literal["mse", "bce"] = "mse"
     """Distance between implicit and real rewards: their mean squared difference, or the cross-entropy of their
     sigmoids."""
+    temperature: NonNegative | None = None
+    """Temperature T of a group's mean, by which rewards are centred. None: all images count alike. T: one mean in which
+    the better images count more, by softmax (r/T), and one with softmax (−r/T), with half of the loss each. 0: the mean
+    of the images with positive advantages, and of those with negative ones."""
     adaptive_weight: bool = True
     """Divide each denoising loss by the mean absolute error of its prediction."""
     kl_weight: NonNegative = 0.1

@@ -7,8 +7,8 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from dgpo_fast.config.agreement import (
+    check_advantage,
     check_averages,
-    check_bound,
     check_levels,
     check_noise,
     check_timesteps,
@@ -403,12 +403,17 @@ class Config:
         check_noise(rollout)
         check_averages(self.ema)
         grid = rollout.num_inference_steps
-        if name == "dgpo":
+        if name == "dgpo" and self.dgpo.lowest_sigma is None:
             available = min(self.dgpo.high_noise_steps or grid, grid)
             check_timesteps("dgpo", self.dgpo.timesteps, available, "high_noise_steps")
         if name == "flow_grpo":
             check_trained_steps(self.flow_grpo.steps, rollout)
-        if name in ("nft", "crd"):
-            check_bound(name, self.advantage.clamp)
+        bounded = name in ("nft", "crd") or (name == "awm" and self.awm.kl_weight_worst is not None)
+        check_advantage(name, self.advantage, rollout.group_size, bounded=bounded)
         if name in ("nft", "awm", "ram", "crd"):
             check_levels(name, getattr(self, name), grid)
+
+    @property
+    def kept_images(self) -> int:
+        """Images of a group that are trained on."""
+        return self.advantage.keep or self.rollout.group_size

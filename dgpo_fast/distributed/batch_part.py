@@ -83,7 +83,7 @@ class BatchPart:
         )
 
     def chosen(self, positions: Tensor, advantage: Tensor, group_size: int) -> "BatchPart":
-        """The same among the samples at `positions`, which rise: groups of `group_size` with `advantage`."""
+        """The same among the samples at `positions`, which never fall: groups of `group_size` with `advantage`."""
 
         def count_before(edge: int) -> int:
             return int((positions < edge).sum())

@@ -41,16 +41,18 @@ class BatchSizes:
 def batch_sizes(config: Config, processes: int) -> BatchSizes:
     """The sizes in a run of `config` that `processes` share."""
     rollout, most = config.rollout, config.rollout.batch_size
-    trained = largest_share(rollout.groups, rollout.group_size, processes)
+    share = largest_share(rollout.groups, rollout.group_size, processes)
     # Each process draws whole files of offline groups alone.
-    drawn = rollout.groups * rollout.group_size if config.data.source == "offline" else trained
+    drawn = rollout.groups * rollout.group_size if config.data.source == "offline" else share
+    groups = max(len(held.parts) for held in place(rollout.groups, rollout.group_size, processes))
+    trained = min(share, groups * config.kept_images)
     return BatchSizes(
         rollout=min(most, drawn),
         evaluation=min(most, -(-config.evaluation.images // processes)),
         frozen=frozen_samples(config, trained),
         policy=min(most, trained),
         training=min(config.policy.micro_batch_size, trained),
-        groups=max(len(share.parts) for share in place(rollout.groups, rollout.group_size, processes)),
+        groups=groups,
     )
 
 

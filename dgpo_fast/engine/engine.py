@@ -200,7 +200,7 @@ class Engine:
         # At the first noise level, or at the end of all levels that are predicted together.
         shared = [sizes.groups] if self.choices.share_first_level else []
         if transformer is self.models.policy:
-            micro, group = sizes.training, config.rollout.group_size
+            micro, group = sizes.training, config.kept_images
             whole_groups = micro // group * group or micro
             training = [2 * micro] if objective.guided_policy else [whole_groups, micro, 2 * micro]
             few = [min(sizes.groups, micro)] if shared else []

@@ -199,7 +199,8 @@ class Predictor:
         rollout, shape, simulated = config.rollout, self.shape(config), self._simulation(config)
         samples = self.local_samples(config)
         objective, batch = traits(config), min(rollout.batch_size, samples)
-        learnt = min(samples, -(-rollout.groups // objective.optimizer_steps) * rollout.group_size)
+        groups = min(self._groups(config), -(-rollout.groups // objective.optimizer_steps))
+        learnt = min(samples, groups * config.kept_images)
         micro_batch = min(micro_batch, learnt)
         latent = prod(shape.latent)
         drawn = self._texts(config) + samples * latent * FP32
@@ -239,7 +240,7 @@ class Predictor:
         objective, groups = traits(config), min(micro_batch, self._groups(config))
         shared = is_shared(config.engine.share_first_level, objective.shared_sigma, self.dtype)
         sampled = (micro_batch * (2 if objective.guided_policy else 1), micro_batch)
-        return [sampled, (groups, groups * config.rollout.group_size)] if shared else [sampled]
+        return [sampled, (groups, groups * config.kept_images)] if shared else [sampled]
 
     def _stepping(self, config: Config) -> int:
         sizes = trained_sizes(self.transformer, config)

@@ -97,6 +97,22 @@ class Batch:
         advantage = pad(part.advantage[part.first : part.first + count], (0, missing)).to(self.x0.device)
         return replace(own, advantage=advantage, group_size=part.group_size, part=part, padding=missing)
 
+    def among(self, positions: Tensor, advantage: Tensor, group_size: int) -> "Batch":
+        """Some of all processes' samples as groups of another size.
+
+        Args:
+            positions: (P·group_size,) int64, in the order of the groups; they may repeat, and never fall.
+            advantage: (P·group_size,) of these samples.
+            group_size: of the new groups.
+        """
+        if self.part is None:
+            device = self.x0.device
+            return replace(self[positions.to(device)], advantage=advantage.to(device), group_size=group_size)
+        first = self.part.first
+        mine = (positions >= first) & (positions < first + self.own)
+        rows = (positions[mine] - first).to(self.x0.device)
+        return self.taken(rows, self.part.chosen(positions, advantage, group_size))
+
     def split(self, parts: int) -> list["Batch"]:
         """Up to `parts` batches of whole groups, as even as they can be; none is empty on all processes together."""
         ends = [self.groups * part // parts * self.group_size for part in range(parts + 1)]

@@ -10,9 +10,10 @@ a prompt. The loss is the mean over samples and noise levels of
 
     (b/β)·(β·r̂_c − r_c)² + kl(r) · mean (v − v_base)²        kl(r) = kl_weight_worst + r·(kl_weight − kl_weight_worst)
 
-or, with `crd.loss` bce, of (b/β)·BCE(sigmoid(β·r̂_c), sigmoid(r_c)) in place of the square. v_base has guidance: what it
-knows is distilled into the policy, and the most into the best images. If a group does not lie in one micro-batch, a
-pass without gradients finds mean_g r̂ first.
+or, with `crd.loss` bce, of (b/β)·BCE(sigmoid(β·r̂_c), sigmoid(r_c)) in place of the square. With a temperature T, the
+first term is half of that for means with the weights softmax_g (r/T), and half for softmax_g (−r/T). v_base has
+guidance: what it knows is distilled into the policy, and the most into the best images. If a group does not lie in one
+micro-batch, a pass without gradients finds mean_g r̂ first.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from dgpo_fast.objectives.batch import Batch, membership
 from dgpo_fast.objectives.denoising import (
     DenoisingObjective,
     Noised,
+    kl_weights,
     levels_at_once,
     mean_abs,
     mean_square,
@@ -43,12 +45,22 @@ from dgpo_fast.objectives.protocol import Traits
 
 GroupMeans = Callable[[Tensor, Noised], Tensor]
 """Values (B,) of samples, and the samples → each one's mean over its group, (B,)."""
+Centres = Callable[[Tensor, Noised], Tensor]
+"""Implicit rewards (B,) of samples, and the samples → what each is centred by, (B, D) for D kinds of weights."""
+
+
+def weighted(means: GroupMeans, reward: Tensor, noised: Noised) -> Tensor:
+    """`Centres` by `means`, with the weights `noised.predicted["weight"]`."""
+    return torch.stack([means(weight * reward, noised) for weight in noised.predicted["weight"].unbind(1)], dim=1)
 
 
 def in_groups(values: Tensor, noised: Noised) -> Tensor:
     """`GroupMeans` of whole groups, one after another."""
     size = noised.batch.group_size
     return values.reshape(-1, size).mean(1).repeat_interleave(size)
+
+
+OF_WHOLE_GROUPS: Centres = partial(weighted, in_groups)
 
 
 class CRDObjective(DenoisingObjective):
@@ -72,7 +84,7 @@ class CRDObjective(DenoisingObjective):
     def without_samples(self, batch: Batch) -> dict[str, Tensor]:
         """See `DenoisingObjective.without_samples`: the others may add up the rewards of groups that they share."""
         if batch.part is not None:
-            for _ in self.drawn_levels(batch):
+            for _ in range(len(self.drawn_levels(batch)) * (1 if self.config.temperature is None else 2)):
                 batch.part.sum_group_scores(batch.advantage)
         return {}
 
@@ -80,47 +92,68 @@ class CRDObjective(DenoisingObjective):
         """See `DenoisingObjective.backward`."""
         batch, size = noised.batch, self.micro_batch
         split = batch.part is not None and batch.part.split
-        means: GroupMeans = in_groups
+        noised = replace(noised, predicted={**noised.predicted, **self._wanted(batch)})
+        centres = OF_WHOLE_GROUPS
         if split and len(noised) <= size:
-            means = partial(_over_processes, padding=batch.padding)
+            centres = partial(weighted, partial(_over_processes, padding=batch.padding))
         elif split or batch.group_size > size:
-            noised, means = self._with_means(noised, models), _known
+            noised, centres = self._with_means(noised, models), _known
         else:
             size = size // batch.group_size * batch.group_size
-        wanted = preference(batch.advantage, self.bound) - self._mean_preference(batch)
-        noised = replace(noised, predicted={**noised.predicted, "wanted": wanted})
-        return sweep(noised, models, scale, size, partial(self.losses, means=means))
+        return sweep(noised, models, scale, size, partial(self.losses, centres=centres))
 
     def _with_means(self, noised: Noised, models: PolicyModels) -> Noised:
-        """`noised` with the mean implicit reward of each sample's group, from a pass without a gradient."""
+        """`noised` with the mean implicit rewards of each sample's group, from a pass without a gradient."""
         with torch.no_grad():
             parts = [noised[rows] for rows in batch_slices(len(noised), self.forward_batch)]
             reward = torch.cat([implicit_reward(policy_v(models, part.inputs), part, self.config) for part in parts])
-        mean = _over_processes(reward, noised, padding=noised.batch.padding)
+        mean = weighted(partial(_over_processes, padding=noised.batch.padding), reward, noised)
         return replace(noised, predicted={**noised.predicted, "mean_reward": mean})
 
-    def _mean_preference(self, batch: Batch) -> Tensor:
-        """mean_g r of each sample's group, (B,)."""
-        part, size = batch.part, batch.group_size
+    def _wanted(self, batch: Batch) -> dict[str, Tensor]:
+        """`weight` of each sample in its group's means, 1 on average, and `wanted`, its r_c: (B, D) each."""
+        part = batch.part
         everyone = batch.advantage if part is None else part.advantage.to(batch.x0.device)
-        means = preference(everyone, self.bound).reshape(-1, size).mean(1)
-        position = torch.arange(len(batch.x0), device=means.device) + (0 if part is None else part.first)
-        return means[(position // size).clamp(max=len(means) - 1)]  # padding has a weight of 0
+        advantage = everyone.reshape(-1, batch.group_size)
+        reward = preference(advantage, self.bound)
+        weight = group_weights(advantage, reward, self.config.temperature)
+        wanted = reward[..., None] - (weight * reward[..., None]).mean(1, keepdim=True)
+        position = torch.arange(len(batch.x0), device=everyone.device) + (0 if part is None else part.first)
+        position = position.clamp(max=len(everyone) - 1)  # padding has a weight of 0
+        return {"weight": weight.flatten(0, 1)[position], "wanted": wanted.flatten(0, 1)[position]}
 
-    def losses(self, policy_v: Tensor, noised: Noised, means: GroupMeans = in_groups) -> dict[str, Tensor]:
-        """See `DenoisingObjective.losses`. `noised.predicted` also has `wanted`, r_c of each sample."""
+    def losses(self, policy_v: Tensor, noised: Noised, centres: Centres = OF_WHOLE_GROUPS) -> dict[str, Tensor]:
+        """See `DenoisingObjective.losses`. `noised.predicted` also has what `_wanted` gives."""
         reward, beta = implicit_reward(policy_v, noised, self.config), self.config.beta
-        centred = reward - means(reward.detach(), noised)
+        centred = reward[:, None] - centres(reward.detach(), noised)
+        distance = _distance(beta * centred, noised.predicted["wanted"], self.config.loss).mean(1)
         found = {
-            "loss": self.bound / beta * _distance(beta * centred, noised.predicted["wanted"], self.config.loss),
+            "loss": self.bound / beta * distance,
             "dsm_policy": mean_square(policy_v.detach() - noised.target_v),
             "old_distance": mean_square(policy_v.detach() - noised.velocity("old_v")),
         }
         if self.ref:
             found["kl"] = mean_square(policy_v - noised.velocity("ref_v"))
-            worst, share = self.config.kl_weight_worst, preference(noised.batch.advantage, self.bound)
-            found["loss"] = found["loss"] + (worst + share * (self.config.kl_weight - worst)) * found["kl"]
+            best, worst = self.config.kl_weight, self.config.kl_weight_worst
+            found["loss"] = found["loss"] + kl_weights(noised.batch.advantage, self.bound, best, worst) * found["kl"]
         return found
+
+
+def group_weights(advantage: Tensor, reward: Tensor, temperature: float | None) -> Tensor:
+    """Weights of a group's means, which have the mean 1: (P, G, D).
+
+    Args:
+        advantage, reward: (P, G) A and r.
+        temperature: None: one mean, of all alike; else two, of the better and of the worse images.
+    """
+    if temperature is None:
+        return torch.ones_like(reward)[..., None]
+    size = reward.shape[1]
+    if temperature > 0:
+        return size * torch.stack([torch.softmax(sign * reward / temperature, dim=1) for sign in (1, -1)], dim=-1)
+    counted = torch.stack([advantage > 0, advantage < 0], dim=-1)
+    counted = (counted | ~counted.any(1, keepdim=True)).to(reward.dtype)  # of a group without any such, all
+    return size * counted / counted.sum(1, keepdim=True)
 
 
 def implicit_reward(policy_v: Tensor, noised: Noised, config: CRD) -> Tensor:

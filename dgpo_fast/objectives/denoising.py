@@ -245,3 +245,8 @@ def mean_abs(difference: Tensor) -> Tensor:
 def preference(advantage: Tensor, bound: float) -> Tensor:
     """Advantages in [−bound, bound] as a share in [0, 1], ½ for 0: r = A/(2·bound) + ½."""
     return (advantage / (2 * bound) + 0.5).clamp(0, 1)
+
+
+def kl_weights(advantage: Tensor, bound: float, best: float, worst: float | None) -> float | Tensor:
+    """Weight of each image's KL term: from `worst` for A = −bound to `best` for A = bound, or `best` for all."""
+    return best if worst is None else worst + preference(advantage, bound) * (best - worst)

@@ -24,6 +24,7 @@ from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.first_level import first_sigma, is_shared
 from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
 from dgpo_fast.objectives.levels import draw_training_steps, frozen_batch, training_sigmas
+from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.records import Metrics
 from dgpo_fast.seeds import stream_seed
@@ -39,7 +40,7 @@ class DGPOObjective(Objective):
             levels_at_once=config.dgpo.timesteps if config.engine.batch_timesteps else 1,
             guided_base=Guidance(config.dgpo.kl_guidance_scale).pairs
             and (config.dgpo.kl_weight > 0 or _scores_against_guided(config.dgpo)),
-            shared_sigma=first_sigma(config),
+            shared_sigma=first_sigma(config) if config.dgpo.lowest_sigma is None else None,
             shardable=True,
         )
 
@@ -102,7 +103,10 @@ class DGPOObjective(Objective):
         return self.config.clip_range is not None or self.config.reference == "ema"
 
     def _levels(self, batch: Batch, share_first: bool) -> list[Level]:
-        """The noise levels of the training steps of the rollout's grid; `share_first`: as `Level.shared`."""
+        """Of the iteration, on the rollout's grid or not; `share_first`: as `Level.shared`."""
+        if (lowest := self.config.lowest_sigma) is not None:
+            levels = NoiseLevels("uniform", self.config.timesteps, self.seed, lowest=lowest)
+            return levels.draw(batch.iteration, batch.schedule, batch.group_index)
         among = min(self.config.high_noise_steps or batch.schedule.steps, batch.schedule.steps)
         steps = draw_training_steps(batch.iteration, count=self.config.timesteps, among=among, seed=self.seed)
         sigmas = training_sigmas(batch.schedule, self.config.training_sigma)

@@ -9,7 +9,6 @@ A pair is a group of two with the advantages +1 and −1, whose group score is t
 the group loss.
 """
 
-from dataclasses import replace
 from functools import partial
 from math import log
 
@@ -109,9 +108,4 @@ def best_and_worst(batch: Batch) -> Batch:
     places = (positions + torch.arange(batch.groups, device=positions.device)[:, None] * batch.group_size).flatten()
     differ = (by_group.amax(1) > by_group.amin(1)).repeat_interleave(PAIR)
     advantage = (1.0 - 2.0 * order.flatten()) * differ
-    if batch.part is None:
-        return replace(batch[places], advantage=advantage, group_size=PAIR)
-    first = batch.part.first
-    mine = (places >= first) & (places < first + batch.own)
-    rows = (places[mine] - first).to(batch.x0.device)
-    return batch.taken(rows, batch.part.chosen(places, advantage, PAIR))
+    return batch.among(places, advantage, PAIR)

@@ -9,10 +9,12 @@ and the loss is the mean over samples and noise levels of
 
     b·[ r·mean (x̂0₊ − x0)²/(w₊·β) + (1 − r)·mean (x̂0₋ − x0)²/(w₋·β) ] + kl_weight · mean (v − v_base)²
 
-with w± = stop[max(mean |x̂0± − x0|, 1e-5)], or 1. x̂0± − x0 is −σ·(v± − v*), and v± − v* is ±β times v's distance from
-v_old ± (v* − v_old)/β. So the errors are those of two regressions (`objectives/denoising.py`).
+with w± = stop[max(mean |x̂0± − x0|, 1e-5)], or 1. For r, `nft.adv_mode` may change A first. x̂0± − x0 is
+−σ·(v± − v*), and v± − v* is ±β times v's distance from v_old ± (v* − v_old)/β. So the errors are those of two
+regressions (`objectives/denoising.py`).
 """
 
+import torch
 from torch import Tensor
 
 from dgpo_fast.config.objective_options import NFT
@@ -20,6 +22,7 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.objectives.denoising import (
     DenoisingObjective,
     Noised,
+    kl_weights,
     levels_at_once,
     mean_abs,
     mean_square,
@@ -46,7 +49,8 @@ class NFTObjective(DenoisingObjective):
         )
 
     def __init__(self, config: Config):
-        super().__init__(config, config.nft, ref=config.nft.kl_weight > 0, old=True)
+        kl_weight = max(config.nft.kl_weight, config.nft.kl_weight_worst or 0.0)
+        super().__init__(config, config.nft, ref=kl_weight > 0, old=True)
         self.config, self.bound = config.nft, config.advantage.bound
 
     def losses(self, policy_v: Tensor, noised: Noised) -> dict[str, Tensor]:
@@ -55,7 +59,9 @@ class NFTObjective(DenoisingObjective):
         found = {"loss": nft_loss(policy_v, old_v, noised, self.config, self.bound)}
         if self.ref:
             kl = mean_square(policy_v - noised.velocity("ref_v"))
-            found |= {"loss": found["loss"] + self.config.kl_weight * kl, "kl": kl}
+            best, worst = self.config.kl_weight, self.config.kl_weight_worst
+            weight = kl_weights(noised.batch.advantage, self.bound, best, worst)
+            found |= {"loss": found["loss"] + weight * kl, "kl": kl}
         distances = {"dsm_policy": noised.target_v, "old_distance": old_v}
         return found | {name: mean_square(policy_v.detach() - of) for name, of in distances.items()}
 
@@ -66,13 +72,25 @@ def nft_loss(policy_v: Tensor, old_v: Tensor, noised: Noised, config: NFT, bound
     Args:
         policy_v, old_v: (B, C, H, W).
         noised: the B samples.
-        config: β, and whether errors are weighted.
+        config: β, what becomes of advantages, and whether errors are weighted.
         bound: of the advantages.
     """
-    share, scale = preference(noised.batch.advantage, bound), noised.sigma * config.beta
+    share = preference(shaped(noised.batch.advantage, config.adv_mode), bound)
+    scale = noised.sigma * config.beta
     loss = policy_v.new_zeros(len(policy_v))
     for sign, of_sign in ((1, share), (-1, 1 - share)):
         error = policy_v - step_from(old_v, sign / config.beta, noised.target_v, old_v)
         weight = (scale * mean_abs(error)).clamp(min=SMALLEST_WEIGHT) if config.adaptive_weight else 1.0
         loss = loss + bound / config.beta * of_sign * scale.square() * mean_square(error) / weight
     return loss
+
+
+def shaped(advantage: Tensor, mode: str) -> Tensor:
+    """Advantages as `nft.adv_mode` has them."""
+    if mode == "positive_only":
+        return advantage.clamp(min=0)
+    if mode == "negative_only":
+        return advantage.clamp(max=0)
+    if mode == "one_only":
+        return (advantage > 0).to(advantage.dtype)
+    return torch.sign(advantage) if mode == "binary" else advantage

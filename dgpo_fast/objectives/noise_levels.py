@@ -30,12 +30,14 @@ class NoiseLevels:
         count: M; None: all steps of the grid that there are.
         seed: the run's.
         shift: of the rollout's grid; only "logit_normal" needs it.
+        lowest: of the "uniform" levels.
     """
 
     kind: Levels
     count: int | None
     seed: int
     shift: float | None = None
+    lowest: float = LOWEST_UNIFORM
 
     def draw(self, iteration: int, schedule: Schedule, key: Tensor) -> list[Level]:
         """The levels of `iteration`.
@@ -72,11 +74,13 @@ class NoiseLevels:
         if self.kind == "logit_normal":
             assert self.shift is not None, "the grid's shift is still to be read"
             sigma = shifted(sigma, self.shift)
+        if self.kind == "uniform":
+            sigma = self.lowest + (1 - self.lowest) * sigma
         return Level(sigma, 1000 * sigma, draw)
 
 
 def _uniform(share: Tensor, slot: int, count: int) -> Tensor:
-    return LOWEST_UNIFORM + (1 - LOWEST_UNIFORM) * (slot + share) / count
+    return (slot + share) / count
 
 
 def _linear(share: Tensor, slot: int, count: int) -> Tensor:
@@ -92,4 +96,5 @@ QUANTILES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "linear": _linear,
     "logit_normal": _logit_normal,
 }
-"""σ (B,) of level `slot` of `count` from a uniform draw (B,) in [0, 1]."""
+"""σ (B,) of level `slot` of `count` from a uniform draw (B,) in [0, 1], before "uniform" is moved off its lowest σ and
+"logit_normal" is shifted."""
