@@ -6,9 +6,11 @@ from dgpo_fast.config.help import print_settings
 from dgpo_fast.config.reading import parse_overrides, resolve
 from dgpo_fast.errors import UserError
 
-USAGE = """Compare DGPO, Diffusion-DPO, Flow-GRPO and ablations of DGPO on the shipped pipeline.
+USAGE = """Compare objectives on the shipped pipeline at equal compute.
 
-  python -m benchmarks.compare                     under two hours on two CPU cores
+  python -m benchmarks.compare                     DGPO and its rivals; two and a half hours on two CPU cores
+  python -m benchmarks.compare --seeds 5           two more seeds for a finished comparison
+  python -m benchmarks.compare --study paper       the paper's own comparisons
   python -m benchmarks.compare --quick             two minutes, only to check that it works
   python -m benchmarks.compare --long              six hours on a GPU, with more images and seeds
   python -m benchmarks.compare --systems dgpo dpo  only these two

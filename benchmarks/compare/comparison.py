@@ -2,22 +2,30 @@
 
 import json
 import os
-import platform
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.compare import plan as planning
-from benchmarks.compare.plan import SEARCH_SEED, Plan, base_run, describe, draw_run, final_reward, fitted, next_run
+from benchmarks.compare.plan import (
+    SEARCH_SEED,
+    Plan,
+    base_run,
+    describe,
+    draw_run,
+    final_reward,
+    finished_seeds,
+    fitted,
+    next_run,
+)
 from benchmarks.compare.report import update_document, write_report
 from benchmarks.compare.run import MARKS, Run, finished_result
 from benchmarks.compare.settings import CompareSettings
+from benchmarks.compare.studies import STUDIES
 from benchmarks.compare.systems import LONG, NORMAL, QUICK, SYSTEMS
 from benchmarks.compare.workers import Workers
+from benchmarks.first_light import machine
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.loading import pick_device
 from dgpo_fast.run.console import Console, duration
@@ -35,23 +43,26 @@ class Comparison:
     Args:
         settings: of the command.
 
-    Raises UserError if a system or the device is unknown.
+    Raises UserError if the study, a system or the device is unknown.
     """
 
     def __init__(self, settings: CompareSettings):
-        unknown = [name for name in settings.systems if name not in SYSTEMS]
+        if settings.study not in STUDIES:
+            raise UserError(f"--study {settings.study}: name one of {', '.join(STUDIES)}")
+        self.study = study = STUDIES[settings.study]
+        unknown = [name for name in settings.systems if name not in study.systems]
         if unknown:
-            raise UserError(f"--systems {unknown[0]}: name some of {', '.join(SYSTEMS)}")
+            raise UserError(f"--systems {unknown[0]}: name some of {', '.join(study.systems)}")
         kind = "quick" if settings.quick else "long" if settings.long else "normal"
         self.settings, self.kind = settings, kind
-        self.scale = {"quick": QUICK, "normal": NORMAL, "long": LONG}[kind]
+        self.scale = study.scaled({"quick": QUICK, "normal": NORMAL, "long": LONG}[kind])
         self.device = pick_device(settings.device)
-        self.systems = tuple(name for name in SYSTEMS if not settings.systems or name in settings.systems)
+        self.systems = tuple(name for name in study.systems if not settings.systems or name in settings.systems)
         self.seeds = settings.seeds or {"quick": 2, "normal": 3, "long": 5}[kind]
-        self.trials = settings.trials or (1 if settings.quick else 5)
-        self.minutes = settings.minutes or {"quick": None, "normal": 110.0, "long": 360.0}[kind]
+        self.trials = settings.trials or (1 if settings.quick else study.trials)
+        self.minutes = settings.minutes or {"quick": None, "normal": study.minutes, "long": 360.0}[kind]
         self.processes = settings.processes or (2 if self.device.type == "cpu" else 1)
-        self.home = Path(settings.runs_dir)
+        self.home = Path(settings.runs_dir) / study.name
         self.console = Console()
         self.results: dict[str, dict[str, Any]] = {}
         self.shown_s = 0.0
@@ -63,7 +74,8 @@ class Comparison:
             return Path(self.settings.output)
         if self.settings.quick:
             return self.home / "results"
-        return Path("benchmarks/results") / ("gpu" if self.device.type == "cuda" else "cpu") / "compare"
+        kind = "gpu" if self.device.type == "cuda" else "cpu"
+        return Path("benchmarks/results") / kind / "compare" / self.study.name
 
     def run(self) -> None:
         """Does what is left to do, and reports."""
@@ -126,6 +138,7 @@ class Comparison:
         Raises UserError if the earlier one had other settings.
         """
         wanted = {
+            "study": self.study.name,
             "kind": self.kind,
             "systems": list(self.systems),
             "seeds": self.seeds,
@@ -155,16 +168,22 @@ class Comparison:
         base = self.results[base_run(self.scale.groups).name]
         draw = self.results.get(draw_run(SEARCH_SEED, self.scale.groups).name, {"drawing_s": 0.0})
         marks = QUICK_MARKS if self.settings.quick else MARKS
-        plan = Plan(self.systems, self.seeds, self.trials, QUICK_S, marks, self.scale.groups)
+        plan = Plan(self.study.name, self.systems, self.seeds, self.trials, QUICK_S, marks, self.scale.groups)
         if self.minutes is not None:
             plan = fitted(plan, 60 * self.minutes, self.processes, base, draw["drawing_s"])
         write_json(path, {"settings": wanted, "plan": planning.to_json(plan)})
         return plan
 
     def _do(self, workers: Workers, plan: Plan) -> None:
+        reported = 0
+
         def done(run: Run, result: dict[str, Any]) -> None:
+            nonlocal reported
             self.results[run.name] = result
             self._tell(plan, run, result)
+            if reported < (seeds := finished_seeds(plan, self.results)) < plan.seeds:
+                reported = seeds
+                self._report(replace(plan, seeds=seeds))
 
         def pick(running: set[str]) -> Run | None:
             while (run := next_run(plan, self.results, running)) is not None:
@@ -205,17 +224,9 @@ class Comparison:
             self.console.note(f"[{self._done(plan)}/{plan.size}, {duration(now - self.started_s)}] running: {running}")
 
     def _report(self, plan: Plan) -> None:
-        machine = {
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "cpu_count": os.cpu_count(),
-            "processes": self.processes,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "wall_s": self._spent(),
-        }
+        about = {**machine(), "cpu_count": os.cpu_count(), "processes": self.processes, "wall_s": self._spent()}
         base = self.results[base_run(self.scale.groups).name]
-        findings = write_report(plan, self.results, base, machine, self.output)
+        findings = write_report(plan, self.results, base, about | {"kind": self.device.type}, self.output)
         for finding in findings:
             self.console.note(f"{finding.claim}: {finding.verdict}. {finding.sentence}")
         document = Path(self.settings.document)

@@ -8,6 +8,8 @@ import numpy as np
 from scipy import stats
 
 GRID = 241
+AT_THE_START = {"training_s": "drawing_s", "training_forwards": "drawing_forwards"}
+"""What the drawing of data, before training, takes of a budget."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Curve:
     """One measure of one system over training, a row per seed.
 
     Attributes:
-        x: (N,) what was spent: seconds or images.
+        x: (N,) what was spent: seconds, forwards or images; or the distance from the base.
         values: (seeds, N) the measure there.
     """
 
@@ -48,19 +50,29 @@ class Curve:
 
 
 def curve(runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any], measure: str, spent: str, until: float) -> Curve:
-    """`measure` of a system's final runs against what was `spent`, from 0 to `until`.
-
-    Between evaluations it is a straight line. The drawing of data, before training, changes nothing.
-    """
+    """`measure` of a system's final runs against what was `spent`, from 0 to `until`; see `at`."""
     x = np.linspace(0.0, until, GRID)
-    rows = []
-    for run in runs:
-        knots = [(0.0, base[measure])]
-        if spent == "training_s":
-            knots.append((run["source"]["drawing_s"], base[measure]))
-        knots += [(point[spent], point[measure]) for point in run["points"]]
-        rows.append(np.interp(x, *np.array(knots, dtype=float).T))
-    return Curve(x, np.array(rows))
+    return Curve(x, np.array([at(x, run, base, measure, spent) for run in runs]))
+
+
+def at(x: np.ndarray, run: Mapping[str, Any], base: Mapping[str, Any], measure: str, spent: str) -> np.ndarray:
+    """`measure` of a run where `x` (N,) was `spent`, (N,).
+
+    Between evaluations it is a straight line. The drawing of data, before training, changes nothing. A `distance` may
+    fall again: the measure is that where the run first was as far.
+    """
+    knots = [(0.0, base[measure])]
+    if spent in AT_THE_START:
+        knots.append((run["source"][AT_THE_START[spent]], base[measure]))
+    for point in run["points"]:
+        if spent != "distance" or point[spent] > knots[-1][0]:
+            knots.append((point[spent], point[measure]))
+    return np.interp(x, *np.array(knots, dtype=float).T)
+
+
+def reach(runs: Sequence[Mapping[str, Any]], spent: str) -> float:
+    """The most `spent` that all `runs` have come to."""
+    return min(max(point[spent] for point in run["points"]) for run in runs)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -17,8 +17,8 @@ class Finding:
     """One claim and what came of it.
 
     Attributes:
-        claim: what the paper says.
-        verdict: "holds", "does not hold" or "open": the interval leaves both possible.
+        claim: what the paper says, or what is compared.
+        verdict: "holds", "does not hold" or "open": the interval leaves both possible; or who is ahead.
         sentence: what was measured.
         numbers: the same as numbers.
     """
@@ -52,7 +52,8 @@ class Findings:
                 lambda: self.better("dgpo-offline", "dpo-offline", "groups beat pairs, offline"),
             ),
             (("dgpo", "dgpo-sde"), lambda: self.better("dgpo", "dgpo-sde", "ODE rollouts beat SDE rollouts")),
-            (("dgpo", "dgpo-no-clip"), self.quality),
+            (("dgpo", "dgpo-no-clip"), lambda: self.quality("dgpo", "dgpo-no-clip")),
+            (("dgpo-high-noise", "dgpo-all-noise"), lambda: self.quality("dgpo-high-noise", "dgpo-all-noise")),
         ]
         return [find() for systems, find in claims if all(name in self.runs for name in systems)]
 
@@ -101,26 +102,32 @@ class Findings:
         ours, theirs = SYSTEMS[first].label, SYSTEMS[second].label
         sentence = (
             f"{ours} ends at {means[0]:.3f}, {theirs} at {means[1]:.3f}: a difference of "
-            f"{_signed(difference, half, 3)}. {theirs} is best after {theirs_s:.0f} s; {ours} has as much {when}."
+            f"{signed(difference, half, 3)}. {theirs} is best after {theirs_s:.0f} s; {ours} has as much {when}."
         )
         numbers = {"difference": difference, "half": half, "best_of_second_s": theirs_s, "first_reaches_it_s": ours_s}
         return Finding(claim, _verdict(difference, half), sentence, numbers)
 
-    def quality(self) -> Finding:
+    def quality(self, clipped: str, whole: str) -> Finding:
         """Whether the timestep clip keeps pictures nearer to real ones."""
-        worse, half = self._difference("dgpo-no-clip", "dgpo", "patch_distance")
-        reward, reward_half = self._difference("dgpo", "dgpo-no-clip", "reward_mean")
-        with_clip, without = (mean_interval(self._last(name, "patch_distance"))[0] for name in ("dgpo", "dgpo-no-clip"))
+        worse, half = self._difference(whole, clipped, "patch_distance")
+        reward, reward_half = self._difference(clipped, whole, "reward_mean")
+        sharper = self._difference(clipped, whole, "sharpness")
+        signs = [[run["out_of_task"]["signs"] for run in self.runs[of]] for of in (clipped, whole)]
+        read = mean_interval(np.subtract(*signs))
+        with_clip, without = (mean_interval(self._last(name, "patch_distance"))[0] for name in (clipped, whole))
         sentence = (
             f"The patch distance, {self.base['patch_distance']:.2f} for the base, ends at {with_clip:.2f} with the "
-            f"clip and {without:.2f} without: {_signed(worse, half, 2)} grey levels without it. With the clip the "
-            f"reward is {_signed(reward, reward_half, 3)} higher."
+            f"clip and {without:.2f} without: {signed(worse, half, 2)} grey levels without it. With the clip, the "
+            f"steepest edges are {signed(*sharper, 1)} grey levels steeper, the share of signs that are read is "
+            f"{signed(*read, 3)} higher, and the reward {signed(reward, reward_half, 3)}."
         )
         numbers = {
             "patch_distance_difference": worse,
             "half": half,
             "reward_difference": reward,
             "reward_half": reward_half,
+            "sharpness_difference": sharper,
+            "signs_difference": read,
         }
         return Finding("the timestep clip protects image quality", _verdict(worse, half), sentence, numbers)
 
@@ -165,5 +172,6 @@ def _verdict(difference: float, half: float) -> str:
     return "holds" if difference > 0 else "does not hold"
 
 
-def _signed(difference: float, half: float, digits: int) -> str:
+def signed(difference: float, half: float, digits: int) -> str:
+    """The difference with its sign, and half the width of its interval if there is one."""
     return f"{difference:+.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")

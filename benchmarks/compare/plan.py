@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.compare.run import Run
+from benchmarks.compare.studies import STUDIES
 from benchmarks.compare.systems import SYSTEMS
 from dgpo_fast.errors import UserError
 
@@ -14,6 +15,10 @@ SEARCH_SHARE = 0.4
 LR_STEP = 2.5
 RATES = (1.0, LR_STEP, 1 / LR_STEP)
 """First learning rates that are tried, over the one in the middle."""
+OWN_STEP = 4.0
+"""How far a system's own setting is moved, up and down."""
+WITHOUT_OWN = 5
+"""Trials of learning rates and groups."""
 SPARE = 0.96
 """Share of the time that is planned for: the rest is for starting processes and writing figures."""
 
@@ -25,15 +30,17 @@ class Plan:
     """The comparison's runs.
 
     Attributes:
+        study: its name.
         systems: names of the systems.
         seeds: final runs of each system.
-        trials: settings tried for each system, 1 to 5.
+        trials: settings tried for each system, 1 to 7.
         final_s: training seconds of a final run, times its system's patience; a tried setting trains for
             `SEARCH_SHARE` of it.
         marks: shares of these seconds after which a final run is evaluated.
         groups: groups per iteration, unless the search finds another number better.
     """
 
+    study: str
     systems: tuple[str, ...]
     seeds: int
     trials: int
@@ -54,16 +61,8 @@ class Plan:
 
     def trial(self, system: str, lr: float, groups: int) -> Run:
         """A run that tries a setting."""
-        return Run(
-            "search",
-            system,
-            SEARCH_SEED,
-            lr,
-            groups,
-            SEARCH_SHARE * self.seconds(system),
-            (1.0,),
-            SEARCH_EVALUATION_SEED,
-        )
+        seconds = SEARCH_SHARE * self.seconds(system)
+        return Run("search", system, SEARCH_SEED, lr, groups, seconds, (1.0,), SEARCH_EVALUATION_SEED)
 
     def final(self, system: str, seed: int, chosen: Run) -> Run:
         """A run with the setting that was chosen."""
@@ -72,12 +71,32 @@ class Plan:
 
     def seconds(self, system: str) -> float:
         """Training seconds of a final run of `system`."""
-        return self.final_s * SYSTEMS[system].patience
+        return self.final_s * self.patience(system)
+
+    def patience(self, system: str) -> float:
+        """How many times as long as the others' its runs are."""
+        return STUDIES[self.study].patience.get(system, 1.0)
+
+    @property
+    def training_s(self) -> float:
+        """Training seconds of all runs together."""
+        each = SEARCH_SHARE * self.trials + self.seeds
+        return each * sum(map(self.seconds, self.systems))
 
 
 def base_run(groups: int) -> Run:
     """The model as it came; its seconds are those of evaluations, from which the plan is made."""
     return Run("base", "dgpo", 0, 1e-4, groups)
+
+
+def finished_seeds(plan: Plan, results: Results) -> int:
+    """How many seeds all systems have done, from the first one on."""
+    chosen = {system: choose(plan, system, results) for system in plan.systems}
+
+    def is_done(seed: int) -> bool:
+        return all(run is not None and plan.final(name, seed, run).name in results for name, run in chosen.items())
+
+    return next((seed for seed in range(plan.seeds) if not is_done(seed)), plan.seeds)
 
 
 def draw_run(seed: int, groups: int) -> Run:
@@ -103,7 +122,7 @@ def fitted(plan: Plan, budget_s: float, processes: int, base: Mapping[str, Any],
     beside = searches * per_search + finals * per_final + len(plan.draws) * (draw_s + base["set_up_s"])
     left = SPARE * budget_s * processes - beside
     # How many times `final_s` all training together is.
-    times = (SEARCH_SHARE * plan.trials + plan.seeds) * sum(SYSTEMS[name].patience for name in plan.systems)
+    times = replace(plan, final_s=1.0).training_s
     final_s = left / times
     if final_s < 1:
         least = (beside + times) / (SPARE * processes) / 60
@@ -117,11 +136,11 @@ def wanted(plan: Plan, results: Results) -> Iterator[Run]:
     yield from plan.draws
     for system in systems:
         yield from trials(plan, system, results)
+    chosen = {system: choose(plan, system, results) for system in systems}
     for seed in range(plan.seeds):
-        for system in systems:
-            chosen = choose(plan, system, results)
-            if chosen is not None:
-                yield plan.final(system, seed, chosen)
+        for system, setting in chosen.items():
+            if setting is not None:
+                yield plan.final(system, seed, setting)
 
 
 def trials(plan: Plan, system: str, results: Results) -> list[Run]:
@@ -129,10 +148,12 @@ def trials(plan: Plan, system: str, results: Results) -> list[Run]:
 
     If the best learning rate is the largest or the smallest, that is another one beyond it, and then half the
     groups. Else it is half the groups, and then a quarter of them where half were better, or twice as many if not.
+    The sixth and the seventh are the best of these with the system's own setting a factor of `OWN_STEP` higher, and
+    lower.
     """
     centre = SYSTEMS[system].lr
     tried = [plan.trial(system, rate * centre, plan.groups) for rate in RATES[: plan.trials]]
-    while len(tried) < plan.trials and all(run.name in results for run in tried):
+    while len(tried) < min(plan.trials, WITHOUT_OWN) and all(run.name in results for run in tried):
         best = _best(tried, results)
         fewer = replace(best, groups=max(1, best.groups // 2))
         if len(tried) == len(RATES) and best.lr != centre:
@@ -141,6 +162,9 @@ def trials(plan: Plan, system: str, results: Results) -> list[Run]:
             tried.append(fewer)
         else:
             tried.append(replace(best, groups=2 * best.groups))
+    if plan.trials > WITHOUT_OWN and all(run.name in results for run in tried):
+        best = _best(tried, results)
+        tried += [replace(best, factor=factor) for factor in (OWN_STEP, 1 / OWN_STEP)][: plan.trials - WITHOUT_OWN]
     return tried
 
 
@@ -184,10 +208,11 @@ def describe(plan: Plan, processes: int) -> list[str]:
         "system",
         f"then {finals} runs of {plan.final_s:.0f} s of training, {plan.seeds} seeds for each system",
         *(
-            f"{SYSTEMS[name].label} trains {SYSTEMS[name].patience:g} times as long, in both"
+            f"{SYSTEMS[name].label} trains {plan.patience(name):g} times as long, in both"
             for name in plan.systems
-            if SYSTEMS[name].patience != 1
+            if plan.patience(name) != 1
         ),
+        f"together {plan.training_s / 3600:.1f} hours of training, of one run at a time",
         f"each final run is evaluated {len(plan.marks)} times; evaluations do not count as training",
     ]
 

@@ -3,6 +3,8 @@
 * **patch distance**: how far the pictures' 4 × 4 patches are from the nearest patch of rendered pictures, in grey
   levels (0–255, root mean square over a patch). It sees blur, noise, wrong colours and frayed edges, and does not mind
   which objects are there or where, which is what the reward judges.
+* **sharpness**: how steep the pictures' edges are: the mean of the steepest tenth of the differences of neighbouring
+  pixels, in grey levels. Blur lowers it.
 * **diversity**: how much the pictures of one prompt differ from one another, likewise in grey levels.
 * **signs**: words that a real OCR engine reads on pictures of signs, a task that the systems are not trained on.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 from dgpo_fast.tiny import data
 
 PATCH, STRIDE = 4, 5
+STEEPEST = 0.1
 BANK_PICTURES, BANK_PATCHES = 3000, 24_000
 COMPARED_AT_A_TIME = 1024
 
@@ -56,6 +59,18 @@ def rendered(prompts: Sequence[data.Prompt], count: int, rng: np.random.Generato
     """Pictures that satisfy prompts drawn from `prompts`, every tag as often, uint8 (count, 32, 32, 3)."""
     chosen = rng.choice(len(prompts), size=count, p=data.weights(prompts))
     return np.stack([data.render(prompts[index][1], rng) for index in chosen])
+
+
+def sharpness(pictures: np.ndarray) -> float:
+    """Mean over pictures of the mean of the steepest tenth of the differences of neighbouring pixels, in grey levels.
+
+    Args:
+        pictures: uint8 (B, H, W, 3).
+    """
+    levels = pictures.astype(np.float64)
+    across, down = (np.abs(np.diff(levels, axis=axis)).mean(-1).reshape(len(levels), -1) for axis in (2, 1))
+    steps = np.sort(np.concatenate([across, down], axis=1), axis=1)
+    return float(steps[:, -max(1, round(STEEPEST * steps.shape[1])) :].mean())
 
 
 def diversity(pictures: np.ndarray, group_size: int) -> float:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.compare.quality import PatchBank, diversity, rendered
+from benchmarks.compare.distance import DistanceFromBase
+from benchmarks.compare.quality import PatchBank, diversity, rendered, sharpness
 from benchmarks.compare.systems import SYSTEMS, Scale, configuration
 from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.lifecycle import set_up, stepping
+from dgpo_fast.models.work import DECODE, REFERENCE, WorkMeter
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import load_rewards
 from dgpo_fast.run.metrics import write_json
@@ -46,6 +48,7 @@ class Run:
         seconds: of training, as `clock` counts them, without evaluations; the drawing of data is training.
         marks: shares of the seconds after which the run is evaluated.
         evaluation_seed: of the evaluations' noise.
+        factor: what the system's own setting is multiplied by.
     """
 
     kind: str
@@ -56,6 +59,7 @@ class Run:
     seconds: float = 0.0
     marks: tuple[float, ...] = ()
     evaluation_seed: int = 0
+    factor: float = 1.0
 
     @property
     def name(self) -> str:
@@ -63,6 +67,8 @@ class Run:
         if self.kind in ("base", "draw"):
             return f"{self.kind}/seed{self.seed}"
         settings = f"-lr{self.lr:g}-groups{self.groups}" if self.kind == "search" else ""
+        if settings and self.factor != 1:
+            settings += f"-own{self.factor:g}"
         return f"{self.kind}/{self.system}{settings}-seed{self.seed}"
 
     def as_json(self) -> dict[str, Any]:
@@ -72,16 +78,24 @@ class Run:
 
 @dataclass
 class TrainingSpent:
-    """Training so far: seconds as `clock` counts them, seconds on the wall, and images gone through."""
+    """Training so far: seconds as `clock` counts them, seconds on the wall, images gone through, and the work of the
+    transformers in forwards of one sample."""
 
     seconds: float = 0.0
     wall_s: float = 0.0
     images: int = 0
+    forwards: float = 0.0
 
 
 def clock(device: torch.device) -> float:
     """Seconds that count: on a CPU, of this process's computing, which nothing else on the machine makes more."""
     return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
+
+
+def forward_equivalents(work: WorkMeter) -> float:
+    """FLOPs that the last iteration's rollouts, forwards and backwards needed, over those of one sample's forward."""
+    rows = {kind: count for kind, count in work.last.items() if kind != DECODE}
+    return work.flops(rows) / work.flops({REFERENCE: 1})
 
 
 def perform(
@@ -125,7 +139,14 @@ def finished_result(run: Run, home: Path) -> dict[str, Any] | None:
 def _configuration(run: Run, home: Path, scale: Scale, device: str) -> Config:
     system = SYSTEMS[run.system]
     config = configuration(
-        system, scale, lr=run.lr, groups=run.groups, seed=run.seed, evaluation_seed=run.evaluation_seed, device=device
+        system,
+        scale,
+        lr=run.lr,
+        groups=run.groups,
+        seed=run.seed,
+        evaluation_seed=run.evaluation_seed,
+        device=device,
+        factor=run.factor,
     )
     if not system.offline:
         return config
@@ -150,9 +171,10 @@ class _Performance:
     ):
         self.run, self.folder, self.scale, self.trainer = run, home / run.name, scale, trainer
         self.report, self.should_stop = report, should_stop
-        self.set_up_s, self.drawing_s = set_up_s, 0.0
+        self.set_up_s, self.drawing = set_up_s, {"drawing_s": 0.0, "drawing_forwards": 0}
         if SYSTEMS[run.system].offline and run.kind != "draw":
-            self.drawing_s = json.loads((_drawn(run, home) / RESULT).read_text(encoding="utf-8"))["drawing_s"]
+            drawn = json.loads((_drawn(run, home) / RESULT).read_text(encoding="utf-8"))
+            self.drawing = {name: drawn[name] for name in self.drawing}
         self.clock = partial(clock, trainer.device)
         self.points: list[dict[str, Any]] = []
         self.spent = TrainingSpent()
@@ -166,19 +188,21 @@ class _Performance:
         shutil.rmtree(self.folder / "groups", ignore_errors=True)
         started = self.clock()
         self.trainer.prepare(self.folder, self.should_stop)
-        return {**self.trainer.source.summary(), "drawing_s": self.clock() - started}
+        drawing_s, summary = self.clock() - started, self.trainer.source.summary()
+        forwards = summary["drawn_images"] * self.trainer.draw.forwards
+        return {**summary, "drawing_s": drawing_s, "drawing_forwards": forwards}
 
     def _base(self) -> dict[str, Any]:
         self._write_points()
-        bank, started = PatchBank(), self.clock()
-        point = self._point(bank)
+        bank, distance, started = PatchBank(), self._distance(), self.clock()
+        point = self._point(bank, distance)
         evaluation_s, started = self.clock() - started, self.clock()
         extra = self._out_of_task()
         pictures = rendered(data.shape_prompts("heldout"), QUALITY_IMAGES, np.random.default_rng(1))
         return {
             "points": [point],
             "out_of_task": {**extra, "patch_distance": point["patch_distance"]},
-            "rendered_pictures": {"patch_distance": bank.distance(pictures)},
+            "rendered_pictures": {"patch_distance": bank.distance(pictures), "sharpness": sharpness(pictures)},
             "evaluation_s": evaluation_s,
             "out_of_task_s": self.clock() - started,
             "set_up_s": self.set_up_s,
@@ -187,8 +211,7 @@ class _Performance:
     def _train(self) -> dict[str, Any]:
         failure = None
         try:
-            bank = PatchBank() if self.run.kind == "final" else None
-            if not self._train_to_the_end(bank):
+            if not self._train_to_the_end():
                 return {}
         except UserError as error:
             if self.run.kind != "search":
@@ -198,22 +221,25 @@ class _Performance:
             "points": self.points,
             "failure": failure,
             "out_of_task": self._out_of_task() if self.run.kind == "final" else None,
-            "source": {**self.trainer.source.summary(), "drawing_s": self.drawing_s},
+            "source": {**self.trainer.source.summary(), **self.drawing},
             "set_up_s": self.set_up_s,
         }
 
-    def _train_to_the_end(self, bank: PatchBank | None) -> bool:
+    def _train_to_the_end(self) -> bool:
         """False if it was asked to stop before."""
+        is_final = self.run.kind == "final"
+        bank, distance = PatchBank() if is_final else None, self._distance() if is_final else None
         self._resume()
         if not self.points:
-            self.spent.seconds = self.spent.wall_s = self.drawing_s
+            self.spent.seconds = self.spent.wall_s = self.drawing["drawing_s"]
+            self.spent.forwards = self.drawing["drawing_forwards"]
         with stepping(self.trainer, self.folder, self.should_stop, settings={}):
             for mark in self.run.marks[len(self.points) :]:
                 while self.spent.seconds < mark * self.run.seconds:
                     if self.should_stop():
                         return False
                     self._step()
-                self.points.append(self._point(bank))
+                self.points.append(self._point(bank, distance))
                 self._write_points()
                 self.trainer.save(self.folder)
         return True
@@ -230,7 +256,9 @@ class _Performance:
             self.trainer.resume(self.folder)
             self.points = [point for point in kept["points"] if point["iteration"] <= self.trainer.iteration]
             last = self.points[-1]
-            self.spent = TrainingSpent(last["training_s"], last["training_wall_s"], last["trained_images"])
+            self.spent = TrainingSpent(
+                last["training_s"], last["training_wall_s"], last["trained_images"], last["training_forwards"]
+            )
         self._write_points()
 
     def _step(self) -> None:
@@ -239,20 +267,27 @@ class _Performance:
         self.spent.seconds += self.clock() - started
         self.spent.wall_s += metrics["iteration_s"]
         self.spent.images += metrics["images_count"]
+        self.spent.forwards += forward_equivalents(self.trainer.work)
         self.report(min(1.0, self.spent.seconds / self.run.seconds))
 
-    def _point(self, bank: PatchBank | None) -> dict[str, Any]:
+    def _distance(self) -> DistanceFromBase:
+        return DistanceFromBase(self.trainer, self.scale.distance_images)
+
+    def _point(self, bank: PatchBank | None, distance: DistanceFromBase | None) -> dict[str, Any]:
         """The scores now."""
         evaluation = self.trainer.evaluate()
-        summary = evaluation.summary()
+        summary, shown = evaluation.summary(), evaluation.images[:QUALITY_IMAGES]
         return {
             "iteration": self.trainer.iteration,
             "training_s": self.spent.seconds,
             "training_wall_s": self.spent.wall_s,
             "trained_images": self.spent.images,
+            "training_forwards": self.spent.forwards,
             "reward_mean": summary["reward_mean"],
             "reward_ci95": summary["reward_ci95"],
-            "patch_distance": bank.distance(evaluation.images[:QUALITY_IMAGES]) if bank else None,
+            "patch_distance": bank.distance(shown) if bank else None,
+            "sharpness": sharpness(shown) if bank else None,
+            "distance": distance.of(self.trainer.learner.evaluated_weights()) if distance else None,
         }
 
     def _out_of_task(self) -> dict[str, float]:
