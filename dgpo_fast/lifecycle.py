@@ -10,11 +10,12 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import to_dict, write_yaml
 from dgpo_fast.distributed import ALONE, Processes, SharedError
 from dgpo_fast.errors import UserError
+from dgpo_fast.pages.live import LivePage
 from dgpo_fast.records import JsonObject
 from dgpo_fast.run.start import Start, open_folder
 from dgpo_fast.run.stop_signal import StopSignal
 from dgpo_fast.trainer import Trainer
-from dgpo_fast.wording import resume_command
+from dgpo_fast.wording import counted, one_line, resume_command
 
 
 @contextmanager
@@ -74,17 +75,36 @@ def train_to_the_end(trainer: Trainer, start: Start) -> bool:
 
 
 def fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool) -> bool:
-    """Evaluates, trains, evaluates. False if the run was asked to stop early."""
+    """Evaluates, trains, evaluates, and shows it on the run's page. False if the run was asked to stop early."""
+    first, evaluated = trainer.processes.first, trainer.prompts.evaluated
+    page = LivePage(folder, trainer.config, trainer.console, evaluated, trainer.iteration, quiet=not first)
+    resume = f"resume with: {resume_command(folder)}"
+    try:
+        finished = _fit(trainer, folder, stop, resumed, page)
+    except BaseException as error:
+        why = "Interrupted" if isinstance(error, KeyboardInterrupt) else f"Ended by an error ({one_line(error)})"
+        page.say(f"{why} after {counted(trainer.iteration, 'iteration')}; {resume}", live=False)
+        raise
+    ended = counted(trainer.iteration, "iteration")
+    page.say(f"Finished after {ended}" if finished else f"Stopped after {ended}; {resume}", live=False)
+    return finished
+
+
+def _fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool, page: LivePage) -> bool:
     config, console = trainer.config, trainer.console
     console.note(f"run: {folder}")
+    page.say("Evaluating the original model")
     try:
         before = trainer.evaluations.before(folder)
     except UserError:
         if not resumed and trainer.processes.first:
             shutil.rmtree(folder)  # nothing was trained: no half-made folder is left
         raise
+    page.before = None if before is None else before.summary()
+    page.say("Preparing to train")
     trainer.save(folder)
     with stepping(trainer, folder, lambda: stop.requested, to_dict(config)):
+        trainer.sinks = (*trainer.sinks, page.write)
         try:
             loop(trainer, folder, stop)
         except KeyboardInterrupt:
@@ -98,7 +118,10 @@ def fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool) -> bool
     if trainer.iteration < config.iterations:
         console.note(f"stopped after iteration {trainer.iteration}; resume with: {resume_command(folder)}")
         return False
+    page.say("Evaluating the trained model")
     trainer.finish(folder, before)
+    if trainer.loggers is not None:
+        trainer.loggers.write_pictures(trainer.iteration)
     return True
 
 

@@ -33,6 +33,8 @@ def test_what_a_run_writes(workspace: Path, figures: None) -> None:
     run = workspace / "runs" / "run"
     expected = {
         "config.yaml",
+        "events.jsonl",
+        "index.html",
         "metrics.jsonl",
         "summary.json",
         "before_after.png",

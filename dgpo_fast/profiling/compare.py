@@ -8,10 +8,11 @@ from typing import Literal
 
 from rich.table import Table
 
+from dgpo_fast.pages.document import document, row, table
+from dgpo_fast.pages.marks import legend
+from dgpo_fast.pages.units import digits, flop, gbytes, mebibytes, percent, seconds
 from dgpo_fast.profiling import charts
-from dgpo_fast.profiling.page import document, row, table
 from dgpo_fast.profiling.report import Report
-from dgpo_fast.profiling.units import digits, flop, gbytes, mebibytes, percent, seconds
 
 Better = Literal["higher", "lower"] | None
 EVEN = 0.02
@@ -173,7 +174,7 @@ def comparison_page(first: Report, second: Report, names: tuple[str, str]) -> st
         f'<header><h1>{escape(names[0])} and {escape(names[1])}</h1><p class="soft">{escape(first.device.name)}'
         f"{'' if first.device.name == second.device.name else f' · {escape(second.device.name)}'}</p></header><main>"
         f'<section class="lead"><p>{escape(lead)}</p></section>'
-        f"<section><h2>One iteration, on one scale</h2>{bars}{charts.legend(phases)}</section>"
+        f"<section><h2>One iteration, on one scale</h2>{bars}{legend(phases)}</section>"
         f'<section><h2>Every number</h2><p class="soft">The ratio is the second over the first.</p>'
         f"{table(('', *names, 'ratio'), rows, 'All numbers of both profiles')}</section>"
         f"<section><h2>What differs in settings and versions</h2>{table(('', *names), unlike, 'Differences')}</section>"

@@ -1,20 +1,17 @@
 """`report.html`: the report as one page that needs no network, light or dark, from 390 pixels up."""
 
-from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from dgpo_fast.models.work import BACKWARD, PARTS_OF_TRAINING
+from dgpo_fast.pages.document import document, links, pairs, row, sections, table, tiles
+from dgpo_fast.pages.marks import bar, chart, chip, legend
+from dgpo_fast.pages.units import digits, flop, gbytes, mebibytes, percent, seconds, short
 from dgpo_fast.profiling import charts
 from dgpo_fast.profiling.report import Report
 from dgpo_fast.profiling.summary import sentences
-from dgpo_fast.profiling.units import digits, flop, gbytes, mebibytes, percent, seconds, short
 
 FILE = "report.html"
-# Nothing may be loaded from anywhere: what is missing in the file is missing.
-POLICY_HEADER = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-TEXT_COLUMNS = ("class", "note")
 
 
 def write_page(report: Report, folder: Path) -> None:
@@ -24,7 +21,7 @@ def write_page(report: Report, folder: Path) -> None:
 
 def page(report: Report) -> str:
     """The whole page."""
-    sections = [
+    parts = [
         ("time", "Where the time went", _time(report)),
         ("processes", "Processes", _processes(report)),
         ("compute", "Compute", _compute(report)),
@@ -35,57 +32,15 @@ def page(report: Report) -> str:
         ("power", "Power and energy", _power(report)),
         ("setup", "What ran", _setup(report)),
     ]
-    shown = [(name, title, body) for name, title, body in sections if body]
     title = f"Profile of {report.recipe}"
-    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in shown)
     top = (
         f"<header><h1>{escape(title)}</h1>"
         f'<p class="soft">{escape(" · ".join((report.device.name, report.device.dtype, _moment(report.created))))}</p>'
-        f'<nav aria-label="Sections">{links}</nav></header>'
-    )
-    body = "".join(
-        f'<section id="{name}"><h2>{escape(title)}</h2>{content}</section>' for name, title, content in shown
+        f"{links(parts)}</header>"
     )
     trace = f"Trace for ui.perfetto.dev: <code>{escape(report.trace_file)}</code>."
     foot = f"<footer>Numbers: <code>report.json</code>. {trace}</footer>"
-    return document(title, f"{top}<main>{_lead(report)}{_tiles(report)}{body}</main>{foot}")
-
-
-def document(title: str, body: str) -> str:
-    """A whole HTML document with the style and the script inside it."""
-    static = files("dgpo_fast.profiling")
-    style, script = (static.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY_HEADER}">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style></head>\n'
-        f'<body>{body}<div id="tip" role="status" aria-live="polite"></div><script>\n{script}</script></body></html>\n'
-    )
-
-
-def table(head: Sequence[str], rows: Iterable[str], label: str) -> str:
-    """A table in a box that scrolls sideways if the page is too narrow; `rows` are HTML."""
-    cells = "".join(f'<th scope="col"{_aligned(cell)}>{escape(cell)}</th>' for cell in head)
-    return (
-        f'<div class="table" role="region" tabindex="0" aria-label="{escape(label)}"><table>'
-        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _aligned(head: str) -> str:
-    return ' class="text"' if head in TEXT_COLUMNS else ""
-
-
-def row(*cells: str, classes: str = "") -> str:
-    """A row of cells that are HTML already."""
-    css = f' class="{classes}"' if classes else ""
-    return f"<tr{css}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def chip(name: str) -> str:
-    """A name with the colour that it has in the charts."""
-    return f'<span class="chip" style="{charts.colour(name)}"></span>{escape(name)}'
+    return document(title, f"{top}<main>{_lead(report)}{_tiles(report)}{sections(parts)}</main>{foot}")
 
 
 def _moment(created: str) -> str:
@@ -99,24 +54,22 @@ def _lead(report: Report) -> str:
 
 def _tiles(report: Report) -> str:
     speed = report.throughput
-    tiles = [
+    shown = [
         (f"{digits(speed.images_per_s)}", "images/s"),
         (seconds(speed.iteration.median_s), "an iteration"),
         (flop(speed.achieved_tflops, per_second=True), "achieved"),
         (percent(speed.of_matmul_percent), "of the matmul rate measured here"),
     ]
     if speed.executed_tflop is not None:
-        tiles.append((percent(100 * speed.tflop_per_iteration / speed.executed_tflop), "of the executed FLOPs useful"))
+        shown.append((percent(100 * speed.tflop_per_iteration / speed.executed_tflop), "of the executed FLOPs useful"))
     if speed.mfu_percent is not None:
-        tiles.append((percent(speed.mfu_percent), "MFU, of the datasheet"))
+        shown.append((percent(speed.mfu_percent), "MFU, of the datasheet"))
     if report.gpu:
-        tiles.append((percent(report.gpu.busy_percent), "GPU busy"))
-    tiles.append((mebibytes(report.memory.peak_mib), "peak memory"))
+        shown.append((percent(report.gpu.busy_percent), "GPU busy"))
+    shown.append((mebibytes(report.memory.peak_mib), "peak memory"))
     if report.power:
-        tiles.append((f"{digits(report.power.energy_per_image_j)} J", "an image"))
-    shown = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in tiles)
-    columns = len(tiles) if len(tiles) < 7 else 4
-    return f'<div class="tiles" style="--columns:{columns}">{"".join(shown)}</div>'
+        shown.append((f"{digits(report.power.energy_per_image_j)} J", "an image"))
+    return tiles(shown)
 
 
 def _time(report: Report) -> str:
@@ -126,7 +79,7 @@ def _time(report: Report) -> str:
     return (
         f'<p class="soft">The median of {count} iteration{"s" if count > 1 else ""} after {report.warmup_iterations} '
         f"that warmed up. Below: when each phase ran.</p>"
-        f"{charts.stacked(report)}{charts.timeline(report.iterations)}{charts.legend([*names, *parts])}"
+        f"{charts.stacked(report)}{charts.timeline(report.iterations)}{legend([*names, *parts])}"
         f"{_phase_table(report)}{_rewards(report)}"
     )
 
@@ -140,7 +93,7 @@ def _phase_table(report: Report) -> str:
             row(
                 chip(phase.name),
                 seconds(times.median_s),
-                percent(phase.share_percent) + charts.bar(phase.share_percent / 100, phase.name),
+                percent(phase.share_percent) + bar(phase.share_percent / 100, phase.name),
                 f"{seconds(times.low_s)} – {seconds(times.high_s)}",
                 peak,
             )
@@ -167,7 +120,7 @@ def _part_row(report: Report, name: str) -> str:
         return ""
     share = work.seconds / report.throughput.iteration.median_s
     called = chip(name) + (" with loss and noise" if name == BACKWARD else "")
-    cells = (called, seconds(work.seconds), percent(100 * share) + charts.bar(share, name), "", "")
+    cells = (called, seconds(work.seconds), percent(100 * share) + bar(share, name), "", "")
     return row(*cells, classes="part")
 
 
@@ -208,7 +161,7 @@ def _compute(report: Report) -> str:
                 f"{work.samples:,}",
                 flop(work.tflop),
                 flop(work.tflops, per_second=True),
-                percent(work.of_matmul_percent) + charts.bar(min(1, work.of_matmul_percent / 100), work.name),
+                percent(work.of_matmul_percent) + bar(min(1, work.of_matmul_percent / 100), work.name),
                 seconds(max(0.0, work.seconds - floor)),
                 gbytes(work.gbytes),
                 digits(work.flop_per_byte),
@@ -219,7 +172,7 @@ def _compute(report: Report) -> str:
         row(
             chip(o.kind),
             seconds(o.seconds),
-            percent(o.share_percent) + charts.bar(o.share_percent / 100, o.kind),
+            percent(o.share_percent) + bar(o.share_percent / 100, o.kind),
             flop(o.tflop) if o.tflop else "",
             flop(o.tflops, per_second=True) if o.tflop else "",
             gbytes(o.gbytes),
@@ -283,17 +236,13 @@ def _gpu(report: Report) -> str:
     ]
     most = max((gap.total_ms for gap in gpu.gaps), default=0.0) or 1.0
     gaps = [
-        row(
-            _gap_name(gap.from_us, gap.to_us),
-            f"{gap.count:,}",
-            seconds(gap.total_ms / 1e3) + charts.bar(gap.total_ms / most),
-        )
+        row(_gap_name(gap.from_us, gap.to_us), f"{gap.count:,}", seconds(gap.total_ms / 1e3) + bar(gap.total_ms / most))
         for gap in gpu.gaps
     ]
     phases = [
         row(
             chip(p.name),
-            percent(p.busy_percent) + charts.bar(p.busy_percent / 100, p.name),
+            percent(p.busy_percent) + bar(p.busy_percent / 100, p.name),
             f"{p.kernels:,}",
             f"{p.kernel_launches:,}",
             f"{p.graph_launches:,}",
@@ -322,14 +271,14 @@ def _hottest(report: Report) -> str:
     rows = [
         f'<tr><td class="name" data-tip="{escape(o.name)}">{escape(o.name)}</td><td class="text">{chip(o.kind)}</td>'
         f"<td>{o.calls:,}</td><td>{seconds(o.total_ms / 1e3)}</td>"
-        f"<td>{percent(o.share_percent)}{charts.bar(o.share_percent / most, o.kind)}</td></tr>"
+        f"<td>{percent(o.share_percent)}{bar(o.share_percent / most, o.kind)}</td></tr>"
         for o in report.hottest
     ]
     listed = table(("name", "class", "calls", "time", "share"), rows, "Hottest operations")
     what, own = ("GPU kernels", "") if report.gpu else ("operations", ", by the time that is their own")
     return (
         f'<p class="soft">The {len(rows)} {what} that took longest in the traced iteration{own}.</p>'
-        f"{charts.chart('Hottest operations', listed)}"
+        f"{chart('Hottest operations', listed)}"
     )
 
 
@@ -381,19 +330,7 @@ def _power(report: Report) -> str:
 
 def _setup(report: Report) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
-    versions = "".join(_pair(name, version) for name, version in report.versions.items())
-    settings = "".join(_pair(name, _value(value)) for name, value in report.settings.items())
     return (
-        f'{notes}<p style="margin-top:8px"><code>{escape(report.command)}</code></p><dl>{versions}</dl>'
-        f"<details><summary>All settings</summary><dl>{settings}</dl></details>"
+        f'{notes}<p style="margin-top:8px"><code>{escape(report.command)}</code></p>{pairs(report.versions)}'
+        f"<details><summary>All settings</summary>{pairs(report.settings)}</details>"
     )
-
-
-def _pair(name: str, value: str) -> str:
-    return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return "none" if value is None else str(value)

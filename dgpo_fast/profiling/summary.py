@@ -1,8 +1,8 @@
 """Where the time went, in sentences that are computed from a report."""
 
 from dgpo_fast.models.work import BACKWARD
+from dgpo_fast.pages.units import digits, flop, mebibytes, percent, seconds, short
 from dgpo_fast.profiling.report import Report
-from dgpo_fast.profiling.units import digits, flop, mebibytes, percent, seconds, short
 
 NEGLIGIBLE_PERCENT = 1.0
 

@@ -1,6 +1,8 @@
 """The output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,7 @@ from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.wording import FEWEST_PROMPTS, number
 
 PLAIN_LINE_EVERY_S = 5.0
+MOST_NOTES = 1000
 
 
 class Console:
@@ -27,16 +30,29 @@ class Console:
         self.rich = RichConsole(highlight=False, quiet=quiet)
         self.progress: Progress | None = None
         self.last_line_s = 0.0
+        self._notes: deque[tuple[float, str]] = deque(maxlen=MOST_NOTES)
 
     def note(self, text: str) -> None:
-        """One line; wrapped by the terminal, never by us, so that paths can be copied."""
+        """One line, which is also kept for `take_notes`."""
+        if not self.rich.quiet:
+            self._notes.append((time.time(), text))
+        self._print(text)
+
+    def take_notes(self) -> list[tuple[float, str]]:
+        """The notes since the last call, and their moments in seconds since 1970; the latest ones, if they are many."""
+        taken = list(self._notes)
+        self._notes.clear()
+        return taken
+
+    def _print(self, text: str) -> None:
+        """Wrapped by the terminal, never by us, so that paths can be copied."""
         self.rich.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def track(self, label: str) -> Iterator[Callable[[float], None]]:
         """Gives a callback that shows the progress of one piece of work; call it with the finished share, in (0, 1]."""
         if self.rich.quiet or not self.rich.is_terminal:
-            self.note(f"{label} …")
+            self._print(f"{label} …")
             yield lambda share: None
             return
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
@@ -62,7 +78,7 @@ class Console:
             nonlocal shown_s
             if time.monotonic() - shown_s >= PLAIN_LINE_EVERY_S or now_done == total:
                 shown_s = time.monotonic()
-                self.note(line(now_done))
+                self._print(line(now_done))
 
         if not self.rich.is_terminal:
             yield plain
@@ -95,7 +111,7 @@ class Console:
         elif done == self.total or done == self.first + 1 or now - self.last_line_s >= PLAIN_LINE_EVERY_S:
             self.last_line_s = now
             phases = " ".join(f"{k.removesuffix('_s')} {v:.2f}" for k, v in metrics.items() if k in PHASE_KEYS)
-            self.note(f"iteration {done}/{self.total}  {head}  {speed}  {duration(eta_s)} left  (s: {phases})")
+            self._print(f"iteration {done}/{self.total}  {head}  {speed}  {duration(eta_s)} left  (s: {phases})")
 
     def stop_training(self) -> None:
         """Closes the bar."""
@@ -118,9 +134,9 @@ class Console:
             table.add_column(name, justify="right")
         if len(before["tags"]) > 1:
             for tag, old in before["tags"].items():
-                table.add_row(escape(tag), *_cells(old, after["tags"][tag], gain and gain["tags"][tag]))
+                table.add_row(escape(tag), *score_cells(old, after["tags"][tag], gain and gain["tags"][tag]))
             table.add_section()
-        table.add_row("all", *_cells(before, after, gain), style="bold")
+        table.add_row("all", *score_cells(before, after, gain), style="bold")
         self.rich.print(table)
 
 
@@ -134,7 +150,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _cells(before: JsonObject, after: JsonObject, gain: JsonObject | None) -> list[str]:
+def with_nan(scores: JsonObject | None) -> JsonObject | None:
+    """Scores that were read from JSON, and those of their tags, with NaN for null."""
+    if scores is None:
+        return None
+    tags = {tag: with_nan(own) for tag, own in scores.get("tags", {}).items()}
+    mean, *ends = (math.nan if one is None else one for one in (scores["reward_mean"], *scores["reward_ci95"]))
+    return {**scores, "reward_mean": mean, "reward_ci95": ends, "tags": tags}
+
+
+def score_cells(before: JsonObject, after: JsonObject, gain: JsonObject | None) -> list[str]:
+    """Before, after, gain, prompts and images, as tables show them; see `Console.before_after`."""
     means = number(after["reward_mean"] - before["reward_mean"], sign="+")
     shown = means if gain is None else _with_interval(gain, sign="+")
     return [_with_interval(before), _with_interval(after), shown, str(after["prompts"]), str(after["images"])]

@@ -1,16 +1,21 @@
-"""One run's folder, one process that trains in it."""
+"""Folders: a run's, in which one process trains, and those that are written whole or not at all."""
 
 import errno
 import json
 import os
+import shutil
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import lock_descriptor
+from safetensors import SafetensorError
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject
+from dgpo_fast.wording import one_line
 
 LOCK = ".lock"
 HOLDER = ".lock.json"
@@ -74,3 +79,22 @@ def _lock(descriptor: int, folder: Path) -> bool:
             file=sys.stderr,
         )
         return True
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into. It becomes `folder` at the end of the block; if the block fails, it is removed.
+
+    Raises UserError if `folder` exists or cannot be written.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder} exists: choose another folder")
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        staged.mkdir(parents=True)
+        yield staged
+        staged.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)  # renamed, unless something failed

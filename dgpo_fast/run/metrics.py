@@ -4,18 +4,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from dgpo_fast.config.options import Log
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import JsonObject, Metrics
+from dgpo_fast.run.pictures import NewPictures
 from dgpo_fast.wording import one_line
 
 Logger = Callable[[Metrics], None]
+PictureLogger = Callable[[Mapping[str, Path], int], None]
 WANDB_ID = "wandb_id.txt"
 """In a run's folder: the W&B run that it logs to, after it is resumed too."""
 
@@ -118,15 +122,28 @@ class Loggers:
     def __init__(self, log: Log, folder: Path, config: JsonObject, note: Callable[[str], None], until: int = 0):
         self.note = note
         self.loggers: dict[str, tuple[Logger, Callable[[], object]]] = {}
+        self.showing: dict[str, PictureLogger] = {}
+        self.pictures = NewPictures(folder)
         if log.tensorboard:
-            self._try("TensorBoard", lambda: self.loggers.update(TensorBoard=_tensorboard(folder, until)))
+            self._try("TensorBoard", lambda: self._add("TensorBoard", *_tensorboard(folder, until)))
         if log.wandb is not None:
-            self._try("W&B", lambda: self.loggers.update({"W&B": _wandb(log, folder, config)}))
+            self._try("W&B", lambda: self._add("W&B", *_wandb(log, folder, config)))
 
     def write(self, metrics: Metrics) -> None:
-        """Hands one iteration's metrics on."""
+        """Hands one iteration's metrics on, and the pictures that are new."""
         for name, (write, _) in list(self.loggers.items()):
             self._try(name, lambda write=write: write(metrics))  # type: ignore[misc]
+        self.write_pictures(metrics["iteration"])
+
+    def write_pictures(self, iteration: int) -> None:
+        """Hands the pictures in the run's folder on that are new since the last call."""
+        new = self.pictures.take() if self.showing else {}
+        for name, show in list(self.showing.items()) if new else ():
+            try:
+                show(new, iteration)
+            except Exception as error:  # as below; without pictures, it still has the numbers
+                self.showing.pop(name)
+                self.note(f"{name} gets no more pictures: {one_line(f'{type(error).__name__}: {error}')}")
 
     def close(self) -> None:
         """Has everything written that the loggers hold back: without it, the end of a run is missing there."""
@@ -134,15 +151,19 @@ class Loggers:
             self._try(name, close)
         self.loggers.clear()
 
+    def _add(self, name: str, write: Logger, show: PictureLogger, close: Callable[[], object]) -> None:
+        self.loggers[name], self.showing[name] = (write, close), show
+
     def _try(self, name: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # another project's logger may fail in any way; metrics.jsonl has everything
             self.loggers.pop(name, None)
+            self.showing.pop(name, None)
             self.note(f"{name} is off: {one_line(f'{type(error).__name__}: {error}')}")
 
 
-def _tensorboard(folder: Path, until: int) -> tuple[Logger, Callable[[], object]]:
+def _tensorboard(folder: Path, until: int) -> tuple[Logger, PictureLogger, Callable[[], object]]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=until + 1 if until else None)
@@ -153,10 +174,15 @@ def _tensorboard(folder: Path, until: int) -> tuple[Logger, Callable[[], object]
                 writer.add_scalar(name, value, metrics["iteration"])
         writer.flush()
 
-    return log, writer.close
+    def show(pictures: Mapping[str, Path], iteration: int) -> None:
+        for name, path in pictures.items():
+            with Image.open(path) as picture:
+                writer.add_image(name, np.asarray(picture.convert("RGB")), iteration, dataformats="HWC")
+
+    return log, show, writer.close
 
 
-def _wandb(log: Log, folder: Path, config: JsonObject) -> tuple[Logger, Callable[[], object]]:
+def _wandb(log: Log, folder: Path, config: JsonObject) -> tuple[Logger, PictureLogger, Callable[[], object]]:
     import wandb
 
     known = folder / WANDB_ID
@@ -170,7 +196,11 @@ def _wandb(log: Log, folder: Path, config: JsonObject) -> tuple[Logger, Callable
         resume="allow" if run_id else None,
     )
     known.write_text(f"{run.id}\n", encoding="utf-8")
-    return lambda metrics: run.log(metrics, step=metrics["iteration"]), run.finish
+
+    def show(pictures: Mapping[str, Path], iteration: int) -> None:
+        run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}, step=iteration)
+
+    return lambda metrics: run.log(metrics, step=metrics["iteration"]), show, run.finish
 
 
 def json_line(metrics: Metrics) -> str:

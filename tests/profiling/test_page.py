@@ -1,7 +1,6 @@
 """The page: nothing from outside, nothing that a setting's text could inject, and it works in a browser."""
 
 import dataclasses
-import html.parser
 import json
 import re
 from pathlib import Path
@@ -15,37 +14,8 @@ from dgpo_fast.profiling.page import page
 from dgpo_fast.profiling.report import ADAPTER, Report, read_report, write_report
 from dgpo_fast.profiling.summary import sentences
 from tests.browser import Browser, needs_chromium
+from tests.pages.reader import Reader
 from tests.profiling.reports import HOSTILE, gpu_report
-
-VOID = {"meta", "link", "br", "img", "input", "line", "polyline"}
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects tags, attributes and text, and checks that every tag is closed in order."""
-
-    def __init__(self, content: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[str] = []
-        self.feed(content)
-        assert not self.open, "every tag is closed"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def cpu_report() -> Report:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_fast.profiling import units
+from dgpo_fast.pages import units
 
 
 def test_numbers_have_the_unit_that_fits() -> None:

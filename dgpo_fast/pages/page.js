@@ -41,4 +41,15 @@
       marks[goal].focus();
     });
   }
+
+  // A page that is still being written loads itself again, unless something on it is being read.
+  const reload = Number(document.body.dataset.reload);
+  const isRead = () => document.querySelector("details[open]") || String(getSelection()) || tip.classList.contains("on");
+  if (reload) setInterval(() => { if (!document.hidden && !isRead()) location.reload(); }, 1000 * reload);
+  const silent = document.getElementById("silent");
+  if (silent) {
+    const tell = () => { silent.hidden = Date.now() / 1000 - Number(silent.dataset.since) < Number(silent.dataset.after); };
+    tell();
+    setInterval(tell, 1000);
+  }
 })();
