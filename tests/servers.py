@@ -97,6 +97,8 @@ def answering(answer: Answer, host: str = "127.0.0.1") -> Iterator[str]:
         def do_POST(self) -> None:
             self.reply(self.rfile.read(int(self.headers["Content-Length"])))
 
+        do_PUT = do_POST
+
         def reply(self, body: bytes) -> None:
             content = answer(self.path, body, self)
             if content is None:

@@ -17,6 +17,7 @@ from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.folder import MADE_WITH, EvaluationFolder, Row, describe_model
 from dgpo_fast.evaluation.settings import (
+    OR_BEFORE,
     EvaluationSettings,
     has_default_output,
     is_run,
@@ -313,7 +314,7 @@ def _what_to_load(settings: EvaluationSettings) -> tuple[Config, Path | None]:
     config = run_config(str(folder))
     if weights == "before":
         return config, Path(config.lora) if config.lora else None
-    trained = trained_weights(folder, config)
+    trained = trained_weights(folder, config, OR_BEFORE)
     if config.policy.train == "lora":
         return config, trained
     return replace(config, model=str(folder), revision=None, random_weights=False), None

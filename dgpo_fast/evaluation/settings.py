@@ -22,6 +22,9 @@ OUTPUTS = Path("evaluations")
 FREE = ("output", "batch_size", "device", "reward_workers", "reward_deadline_s")
 """What may change when an evaluation is continued: none of it affects the images."""
 
+OR_BEFORE = ", or use --weights before"
+"""What else helps if a run has no trained weights yet."""
+
 
 @dataclass(kw_only=True, config=STRICT)
 class EvaluationSettings:
@@ -130,13 +133,14 @@ def run_config(folder: str) -> Config:
     return resolve(Config(), read_yaml(path), str(path))
 
 
-def trained_weights(folder: Path, config: Config) -> Path:
-    """The file of the trained weights of the run in `folder`. Raises UserError if there are none yet."""
+def trained_weights(folder: Path, config: Config, otherwise: str = "") -> Path:
+    """The file of the trained weights of the run in `folder`. Raises UserError if there are none yet, which ends with
+    `otherwise`."""
     trained = folder / ("pytorch_lora_weights.safetensors" if config.policy.train == "lora" else "model_index.json")
     if not trained.is_file():
         raise UserError(
             f"{folder}: the run has not finished, so it has no trained weights yet ({trained.name}): resume it "
-            f"with `{resume_command(folder)}`, or use --weights before"
+            f"with `{resume_command(folder)}`{otherwise}"
         )
     return trained
 
@@ -144,7 +148,7 @@ def trained_weights(folder: Path, config: Config) -> Path:
 def require_weights(settings: EvaluationSettings) -> None:
     """Raises UserError if `settings` want the trained weights of a run that has none yet."""
     if settings.weights == "after":
-        trained_weights(Path(settings.model), run_config(settings.model))
+        trained_weights(Path(settings.model), run_config(settings.model), OR_BEFORE)
 
 
 def _require_there(source: str) -> None:

@@ -120,6 +120,8 @@ class Family(ABC):
         negatives_differ: whether a negative prompt is encoded otherwise than a prompt (`encode`).
         optional_parts: those of `text_parts` that a pipeline can do without.
         known_models: the models on the hub whose sizes are known without a download, by name.
+        comfyui: whether ComfyUI maps diffusers' names of the layers in `lora_targets` to its own, so that it reads a
+            LoRA as it is saved here.
     """
 
     title: ClassVar[str]
@@ -134,6 +136,7 @@ class Family(ABC):
     negatives_differ: ClassVar[bool] = False
     optional_parts: ClassVar[tuple[str, ...]] = ()
     known_models: ClassVar[Mapping[str, Callable[[], Architecture]]] = {}
+    comfyui: ClassVar[bool] = False
 
     def __init__(self, architecture: Architecture):
         self.architecture = architecture

@@ -1,7 +1,6 @@
 """`python -m dgpo_fast.merge`: a LoRA merged into a model, written as a pipeline's folder in diffusers' format."""
 
 import os
-import shutil
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -10,7 +9,7 @@ from dgpo_fast.config.bounds import STRICT
 from dgpo_fast.config.help import print_settings
 from dgpo_fast.config.reading import parse_overrides, resolve
 from dgpo_fast.errors import UserError
-from dgpo_fast.wording import counted, one_line
+from dgpo_fast.wording import counted
 
 USAGE = """Merge a LoRA into a model, and write the result as a folder in diffusers' format.
 
@@ -59,29 +58,30 @@ def write_merged(model: str, lora: Path, folder: Path, revision: str | None = No
 
     Raises UserError if one of them cannot be used, or if the folder exists or cannot be written.
     """
-    import torch  # after the command line is known to be good: these take seconds
-    from safetensors import SafetensorError
-
-    from dgpo_fast.models.loading import how_to_load, load_pipeline
-    from dgpo_fast.models.lora import find_lora, merge_lora
+    from dgpo_fast.models.loading import how_to_load  # after the command line is known to be good: this takes seconds
+    from dgpo_fast.models.lora import find_lora
     from dgpo_fast.run.console import Console
+    from dgpo_fast.run.folder import new_folder
 
-    if folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder} exists: choose another folder")
-    file = find_lora(lora)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        staged.mkdir(parents=True)
-        pipeline = load_pipeline(model, revision=revision, device=torch.device("cpu"), dtype=None, family=family)
-        merged = merge_lora(pipeline, file)
-        with Console().track(f"writing {folder}"):
-            pipeline.save_pretrained(staged, safe_serialization=True)
-        staged.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)  # renamed, unless something failed
+    with new_folder(folder) as staged, Console().track(f"writing {folder}"):
+        done = save_merged(model, find_lora(lora), staged, revision, family)
+    Console().note(f"{folder}: {model} with {lora} merged into {done}")
+    Console().note(f"load: {how_to_load(folder)}")
+
+
+def save_merged(model: str, lora: Path, folder: Path, revision: str | None, family: str) -> str:
+    """Saves `model` with the LoRA in the file `lora` merged into `folder`. Returns what it was merged into.
+
+    Raises UserError if one of the two cannot be used, OSError or SafetensorError if `folder` cannot be written.
+    """
+    import torch
+
+    from dgpo_fast.models.loading import load_pipeline
+    from dgpo_fast.models.lora import merge_lora
+
+    pipeline = load_pipeline(model, revision=revision, device=torch.device("cpu"), dtype=None, family=family)
+    merged = merge_lora(pipeline, lora)
+    pipeline.save_pretrained(folder, safe_serialization=True)
     what = ", ".join(f"{counted(len(layers), 'layer')} of the {part}" for part, layers in merged.parts.items())
     dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
-    Console().note(f"{folder}: {model} with {lora} merged into {what}; the transformer is in {dtype}, as it was")
-    Console().note(f"load: {how_to_load(folder)}")
+    return f"{what}; the transformer is in {dtype}, as it was"

@@ -269,6 +269,12 @@ def adapted_layers(transformer: nn.Module, targets: tuple[str, ...] | str) -> li
     return [module for name, module in layers.items() if name in hit]
 
 
+def is_target(name: str, targets: tuple[str, ...] | str) -> bool:
+    """Whether the layer called `name` gets a LoRA by `targets`, as `lora_targets` gives them."""
+    ends = (targets,) if isinstance(targets, str) else targets
+    return any(_is_hit(name, end, whole=isinstance(targets, str)) for end in ends)
+
+
 def _is_hit(name: str, target: str, *, whole: bool) -> bool:
     return bool(re.fullmatch(target, name)) if whole else f".{name}".endswith(f".{target}")
 

@@ -32,6 +32,7 @@ class AuraFlow(Family):
     text_parts = ("text_encoder", "tokenizer")
     block_names = ("joint_transformer_blocks", "single_transformer_blocks")
     lora_targets = ATTENTION_LAYERS
+    comfyui = True
     text_length = 256
     attention_names = ("native",)  # its processor does not go through diffusers' dispatcher
     pipeline_class = AuraFlowPipeline

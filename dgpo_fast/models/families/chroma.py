@@ -28,6 +28,7 @@ class Chroma(Packed):
     title = "Chroma"
     text_parts = ("text_encoder", "tokenizer")
     lora_targets = ATTENTION_LAYERS
+    comfyui = True
     attention_names = ("native", "native_cudnn", "xformers")  # those that take a mask
     pipeline_class = ChromaPipeline
     transformer_class = ChromaTransformer2DModel

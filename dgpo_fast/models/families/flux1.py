@@ -91,6 +91,7 @@ class Flux1(Packed):
     title = "FLUX.1"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     lora_targets = (*ATTENTION_LAYERS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    comfyui = True
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
 

@@ -35,6 +35,7 @@ class _Flux2(Family):
     text_parts = ("text_encoder", "tokenizer")
     block_names = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = LORA_TARGETS
+    comfyui = True
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     text_layers: ClassVar[tuple[int, ...]]

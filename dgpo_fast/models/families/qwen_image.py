@@ -36,6 +36,7 @@ class QwenImage(PackedLatents):
         *ATTENTION_LAYERS,
         *(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")),
     )
+    comfyui = True
     pads_to = 64
     attention_names = ("native",)
     pipeline_class = QwenImagePipeline

@@ -48,6 +48,7 @@ class SD3(Family):
     optional_parts = (T5, "tokenizer_3")
     block_names = ("transformer_blocks",)
     lora_targets = ATTENTION_LAYERS
+    comfyui = True
     text_length = 256
     attention_names = (*DISPATCHED, MATMUL)
     pipeline_class = StableDiffusion3Pipeline

@@ -63,6 +63,7 @@ class ZImage(SingleStream):
         "feed_forward.w2",
         "feed_forward.w3",
     )
+    comfyui = True
     pipeline_class = ZImagePipeline
     transformer_class = ZImageTransformer2DModel
 
