@@ -17,6 +17,8 @@ FUSED = Path(__file__).parent / "fused"
 def test_fused_kernels_in_the_interpreter(file: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", FUSED / file]
+    # The fixtures of other tests import what takes seconds.
+    command = [sys.executable, "-m", "pytest", f"--confcutdir={FUSED.parent}", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "no:randomly", str(FUSED / file)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
