@@ -51,21 +51,26 @@ UNTRAINED = {
 }
 
 
-def taught_clip(clip: Clip) -> Clip:
-    small.teach_clip(clip, clip.prepare(models.to_tensor(golden.squares())), GOLDEN, 0.05 + 0.2 * np.eye(4))
+def taught_clip(clip: Clip, folder: Path, name: str = "clip") -> Clip:
+    """Taught once for all that start from the same weights, which `name` stands for."""
+    learnt = folder / f"taught_{name}.pt"
+    if not learnt.exists():
+        small.teach_clip(clip, clip.prepare(models.to_tensor(golden.squares())), GOLDEN, 0.05 + 0.2 * np.eye(4))
+        torch.save(clip.model.state_dict(), learnt)
+    clip.model.load_state_dict(torch.load(learnt))
     return clip
 
 
-def taught_cosine(folder: Path, make) -> object:
+def taught_cosine(folder: Path, make, clip: str = "clip") -> object:
     reward = make(folder)
-    taught_clip(reward._clip)
+    taught_clip(reward._clip, folder, clip)
     return reward
 
 
 def taught_aesthetic(folder: Path) -> AestheticReward:
     """A head that tells a photograph from noise and grey, fitted to the features of a CLIP that tells colours apart."""
     reward = UNTRAINED["aesthetic"](folder)
-    taught_clip(reward._clip)
+    taught_clip(reward._clip, folder)
     pictures = np.concatenate([golden.photo(), golden.noise(), golden.grey()])
     with_head(reward, folder, small.teach_predictor(reward._clip.features(pictures), [5.5, 4.0, 4.5]))
     return reward
@@ -117,7 +122,7 @@ def taught_geneval(folder: Path) -> GenevalReward:
 TAUGHT = {
     "clipscore": lambda folder: taught_cosine(folder, UNTRAINED["clipscore"]),
     "pickscore": lambda folder: taught_cosine(folder, UNTRAINED["pickscore"]),
-    "hpsv2": lambda folder: taught_cosine(folder, UNTRAINED["hpsv2"]),
+    "hpsv2": lambda folder: taught_cosine(folder, UNTRAINED["hpsv2"], "HPS"),
     "aesthetic": taught_aesthetic,
     "imagereward": taught_imagereward,
     "geneval-hf": taught_geneval,

@@ -1,12 +1,14 @@
 """Models that several files of tests read."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from dgpo_fast.rewards.device import on_device
 from tests.model_rewards import models as small
-from tests.model_rewards.cases import UNTRAINED
+from tests.model_rewards.cases import TAUGHT, UNTRAINED
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untrained(folder):
     made = {name: make(folder) for name, make in UNTRAINED.items()}
     return made.__getitem__
+
+
+@pytest.fixture(scope="session")
+def taught(folder):
+    """Models by name, taught when one is first asked for; tests undo what they change."""
+
+    @cache
+    def made(name):
+        with torch.random.fork_rng(), on_device(torch.device("cpu")):
+            torch.manual_seed(0)
+            return TAUGHT[name](folder)
+
+    return made

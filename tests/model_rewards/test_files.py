@@ -262,10 +262,9 @@ def test_a_group_through_the_weighted_sum(folder, untrained):
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_models_stay_on_the_device_that_they_were_loaded_for(folder, monkeypatch, name):
+def test_models_stay_on_the_device_that_they_were_loaded_for(taught, monkeypatch, name):
     """Whatever this process's current device is later, as where the trainer moves on to a GPU of its own."""
-    with on_device(torch.device("cpu")):
-        reward = TAUGHT[name](folder)
+    reward = taught(name)
     monkeypatch.setattr(models, "default_device", lambda: torch.device("meta"))
     images = np.repeat(golden.photo(), 2, axis=0)
     person = {"include": [{"class": "person", "count": 1, "color": "red"}]}

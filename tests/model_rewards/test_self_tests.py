@@ -14,7 +14,6 @@ from dgpo_fast.rewards import golden, load_rewards
 from dgpo_fast.rewards.registry import BUILT_IN
 from dgpo_fast.rewards.shipped import clip as clip_module
 from dgpo_fast.rewards.shipped import geneval, imagereward, jpeg, models, ocr
-from dgpo_fast.rewards.shipped.aesthetic import AestheticReward
 from dgpo_fast.rewards.shipped.geneval_rules import Detection
 from dgpo_fast.rewards.shipped.ocr import OcrReward
 from dgpo_fast.tiny import data, shapes
@@ -27,7 +26,6 @@ from tests.model_rewards.cases import (
     message,
     noise,
     people,
-    taught_aesthetic,
     taught_detector,
     taught_imagereward,
     with_head,
@@ -154,10 +152,8 @@ def test_images_of_another_range_are_refused(name):
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_self_test_passes_the_right_model_and_fails_what_is_swapped(folder, monkeypatch, name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        reward = TAUGHT[name](folder)
+def test_self_test_passes_the_right_model_and_fails_what_is_swapped(taught, monkeypatch, name):
+    reward = taught(name)
     reward.self_test()
     original = models.to_tensor
     failed = f"reward {name!r} failed its self-test: "
@@ -207,10 +203,8 @@ def test_self_test_sees_a_wrong_network(folder, monkeypatch, kind, found):
 
 
 @pytest.mark.parametrize("change", [lambda pixels: pixels.flip(1), lambda pixels: pixels / 255])
-def test_self_test_sees_what_goes_astray_before_the_clip_of_colours_alone(folder, monkeypatch, change):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        reward = TAUGHT["geneval-hf"](folder)
+def test_self_test_sees_what_goes_astray_before_the_clip_of_colours_alone(taught, monkeypatch, change):
+    reward = taught("geneval-hf")
     prepare = reward._colors._clip.prepare
     monkeypatch.setattr(reward._colors._clip, "prepare", lambda pixels: prepare(change(pixels)))
     assert "squares are called " in message(reward.self_test)
@@ -226,13 +220,6 @@ def test_imagereward_must_pass_both_of_its_self_tests(folder, portrait, colors):
     assert found and (float(found[1]) > 1, float(found[2]) > 0.2) == (portrait > 0.5, colors > 0.1)
 
 
-@pytest.fixture(scope="module")
-def right_aesthetic(folder) -> AestheticReward:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return taught_aesthetic(folder)
-
-
 @pytest.mark.parametrize(
     ("scores", "seen"),
     [
@@ -243,7 +230,8 @@ def right_aesthetic(folder) -> AestheticReward:
         ([55.0, 40.0, 45.0], "a portrait scores 55.00, not between 3 and 8"),
     ],
 )
-def test_self_test_sees_a_wrong_predictor_on_the_right_clip(right_aesthetic, folder, scores, seen):
+def test_self_test_sees_a_wrong_predictor_on_the_right_clip(taught, folder, scores, seen):
+    right_aesthetic = taught("aesthetic")
     right_aesthetic.self_test()
     pictures = np.concatenate([golden.photo(), golden.noise(), golden.grey()])
     head = right_aesthetic._weight, right_aesthetic._bias
@@ -252,9 +240,9 @@ def test_self_test_sees_a_wrong_predictor_on_the_right_clip(right_aesthetic, fol
     right_aesthetic._weight, right_aesthetic._bias = head
 
 
-def test_self_test_sees_a_wrong_scale(folder):
-    reward = TAUGHT["clipscore"](folder)
-    reward._factor /= 7
+def test_self_test_sees_a_wrong_scale(taught, monkeypatch):
+    reward = taught("clipscore")
+    monkeypatch.setattr(reward, "_factor", reward._factor / 7)
     assert message(reward.self_test).endswith("wrong model?")
 
 
