@@ -1,12 +1,9 @@
 """Pretraining at a tiny budget: it learns, writes a loadable folder, and a killed run goes on as if it had not been."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 
 from dgpo_fast.tiny import data, pretrain
 from dgpo_fast.tiny.model import TEXT_TOKENS, build_pipeline, build_tokenizer
+from tests.processes import CONTEXT, PythonProcess
 
 SMALL = [
     *("--pictures", "64", "--autoencoder-steps", "3", "--transformer-steps", "8", "--autoencoder-batch", "4"),
@@ -34,16 +32,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def kill_after(arguments: list[str], checkpoint: Path, step: int) -> None:
     """Runs a pretraining and kills it (SIGKILL) once `checkpoint` holds at least `step` steps."""
-    command = [sys.executable, "-m", "dgpo_fast.tiny.pretrain", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = PythonProcess(["-m", "dgpo_fast.tiny.pretrain", *arguments])
     try:
         deadline = time.monotonic() + 120
         while not checkpoint.exists() or torch.load(checkpoint, weights_only=True)["step"] < step:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.returncode is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +67,8 @@ def test_a_killed_and_resumed_run_gives_the_same_weights(whole, tmp_path: Path, 
     assert record["config"]["transformer_steps"] == 8 and 0 <= record["heldout"]["unguided"]["graded"] <= 1
 
 
-def test_two_processes_give_the_weights_of_one(whole, tmp_path: Path):
+def test_two_processes_give_the_weights_of_one(whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrain, "multiprocessing", Mock(get_context=lambda _: CONTEXT))
     assert pretrain.main(arguments(tmp_path, "--processes", "2")) == 0
     shared = weights(tmp_path)
     moved = [(shared[name] - whole[name]).abs().max().item() for name in whole]

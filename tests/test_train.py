@@ -135,39 +135,44 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-pipe = StableDiffusion3Pipeline.from_pretrained({model!r})
-pipe.scheduler = DPMSolverMultistepScheduler(
-    use_flow_sigmas=True, flow_shift=3, prediction_type="flow_prediction", final_sigmas_type="zero"
-)
-if {lora!r}:
-    pipe.load_lora_weights({lora!r})
-noise = load_file("noise.safetensors")["noise"]
-images = pipe(
-    {prompts!r}, latents=noise, num_inference_steps=4, guidance_scale=2.0, max_sequence_length=9,
-    height=16, width=16, output_type="pt",
-).images
-save_file({{"images": images.contiguous()}}, "images.safetensors")
+noise, drawn = load_file("noise.safetensors")["noise"], {{}}
+for name, model, lora in {saved!r}:
+    pipe = StableDiffusion3Pipeline.from_pretrained(model)
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3, prediction_type="flow_prediction", final_sigmas_type="zero"
+    )
+    if lora:
+        pipe.load_lora_weights(lora)
+    drawn[name] = pipe(
+        {prompts!r}, latents=noise, num_inference_steps=4, guidance_scale=2.0, max_sequence_length=9,
+        height=16, width=16, output_type="pt",
+    ).images.contiguous()
+save_file(drawn, "images.safetensors")
 assert not any(name.startswith(("dgpo_fast", "dgpo_kernels")) for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("what", ["lora", "full"])
-def test_plain_diffusers_draws_the_final_evaluation(what: str, workspace: Path, random_pipeline: Path) -> None:
-    """What a run saves gives its last pictures to within 1/255 in a process that never imports this package."""
-    train(["small.yaml", "--policy.train", what, "--optimizer.lr", "0.03" if what == "lora" else "1e-3"])
-    run = workspace / "runs" / "run"
-    after, before = Evaluation.load(run / "evaluation_after.npz"), Evaluation.load(run / "evaluation_before.npz")
-    count = len(after.prompts)
-    noise = initial_noise((16, 8, 8), torch.arange(count), seed=stream_seed(0, "evaluation"), draw=0)
+def test_plain_diffusers_draws_the_final_evaluation(workspace: Path, random_pipeline: Path) -> None:
+    """What runs save gives their last pictures to within 1/255 in a process that never imports this package."""
+    runs = workspace / "runs"
+    for what, lr in (("lora", "0.03"), ("full", "1e-3")):
+        train(["small.yaml", "--policy.train", what, "--optimizer.lr", lr, "--name", what])
+    after, before = (
+        {what: Evaluation.load(runs / what / f"evaluation_{when}.npz") for what in ("lora", "full")}
+        for when in ("after", "before")
+    )
+    texts = [prompt.text for prompt in after["lora"].prompts]
+    assert texts == [prompt.text for prompt in after["full"].prompts]
+    noise = initial_noise((16, 8, 8), torch.arange(len(texts)), seed=stream_seed(0, "evaluation"), draw=0)
     save_file({"noise": noise}, "noise.safetensors")
-    texts = [prompt.text for prompt in after.prompts]
-    model, lora = (str(random_pipeline), str(run)) if what == "lora" else (str(run), "")
-    script = PLAIN_DIFFUSERS.format(model=model, lora=lora, prompts=texts)
+    saved = [("lora", str(random_pipeline), str(runs / "lora")), ("full", str(runs / "full"), "")]
+    script = PLAIN_DIFFUSERS.format(saved=saved, prompts=texts)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    theirs = load_file("images.safetensors")["images"].permute(0, 2, 3, 1).numpy() * 255
-    assert np.abs(theirs - after.images).max() <= 1.0
-    assert np.abs(theirs - before.images).max() > 5.0, "the saved weights matter to these pictures"
+    for what, images in load_file("images.safetensors").items():
+        theirs = images.permute(0, 2, 3, 1).numpy() * 255
+        assert np.abs(theirs - after[what].images).max() <= 1.0
+        assert np.abs(theirs - before[what].images).max() > 5.0, "the saved weights matter to these pictures"
 
 
 @pytest.mark.parametrize(

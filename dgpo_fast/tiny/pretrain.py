@@ -85,15 +85,15 @@ def evaluate(pipe: StableDiffusion3Pipeline, images: int, seed: int = 0) -> dict
     texts, metadata = [text for text, _ in prompts], [m for _, m in prompts]
     tags = np.array([m["tag"] for m in metadata])
     words = [text for text, _ in data.balanced(data.sign_prompts("heldout"), max(1, images // 4))]
-    reward = ShapesReward()
+    reward, ocr = ShapesReward(), OcrReward() if find_spec("rapidocr") else None
     results: dict[str, dict[str, float]] = {}
     for name, guidance_scale in (("unguided", 1.0), ("guidance_3", 3.0)):
         graded, parts = reward(sample(pipe, texts, seed, guidance_scale), texts, metadata)
         by_tag = {tag: round(float(graded[tags == tag].mean()), 4) for tag in data.TAGS}
         mean, correct = round(float(graded.mean()), 4), round(float(parts["correct"].mean()), 4)
         results[name] = {"graded": mean, "correct": correct, **by_tag}
-        if find_spec("rapidocr"):
-            signs, _ = OcrReward()(sample(pipe, words, seed, guidance_scale), words, [{}] * len(words))
+        if ocr is not None:
+            signs, _ = ocr(sample(pipe, words, seed, guidance_scale), words, [{}] * len(words))
             results[name]["ocr"] = round(float(signs.mean()), 4)
     return results
 
