@@ -1,8 +1,10 @@
 """The engine's savings compute what the plain path computes: each alone, and all together."""
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,11 +34,12 @@ def everything() -> dict[str, Any]:
     return {name: value for settings in SAVINGS.values() for name, value in settings.items()}
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs as torch.compile makes them, without the minutes that code generation takes."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """Graphs as torch.compile makes them, without the minutes that code generation takes; shared by all tests."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compile, "BACKEND", "aot_eager")
+    with patch.object(compile, "BACKEND", "aot_eager"):
+        yield
 
 
 @pytest.fixture(params=["shipped", "random"])
