@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.families.sd3 import SD3
+from dgpo_fast.models.families.sd3_lora_names import BLOCK, OUTSIDE
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.lora import find_lora, merge_lora
-from dgpo_fast.models.lora_names import BLOCK, OUTSIDE
+from dgpo_fast.models.lora_names import Target
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,6 +79,24 @@ NAMINGS = {
     "original": dotted("", ("lora_down.weight", "lora_up.weight")),
     "wrapped": dotted("base_model.model.model.diffusion_model.", ("lora_A.default.weight", "lora_B.default.weight")),
 }
+
+
+class Renamed(SD3):
+    """A family of one's own, of whose layers other trainers call one otherwise."""
+
+    lora_names: ClassVar = {"last.layer": Target(("proj_out",))}
+
+
+def test_a_family_says_what_other_trainers_call_its_layers(random_pipeline: Path, tmp_path: Path) -> None:
+    file, own = tmp_path / "own.safetensors", f"{__name__}:Renamed"
+    pipeline = load_pipeline(
+        str(random_pipeline), revision=None, device=torch.device("cpu"), dtype=torch.float32, family=own
+    )
+    weight = pipeline.transformer.proj_out.weight
+    before, a, b = weight.clone(), torch.randn(2, weight.shape[1]), torch.randn(len(weight), 2)
+    save_file(NAMINGS["comfy"]("last.layer", a, b), file)
+    merge_lora(pipeline, file)
+    torch.testing.assert_close(weight, before + 1.5 * b @ a)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)

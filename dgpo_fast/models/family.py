@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.attention import DISPATCHED
+from dgpo_fast.models.lora_names import Target
 
 Rows = Mapping[str, Tensor]
 """Named tensors of encoded prompts: of one prompt without a batch axis, of a batch with the batch in front."""
@@ -31,14 +32,20 @@ class Grid:
 
     Attributes:
         shift: k of s(σ) = k·σ / (1 + (k − 1)·σ).
-        linear: n steps at s(1), s(1 − 1/n), …, s(1/n); else the grid that diffusers' scheduler makes if a pipeline
-            gives it none: from 1 to s(1/1000), shifted once more by Euler's, and beginning below 1 with DPM-Solver++.
-        last: the last σ before 0, to which a linear grid is stretched; None: as it falls.
+        sigmas: of the n steps, falling from 1, before the shift, as a pipeline gives them to its scheduler
+            (`even_sigmas`). None if it gives none: the scheduler's own grid, from 1 to s(1/1000), shifted once more by
+            Euler's, and beginning below 1 with DPM-Solver++.
+        last: the last σ before 0, to which a grid of `sigmas` is stretched; None: as it falls.
     """
 
     shift: float
-    linear: bool = False
+    sigmas: tuple[float, ...] | None = None
     last: float | None = None
+
+
+def even_sigmas(steps: int) -> tuple[float, ...]:
+    """1, 1 − 1/n, …, 1/n: `Grid.sigmas` of most pipelines that give their scheduler any."""
+    return tuple(torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,11 @@ class Family(ABC):
         """A transformer's configuration with one block of each kind, and how many of each the whole one has, in the
         order of `blocks`. Blocks are of a kind if they save the same in a forward; with a LoRA the first saves less."""
 
+    @property
+    def lora_names(self) -> Mapping[str, Target]:
+        """The transformer's layers by other names than diffusers', which files of LoRAs give them."""
+        return {}
+
     # Latents and pictures
 
     @property
@@ -276,9 +288,9 @@ class Family(ABC):
         tokenizers = [part for part in self.text_parts if part.startswith("tokenizer")]
         return [TextLimit(self.title, tuple(tokenizers[-1:]), length)]
 
-    @abstractmethod
     def text_tokens(self, rows: Rows) -> int:
-        """Text tokens of a forward, of one encoded prompt or of stacked ones."""
+        """Text tokens of a forward, of one encoded prompt or of stacked ones; by default those of the first tensor."""
+        return next(iter(rows.values())).shape[-2]
 
     # Forwards
 
@@ -345,6 +357,21 @@ def text_seed(text: str) -> int:
 def random_tokens(text: str, length: int, width: int, std: float = 1.0) -> Tensor:
     """(length, width) normal numbers, fp32 on the CPU, a function of the text, for `Family.random_condition`."""
     return std * torch.randn(length, width, generator=torch.Generator().manual_seed(text_seed(text)))
+
+
+def alike_between(config: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[int]]:
+    """`Family.one_of_each_block` of one list of blocks that are all alike.
+
+    The first and the last are kinds of their own: with LoRA, nothing before the first needs a gradient, and the text
+    that the last one makes may be dropped.
+
+    Args:
+        config: of the transformer.
+        name: of the number of blocks in it.
+    """
+    between = config[name] - 2
+    counts = [1, between, 1] if between > 0 else [1] * config[name]
+    return {**config, name: len(counts)}, counts
 
 
 def rounded_up(number: int, multiple: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.family import Family
+from dgpo_fast.models.family import Family, family_of
 from dgpo_fast.models.loading import first_line, require_finite, text_encoder_names
 from dgpo_fast.models.lora_names import (
     OTHER_ADAPTERS,
@@ -174,7 +174,8 @@ def read_lora(file: Path, pipeline: DiffusionPipeline) -> Lora:
         raise UserError(f"LoRA '{file}': nothing is in it")
     require_finite(f"LoRA '{file}'", ((f"{n}'s {kind}", t) for n, kinds in named.items() for kind, t in kinds.items()))
     models = {part: getattr(pipeline, part) for part in ("transformer", *text_encoder_names(pipeline))}
-    known = {part: targets(model) for part, model in models.items() if model is not None}
+    originals = {"transformer": family_of(pipeline.transformer).lora_names}
+    known = {part: targets(model, originals.get(part, {})) for part, model in models.items() if model is not None}
     parts: dict[str, dict[str, Factors]] = {}
     try:
         for name, kinds in named.items():

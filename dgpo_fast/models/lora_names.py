@@ -1,14 +1,13 @@
-"""The names that trainers give to the factors of a LoRA, and the layers of Stable Diffusion 3 that they mean.
+"""The names that trainers give to the factors of a LoRA, and the layers that they mean.
 
-diffusers, PEFT, SimpleTuner and AI-toolkit name layers as diffusers does. kohya's scripts, ComfyUI and OneTrainer take
-the original names of SD3, where query, key and value are one layer; OneTrainer numbers the three.
+diffusers, PEFT, SimpleTuner and AI-toolkit name layers as diffusers does. Others take a model's original names, which
+its family knows (`Family.lora_names`).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from diffusers import SD3Transformer2DModel
 from torch import nn
 
 PREFIXES = {
@@ -27,31 +26,6 @@ PREFIXES = {
     "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", "t5.", "lora_te3.", "lora_te3_"),
 }
 """What stands in front of a layer's name, by the part of the pipeline that has the layer."""
-BLOCK = {
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "x_block.attn.proj": ("attn.to_out.0",),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "x_block.attn2.proj": ("attn2.to_out.0",),
-    "x_block.mlp.fc1": ("ff.net.0.proj",),
-    "x_block.mlp.fc2": ("ff.net.2",),
-    "x_block.adaLN_modulation.1": ("norm1.linear",),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_block.attn.proj": ("attn.to_add_out",),
-    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
-    "context_block.mlp.fc2": ("ff_context.net.2",),
-    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
-}
-"""Original names in `joint_blocks.N`: diffusers' in `transformer_blocks.N`."""
-OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-"""Original names outside of the blocks: diffusers'."""
 OTHER_ADAPTERS = {
     "dora_scale": "a DoRA",
     "magnitude_vector": "a DoRA",
@@ -97,24 +71,14 @@ def is_of_text_encoder(name: str) -> bool:
     return any(part != "transformer" for part, _ in candidates(name))
 
 
-def targets(model: nn.Module) -> dict[str, Target]:
-    """The layers of a transformer or text encoder by every name that files may give them, without prefixes."""
+def targets(model: nn.Module, originals: Mapping[str, Target]) -> dict[str, Target]:
+    """The layers of a transformer or text encoder by every name that files may give them, without prefixes.
+
+    Args:
+        model: says which layers there are.
+        originals: layers by other names than diffusers'.
+    """
     layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     found = {name: Target((name,)) for name in layers}
-    if isinstance(model, SD3Transformer2DModel):
-        originals = dict(_original_names(len(model.transformer_blocks)))
-        found |= {name: target for name, target in originals.items() if layers.issuperset(target.layers)}
+    found |= {name: target for name, target in originals.items() if layers.issuperset(target.layers)}
     return found | {name.replace(".", "_"): target for name, target in found.items()}
-
-
-def _original_names(blocks: int) -> Iterator[tuple[str, Target]]:
-    for name, layer in OUTSIDE.items():
-        yield name, Target((layer,), swapped=layer == "norm_out.linear")
-    for block in range(blocks):
-        for name, layers in BLOCK.items():
-            # The last block has no other use of the text, and modulates it as the final layer does the image.
-            swapped = block == blocks - 1 and layers == ("norm1_context.linear",)
-            whole = tuple(f"transformer_blocks.{block}.{layer}" for layer in layers)
-            yield f"joint_blocks.{block}.{name}", Target(whole, swapped)
-            if len(whole) > 1:
-                yield from ((f"joint_blocks.{block}.{name}.{n}", Target((layer,))) for n, layer in enumerate(whole))

@@ -187,7 +187,7 @@ def _scheduler(handover: Handover) -> list[str]:
     """Lines that give the pipeline the solver of the evaluation, if that is another one than its own."""
     config, family = handover.config, handover.family
     steps, latent = config.evaluation.num_inference_steps, family.latent_shape(*_size(handover))
-    if config.evaluation.solver == "euler" or config.rollout.shift is None or family.grid(steps, latent).linear:
+    if config.evaluation.solver == "euler" or config.rollout.shift is None or family.grid(steps, latent).sigmas:
         return []
     options = "use_flow_sigmas=True, prediction_type='flow_prediction', final_sigmas_type='zero'"
     return [

@@ -59,7 +59,7 @@ def make_draw(
 ) -> Draw:
     """How a model of `family` draws by the settings `of`, on their `grid`; `noise` of steps is its level and kind."""
     steps, (level, kind) = of.num_inference_steps, noise
-    schedule = make_schedule(of.solver, steps, grid.shift, level, noise_kind=kind, linear=grid.linear, last=grid.last)
+    schedule = make_schedule(of.solver, steps, grid.shift, level, noise_kind=kind, sigmas=grid.sigmas, last=grid.last)
     return Draw(schedule.to(device), family.guidance(of.guidance_scale), batch_size)
 
 

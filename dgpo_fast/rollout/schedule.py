@@ -4,6 +4,7 @@ Diffusers' schedulers define the grids, so an image drawn here is the image that
 scheduler draws. The steps are linear in the state and the predictions; `dgpo_kernels` computes each in one pass.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import cos, expm1, inf, log, pi, sin, sqrt
@@ -68,31 +69,31 @@ def make_schedule(
     noise_level: float = 0.0,
     *,
     noise_kind: str = "sde",
-    linear: bool = False,
+    sigmas: Sequence[float] | None = None,
     last: float | None = None,
 ) -> Schedule:
     """The grid of `num_inference_steps` steps shifted by `shift`, for "dpmpp_2m" or "euler".
 
-    A `noise_level` above 0 makes an "euler" rollout stochastic: `noise_kind` is one of NOISE_KINDS. `linear` and `last`
+    A `noise_level` above 0 makes an "euler" rollout stochastic: `noise_kind` is one of NOISE_KINDS. `sigmas` and `last`
     are those of `models.family.Grid`.
     """
-    if linear:
-        grid = linear_sigmas(num_inference_steps, shift, last)
+    if sigmas is not None:
+        grid = _grid_of(sigmas, shift, last)
         timesteps = 1000 * grid[:-1].float()  # rounded as diffusers rounds them
     else:
         scheduler = make_scheduler(solver, shift)
         scheduler.set_timesteps(num_inference_steps)
         grid, timesteps = scheduler.sigmas, scheduler.timesteps
-    sigmas = [float(sigma) for sigma in grid]
+    falling = [float(sigma) for sigma in grid]
     noise = None
     if solver == "dpmpp_2m":
         if noise_level > 0:
             raise ValueError("noise_level: only the euler solver has a stochastic form")
-        coefficients = _dpmpp_2m_coefficients(sigmas)
+        coefficients = _dpmpp_2m_coefficients(falling)
     elif noise_level > 0:
-        coefficients, noise = NOISE_KINDS[noise_kind](sigmas, noise_level)
+        coefficients, noise = NOISE_KINDS[noise_kind](falling, noise_level)
     else:
-        coefficients = [[after - sigma] for sigma, after in pairwise(sigmas)]
+        coefficients = [[after - sigma] for sigma, after in pairwise(falling)]
     return Schedule(
         solver,
         grid.float().cpu(),
@@ -102,16 +103,15 @@ def make_schedule(
     )
 
 
-def linear_sigmas(steps: int, shift: float, last: float | None = None) -> Tensor:
-    """(steps + 1,) float64: σ = s(1), s(1 − 1/n), …, s(1/n) and 0, where s(σ) = k·σ / (1 + (k − 1)·σ) with the shift k.
+def _grid_of(sigmas: Sequence[float], shift: float, last: float | None) -> Tensor:
+    """(n + 1,) float64: s(σ) of each, and 0, where s(σ) = k·σ / (1 + (k − 1)·σ) with the shift k.
 
-    With `last`, the grid is stretched so that its last σ before 0 is that: 1 − (1 − σ)·(1 − last) / (1 − s(1/n)).
+    With `last`, the grid is stretched so that its last σ before 0 is that: 1 − (1 − s)·(1 − last) / (1 − s(σ_n)).
     """
-    plain = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    sigmas = shifted(plain, shift)
-    if last is not None and steps > 1:
-        sigmas = 1 - (1 - sigmas) * (1 - last) / (1 - sigmas[-1])
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
+    grid = shifted(torch.tensor(sigmas, dtype=torch.float64), shift)
+    if last is not None and len(grid) > 1:
+        grid = 1 - (1 - grid) * (1 - last) / (1 - grid[-1])
+    return torch.cat([grid, grid.new_zeros(1)])
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -15,14 +15,19 @@ VOCABULARY = 300
 
 
 def byte_tokenizer(
-    specials: Sequence[str] = ("<|im_start|>", "<|im_end|>"), *, begin: str | None = None, template: str | None = None
+    specials: Sequence[str] = ("<|im_start|>", "<|im_end|>"),
+    *,
+    begin: str | None = None,
+    template: str | None = None,
+    padding_side: str = "right",
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer of the 256 bytes and special tokens, all below `VOCABULARY`; it pads on the right.
+    """A tokenizer of the 256 bytes and special tokens, all below `VOCABULARY`.
 
     Args:
         specials: further special tokens.
         begin: a token in front of every text; None for none.
         template: the chat template.
+        padding_side: "left" or "right".
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*letters, "<pad>", *([begin] if begin else []), *specials]
@@ -34,8 +39,11 @@ def byte_tokenizer(
             single=f"{begin} $A", special_tokens=[(begin, names.index(begin))]
         )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token=begin, additional_special_tokens=list(specials)
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token=begin,
+        additional_special_tokens=list(specials),
+        padding_side=padding_side,
     )
-    wrapped.padding_side = "right"
     wrapped.chat_template = template
     return wrapped

@@ -58,12 +58,10 @@ def make_dev(seed: int = 0) -> Flux2Pipeline:
         text_config={"model_type": "mistral", **TEXT, "num_hidden_layers": 31, "sliding_window": None},
         vision_config={"model_type": "pixtral", **vision, "image_size": 32},
     )
-    tokenizer = byte_tokenizer(MISTRAL_MARKS, template=MISTRAL_TEMPLATE)
-    tokenizer.padding_side = "left"
     return Flux2Pipeline(
         **_drawing_parts(seed, guidance_embeds=True),
         text_encoder=fill(Mistral3ForConditionalGeneration(config), seed),
-        tokenizer=tokenizer,
+        tokenizer=byte_tokenizer(MISTRAL_MARKS, template=MISTRAL_TEMPLATE, padding_side="left"),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dgpo_fast.models.families import auraflow, chroma, flux1
-from dgpo_fast.models.family import AttentionShape, Family, Guidance
+from dgpo_fast.models.family import AttentionShape, Family, Guidance, even_sigmas
 from tests.families import chroma as tiny_chroma
 from tests.families.test_pictures import BUDGET, PROMPTS, condition, noise_of, relative
 
@@ -81,11 +81,11 @@ def test_the_shift_grows_with_the_picture_but_for_schnell() -> None:
     small, large = (16, 64, 64), (16, 128, 128)
     for name in (DEV, CHROMA):
         assert [round(known(name).grid(4, latent).shift, 3) for latent in (small, large)] == [1.878, 3.158]
-        assert known(name).grid(4, large).linear
+        assert known(name).grid(4, large).sigmas == even_sigmas(4)
     assert known(SCHNELL).grid(4, large).shift == 1
-    assert known(SCHNELL).grid(4, large).linear
+    assert known(SCHNELL).grid(4, large).sigmas == even_sigmas(4)
     assert known(AURAFLOW).grid(4, large).shift == 1.73
-    assert not known(AURAFLOW).grid(4, large).linear
+    assert known(AURAFLOW).grid(4, large).sigmas is None
 
 
 def test_a_linear_time_shift_is_the_number_itself() -> None:

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from dgpo_fast.models.families import known_models, make_family
-from dgpo_fast.models.family import Family
+from dgpo_fast.models.family import Family, even_sigmas
 from dgpo_fast.models.lora import Factors, write_lora
 from dgpo_fast.models.policy import ADAPTER
 from tests.families.case import Case
@@ -142,5 +142,5 @@ def weights(module: nn.Module) -> int:
 def test_the_shift_depends_on_the_picture_and_on_the_steps(side: int, steps: int, shift: float) -> None:
     family = make_family(known_models()["black-forest-labs/FLUX.2-klein-base-4B"]())
     grid = family.grid(steps, family.latent_shape(side, side))
-    assert grid.linear
+    assert grid.sigmas == even_sigmas(steps)
     assert round(grid.shift, 2) == shift

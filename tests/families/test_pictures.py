@@ -58,7 +58,7 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Latents and pixels by `Family` alone."""
     guidance, grid = family.guidance(scale), family.grid(steps, tuple(noise.shape[1:]))
-    schedule = make_schedule(case.solver, steps, grid.shift, linear=grid.linear, last=grid.last)
+    schedule = make_schedule(case.solver, steps, grid.shift, sigmas=grid.sigmas, last=grid.last)
     given = condition(family, pipeline, texts, case.length)
     against = condition(family, pipeline, [negative] * len(texts), case.length, negative=True) if guidance.pairs else {}
     embedded = None if guidance.embedded is None else torch.full((len(noise),), guidance.embedded)

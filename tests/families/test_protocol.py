@@ -16,7 +16,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
 from dgpo_fast.models.families import known_models, make_family
 from dgpo_fast.models.families.sd3 import SD3
-from dgpo_fast.models.family import Family, Grid, Guidance, Rows, attach, family_of
+from dgpo_fast.models.family import Family, Grid, Guidance, Rows, attach, even_sigmas, family_of
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.loading import load_pipeline, read_model
 from dgpo_fast.models.own_settings import in_plain_numbers
@@ -39,7 +39,7 @@ class OnePlus(SD3):
         return Guidance(1 + scale, embedded=scale, rule=halved)
 
     def grid(self, steps: int, latent: tuple[int, ...]) -> Grid:
-        return Grid(1.0 + steps, linear=True, last=0.05)
+        return Grid(1.0 + steps, even_sigmas(steps), last=0.05)
 
     def velocity(
         self, transformer: Any, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None
@@ -58,7 +58,7 @@ def test_a_rule_and_an_embedded_number_are_followed(random_pipeline: Path) -> No
     family, transformer = family_of(pipeline.transformer), pipeline.transformer
     text = PromptEncoder(pipeline, 9)(["a cat", "a dog"])
     guidance, grid = family.guidance(3.0), family.grid(4, (16, 8, 8))
-    schedule = make_schedule("euler", 4, grid.shift, linear=grid.linear, last=grid.last)
+    schedule = make_schedule("euler", 4, grid.shift, sigmas=grid.sigmas, last=grid.last)
     noise = initial_noise((16, 8, 8), torch.arange(2), seed=1, draw=0)
     found = sample_latents(transformer, noise, text, Draw(schedule, guidance, 2))
     x, read = noise, text.with_embedded(3.0)
@@ -99,7 +99,7 @@ def test_a_run_with_a_family_of_ones_own(workspace: Path, random_pipeline: Path)
     parts = build(configure([*settings, "--name", "other"]))
     assert parts.config.rollout.shift is None
     for draw, steps in ((parts.draw, 4), (parts.eval_draw, 3)):
-        expected = make_schedule("dpmpp_2m", steps, 1.0 + steps, linear=True, last=0.05)
+        expected = make_schedule("dpmpp_2m", steps, 1.0 + steps, sigmas=even_sigmas(steps), last=0.05)
         assert torch.equal(draw.schedule.sigmas, expected.sigmas)
     evaluate(["runs/run", "--output", "evaluated"])
     assert Path("evaluated/evaluation.yaml").is_file()

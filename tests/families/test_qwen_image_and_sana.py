@@ -171,9 +171,9 @@ def test_encoded_pixels_are_the_autoencoders_with_its_statistics(made: Made) -> 
 
 
 def test_blocks_of_a_kind_and_their_numbers(made: Made) -> None:
-    case, _, family = made
+    _, _, family = made
     config, counts = family.one_of_each_block()
-    assert counts == ([1, 1, 1] if case is QWEN_IMAGE else [1, 2])
+    assert counts == [1, 1, 1]
     assert config["num_layers"] == len(counts)
 
 

@@ -21,7 +21,7 @@ from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.models.families import known_models, make_family
-from dgpo_fast.models.family import Family, Rows, attach
+from dgpo_fast.models.family import Family, Rows, attach, even_sigmas
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.meta import sample_shape
 from dgpo_fast.models.policy import PolicyModels
@@ -163,7 +163,7 @@ def test_a_recorded_rollout_serves_all_prompts_of_a_length(of: tuple[Case, Any, 
     """By a recorder that is stricter than CUDA graphs; guided, and the last batch is partial."""
     case, pipeline, family = of
     transformer = attach(pipeline.transformer, family)
-    draw = Draw(make_schedule("euler", 2, 6.0, linear=True), family.guidance(case.scales["guided"]), 3)
+    draw = Draw(make_schedule("euler", 2, 6.0, sigmas=even_sigmas(2)), family.guidance(case.scales["guided"]), 3)
     recorder = TapeRecorder()
     recorded = RecordedRollouts(recorder)
     for texts in (["a cat", PROMPTS[1], "a"], ["b" * 40, "a dog"]):

@@ -7,15 +7,16 @@ positions limits a picture's sides.
 from math import isqrt
 from typing import Any
 
-from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
 from torch import Tensor, nn
 from transformers import UMT5Config
 
 from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families import autoencoder_kl
+from dgpo_fast.models.families.autoencoder_kl import KLLatents
 from dgpo_fast.models.families.flux1 import one_of_each
 from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS
-from dgpo_fast.models.family import AttentionShape, Family, Rows, random_tokens
+from dgpo_fast.models.family import AttentionShape, Rows, random_tokens
 
 AURAFLOW_V03 = "fal/AuraFlow-v0.3"
 REGISTER_TOKENS = 8
@@ -25,7 +26,7 @@ T5_STD = 0.2
 """Of the text encoder's embeddings, as T5's."""
 
 
-class AuraFlow(Family):
+class AuraFlow(KLLatents):
     """AuraFlow."""
 
     title = "AuraFlow"
@@ -37,14 +38,10 @@ class AuraFlow(Family):
     attention_names = ("native",)  # its processor does not go through diffusers' dispatcher
     pipeline_class = AuraFlowPipeline
     transformer_class = AuraFlowTransformer2DModel
-    vae_class = AutoencoderKL
 
     def __init__(self, architecture: Architecture):
         super().__init__(architecture)
-        config = self.architecture.transformer
-        self.pixels = autoencoder_kl.pixels_per_latent(self.architecture.vae)
-        self.multiple = config["patch_size"] * self.pixels
-        self.largest_side = isqrt(config["pos_embed_max_size"]) * self.multiple
+        self.largest_side = isqrt(self.architecture.transformer["pos_embed_max_size"]) * self.multiple
 
     def one_of_each_block(self) -> tuple[dict[str, Any], list[int]]:
         return one_of_each(self.architecture.transformer, "num_mmdit_layers", "num_single_dit_layers")
@@ -54,18 +51,6 @@ class AuraFlow(Family):
         # The pipeline's default: it does not read `sample_size`.
         side = min(DEFAULT_SIDE, self.largest_side or DEFAULT_SIDE)
         return side, side
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.architecture.transformer["in_channels"], height // self.pixels, width // self.pixels
-
-    def image_tokens(self, latent: tuple[int, ...]) -> int:
-        return latent[1] * latent[2] // self.architecture.transformer["patch_size"] ** 2
-
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return autoencoder_kl.decode(vae, latents)
-
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
-        return autoencoder_kl.encode(vae, pixels)
 
     def encode(self, pipeline: Any, text: str, length: int, *, negative: bool) -> Rows:
         prompt, *_ = pipeline.encode_prompt(
@@ -79,9 +64,6 @@ class AuraFlow(Family):
     def random_condition(self, text: str, length: int) -> Rows:
         width = self.architecture.transformer["joint_attention_dim"]
         return {"prompt": random_tokens(text, length, width, T5_STD)}
-
-    def text_tokens(self, rows: Rows) -> int:
-        return rows["prompt"].shape[-2]
 
     def velocity(
         self, transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None

@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.family import Family
 
 PUBLISHED: Mapping[str, Any] = {
     "in_channels": 3,
@@ -43,3 +47,37 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     """`Family.encode_pixels`."""
     encoded = vae.encode(pixels.to(next(vae.encoder.parameters()).dtype)).latent_dist.mode().float()
     return (encoded - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+class KLLatents(Family):
+    """A family whose transformer reads these latents as they are, in square patches.
+
+    Attributes:
+        pixels: along each side of one number of a latent.
+        patch: latents along each side of a token.
+    """
+
+    vae_class = AutoencoderKL
+
+    def __init__(self, architecture: Architecture):
+        super().__init__(architecture)
+        self.pixels = pixels_per_latent(self.architecture.vae)
+        self.patch = self.architecture.transformer.get("patch_size", 2)
+        self.multiple = self.patch * self.pixels
+
+    @property
+    def size(self) -> tuple[int, int]:
+        side = self.architecture.transformer["sample_size"] * self.pixels
+        return side, side
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return self.architecture.transformer["in_channels"], height // self.pixels, width // self.pixels
+
+    def image_tokens(self, latent: tuple[int, ...]) -> int:
+        return latent[1] * latent[2] // self.patch**2
+
+    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return decode(vae, latents)
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+        return encode(vae, pixels)

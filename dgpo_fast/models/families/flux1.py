@@ -17,7 +17,7 @@ from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families import autoencoder_kl
 from dgpo_fast.models.families.packing import PATCH, PackedLatents, shift_by_size
 from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS, clip_l, t5_xxl
-from dgpo_fast.models.family import AttentionShape, Grid, Guidance, Rows, TextLimit, text_seed
+from dgpo_fast.models.family import AttentionShape, Grid, Guidance, Rows, TextLimit, even_sigmas, text_seed
 
 T5_STD = 0.2
 """Of the trained T5's embeddings."""
@@ -48,11 +48,8 @@ class Packed(PackedLatents):
     def grid(self, steps: int, latent: tuple[int, ...]) -> Grid:
         scheduler = self.architecture.scheduler
         if not scheduler.get("use_dynamic_shifting"):
-            return Grid(self.architecture.shift, linear=True)
-        return Grid(shift_by_size(scheduler, self.image_tokens(latent)), linear=True)
-
-    def text_tokens(self, rows: Rows) -> int:
-        return rows["prompt"].shape[-2]
+            return Grid(self.architecture.shift, sigmas=even_sigmas(steps))
+        return Grid(shift_by_size(scheduler, self.image_tokens(latent)), sigmas=even_sigmas(steps))
 
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         config = self.architecture.transformer

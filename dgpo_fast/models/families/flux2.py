@@ -19,7 +19,7 @@ from transformers import Mistral3Config, PretrainedConfig, Qwen3Config
 
 from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.families.packing import DEFAULT_LATENT_SIDE, PATCH, shift_of_mu
-from dgpo_fast.models.family import AttentionShape, Family, Grid, Guidance, Rows, random_tokens
+from dgpo_fast.models.family import AttentionShape, Family, Grid, Guidance, Rows, even_sigmas, random_tokens
 
 LORA_TARGETS = (
     r"transformer_blocks\.\d+\."
@@ -78,15 +78,12 @@ class _Flux2(Family):
     def grid(self, steps: int, latent: tuple[int, ...]) -> Grid:
         scheduler = self.architecture.scheduler
         if not scheduler.get("use_dynamic_shifting"):
-            return Grid(self.architecture.shift, linear=True)
+            return Grid(self.architecture.shift, sigmas=even_sigmas(steps))
         mu = compute_empirical_mu(self.image_tokens(latent), steps)
-        return Grid(shift_of_mu(scheduler, mu), linear=True)
+        return Grid(shift_of_mu(scheduler, mu), sigmas=even_sigmas(steps))
 
     def random_condition(self, text: str, length: int) -> Rows:
         return {"text": random_tokens(text, length, self.architecture.transformer["joint_attention_dim"])}
-
-    def text_tokens(self, rows: Rows) -> int:
-        return rows["text"].shape[-2]
 
     def velocity(
         self, transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None

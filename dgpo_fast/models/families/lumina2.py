@@ -56,11 +56,6 @@ class Lumina2(SingleStream):
     transformer_class = Lumina2Transformer2DModel
 
     @property
-    def size(self) -> tuple[int, int]:
-        side = self.architecture.transformer["sample_size"] * self.pixels
-        return side, side
-
-    @property
     def heads(self) -> tuple[int, int]:
         config = self.architecture.transformer
         return config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"]

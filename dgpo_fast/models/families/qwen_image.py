@@ -23,7 +23,7 @@ from dgpo_fast.models.families.calling import called
 from dgpo_fast.models.families.packing import PATCH, PackedLatents, shift_by_size
 from dgpo_fast.models.families.padding import padded_with_mask
 from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS
-from dgpo_fast.models.family import AttentionShape, Grid, Guidance, Rows, random_tokens
+from dgpo_fast.models.family import AttentionShape, Grid, Guidance, Rows, alike_between, even_sigmas, random_tokens
 
 
 class QwenImage(PackedLatents):
@@ -56,11 +56,7 @@ class QwenImage(PackedLatents):
         )
 
     def one_of_each_block(self) -> tuple[dict[str, Any], list[int]]:
-        config = dict(self.architecture.transformer)
-        # With LoRA, nothing before the first block needs a gradient. The text tokens of the last one are dropped.
-        between = config["num_layers"] - 2
-        counts = [1, between, 1] if between > 0 else [1] * config["num_layers"]
-        return {**config, "num_layers": len(counts)}, counts
+        return alike_between(self.architecture.transformer, "num_layers")
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         mean, std = _statistics(vae, latents.device)
@@ -77,7 +73,7 @@ class QwenImage(PackedLatents):
         scheduler, shift = self.architecture.scheduler, self.architecture.shift
         if scheduler.get("use_dynamic_shifting"):
             shift = shift_by_size(scheduler, self.image_tokens(latent))
-        return Grid(shift, linear=True, last=scheduler.get("shift_terminal"))
+        return Grid(shift, sigmas=even_sigmas(steps), last=scheduler.get("shift_terminal"))
 
     def encode(self, pipeline: Any, text: str, length: int, *, negative: bool) -> Rows:
         device = pipeline.transformer.device
@@ -89,9 +85,6 @@ class QwenImage(PackedLatents):
 
     def stack(self, rows: Sequence[Rows], tokens: int) -> Rows:
         return padded_with_mask(rows, tokens)
-
-    def text_tokens(self, rows: Rows) -> int:
-        return rows["text"].shape[-2]
 
     def guidance(self, scale: float) -> Guidance:
         """What its pipeline calls true_cfg_scale."""

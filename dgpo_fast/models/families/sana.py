@@ -15,7 +15,7 @@ from transformers import Gemma2Config
 
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.families.padding import padded_with_mask
-from dgpo_fast.models.family import AttentionShape, Family, Rows, random_tokens
+from dgpo_fast.models.family import AttentionShape, Family, Rows, alike_between, random_tokens
 
 INSTRUCTION: list[str] = signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What stands before a prompt in the text encoder, unless it is a negative one."""
@@ -48,11 +48,7 @@ class Sana(Family):
         self.pixels = 2 ** (len(self.architecture.vae["encoder_block_out_channels"]) - 1)
 
     def one_of_each_block(self) -> tuple[dict[str, Any], list[int]]:
-        config = dict(self.architecture.transformer)
-        # With LoRA, nothing before the first block needs a gradient.
-        later = config["num_layers"] - 1
-        counts = [1, later] if later else [1]
-        return {**config, "num_layers": len(counts)}, counts
+        return alike_between(self.architecture.transformer, "num_layers")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -87,9 +83,6 @@ class Sana(Family):
 
     def stack(self, rows: Sequence[Rows], tokens: int) -> Rows:
         return padded_with_mask(rows, tokens)
-
-    def text_tokens(self, rows: Rows) -> int:
-        return rows["text"].shape[-2]
 
     def velocity(
         self, transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, T5Config
@@ -19,8 +19,11 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import Architecture, flow_match_scheduler
 from dgpo_fast.models.attention import DISPATCHED, MATMUL
 from dgpo_fast.models.families import autoencoder_kl
+from dgpo_fast.models.families.autoencoder_kl import KLLatents
 from dgpo_fast.models.families.sd3_attention import JointAttention
-from dgpo_fast.models.family import AttentionShape, Family, Rows, TextLimit, text_seed
+from dgpo_fast.models.families.sd3_lora_names import original_names
+from dgpo_fast.models.family import AttentionShape, Rows, TextLimit, text_seed
+from dgpo_fast.models.lora_names import Target
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 CLIP_TOKENS = 77
@@ -40,7 +43,7 @@ ATTENTION_LAYERS = (
 """Linear layers of attention over image and text together, by the ends of their names."""
 
 
-class SD3(Family):
+class SD3(KLLatents):
     """See the module."""
 
     title = "Stable Diffusion 3"
@@ -53,12 +56,9 @@ class SD3(Family):
     attention_names = (*DISPATCHED, MATMUL)
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
-    vae_class = AutoencoderKL
 
     def __init__(self, architecture: Architecture):
         super().__init__(architecture)
-        self.scale = autoencoder_kl.pixels_per_latent(architecture.vae)
-        self.multiple = self.scale * architecture.transformer["patch_size"]
         self.largest_side = self.multiple * architecture.transformer["pos_embed_max_size"]
         self.clip_tokens = architecture.token_limits.get("tokenizer", CLIP_TOKENS)
 
@@ -80,26 +80,9 @@ class SD3(Family):
         return small, [kinds.count(kind) for kind in unique]
 
     @property
-    def size(self) -> tuple[int, int]:
-        """The transformer's sample_size × the decoder's factor."""
-        side = self.architecture.transformer["sample_size"] * self.scale
-        return side, side
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """See `Family.latent_shape`."""
-        return self.architecture.transformer["in_channels"], height // self.scale, width // self.scale
-
-    def image_tokens(self, latent: tuple[int, ...]) -> int:
-        """See `Family.image_tokens`."""
-        return latent[1] * latent[2] // self.architecture.transformer["patch_size"] ** 2
-
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """See `Family.decode`."""
-        return autoencoder_kl.decode(vae, latents)
-
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
-        """See `Family.encode_pixels`."""
-        return autoencoder_kl.encode(vae, pixels)
+    def lora_names(self) -> Mapping[str, Target]:
+        """See `Family.lora_names`."""
+        return dict(original_names(self.architecture.transformer["num_layers"]))
 
     def encode(self, pipeline: Any, text: str, length: int, *, negative: bool) -> Rows:
         """Tokens of CLIP, then `length` of T5 (zeros if there is no T5), and the pooled outputs of the CLIPs."""
@@ -140,10 +123,6 @@ class SD3(Family):
         """See `Family.text_limits`."""
         clip = TextLimit("CLIP", ("tokenizer", "tokenizer_2"))
         return [clip, TextLimit("T5", ("tokenizer_3",), length)] if T5 in self.architecture.text_encoders else [clip]
-
-    def text_tokens(self, rows: Rows) -> int:
-        """See `Family.text_tokens`."""
-        return rows["prompt"].shape[-2]
 
     def velocity(
         self, transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None

@@ -11,24 +11,22 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import Architecture
-from dgpo_fast.models.families import autoencoder_kl
+from dgpo_fast.models.families.autoencoder_kl import KLLatents
 from dgpo_fast.models.families.calling import called
-from dgpo_fast.models.family import AttentionShape, Family, Grid, Rows, random_tokens, rounded_up
+from dgpo_fast.models.family import AttentionShape, Grid, Rows, even_sigmas, random_tokens, rounded_up
 
 PATCH = 2
 
 
-class SingleStream(Family):
+class SingleStream(KLLatents):
     """A transformer that refines image and caption apart, then reads them as one.
 
     Attributes:
         depth_names: the configuration's names for the number of blocks in each refiner, and of joint blocks.
-        pixels: along each side of one number of a latent.
     """
 
     text_parts = ("text_encoder", "tokenizer")
@@ -36,12 +34,9 @@ class SingleStream(Family):
     depth_names: ClassVar[tuple[str, str]]
     pads_to = 32
     attention_names = ("native",)  # flash kernels take no mask, and the others are timed without one
-    vae_class = AutoencoderKL
 
     def __init__(self, architecture: Architecture):
         super().__init__(architecture)
-        self.pixels = autoencoder_kl.pixels_per_latent(self.architecture.vae)
-        self.multiple = PATCH * self.pixels
         self.largest_side = min(self.architecture.transformer["axes_lens"][1:]) * self.multiple
 
     @property
@@ -62,22 +57,8 @@ class SingleStream(Family):
         small = {name: len(kinds) for name, kinds in zip(self.depth_names, (refiners, layers), strict=True)}
         return {**config, **small}, [*refiners, *refiners, *layers]
 
-    # Latents and pictures
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.architecture.transformer["in_channels"], height // self.pixels, width // self.pixels
-
-    def image_tokens(self, latent: tuple[int, ...]) -> int:
-        return latent[1] * latent[2] // PATCH**2
-
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return autoencoder_kl.decode(vae, latents)
-
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
-        return autoencoder_kl.encode(vae, pixels)
-
     def grid(self, steps: int, latent: tuple[int, ...]) -> Grid:
-        return Grid(self.architecture.shift, linear=True)
+        return Grid(self.architecture.shift, sigmas=even_sigmas(steps))
 
     # Prompts
 
@@ -101,9 +82,6 @@ class SingleStream(Family):
         whole = rounded_up(max(tokens, *lengths), self.pads_to)
         padded = [F.pad(text, (0, 0, 0, whole - len(text))) for text in texts]
         return {"text": torch.stack(padded), "length": torch.tensor(lengths, device=texts[0].device)}
-
-    def text_tokens(self, rows: Rows) -> int:
-        return rows["text"].shape[-2]
 
     # Forwards
 
