@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dgpo_fast.models.family import Family, Rows
+from tests.engine.tape import TapeRecorder
 from tests.families.case import Case
 from tests.families.test_gradients import with_lora
 from tests.families.test_pictures import CASES, PROMPTS, condition, noise_of
@@ -40,7 +42,7 @@ def test_attention_shapes_are_those_of_a_forward(of: tuple[Case, Any, Family]) -
     case, pipeline, family = of
     given = condition(family, pipeline, PROMPTS, case.length)
     with torch.no_grad(), Attention() as seen:
-        forward(case, family, pipeline.transformer, given)
+        forward(case, family, pipeline.transformer, given, noise_of(family, case.size, len(PROMPTS)))
     shapes = family.attention_shapes(len(PROMPTS), family.latent_shape(*case.size), family.text_tokens(given))
     expected: Counter = Counter()
     for shape in shapes:
@@ -49,11 +51,23 @@ def test_attention_shapes_are_those_of_a_forward(of: tuple[Case, Any, Family]) -
     assert [shape.tokens for shape in shapes] == sorted((shape.tokens for shape in shapes), reverse=True)
 
 
-def forward(case: Case, family: Family, transformer: Any, given: Rows) -> Tensor:
+@torch.no_grad()
+def test_a_forward_can_be_recorded(of: tuple[Case, Any, Family]) -> None:
+    """By a recorder that is stricter than CUDA graphs: nothing comes from the host, nor waits for the device."""
+    case, pipeline, family = of
+    given, x_t = condition(family, pipeline, PROMPTS, case.length), noise_of(family, case.size, len(PROMPTS))
+    plain = partial(forward, case, family, pipeline.transformer, given, x_t)
+    recorded, replay = TapeRecorder().record(plain)
+    for tensor in given.values():
+        tensor.copy_(tensor.flip(0))
+    replay()
+    assert torch.equal(recorded, plain())
+
+
+def forward(case: Case, family: Family, transformer: Any, given: Rows, x_t: Tensor) -> Tensor:
     """Velocities of a batch."""
     scale = family.guidance(max(case.scales.values())).embedded
     embedded = None if scale is None else torch.full((len(PROMPTS),), scale)
-    x_t = noise_of(family, case.size, len(PROMPTS))
     return family.velocity(transformer, x_t, torch.full((len(PROMPTS),), 500.0), given, embedded)
 
 
@@ -83,7 +97,7 @@ def saved_by_block(case: Case, pipeline: Any, family: Family, transformer: Any, 
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(lambda *_: inside.clear())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        velocity = forward(case, family, transformer, given)
+        velocity = forward(case, family, transformer, given, noise_of(family, case.size, len(PROMPTS)))
     assert velocity.requires_grad  # and so all that was saved is still there: no storage was used twice
     return saved
 

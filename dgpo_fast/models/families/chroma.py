@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ChromaPipeline, ChromaTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgpo_fast.models.architecture import Architecture
 from dgpo_fast.models.families import autoencoder_kl
+from dgpo_fast.models.families.calling import forward_of
 from dgpo_fast.models.families.flux1 import T5_STD, Packed, scheduler_numbers
 from dgpo_fast.models.families.sd3 import ATTENTION_LAYERS, t5_xxl
 from dgpo_fast.models.family import Rows, random_tokens
@@ -48,11 +49,12 @@ class Chroma(Packed):
         return {"prompt": prompt, "mask": (torch.arange(length) < len(text.split()) + 2).float()}
 
     def velocity(
-        self, transformer: nn.Module, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None
+        self, transformer: Any, x_t: Tensor, timestep: Tensor, condition: Rows, embedded: Tensor | None
     ) -> Tensor:
         prompt = condition["prompt"]
         mask = F.pad(self.mask(condition["mask"], prompt.dtype), (0, self.image_tokens(tuple(x_t.shape[1:]))), value=1)
-        return self.predict(transformer, x_t, timestep, prompt, attention_mask=mask)
+        with forward_of(transformer.time_text_embed, modulation_inputs):
+            return self.predict(transformer, x_t, timestep, prompt, attention_mask=mask)
 
     def mask(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
         """The transformer's mask of text, (B, L), from one that is 1 at the tokens that are to be seen."""
@@ -80,6 +82,16 @@ class MaskedChroma(Chroma):
 
     def mask(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
         return seen > 0
+
+
+def modulation_inputs(embed: Any, timestep: Tensor) -> Tensor:
+    """(B, M, D): time, a guidance of 0 and the number of each of M modulations, as sines and cosines.
+
+    diffusers' own brings the zeros from the host, and no graph could be captured.
+    """
+    time, guidance = embed.time_proj(timestep), embed.guidance_proj(torch.zeros_like(timestep))
+    both = torch.cat([time, guidance], dim=1)[:, None].expand(-1, len(embed.mod_proj), -1)
+    return torch.cat([both, embed.mod_proj.expand(len(timestep), -1, -1)], dim=-1).to(timestep.dtype)
 
 
 def _seen(row: Rows) -> Rows:
