@@ -168,7 +168,8 @@ def _python(handover: Handover, folder: Path) -> str:
     config, evaluation = handover.config, handover.config.evaluation
     takes = inspect.signature(handover.family.pipeline_class.__call__).parameters
     given: dict[str, object] = {"num_inference_steps": evaluation.num_inference_steps}
-    if takes["guidance_scale"].default is None:  # of a pipeline that guides by a negative prompt that it is given
+    against = "true_cfg_scale" in takes and handover.family.guidance(evaluation.guidance_scale).pairs
+    if against or takes["guidance_scale"].default is None:  # guided by a negative prompt, if the pipeline is given one
         given |= {"true_cfg_scale": evaluation.guidance_scale, "negative_prompt": config.rollout.negative_prompt}
     else:
         given["guidance_scale"] = evaluation.guidance_scale

@@ -58,6 +58,24 @@ CASE = Case(
     scales={"guided": 3.5, "guided less": 1.0},
     length=LENGTH,
 )
+
+
+def draw_against(
+    pipeline: FluxPipeline, noise: Tensor, prompt: str, negative: str, scale: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """`Case.pipeline_draws` with a negative prompt."""
+    options = {"num_inference_steps": steps, "max_sequence_length": LENGTH, "negative_prompt": negative}
+    return drawn_packed(pipeline, noise, prompt=prompt, true_cfg_scale=scale, **options)
+
+
+GUIDED = Case(
+    name="flux1-guided",
+    make=partial(make, is_dev=True),
+    family="dgpo_fast.models.families.flux1:GuidedFlux1",
+    pipeline_draws=draw_against,
+    size=(16, 24),
+    length=LENGTH,
+)
 SCHNELL = Case(
     name="flux1-schnell",
     make=partial(make, is_dev=False),

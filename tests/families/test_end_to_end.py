@@ -105,7 +105,7 @@ def test_a_run_is_resumed_and_its_pictures_are_drawn_by_plain_diffusers(
 
 def own_options(case: Case, count: int) -> dict[str, Any]:
     """How a family's pipeline is told of guidance for `count` pictures, and to draw the size that it is asked for."""
-    if case.name == "qwen_image":
+    if case.name in ("qwen_image", "flux1-guided"):
         return {"true_cfg_scale": scale_of(case), "negative_prompt": [""] * count}
     binning = {"use_resolution_binning": False} if case.name == "sana" else {}
     return {"guidance_scale": scale_of(case), **binning}

@@ -18,6 +18,7 @@ PROMPTS = ("two red cups", "a sign that says open, above a very long street of s
 CASES: tuple[Case, ...] = (
     sd3.CASE,
     flux1.CASE,
+    flux1.GUIDED,
     flux1.SCHNELL,
     chroma.CASE,
     chroma.MASKED,

@@ -21,6 +21,8 @@ from dgpo_fast.models.family import AttentionShape, Grid, Guidance, Rows, TextLi
 
 T5_STD = 0.2
 """Of the trained T5's embeddings."""
+EMBEDDED_SCALE = 3.5
+"""The pipeline's default `guidance_scale`."""
 SCHNELL_TOKENS = 256
 """Of T5: schnell was not trained on more."""
 
@@ -137,6 +139,18 @@ class Flux1(Packed):
         return self.predict(
             transformer, x_t, timestep, condition["prompt"], pooled_projections=pooled, guidance=embedded
         )
+
+
+class GuidedFlux1(Flux1):
+    """FLUX.1 guided against the negative prompt, as its pipeline is with `true_cfg_scale`, which is the number here.
+    Models that read a guidance scale get the pipeline's default of it; others are taken for undistilled ones."""
+
+    distilled = False
+    notes = ()
+
+    def guidance(self, scale: float) -> Guidance:
+        reads_scale = self.architecture.transformer["guidance_embeds"]
+        return Guidance(max(scale, 1.0), embedded=EMBEDDED_SCALE if reads_scale else None)
 
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:
