@@ -11,7 +11,7 @@ from torch import Tensor
 from dgpo_fast.models.family import Family
 from dgpo_fast.models.meta import stacked
 from dgpo_fast.rollout.schedule import make_schedule
-from tests.families import auraflow, chroma, flux1, flux2, lumina2, qwen_image, sana, sd3, z_image
+from tests.families import auraflow, chroma, cogview4, flux1, flux2, lumina2, qwen_image, sana, sd3, z_image
 from tests.families.case import Case
 
 PROMPTS = ("two red cups", "a sign that says open, above a very long street of small shops")
@@ -28,6 +28,7 @@ CASES: tuple[Case, ...] = (
     lumina2.CASE,
     qwen_image.CASE,
     sana.CASE,
+    cogview4.CASE,
 )
 BUDGET = 1e-5
 

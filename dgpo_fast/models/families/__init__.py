@@ -20,6 +20,7 @@ BUILT_IN = {
     "ChromaPipeline": "dgpo_fast.models.families.chroma:Chroma",
     "Lumina2Pipeline": "dgpo_fast.models.families.lumina2:Lumina2",
     "AuraFlowPipeline": "dgpo_fast.models.families.auraflow:AuraFlow",
+    "CogView4Pipeline": "dgpo_fast.models.families.cogview4:CogView4",
 }
 AUTO = "auto"
 GUIDE = "docs/families.md"
