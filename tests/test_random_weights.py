@@ -11,6 +11,7 @@ from torch import nn
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import read_architecture
+from dgpo_fast.models.families import make_family
 from dgpo_fast.models.families.sd3 import SD3, SD35_MEDIUM, sd35_medium
 from dgpo_fast.models.forward import predict
 from dgpo_fast.models.latents import decode_plainly
@@ -195,3 +196,11 @@ def test_a_damaged_folder_is_named(tmp_path: Path, random_pipeline: Path) -> Non
     (tmp_path / "model" / "vae" / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"vae/config\.json: not a JSON object"):
         read_architecture(tmp_path / "model")
+
+
+def test_text_encoders_without_tokenizers_are_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Z-Image's 6 B weights would take minutes first."""
+    family = make_family(find_architecture("Tongyi-MAI/Z-Image"))
+    monkeypatch.setattr(type(family), "build_transformer", lambda self: pytest.fail("was built"))
+    with pytest.raises(UserError, match=r"^--random-text-encoders: the tokenizer of text_encoder of Tongyi-MAI"):
+        random_pipeline(family, device=CPU, dtype=torch.float32, seed=0, text_encoders=True)

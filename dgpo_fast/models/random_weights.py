@@ -57,12 +57,12 @@ def random_pipeline(
     Raises UserError if tokenizers would have to be downloaded.
     """
     architecture = family.architecture
+    tokenizers = _tokenizers(architecture) if text_encoders else {}  # refused before anything is built
     with _weights(device, dtype, seed):
         transformer, vae = family.build_transformer(), family.build_vae()
         encoders = {name: architecture.build_text_encoder(name) for name in architecture.text_encoders if text_encoders}
     _scale(transformer, dtype)
     _scale(vae, dtype)
-    tokenizers = _tokenizers(architecture) if text_encoders else {}
     made = cast(Any, family.pipeline_class)(
         transformer=transformer,
         vae=vae,
