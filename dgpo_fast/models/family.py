@@ -22,6 +22,8 @@ from dgpo_fast.models.lora_names import Target
 
 Rows = Mapping[str, Tensor]
 """Named tensors of encoded prompts: of one prompt without a batch axis, of a batch with the batch in front."""
+GUIDED = 4.0
+"""A `guidance_scale` with which guidance is on, whatever a family counts from."""
 Rule = Callable[[Tensor, Tensor], Tensor]
 """(guided, conditional) velocities (B, C, H, W) → the velocity that is used."""
 
@@ -297,7 +299,12 @@ class Family(ABC):
     @property
     def rule(self) -> Rule | None:
         """`Guidance.rule` of guided predictions."""
-        return self.guidance(4.0).rule
+        return self.guidance(GUIDED).rule
+
+    @property
+    def reads_negatives(self) -> bool:
+        """Whether guidance, if it is on, predicts the negative prompt too."""
+        return self.guidance(GUIDED).pairs
 
     def guidance(self, scale: float) -> Guidance:
         """What the setting `guidance_scale` means: the number is the family's own, as on its card."""

@@ -29,12 +29,13 @@ def prompt_notes(
 
     Raises UserError if the tokenizers cannot be loaded.
     """
-    readers = _readers(pipeline, max_sequence_length)
+    readers, family = _readers(pipeline, max_sequence_length), family_of(pipeline.transformer)
     lines = [unread_ends((prompt.text for prompt in prompts), readers)]
     if guided:
         lines.append(unread_ends((prompt.negative for prompt in prompts), readers, "negative prompt"))
     elif any(prompt.negative for prompt in prompts):
-        lines.append("negative prompts are not read: guidance is off (guidance_scale 1)")
+        why = "guidance is off (guidance_scale)" if family.reads_negatives else f"{family.title} is not guided by them"
+        lines.append(f"negative prompts are not read: {why}")
     return list(filter(None, lines))
 
 
