@@ -257,6 +257,9 @@ class Family(ABC):
             negative: whether it is a negative prompt, which some families encode otherwise.
         """
 
+    def drop_unread(self, pipeline: Any) -> None:  # noqa: B027 - most read all of their text encoders
+        """Takes out of text encoders, which will only be used by `encode`, what no prompt is read from."""
+
     @abstractmethod
     def random_condition(self, text: str, length: int) -> Rows:
         """As `encode`, random numbers of the trained encoders' sizes, a function of the text; fp32 on the CPU."""

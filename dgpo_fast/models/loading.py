@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ NUMBERS = {
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' names."""
+UNLOADABLE = (OSError, ValueError, SafetensorError, ImportError)
+"""What libraries raise for files that they cannot load; ImportError if a part needs a package that is not there."""
 ENCODING_BYTES = 2**30
 """Upper bound of the GPU memory that text encoders take in addition to their weights."""
 
@@ -144,8 +146,9 @@ def load_pipeline(
     try:
         dtypes = _own_dtypes(folder) if dtype is None else dtype
         absent = absent_parts(made.architecture.index, parts) if with_text else dict.fromkeys(parts)
+        _require_packages(made.architecture.index, absent)
         pipeline = _pipeline_class(made).from_pretrained(folder, dtype=dtypes, variant=find_variant(folder), **absent)
-    except (OSError, ValueError, SafetensorError) as error:
+    except UNLOADABLE as error:
         raise UserError(f"model '{model}' cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -157,7 +160,9 @@ def load_pipeline(
     return pipeline
 
 
-def load_text_encoders(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+def load_text_encoders(
+    pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, *, whole: bool = False
+) -> DiffusionPipeline:
     """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
 
     If they do not fit in the GPU's free memory, they stay in CPU memory and their layers are moved through the GPU one
@@ -167,6 +172,7 @@ def load_text_encoders(pipeline: DiffusionPipeline, device: torch.device, dtype:
         pipeline: stays as it is.
         device: where the text encoders go.
         dtype: of their weights.
+        whole: with the layers that no prompt is read from, as for saving them.
 
     Raises UserError if they cannot be loaded.
     """
@@ -175,20 +181,31 @@ def load_text_encoders(pipeline: DiffusionPipeline, device: torch.device, dtype:
         parts = family.text_parts
         shared = {name: part for name, part in pipeline.components.items() if name not in parts and part is not None}
         absent = absent_parts(family.architecture.index, parts)
-        whole = _pipeline_class(family).from_pretrained(
+        _require_packages(family.architecture.index, absent)
+        loaded = _pipeline_class(family).from_pretrained(
             folder, dtype=dtype, variant=find_variant(folder), **shared, **absent
         )
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise UserError(f"the text encoders in {folder} cannot be loaded: {first_line(error)}") from error
-    whole.set_progress_bar_config(disable=True)
-    encoders = [module.requires_grad_(False).eval() for module in text_encoders(whole)]
+    loaded.set_progress_bar_config(disable=True)
+    if not whole:
+        family.drop_unread(loaded)
+    encoders = [module.requires_grad_(False).eval() for module in text_encoders(loaded)]
     for module in encoders:
         require_finite(f"model '{folder}': its {type(module).__name__}", module.named_parameters())
     needed = sum(parameter.nbytes for module in encoders for parameter in module.parameters())
     fit = device.type == "cpu" or needed + ENCODING_BYTES < free_bytes(device)
     for module in encoders:
         module.to(device) if fit else cpu_offload(module, device)
-    return whole
+    return loaded
+
+
+def _require_packages(index: Mapping[str, Any], absent: Container[str]) -> None:
+    """Raises ImportError for a part whose class needs a package that is not there, which diffusers does not say."""
+    for part, value in index.items():
+        library, kind = value if isinstance(value, list | tuple) and len(value) == 2 else ("", "")
+        if library == "transformers" and part not in absent:
+            getattr(getattr(transformers, str(kind), None), "from_pretrained", None)  # raises, if one is missing
 
 
 def require_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -342,4 +359,6 @@ def _hub_index(name: str, revision: str | None) -> dict:
 def first_line(error: Exception) -> str:
     """What a library's error says first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ImportError) and lines:
+        return lines[0].partition(". ")[0]  # how to install the package goes on over several lines
     return lines[0] if lines else type(error).__name__

@@ -129,9 +129,9 @@ class PromptEncoder:
 
     def whole_pipeline(self) -> DiffusionPipeline:
         """The pipeline with its text encoders, as for saving it."""
-        if self.encoders is None or passes_by_layer(self.encoders):
-            return load_text_encoders(self.pipeline, torch.device("cpu"), self.dtype)
-        return self.encoders
+        if lacks_text_encoders(self.pipeline):
+            return load_text_encoders(self.pipeline, torch.device("cpu"), self.dtype, whole=True)
+        return self.pipeline
 
     def _key(self, text: str, *, negative: bool) -> str:
         """What an encoded text is remembered by: the text itself, unless it is one that is encoded as a negative."""

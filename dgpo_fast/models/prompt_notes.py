@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.family import TextLimit, family_of
-from dgpo_fast.models.loading import first_line, reads_no_text
+from dgpo_fast.models.loading import UNLOADABLE, first_line, reads_no_text
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.unread import Reader, tokenizing, unread_ends
 
@@ -58,7 +58,7 @@ def _load(pipeline: DiffusionPipeline, part: str) -> PreTrainedTokenizerBase:
     folder = Path(pipeline.name_or_path) / part
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 

@@ -1,6 +1,8 @@
 """What is FLUX.2's alone: the cut text encoder, the layers and the file of a LoRA, sizes and shifts."""
 
+import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,19 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from dgpo_fast.errors import UserError
 from dgpo_fast.models.families import known_models, make_family
 from dgpo_fast.models.family import Family, even_sigmas
+from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.lora import Factors, write_lora
 from dgpo_fast.models.policy import ADAPTER
+from dgpo_fast.models.prompt_encoder import PromptEncoder
 from tests.families.case import Case
 from tests.families.flux2 import CASES, DEV, KLEIN, KLEIN_DISTILLED
 from tests.families.test_gradients import with_lora
-from tests.families.test_pictures import PROMPTS, noise_of, relative
+from tests.families.test_pictures import PROMPTS, condition, noise_of, relative
 
+CPU = torch.device("cpu")
 Made = tuple[Case, Any, Family]
 
 
@@ -99,6 +105,38 @@ def test_plain_diffusers_reads_a_lora_whose_scale_is_in_its_factors(made: Made, 
     drawn = [case.pipeline_draws(p, noise, PROMPTS[0], "", 4.0, 4)[0] for p in (fresh, trained, base)]
     assert relative(drawn[0], drawn[1]) < 1e-5
     assert relative(drawn[0], drawn[2]) > 1e-2
+
+
+def test_layers_that_no_prompt_is_read_from_are_not_kept(made: Made, tmp_path: Path) -> None:
+    """A saved pipeline has them again."""
+    case, pipeline, family = made
+    folder = Path(family.architecture.folder)  # type: ignore[arg-type]
+    loaded = load_pipeline(str(folder), revision=None, device=CPU, dtype=torch.float32, with_text=False)
+    encoder = PromptEncoder(loaded, case.length)
+    found = encoder(PROMPTS).gathered()["text"]
+    expected = condition(family, pipeline, PROMPTS, case.length)["text"]
+    assert torch.equal(found, expected)
+    kept, whole = (len(of.text_encoder.get_decoder().layers) for of in (encoder.encoders, pipeline))
+    assert kept == family.text_layers[-1] < whole
+    encoder.whole_pipeline().save_pretrained(tmp_path / "saved")
+    ours, theirs = (where / "text_encoder/model.safetensors" for where in (tmp_path / "saved", folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="the package is there")
+def test_a_part_that_needs_a_package_is_one_line(tmp_path: Path) -> None:
+    """The published dev's processor of pictures needs torchvision."""
+    DEV.make().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "PixtralProcessor"]}))
+    why = (
+        "cannot be loaded: PixtralProcessor requires the Torchvision library but it was not found in your environment$"
+    )
+    with pytest.raises(UserError, match=f"^model '{tmp_path}' {why}"):
+        load_pipeline(str(tmp_path), revision=None, device=CPU, dtype=torch.float32)
+    pipeline = load_pipeline(str(tmp_path), revision=None, device=CPU, dtype=torch.float32, with_text=False)
+    with pytest.raises(UserError, match=f"^the text encoders in {tmp_path} {why}"):
+        PromptEncoder(pipeline, 512)(["a cat"])
 
 
 SIZES = {

@@ -122,6 +122,10 @@ class _Flux2(Family):
             )
         return {"text": rows[0]}
 
+    def drop_unread(self, pipeline: Any) -> None:
+        del pipeline.text_encoder.get_decoder().layers[self.text_layers[-1] :]
+        pipeline.text_encoder.lm_head = nn.Identity()
+
 
 class Flux2Klein(_Flux2):
     """FLUX.2-klein, 4B or 9B: base, guided against the empty prompt, or distilled to a few steps without guidance."""
