@@ -146,8 +146,20 @@ def about(plan: Plan, results: Sequence[Mapping[str, Any]], machine: Mapping[str
         return text
     return text + (
         " Seconds are those of a run's one thread at work; on the wall, beside whatever else the machine did, the "
-        f"runs took {wall_s / cpu_s:.2f} times as long."
+        f"runs took {wall_s / cpu_s:.2f} times as long. The same work took up to {unevenness(results):.2f} times as "
+        "many of these seconds in one run as in another of its system and groups."
     )
+
+
+def unevenness(results: Sequence[Mapping[str, Any]]) -> float:
+    """The largest ratio of seconds a forward between two runs of one system with as many groups."""
+    rates: dict[tuple[str, int], list[float]] = {}
+    for result in results:
+        last, run = (result.get("points") or [{}])[-1], result["run"]
+        if last.get("training_forwards"):
+            rate = last["training_s"] / last["training_forwards"]
+            rates.setdefault((run["system"], run["groups"]), []).append(rate)
+    return max(max(of) / min(of) for of in rates.values())
 
 
 def update_document(document: Path, folder: Path) -> bool:
