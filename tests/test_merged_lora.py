@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def test_a_layer_has_pefts_output_and_gradient(shape: tuple[int, ...], bias: boo
         assert all(close(a, b) for a, b in zip(mine, found[0], strict=True))
 
 
+@cache
 def computed(folder: Path | str, forward: str, micro_batch: int = 8, **engine: Any) -> tuple[Tensor, ...]:
     """Latents, loss and gradient in float64 after three steps of gradient descent, and the weights then."""
     config = make_config(**engine)
