@@ -259,6 +259,16 @@ def test_full_fine_tuning_of_sd35_medium_fits_80_gb(weights: str) -> None:
     assert predictor.predict(configure(plain), 8).peak > 80 * GB
 
 
+def test_prompts_of_evaluations_stay_too() -> None:
+    """Each beside those of training, until as much stays as may."""
+    predictor = Predictor(medium(), torch.bfloat16)
+    few = ["sd35m-geneval", "--iterations", "1", "--rollout.groups", "2", "--evaluation.images"]
+    inputs = [predictor.inputs(configure([*few, images])) for images in ("8", "16", "400", "4000")]
+    row = predictor.shape(configure([*few, "8"])).text_bytes(torch.bfloat16)
+    assert inputs[1] - inputs[0] == 8 * row
+    assert inputs[3] == inputs[2] < inputs[0] + 64 * 2**20
+
+
 def test_shards_hold_their_part_and_are_a_remedy() -> None:
     """On eight processes an eighth of all weights, states and averages; named where memory runs out without them."""
     plain = configure([*FULL_ON_80_GB, "--policy.weights", "auto", "--optimizer.name", "adamw"])

@@ -274,7 +274,8 @@ class Predictor:
 
     def _texts(self, config: Config) -> int:
         """Of the encoded prompts of an iteration on the process that has most of them, and of those that stay."""
-        row, most = self._text_row(config), config.iterations * config.rollout.groups + 1
+        row, trained = self._text_row(config), config.iterations * config.rollout.groups
+        most = trained + config.evaluation.images + 1  # all different, and an empty negative prompt
         return max(self._groups(config) * row, min(most * row, KEPT_BYTES))
 
     def _groups(self, config: Config) -> int:
