@@ -18,6 +18,7 @@ from dgpo_fast.engine import Engine
 from dgpo_fast.engine.checkpointing import checkpoint_blocks
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.before_after import RunEvaluations
+from dgpo_fast.evaluation.watch import Watch, make_watch
 from dgpo_fast.learning.checkpoints import Checkpoints
 from dgpo_fast.learning.learner import Learner
 from dgpo_fast.learning.optimizers import state_bytes
@@ -69,6 +70,7 @@ class Parts:
         sampler, draw: what draws the images to learn from, and how.
         eval_sampler, eval_draw: what draws held-out images, and how.
         evaluations: scores on held-out prompts.
+        watch: looks at fixed prompts during training.
         phases, work: seconds and FLOPs of an iteration.
         learner: from groups to new weights.
         source: from prompts to groups.
@@ -92,6 +94,7 @@ class Parts:
     eval_sampler: Sampler
     eval_draw: Draw
     evaluations: RunEvaluations
+    watch: Watch
     phases: Phases
     work: WorkMeter
     learner: Learner
@@ -157,6 +160,7 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         phases=phases,
         work=work,
     )
+    evaluations = RunEvaluations(config, prompts, pool, eval_sampler, eval_draw, models, processes, console)
     parts = Parts(
         config=config,
         processes=processes,
@@ -174,7 +178,8 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         draw=draw,
         eval_sampler=eval_sampler,
         eval_draw=eval_draw,
-        evaluations=RunEvaluations(config, prompts, pool, eval_sampler, eval_draw, models, processes, console),
+        evaluations=evaluations,
+        watch=make_watch(evaluations, device, size),
         phases=phases,
         work=work,
         learner=learner,

@@ -75,7 +75,8 @@ def train_to_the_end(trainer: Trainer, start: Start) -> bool:
 
 
 def fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool) -> bool:
-    """Evaluates, trains, evaluates, and shows it on the run's page. False if the run was asked to stop early."""
+    """Evaluates, trains, evaluates, and shows it on the run's page. False if the run was asked to stop early; a rule
+    of its looks that stops it is an end like any other."""
     first, evaluated = trainer.processes.first, trainer.prompts.evaluated
     page = LivePage(folder, trainer.config, trainer.console, evaluated, trainer.iteration, quiet=not first)
     resume = f"resume with: {resume_command(folder)}"
@@ -96,6 +97,8 @@ def _fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool, page: 
     page.say("Evaluating the original model")
     try:
         before = trainer.evaluations.before(folder)
+        trainer.watch.begin(folder, trainer.iteration)
+        trainer.checkpoints.good = trainer.watch.good
     except UserError:
         if not resumed and trainer.processes.first:
             shutil.rmtree(folder)  # nothing was trained: no half-made folder is left
@@ -115,7 +118,10 @@ def _fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool, page: 
             trainer.save(folder, everyone_comes=isinstance(error, SharedError))
             raise
     trainer.save(folder)
-    if trainer.iteration < config.iterations:
+    if trainer.watch.stopped:
+        trainer.checkpoints.restore(folder, trainer.watch.good)
+        console.note(f"the run ends with the weights of iteration {trainer.iteration}, the last good checkpoint")
+    elif trainer.iteration < config.iterations:
         console.note(f"stopped after iteration {trainer.iteration}; resume with: {resume_command(folder)}")
         return False
     page.say("Evaluating the trained model")
@@ -128,7 +134,7 @@ def _fit(trainer: Trainer, folder: Path, stop: StopSignal, resumed: bool, page: 
 def loop(trainer: Trainer, folder: Path, stop: StopSignal) -> None:
     """Runs iterations until the last one or a request to stop, with a checkpoint every `checkpoint.every` of them."""
     config = trainer.config
-    while trainer.iteration < config.iterations and not trainer.anyone(stop.requested):
+    while trainer.iteration < config.iterations and not trainer.anyone(stop.requested or trainer.watch.stopped):
         trainer.step()
         if trainer.iteration % config.checkpoint.every == 0:
             trainer.save(folder, wait=False)

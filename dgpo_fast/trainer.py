@@ -10,10 +10,11 @@ import torch
 from dgpo_fast.build import Parts
 from dgpo_fast.distributed.batch_part import part_of
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
+from dgpo_fast.distributed.seconds import shared_seconds
 from dgpo_fast.evaluation.held_out import Evaluation
 from dgpo_fast.evaluation.results import written_to
 from dgpo_fast.models.policy import Weights
-from dgpo_fast.objectives.advantages import advantages
+from dgpo_fast.objectives.advantages import advantages_of
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.kept import kept
 from dgpo_fast.records import JsonObject, Metrics
@@ -45,7 +46,7 @@ class Trainer:
         self.models, self.learner, self.source = parts.models, parts.learner, parts.source
         self.sampler, self.draw = parts.sampler, parts.draw
         self.eval_sampler, self.eval_draw = parts.eval_sampler, parts.eval_draw
-        self.evaluations, self.checkpoints = parts.evaluations, parts.checkpoints
+        self.evaluations, self.watch, self.checkpoints = parts.evaluations, parts.watch, parts.checkpoints
         self.group_log = GroupLog(self.reward, self.config.max_lost_iterations, self.models.dtype, self.console.note)
         self.folder: Path | None = None
         self.sinks: tuple[Sink, ...] = ()
@@ -108,6 +109,7 @@ class Trainer:
     def close(self) -> None:
         """Ends what the run has started: threads, processes and loggers."""
         self.reward_pool.close()
+        self.watch.close()
         if self.loggers is not None:
             self.loggers.close()
 
@@ -129,7 +131,12 @@ class Trainer:
             if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
                 with self.phases("evaluation"):
                     metrics |= self.evaluations.between(self.learner.evaluated_weights())
-            metrics |= self._phases(seconds)
+            if self.watch.due(self.iteration):
+                with self.phases("look"):
+                    metrics |= self.watch.look(self.learner.evaluated_weights(), metrics)
+                self.checkpoints.good = self.watch.good
+            what = f"the seconds of iteration {self.iteration}"
+            metrics |= shared_seconds(self.phases.take(), seconds, self.processes, what)
         finally:
             # The iteration is complete and may get a checkpoint, so it is logged even after an error.
             if not self.learner.halfway:
@@ -166,7 +173,7 @@ class Trainer:
         rows = torch.from_numpy(np.flatnonzero(valid)).to(self.device)
         part = part_of(
             scores.valid,
-            advantages(scores.rewards[scores.valid], self.config.advantage),
+            advantages_of(scores, self.reward.weights, self.config.advantage),
             share.group_size,
             self.processes,
             f"the group scores of iteration {self.iteration + 1}",
@@ -185,19 +192,6 @@ class Trainer:
             transitions=groups.transitions,
         )
         return kept(drawn.taken(rows, part), self.config.advantage, self.config.seed)
-
-    def _phases(self, iteration_s: float) -> Metrics:
-        """Seconds per phase of this process; waiting time and imbalance of all processes."""
-        mine = self.phases.take()
-        if self.processes.count == 1:
-            return mine
-        what = f"the seconds of iteration {self.iteration}"
-        everyone = self.processes.gather({**mine, "waited_s": self.processes.take_waited_s()}, what)
-        busy = [max(iteration_s - theirs["waited_s"], 0.0) for theirs in everyone]
-        waited_s = sum(theirs["waited_s"] for theirs in everyone) / len(everyone)
-        # 1 is even: the slowest process works as long as the mean.
-        imbalance = max(busy) * len(busy) / sum(busy) if any(busy) else 1.0
-        return {**mine, "waited_s": waited_s, "imbalance": imbalance, "processes": everyone}
 
     def _compare_processes(self) -> None:
         """Compares weights and counters between processes, if it is time to, and before every checkpoint.
@@ -235,7 +229,8 @@ class Trainer:
         """
         weights = self.learner.evaluated_weights()
         self._save_weights(weights, folder)
-        self.evaluations.after(weights, folder, before, self.source.summary(), self.iteration)
+        facts = self.source.summary() | self.watch.summary()
+        self.evaluations.after(weights, folder, before, facts, self.iteration)
 
     def _save_weights(self, weights: Weights, folder: Path) -> None:
         """Writes the trained weights to the run's folder. All processes must call it together."""

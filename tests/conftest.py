@@ -12,7 +12,7 @@ import yaml
 
 from dgpo_fast.engine import attention, linear
 from dgpo_fast.evaluation import figures as drawn
-from dgpo_fast.evaluation import results
+from dgpo_fast.evaluation import results, watch
 from dgpo_fast.models.work import ModelWork, WorkMeter
 from tests.browser import Browser, browser
 from tests.pipelines import save_random_pipeline
@@ -61,6 +61,7 @@ def workspace(tmp_path: Path, random_pipeline: Path, monkeypatch: pytest.MonkeyP
         "optimizer": {"lr": 0.03, "lr_decay": "none"},
         "ema": {"eval_every": 1, "switch_ema_ref": 3},
         "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
+        "watch": {"every": 0, "prompts": 2, "images_per_prompt": 2},
         "checkpoint": {"every": 1, "keep": 9},
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
@@ -97,6 +98,7 @@ def short_runs() -> Iterator[None]:
 
     with (
         patch.multiple(results, before_after_grid=leave_empty, reward_curve=leave_empty),
+        patch.multiple(watch, before_after_grid=leave_empty, progress_strip=leave_empty),
         patch.object(WorkMeter, "model_work", model_work),
         patch.dict(attention.TIMED_S, cpu=0.0),
         patch.object(linear, "TIMED_S", 0.0),
@@ -107,8 +109,13 @@ def short_runs() -> Iterator[None]:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's runs draw their figures."""
-    for name in ("before_after_grid", "reward_curve"):
-        monkeypatch.setattr(results, name, getattr(drawn, name))
+    for module, name in (
+        (results, "before_after_grid"),
+        (results, "reward_curve"),
+        (watch, "before_after_grid"),
+        (watch, "progress_strip"),
+    ):
+        monkeypatch.setattr(module, name, getattr(drawn, name))
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ SETTINGS = {
     # Their rounding depends less on the number of rows than that of the fastest ones.
     "engine": {"attention": "native", "linear": "torch"},
     "evaluation": {"images": 12, "num_inference_steps": 4, "guidance_scale": 2.0},
+    "watch": {"every": 0, "prompts": 2, "images_per_prompt": 2},
 }
 # Adam steps by the learning rate where a gradient is nothing but rounding, unless `eps` is well above that.
 SHARDED = ["--policy.train", "full", "--optimizer.lr", "3e-4", "--optimizer.eps", "1e-3", "--distributed.shard", "full"]
@@ -52,7 +53,18 @@ START = {"A": (2, 32), "B": (32, 2)}
 """Shapes of the factors that a run starts from."""
 CENTRED = ["--objective", "crd", "--ema.switch-ema-ref", "none", "--ema.rollout-decay-per-step", "0.2"]
 SCENARIOS: dict[str, list[str]] = {
-    "lora": ["--iterations", "20", "--evaluation.every", "20", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-5"],
+    "lora": [
+        "--iterations",
+        "20",
+        "--evaluation.every",
+        "20",
+        "--watch.every",
+        "10",
+        "--optimizer.lr",
+        "1e-3",
+        "--optimizer.eps",
+        "1e-5",
+    ],
     "full": ["--policy.train", "full", "--optimizer.lr", "1e-4"],
     "from a LoRA": ["--lora", "start.safetensors"],
     "merged weights": ["--policy.forward", "merged"],
@@ -91,7 +103,17 @@ SCENARIOS: dict[str, list[str]] = {
     ],
     "regression": ["--objective", "nft", "--ema.switch-ema-ref", "0"],
     "centred rewards": [*CENTRED, "--policy.micro-batch", "2"],
-    "sharded": [*SHARDED, "--iterations", "10", "--policy.micro-batch", "4", "--evaluation.every", "10"],
+    "sharded": [
+        *SHARDED,
+        "--iterations",
+        "10",
+        "--policy.micro-batch",
+        "4",
+        "--evaluation.every",
+        "10",
+        "--watch.every",
+        "10",
+    ],
     "sharded, groups split": [
         *SHARDED,
         "--rollout.groups",
@@ -193,6 +215,7 @@ def trained(config: Config, folder: Path, processes: Processes, resume: Path | N
         trainer.resume(resume)
     if processes.first:
         folder.mkdir(parents=True)
+    trainer.watch.begin(folder, trainer.iteration)
     trainer.prepare(folder, lambda: False)
     assert processes.waited_s == 0, "what the set-up waited is no part of an iteration"
     trainer.open_logs(folder, {})

@@ -64,6 +64,15 @@ MISTAKES = {
     "--name a/b": "error: --name a/b: is a path: ",
     "--name a\\b": "error: --name a\\b: is a path: ",
     "--resume hollow_run": "error: hollow_run/checkpoints: no valid checkpoint to resume from",
+    "--watch.every 0 --watch.rules stop": "error: command line: watch.rules is given but watch.every is 0, so that ",
+    "--watch.every 0 --watch.rewards jpeg": "error: command line: watch.rewards is given but watch.every is 0, so th",
+    "--watch.rewards shapes": "error: watch.rewards shapes: it is trained on; name a reward that is not",
+    "--watch.rewards shape": "error: no reward 'shape': did you mean 'shapes'?",
+    "--watch.grid 1": "error: command line: watch.grid: input should be greater than 1",
+    "--watch.edges 1": "error: command line: watch.edges: input should be less than 1",
+    "--watch.images-per-prompt 1": "error: command line: watch.images_per_prompt: input should be greater than or eq",
+    "--advantage.of each --advantage.std off": "error: command line: advantage.of is each but advantage.std is off: ",
+    "--regulariser.norm-hinge -1": "error: command line: regulariser.norm_hinge: input should be greater than or eq",
     "--name taken": "error: runs/taken exists: choose another --name, or continue it with --resume runs/taken",
 }
 

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from dgpo_fast.config.objective_options import Advantage
 from dgpo_fast.distributed import place
-from dgpo_fast.objectives.advantages import advantages
+from dgpo_fast.objectives.advantages import advantages, advantages_of_each
 from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.dealing import GroupSampler, spread
@@ -67,6 +67,47 @@ def test_advantages_by_hand() -> None:
     by_all = advantages(rewards, Advantage(std="global")).tolist()
     assert by_all == pytest.approx([-0.5 / std, 0.5 / std, -2 / std, 2 / std])
     assert advantages(np.array([[0.0] * 99 + [1.0]], np.float32), Advantage(clamp=5.0)).max() == 5.0
+
+
+@settings(deadline=None)
+@given(REWARDS, REWARDS, st.sampled_from(["group", "global"]), st.floats(0.5, 5))
+def test_advantages_of_several_rewards_cancel(first: np.ndarray, second: np.ndarray, std: str, clamp: float) -> None:
+    """Σ A = 0 in every group, clamped or not, and no advantage is above the clamp."""
+    shape = np.minimum(first.shape, second.shape)
+    rewards = {name: one[: shape[0], : shape[1]] for name, one in (("a", first), ("b", second))}
+    found = advantages_of_each(rewards, {"a": 1.0, "b": -0.5}, Advantage(of="each", std=std, clamp=clamp))
+    found = found.double().reshape(*shape)
+    assert torch.allclose(found.sum(1), torch.zeros(shape[0], dtype=torch.float64), atol=1e-4)
+    assert found.abs().max() <= clamp * (1 + 1e-6)
+
+
+def each(weights: dict[str, float], **rewards: np.ndarray) -> np.ndarray:
+    return advantages_of_each(rewards, weights, Advantage(of="each")).numpy().reshape(rewards["a"].shape)
+
+
+def test_advantages_of_each_reward() -> None:
+    """One reward alone is its group's z-score; its scale and a reward of weight 0 change nothing."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
+    alone = each({"a": 1.0}, a=a)
+    np.testing.assert_allclose(alone, (a - a.mean(1, keepdims=True)) / a.std(1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(each({"a": 1.0, "b": 0.0}, a=a, b=b), alone, rtol=1e-6)
+    both = each({"a": 1.0, "b": 1.0}, a=a, b=b)
+    np.testing.assert_allclose(each({"a": 1.0, "b": 1.0}, a=100 * a, b=b), both, rtol=1e-4, atol=1e-6)
+    assert np.abs(both - alone).max() > 0.1 and both.std() == pytest.approx(1)
+
+
+def test_a_reward_that_is_equal_in_a_group_adds_nothing_there() -> None:
+    """Also if rounding makes its scores differ; nor does one that the group's prompt did not ask for."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(2, 6)).astype(np.float32) for _ in range(2))
+    for silent in (0.1, 0.1 + 1e-8 * np.arange(6), np.nan):
+        b[0] = silent
+        both = each({"a": 1.0, "b": 1.0}, a=a, b=b)
+        alone = a[0] - a[0].mean()
+        assert np.corrcoef(both[0], alone)[0, 1] == pytest.approx(1)
+        assert np.corrcoef(both[1], a[1] - a[1].mean())[0, 1] < 0.99
+    assert (each({"a": 1.0}, a=np.full((2, 3), 0.1, np.float32)) == 0).all()
 
 
 def test_prompts_are_dealt_once_a_pass_and_depend_on_the_iteration_alone() -> None:

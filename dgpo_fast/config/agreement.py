@@ -26,6 +26,8 @@ class AverageSettings(Protocol):
 class AdvantageSettings(Protocol):
     """Of `objective_options.Advantage`, what is checked."""
 
+    of: Literal["sum", "each"]
+    std: Literal["group", "global", "off"]
     clamp: float | None
     keep: int | None
 
@@ -112,12 +114,34 @@ def check_trained_steps(steps: int | None, rollout: RolloutSettings) -> None:
         )
 
 
+class WatchSettings(Protocol):
+    """Of `watch_options.Watch`, what is checked."""
+
+    every: int
+    rules: Literal["off", "warn", "stop"]
+    rewards: tuple[str, ...]
+
+
+def check_watch(watch: WatchSettings) -> None:
+    """Of looks that something else asks for."""
+    for name, is_set in {"rewards": bool(watch.rewards), "rules": watch.rules == "stop"}.items():
+        if watch.every == 0 and is_set:
+            raise ValueError(
+                f"watch.{name} is given but watch.every is 0, so that there are no looks: use --watch.every 5"
+            )
+
+
 def check_advantage(objective: str, advantage: AdvantageSettings, group_size: int, *, bounded: bool) -> None:
     """Of advantages, which an objective may need to be `bounded`, and of the images of a group that are trained on."""
     if bounded and advantage.clamp is None:
         raise ValueError(
             f"advantage.clamp is none but objective {objective} maps [−clamp, clamp] to [0, 1]: give a number, "
             "as --advantage.clamp 5"
+        )
+    if advantage.of == "each" and advantage.std == "off":
+        raise ValueError(
+            "advantage.of is each but advantage.std is off: rewards that are not divided by their deviation are added "
+            "as in --advantage.of sum; use --advantage.std group or global"
         )
     keep = advantage.keep
     if keep is None:

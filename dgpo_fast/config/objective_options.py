@@ -25,6 +25,10 @@ def grid_steps(levels: Levels, steps: int) -> range | None:
 class Advantage:
     """How rewards become advantages. The advantages of a group sum to zero, unless some are clamped."""
 
+    of: Literal["sum", "each"] = "sum"
+    """sum: the weighted sum of the rewards becomes advantages. each: each reward does on its own, and the advantage is
+    their weighted sum, so that no reward drowns another by its scale; a reward that is equal in a group adds 0 there
+    (after GDPO). A group above `clamp` is then scaled down as a whole, and its advantages still sum to zero."""
     std: Literal["group", "global", "off"] = "group"
     """Standard deviation that rewards are divided by. group: that of the prompt's own group. global: that of all
     images of the iteration. off: rewards are not divided."""
@@ -44,6 +48,16 @@ class Advantage:
     def bound(self) -> float:
         """The largest advantage."""
         return inf if self.clamp is None else self.clamp * self.scale
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Regulariser:
+    """What holds the policy back beside an objective's own terms. For any shipped objective."""
+
+    norm_hinge: NonNegative = 0.0
+    """Weight of max(0, ‖v‖/‖v_ref‖ − 1)², the mean over samples and noise levels: it keeps velocities from growing
+    longer than the base model's, with the KL term's guidance. After NormGuard; its exact form is inferred
+    (docs/reward_hacking.md)."""
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -13,6 +13,7 @@ from dgpo_fast.config.agreement import (
     check_noise,
     check_timesteps,
     check_trained_steps,
+    check_watch,
 )
 from dgpo_fast.config.bounds import (
     STRICT,
@@ -27,7 +28,8 @@ from dgpo_fast.config.bounds import (
     Steps,
     Text,
 )
-from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, Advantage, DiffusionDPO, FlowGRPO
+from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, Advantage, DiffusionDPO, FlowGRPO, Regulariser
+from dgpo_fast.config.watch_options import Watch
 
 
 def _as_list_of_rewards(given: object) -> Sequence[str]:
@@ -377,6 +379,7 @@ class Config:
     rollout: Rollout = Field(default_factory=Rollout)
     data: Data = Field(default_factory=Data)
     advantage: Advantage = Field(default_factory=Advantage)
+    regulariser: Regulariser = Field(default_factory=Regulariser)
     dgpo: DGPO = Field(default_factory=DGPO)
     diffusion_dpo: DiffusionDPO = Field(default_factory=DiffusionDPO)
     flow_grpo: FlowGRPO = Field(default_factory=FlowGRPO)
@@ -389,6 +392,7 @@ class Config:
     optimizer: Optimizer = Field(default_factory=Optimizer)
     ema: EMA = Field(default_factory=EMA)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    watch: Watch = Field(default_factory=Watch)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     distributed: Distributed = Field(default_factory=Distributed)
     log: Log = Field(default_factory=Log)
@@ -402,6 +406,7 @@ class Config:
             )
         check_noise(rollout)
         check_averages(self.ema)
+        check_watch(self.watch)
         grid = rollout.num_inference_steps
         if name == "dgpo" and self.dgpo.lowest_sigma is None:
             available = min(self.dgpo.high_noise_steps or grid, grid)

@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "checkpoint.": NOTHING,
     "log.": NOTHING,
     "evaluation.every": NOTHING,
+    "watch.": NOTHING,
     "max_lost_iterations": NOTHING,
     "reward_workers": NOTHING,
     "reward_deadline_s": NOTHING,
@@ -27,8 +28,8 @@ MAY_CHANGE = {
 }
 """Settings, and groups of settings, that a resumed run may change, with what they change. Anything else would compare
 before and after of different things. A setting with a line of its own is not meant by its group's."""
-MUST_STAY = ("optimizer.name",)
-"""The optimizer's state is another's."""
+MUST_STAY = ("optimizer.name", "watch.prompts", "watch.images_per_prompt", "watch.rewards")
+"""The optimizer's state is another's; looks are compared with earlier ones."""
 
 
 def effect(setting: str) -> str | None:
@@ -43,7 +44,8 @@ def listed(effect: str | None = None) -> str:
     phrases = []
     for name in names:
         phrase = f"`{name}*`" if name.endswith(".") else f"`{name}`"
-        phrases.append(" but ".join([phrase, *(f"`{one}`" for one in MUST_STAY if one.startswith(name))]))
+        kept = " and ".join(f"`{one}`" for one in MUST_STAY if one.startswith(name))
+        phrases.append(f"{phrase} but {kept}" if kept else phrase)
     return ", ".join(phrases)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import Processes
@@ -11,7 +12,7 @@ from dgpo_fast.evaluation.held_out import Evaluation, evaluate
 from dgpo_fast.evaluation.results import BEFORE_FILE, earlier_evaluation, write_results, written_to
 from dgpo_fast.models.loading import how_to_load_trained
 from dgpo_fast.models.policy import PolicyModels, Weights
-from dgpo_fast.prompts import PromptSets
+from dgpo_fast.prompts import Prompt, PromptSets, in_turn
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.rewards import RewardPool
 from dgpo_fast.rollout.draw import Draw
@@ -58,19 +59,29 @@ class RunEvaluations:
 
         Raises UserError if no image could be scored.
         """
+        chosen = in_turn(self.prompts.held_out, lambda prompt: prompt.tag, self.config.evaluation.images)
+        return self._scores(weights, chosen, on_step=on_step, remedy=remedy, begun=begun)
+
+    def look(
+        self, weights: Weights, chosen: list[Prompt], beside: RewardPool | None, *, begun: bool = True
+    ) -> Evaluation:
+        """The scores of `weights` on the `chosen` prompts, one an image, also by the rewards `beside`; with all images,
+        on every process. Raises as `scores`."""
+        return self._scores(weights, chosen, begun=begun, beside=beside, shown=len(chosen))
+
+    def _scores(self, weights: Weights, chosen: list[Prompt], **more: Any) -> Evaluation:
+        """`evaluate` of `weights`, with `more` arguments of it."""
         self.models.load_behaviour(weights)
         with self.processes.waiting("the shards of the evaluation", counted=False):
             result = evaluate(
                 self.sampler,
-                self.prompts.held_out,
+                chosen,
                 self.rewards,
                 self.draw,
-                self.config.evaluation,
-                on_step,
-                self.processes,
+                self.config.evaluation.seed,
+                processes=self.processes,
                 sharded=self.models.shards is not None,
-                remedy=remedy,
-                begun=begun,
+                **more,
             )
         if result.failures:
             failed = counted(len(result.failures), "image")
@@ -112,7 +123,7 @@ class RunEvaluations:
             weights: the trained weights.
             folder: the run's.
             before: the result of `before`.
-            source: the summary of the groups' source.
+            source: the summary of the groups' source, and of the looks.
             iteration: number of finished iterations.
 
         Raises UserError if results cannot be written.

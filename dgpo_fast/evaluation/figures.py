@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from dgpo_fast.evaluation.captions import drawable, fonts, wrapped
 from dgpo_fast.evaluation.held_out import Evaluation
@@ -15,6 +16,7 @@ from dgpo_fast.wording import counted
 
 PAIRS_PER_ROW = 3
 PAIRS = 12
+SIGN_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50)
 BEFORE, AFTER = "#8a8f98", "#1f6feb"
 
 
@@ -66,8 +68,11 @@ def reward_curve(metrics: list[Metrics], evaluations: list[tuple[int, JsonObject
         evaluated: what these are of, as in "held-out prompts".
         path: of the picture.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
-    axis = figure.subplots()
+    looks = [line for line in metrics if "look/reward_mean" in line]
+    figure = Figure(figsize=(7, 7 if looks else 4), layout="constrained", dpi=110)
+    axis, *below = figure.subplots(2 if looks else 1, 1, sharex=True, squeeze=False)[:, 0]
+    if looks:
+        _signs(below[0], looks)
     points = [(line["iteration"], line["reward_mean"]) for line in metrics if line.get("reward_mean") is not None]
     if points:
         iterations, rewards = np.array(points, dtype=float).T
@@ -81,9 +86,62 @@ def reward_curve(metrics: list[Metrics], evaluations: list[tuple[int, JsonObject
     means = [summary["reward_mean"] for _, summary in evaluations]
     errors = [mean - summary["reward_ci95"][0] for mean, (_, summary) in zip(means, evaluations, strict=True)]
     axis.errorbar(steps, means, yerr=errors, color=AFTER, marker="o", capsize=4, linewidth=2, label=evaluated)
-    axis.set(xlabel="iteration", ylabel="mean reward")
+    axis.set(ylabel="mean reward")
+    (below or [axis])[0].set(xlabel="iteration")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def _signs(axis: Axes, looks: list[Metrics]) -> None:
+    """Signs of reward hacking over the base model's, on a logarithmic scale, and the iterations of alarms."""
+    for name in [*(name for name in looks[-1] if name.startswith("look/") and name.endswith("_ratio")), "norm_ratio"]:
+        points = [(look["iteration"], look[name]) for look in looks if look.get(name)]
+        if points:
+            # The norm is compared with what a KL term may ask for, and need not begin at 1.
+            start = [] if name == "norm_ratio" else [(0, 1.0)]
+            label = name.removeprefix("look/").removesuffix("_ratio").replace("_", " ")
+            axis.plot(*zip(*start, *points, strict=True), marker=".", linewidth=1.2, label=label)
+    alarmed = [look["iteration"] for look in looks if look.get("look/alarms")]
+    for iteration in alarmed:
+        named = "alarm" if iteration == alarmed[0] else None
+        axis.axvline(iteration, color="#c62828", alpha=0.35, linewidth=3, label=named)
+    axis.axhline(1, color=BEFORE, linewidth=0.8)
+    axis.set(ylabel="over the base model's", yscale="log")
+    axis.yaxis.set_major_locator(FixedLocator(SIGN_TICKS))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.25)
+    axis.figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=7, ncols=5
+    )
+
+
+def progress_strip(columns: Sequence[np.ndarray], labels: Sequence[str], captions: Sequence[str], path: Path) -> None:
+    """The same prompts after more and more iterations: a column for each look, a row for each prompt.
+
+    Args:
+        columns: uint8 (rows · H, W, 3) each, pictures of the prompts one above the other.
+        labels: of the columns.
+        captions: the prompts.
+        path: of the picture.
+    """
+    height, width = columns[0].shape[0] // len(captions), columns[0].shape[1]
+    gap, unit = max(width // 16, 1), 0.9 / width
+    rows = [column.reshape(len(captions), height, width, 3) for column in columns]
+    framed = [np.pad(row, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for row in rows]
+    whole = np.concatenate([frame.reshape(-1, width + gap, 3) for frame in framed], axis=1)
+    figure = Figure(figsize=(unit * whole.shape[1] + 1.8, unit * whole.shape[0] + 0.6), layout="constrained", dpi=110)
+    axis = figure.subplots()
+    _show(axis, whole)
+    axis.xaxis.tick_top()
+    axis.set_xticks([(at + 0.5) * (width + gap) for at in range(len(columns))], labels, fontsize=7)
+    texts = [wrapped(drawable(caption), 24, 4) for caption in captions]
+    axis.set_yticks([(at + 0.5) * (height + gap) for at in range(len(captions))], texts, fontsize=6)
+    for label, text in zip(axis.get_yticklabels(), texts, strict=True):
+        label.set(fontfamily=fonts(text), parse_math=False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     _save(figure, path)
 
 

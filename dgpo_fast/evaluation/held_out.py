@@ -10,21 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgpo_fast.config.options import Evaluation as EvaluationConfig
 from dgpo_fast.distributed import ALONE, Processes, Share, SharedError
 from dgpo_fast.distributed.batch_part import filled
 from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.distributed.placement import even_ranges
 from dgpo_fast.evaluation.statistics import Mean
 from dgpo_fast.models.latents import Pictures
-from dgpo_fast.prompts import Prompt, in_turn
+from dgpo_fast.prompts import Prompt
 from dgpo_fast.rewards import RewardPool, WeightedReward
 from dgpo_fast.rewards.gather import gather_scores
+from dgpo_fast.rewards.weighted import scored_by_all
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.seeds import stream_seed
 
 SHOWN_IMAGES = 24
+WATCHED = "watch/"
+"""Begins the names of rewards that are scored beside the trained ones."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,21 @@ class Evaluation:
         gains = replace(self, rewards=self.rewards.astype(np.float64) - before.rewards)
         return {**_scores(gains.rewards, gains.prompts), "tags": gains.by_tag()}
 
-    def save(self, path: Path) -> None:
-        """Writes the scores and the first images, which the run's pictures show."""
+    def some(self, rows: slice) -> "Evaluation":
+        """Some of the images, of those that are here."""
+        parts = {name: values[rows] for name, values in self.parts.items()}
+        return replace(
+            self, prompts=self.prompts[rows], rewards=self.rewards[rows], images=self.images[rows], parts=parts
+        )
+
+    def of_part(self, name: str) -> "Evaluation":
+        """The same, with a part of the reward in its place."""
+        return replace(self, rewards=self.parts[name])
+
+    def save(self, path: Path, shown: int = SHOWN_IMAGES) -> None:
+        """Writes the scores and the first images, by default those which the run's pictures show."""
         prompts = json.dumps([prompt.to_json() for prompt in self.prompts])
-        arrays = {"prompts": np.array(prompts), "rewards": self.rewards, "images": self.images[:SHOWN_IMAGES]}
+        arrays = {"prompts": np.array(prompts), "rewards": self.rewards, "images": self.images[:shown]}
         arrays |= {f"part:{name}": values for name, values in self.parts.items()}
         arrays["not_finite"] = np.array(self.not_finite)
         if self.contents is not None:
@@ -105,13 +118,13 @@ def _scores(rewards: np.ndarray, prompts: Sequence[Prompt]) -> dict:
     return {"reward_mean": found.mean, "reward_ci95": found.ci95, "prompts": found.prompts, "images": found.images}
 
 
-def _first_images(images: np.ndarray, start: int, total: int, processes: Processes) -> np.ndarray:
-    """Of `total` images the ones that pictures show, on every process; alone, all. `images` begin at `start`."""
+def _first_images(images: np.ndarray, start: int, count: int, processes: Processes) -> np.ndarray:
+    """The first `count` images on every process; alone, all. `images` begin at `start`."""
     if processes.count == 1:
         return images
-    shown = torch.zeros(min(SHOWN_IMAGES, total), *images.shape[1:], dtype=torch.uint8)
-    count = max(0, min(len(images), len(shown) - start))
-    shown[start : start + count] = torch.from_numpy(images[:count])
+    shown = torch.zeros(count, *images.shape[1:], dtype=torch.uint8)
+    own = max(0, min(len(images), len(shown) - start))
+    shown[start : start + own] = torch.from_numpy(images[:own])
     return processes.sum(shown, "the evaluation's images").numpy()
 
 
@@ -122,37 +135,45 @@ def _mean_of_finite(values: np.ndarray) -> float | None:
 
 def evaluate(
     sampler: Sampler,
-    prompts: list[Prompt],
+    chosen: list[Prompt],
     reward: WeightedReward | RewardPool,
     draw: Draw,
-    config: EvaluationConfig,
+    seed: int,
     on_step: Callable[[float], None] | None = None,
     processes: Processes = ALONE,
     sharded: bool = False,
     remedy: str = "",
     begun: bool = False,
+    beside: RewardPool | None = None,
+    shown: int = SHOWN_IMAGES,
 ) -> Evaluation:
-    """Draws `config.images` images of held-out `prompts` with the sampler's weights and scores them.
+    """Draws an image of each of the `chosen` prompts with the sampler's weights and scores it, also by the rewards
+    `beside`, whose names get `WATCHED` in front.
 
     Each of `processes` draws whole batches of `draw` if there is one for each, so that an image is the same to the last
-    bit on any number of them; all of them get the scores of all images, and the first images. If the sampler's weights
-    are `sharded`, they compute equally often.
+    bit on any number of them; all of them get the scores of all images, and the first `shown` ones. If the sampler's
+    weights are `sharded`, they compute equally often.
 
     Raises UserError if no image is finite, with what helps a model that has `begun` to be trained; or, which ends with
     `remedy`, if no image could be scored.
     """
-    chosen = in_turn(prompts, lambda prompt: prompt.tag, config.images)
     unit = draw.batch_size if len(chosen) >= draw.batch_size * processes.count else 1
     ranges = [range(*ends) for ends in even_ranges(len(chosen), processes.count, unit)]
     start, stop = ranges[processes.rank].start, ranges[processes.rank].stop
     drawn = [chosen[number] for number in filled(ranges, processes.rank, sharded=sharded)]
-    pictures = draw_images(sampler, drawn, draw, first=start, seed=config.seed, on_step=on_step)
+    pictures = draw_images(sampler, drawn, draw, first=start, seed=seed, on_step=on_step)
     images, faults = (part[: stop - start] for part in pictures)
     mine = reward.score_groups(images, chosen[start:stop], group_size=1, faults=faults)
     scores = gather_scores(mine, Share(start, stop, 1), chosen, processes, "the evaluation's rewards")
-    images = _first_images(images, start, len(chosen), processes)
+    parts = {name: values[:, 0] for name, values in scores.parts.items()}
+    if beside is not None:
+        asked = [scored_by_all(prompt) for prompt in chosen[start:stop]]
+        mine = beside.score_groups(images, asked, group_size=1, faults=faults)
+        watched = gather_scores(mine, Share(start, stop, 1), chosen, processes, "the rewards beside the evaluation's")
+        parts |= {f"{WATCHED}{name}": values[:, 0] for name, values in watched.parts.items()}
+    images = _first_images(images, start, min(shown, len(chosen)), processes)
     if not scores.finite.any():
-        place = sampler.first_fault(chosen[0], draw, number=0, seed=stream_seed(config.seed, "evaluation"))
+        place = sampler.first_fault(chosen[0], draw, number=0, seed=stream_seed(seed, "evaluation"))
         raise SharedError(
             f"no image of the evaluation is finite; the first: {scores.failures[0]}{place}: "
             f"{finite_remedy(sampler.dtype, begun=begun)}"
@@ -161,10 +182,10 @@ def evaluate(
         raise SharedError(
             f"no image of the evaluation could be scored; the first failure: {scores.failures[0]}{remedy}"
         )
-    parts = {name: values[:, 0] for name, values in scores.parts.items()}
     rewards = reward if isinstance(reward, WeightedReward) else reward.reward
+    contents = rewards.contents | ({} if beside is None else beside.reward.contents)
     not_finite = int((~scores.finite).sum())
-    return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures, rewards.contents, not_finite)
+    return Evaluation(chosen, scores.rewards[:, 0], images, parts, scores.failures, contents, not_finite)
 
 
 def draw_images(

@@ -56,7 +56,7 @@ def write_results(
         folder: the run's, with its `metrics.jsonl`.
         before, after: scores of the original and of the trained model.
         config: the run's.
-        source: the summary of the groups' source.
+        source: the summary of the groups' source, and of the looks.
         iteration: number of finished iterations.
         console: shows the table and the last lines.
         evaluated: the prompts of before and after, as in "held-out prompts".
@@ -85,7 +85,7 @@ def write_results(
     middle = [
         (line["iteration"], {key.removeprefix("heldout_"): value for key, value in line.items()})
         for line in lines
-        if "heldout_reward_mean" in line
+        if "heldout_reward_mean" in line and line["iteration"] <= iteration
     ]
     evaluations = [(0, summary["before"]), *middle, (iteration, summary["after"])]
     reward_curve(lines, evaluations, evaluated, folder / "reward_curve.png")

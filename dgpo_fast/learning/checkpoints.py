@@ -21,6 +21,9 @@ class Checkpoints:
         processes: those that share the run; the first one writes.
         about: gives what every manifest says of the run: JSON values by name, with fingerprints under "depends".
         earlier: fingerprints that earlier versions would have kept (`depends.changed`).
+
+    Attributes:
+        good: the newest checkpoint until this iteration is kept beside the newest ones; None: no other is kept.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Checkpoints:
     ):
         self.learner, self.processes, self.about, self.earlier = learner, processes, about, earlier
         self.writer: CheckpointWriter | None = None
+        self.good: int | None = None
 
     def check(self) -> None:
         """Raises UserError if the disk has refused a checkpoint that was being written."""
@@ -64,17 +68,17 @@ class Checkpoints:
                 parts = {part: models.whole(tensors) for part, tensors in parts.items()}
             if self.writer is None:
                 return
-            self.writer.save(self.learner.iteration, parts, copied=sharded)
+            self.writer.save(self.learner.iteration, parts, copied=sharded, good=self.good)
             if wait:
                 self.writer.wait()
 
-    def restore(self, folder: Path) -> tuple[JsonObject, list[str]]:
-        """Goes back to the newest valid checkpoint of the run in `folder`.
+    def restore(self, folder: Path, until: int | None = None) -> tuple[JsonObject, list[str]]:
+        """Goes back to the newest valid checkpoint of the run in `folder`, or of those `until` an iteration.
 
         Returns what its manifest says of the run, and a line for each checkpoint passed over. Raises UserError if there
         is none, if it does not fit the model, or if what the run depends on has changed.
         """
-        state, passed_over = self._newest(folder)
+        state, passed_over = self._newest(folder, until)
         self._require_same(folder, state.info.get("depends", {}))
         learner, models = self.learner, self.learner.models
         try:
@@ -104,12 +108,12 @@ class Checkpoints:
     def _parts(self) -> dict[str, Weights]:
         return {**self.learner.weights, "optimizer": optimizer_tensors(self.learner.optimizer)}
 
-    def _newest(self, folder: Path) -> tuple[State, list[str]]:
+    def _newest(self, folder: Path, until: int | None) -> tuple[State, list[str]]:
         """What process 0 finds on its disk, on every process."""
         found = None
         with self.processes.together("the newest checkpoint"):
             if self.processes.first:
-                found = load_newest(folder / "checkpoints")
+                found = load_newest(folder / "checkpoints", until)
         about = None if found is None else [found[0].iteration, found[0].info, found[1]]
         iteration, info, passed_over = self.processes.broadcast(about, "the newest checkpoint")
         tensors = self.processes.broadcast_tensors(found[0].tensors if found else None, "the newest checkpoint")

@@ -16,6 +16,7 @@ from dgpo_fast.learning.optimizers import make_optimizer
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.batch import Batch, add_metrics
+from dgpo_fast.objectives.drift import as_numbers, with_drift
 from dgpo_fast.objectives.registry import load_objective, traits
 from dgpo_fast.records import Metrics
 from dgpo_fast.run.metrics import Phases, write_json
@@ -92,7 +93,7 @@ class Learner:
         return {
             "learning_rate": rate,
             "steps_skipped_count": skipped,
-            **self._sum({name: float(value) for name, value in totals.items()}, f"the metrics of iteration {number}"),
+            **with_drift(self._sum(as_numbers(totals), f"the metrics of iteration {number}")),
         }
 
     def average(self, step: int) -> None:

@@ -48,6 +48,7 @@ class AWMObjective(DenoisingObjective):
         return Traits(
             levels_at_once=levels_at_once(config, config.awm),
             drawn_by="policy" if config.awm.clip_range is None else "old",
+            norm_hinge=True,
             shardable=True,
         )
 
@@ -87,7 +88,7 @@ class AWMObjective(DenoisingObjective):
         for noised in self._noised(batch, levels, models):
             known = replace(noised, predicted={**noised.predicted, "log_ratio": log_ratio})
             scale = 1 / (batch.samples * len(levels))
-            add_metrics(totals, sweep(known, models, scale, self.micro_batch, self.losses), 1.0)
+            add_metrics(totals, sweep(known, models, scale, self.micro_batch, self.losses, self.norm_hinge), 1.0)
         return totals
 
     @torch.no_grad()

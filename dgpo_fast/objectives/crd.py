@@ -71,8 +71,10 @@ class CRDObjective(DenoisingObjective):
         """See `Objective.traits`."""
         return Traits(
             levels_at_once=levels_at_once(config, config.crd),
-            guided_base=_has_kl(config.crd) and Guidance(config.crd.kl_guidance_scale).pairs,
+            guided_base=(_has_kl(config.crd) or config.regulariser.norm_hinge > 0)
+            and Guidance(config.crd.kl_guidance_scale).pairs,
             optimizer_steps=config.crd.optimizer_steps,
+            norm_hinge=True,
             shardable=True,
         )
 
@@ -100,7 +102,7 @@ class CRDObjective(DenoisingObjective):
             noised, centres = self._with_means(noised, models), _known
         else:
             size = size // batch.group_size * batch.group_size
-        return sweep(noised, models, scale, size, partial(self.losses, centres=centres))
+        return sweep(noised, models, scale, size, partial(self.losses, centres=centres), self.norm_hinge)
 
     def _with_means(self, noised: Noised, models: PolicyModels) -> Noised:
         """`noised` with the mean implicit rewards of each sample's group, from a pass without a gradient."""

@@ -29,9 +29,9 @@ from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
+from dgpo_fast.objectives.drift import DRIFT, drift_sums, norm_hinge
 from dgpo_fast.objectives.equal_groups import zero_gradients
-from dgpo_fast.objectives.group_loss import Level
-from dgpo_fast.objectives.levels import Inputs, frozen_batch, predict_levels
+from dgpo_fast.objectives.levels import Inputs, Level, frozen_batch, predict_levels
 from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.objectives.protocol import Objective
 from dgpo_fast.records import Metrics
@@ -49,8 +49,8 @@ class Noised:
         weight: (B,) fp32, 0 for padding.
         key: (B,) int64, of the noise.
         seed, draw: () int64 each, of the noise.
-        predicted: (B, …) by name: `ref_v` is the base's velocity, with guidance if the objective has it, and `old_v`
-            θ_old's.
+        predicted: (B, …) by name: `ref_v` is the base's velocity, with guidance if the objective has it, `base_v` the
+            one without, if `ref_v` has guidance, and `old_v` θ_old's.
     """
 
     batch: Batch
@@ -67,6 +67,11 @@ class Noised:
         """v* = ε − x0, (B, C, H, W)."""
         x0 = self.batch.x0
         return philox_normal(tuple(x0.shape[1:]), self.key, seed=self.seed, draw=self.draw, dtype=x0.dtype) - x0
+
+    @property
+    def base_v(self) -> Tensor | None:
+        """The base's velocity without guidance, (B, C, H, W); None if it was not predicted."""
+        return self.predicted.get("base_v", self.predicted.get("ref_v"))
 
     def velocity(self, name: str) -> Tensor:
         """`predicted[name]` in fp32, or wider."""
@@ -117,7 +122,9 @@ class DenoisingObjective(Objective):
     """
 
     def __init__(self, config: Config, settings: Settings, *, ref: bool, old: bool, guidance_scale: float = 1.0):
-        self.settings, self.ref, self.old, self.guidance_scale = settings, ref, old, guidance_scale
+        self.settings, self.old, self.guidance_scale = settings, old, guidance_scale
+        self.norm_hinge = config.regulariser.norm_hinge
+        self.ref = ref or self.norm_hinge > 0
         self.needs = self.traits(config)
         if settings.levels == "logit_normal" and config.rollout.shift is None:
             name = config.objective
@@ -160,7 +167,7 @@ class DenoisingObjective(Objective):
 
     def backward(self, noised: Noised, models: PolicyModels, scale: float) -> dict[str, Tensor]:
         """Adds the gradient of `scale` times the sum of the samples' losses; the metrics, summed and scaled alike."""
-        return sweep(noised, models, scale, self.micro_batch, self.losses)
+        return sweep(noised, models, scale, self.micro_batch, self.losses, self.norm_hinge)
 
     def drawn_levels(self, batch: Batch) -> list[Level]:
         """The noise levels of the iteration that `batch` is of."""
@@ -189,7 +196,8 @@ class DenoisingObjective(Objective):
     def _predict(self, models: PolicyModels, x_t: Tensor, timestep: Tensor, text: TextEmbeds) -> dict[str, Tensor]:
         found = {}
         if self.ref and Guidance(self.guidance_scale).pairs:
-            found["ref_v"] = guided(models.base, *predict_pair(models.base, x_t, timestep, text), self.guidance_scale)
+            found["base_v"], negative_v = predict_pair(models.base, x_t, timestep, text)
+            found["ref_v"] = guided(models.base, found["base_v"], negative_v, self.guidance_scale)
         elif self.ref:
             found["ref_v"] = predict(models.base, x_t, timestep, text)
         if self.old:
@@ -197,13 +205,22 @@ class DenoisingObjective(Objective):
         return found
 
 
-def sweep(noised: Noised, models: PolicyModels, scale: float, size: int, losses: Losses) -> dict[str, Tensor]:
-    """Forward and backward of `noised` in micro-batches of `size`; see `DenoisingObjective.backward`."""
+def sweep(
+    noised: Noised, models: PolicyModels, scale: float, size: int, losses: Losses, hinge_weight: float
+) -> dict[str, Tensor]:
+    """Forward and backward of `noised` in micro-batches of `size`, with the norm hinge; see
+    `DenoisingObjective.backward`."""
     totals: Metrics = {}
     for rows in batch_slices(len(noised), size):
         some = noised[rows]
-        found = losses(policy_v(models, some.inputs), some)
+        velocity, base_v = policy_v(models, some.inputs), some.base_v
+        found = losses(velocity, some)
+        if hinge_weight and base_v is not None:
+            found["norm_hinge"] = norm_hinge(velocity, some.predicted["ref_v"])
+            found["loss"] = found["loss"] + hinge_weight * found["norm_hinge"]
         summed = {name: (some.weight * value).sum() for name, value in found.items()}
+        if base_v is not None:
+            summed[DRIFT] = drift_sums(velocity, base_v, some.predicted["ref_v"], some.sigma, some.weight)
         (scale * summed["loss"]).backward()
         add_metrics(totals, summed, scale)
     return totals

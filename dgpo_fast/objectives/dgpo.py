@@ -22,8 +22,8 @@ from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.first_level import first_sigma, is_shared
-from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
-from dgpo_fast.objectives.levels import draw_training_steps, frozen_batch, training_sigmas
+from dgpo_fast.objectives.group_loss import GroupLoss, compare
+from dgpo_fast.objectives.levels import Level, draw_training_steps, frozen_batch, training_sigmas
 from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.records import Metrics
@@ -41,6 +41,7 @@ class DGPOObjective(Objective):
             guided_base=Guidance(config.dgpo.kl_guidance_scale).pairs
             and (config.dgpo.kl_weight > 0 or _scores_against_guided(config.dgpo)),
             shared_sigma=first_sigma(config) if config.dgpo.lowest_sigma is None else None,
+            norm_hinge=True,
             shardable=True,
         )
 
@@ -57,7 +58,10 @@ class DGPOObjective(Objective):
             forward_batch=config.rollout.batch_size,
             clip_range=self.config.clip_range,
             kl_weight=self.config.kl_weight,
+            norm_hinge=config.regulariser.norm_hinge,
+            ref_is_base=self.config.reference == "frozen",
         )
+        self.needs_base = self.config.kl_weight > 0 or self.loss.norm_hinge > 0
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """See `Objective.accumulate`.
@@ -73,10 +77,10 @@ class DGPOObjective(Objective):
         )
 
     def _learn_of_equal(self, batch: Batch, models: PolicyModels) -> dict[str, Tensor]:
-        """Groups of equal rewards: their s is always 0, so only the KL term has a gradient."""
+        """Groups of equal rewards: their s is always 0, so only what holds the policy at the base has a gradient."""
         if not self.skip_equal_groups:
             return self._learn(batch, models, kl_alone=False)
-        if self.config.kl_weight > 0:
+        if self.needs_base:
             return self._learn(batch, models, kl_alone=True)
         zero_gradients(models)
         share = len(batch.x0) / batch.samples
@@ -128,9 +132,13 @@ class DGPOObjective(Objective):
         if self.needs.guided_base:
             ref_v, negative_v = predict_pair(models.base, x_t, timestep, text)
             guided_v = guided(models.base, ref_v, negative_v, self.config.kl_guidance_scale)
-            found = {"ref_v": guided_v} if _scores_against_guided(self.config) else {"ref_v": ref_v, "kl_v": guided_v}
-        elif self.config.reference == "frozen" or self.config.kl_weight > 0:
+            found = {"ref_v": ref_v, "kl_v": guided_v}
+            if _scores_against_guided(self.config):
+                found = {"ref_v": guided_v, "base_v": ref_v}
+        elif self.config.reference == "frozen" or self.needs_base:
             found["ref_v"] = predict(models.base, x_t, timestep, text)
+        if self.config.reference == "ema" and found:
+            found["base_v"] = found["ref_v"]
         if self._needs_old and not kl_alone:
             old_v = predict(models.behaviour, x_t, timestep, text)
             if self.config.clip_range is not None:

@@ -22,8 +22,8 @@ from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
-from dgpo_fast.objectives.group_loss import GroupLoss, Level, compare
-from dgpo_fast.objectives.levels import frozen_batch
+from dgpo_fast.objectives.group_loss import GroupLoss, compare
+from dgpo_fast.objectives.levels import Level, frozen_batch
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.seeds import stream_seed
 
@@ -37,7 +37,7 @@ class DiffusionDPOObjective(Objective):
     def traits(cls, config: Config) -> Traits:
         """See `Objective.traits`."""
         levels = config.diffusion_dpo.timesteps if config.engine.batch_timesteps else 1
-        return Traits(levels_at_once=levels, shardable=True)
+        return Traits(levels_at_once=levels, norm_hinge=True, shardable=True)
 
     def __init__(self, config: Config):
         self.config, self.needs = config.diffusion_dpo, self.traits(config)
@@ -46,7 +46,10 @@ class DiffusionDPOObjective(Objective):
         self.noise_seed = stream_seed(config.seed, "training noise")
         self.level_seed = stream_seed(config.seed, "noise levels")
         self.loss = GroupLoss(
-            beta=self.config.beta, micro_batch=config.policy.micro_batch_size, forward_batch=config.rollout.batch_size
+            beta=self.config.beta,
+            micro_batch=config.policy.micro_batch_size,
+            forward_batch=config.rollout.batch_size,
+            norm_hinge=config.regulariser.norm_hinge / self.config.beta,
         )
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
@@ -59,8 +62,8 @@ class DiffusionDPOObjective(Objective):
         return pairs.learn(partial(self._learn, models=models), partial(self._learn_of_equal, models=models))
 
     def _learn_of_equal(self, pairs: Batch, models: PolicyModels) -> dict[str, Tensor]:
-        """Pairs of equal rewards: each has the loss −log sigmoid(0) and no gradient."""
-        if not self.skip_equal_groups:
+        """Pairs of equal rewards: each has the loss −log sigmoid(0), and a gradient from a hinge alone."""
+        if not self.skip_equal_groups or self.loss.norm_hinge > 0:
             return self._learn(pairs, models)
         zero_gradients(models)
         return {"loss": torch.full((), log(2) * len(pairs.x0) / pairs.samples, device=pairs.x0.device)}

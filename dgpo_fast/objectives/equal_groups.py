@@ -1,4 +1,5 @@
-"""Groups of equal rewards: they prefer no image, so only a KL term gives them a gradient."""
+"""Groups of equal rewards: they prefer no image, so only what holds the policy at the base gives them a
+gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.batch import Batch, add_metrics
 
-OF_ALL_GROUPS = ("loss", "kl")
+OF_ALL_GROUPS = ("loss", "kl", "norm_hinge")
 Learn = Callable[[Batch], dict[str, Tensor]]
 """Adds the gradient of some of the groups, and returns their part of the metrics' means over all groups."""
 
@@ -32,7 +33,7 @@ class SortedGroups:
     def learn(self, preferring: Learn, equal: Learn) -> dict[str, Tensor]:
         """Trains on each kind with its own function.
 
-        Returns means over samples: `loss` and `kl` of all groups, the others of those that prefer.
+        Returns means over samples: `loss`, `kl` and `norm_hinge` of all groups, the others of those that prefer.
         """
         totals: dict[str, Tensor] = {}
         if self.preferring is not None:

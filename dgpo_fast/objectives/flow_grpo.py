@@ -32,6 +32,7 @@ from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
+from dgpo_fast.objectives.drift import drift_terms
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.levels import Inputs, frozen_batch, predict_levels
 from dgpo_fast.objectives.protocol import Objective, Traits
@@ -55,11 +56,14 @@ class FlowGRPOObjective(Objective):
             frozen_policy=needs_pairs and not whole,
             optimizer_steps=config.flow_grpo.optimizer_steps,
             drawn_by="policy",
+            norm_hinge=True,
             shardable=True,
         )
 
     def __init__(self, config: Config):
         self.config, self.needs = config.flow_grpo, self.traits(config)
+        self.norm_hinge = config.regulariser.norm_hinge
+        self.needs_base = self.config.kl_weight > 0 or self.norm_hinge > 0
         self.rollout, self.seed = config.rollout, config.seed
         self.guidance_scale = config.rollout.guidance_scale
         self.skip_equal_groups = config.engine.skip_equal_groups
@@ -101,10 +105,11 @@ class FlowGRPOObjective(Objective):
         return sorted(steps.start + int(step) for step in rng.choice(len(steps), self.config.steps, replace=False))
 
     def _learnt_from(self, batch: Batch) -> Batch | None:
-        """The groups that can change the gradient; None if there are none. A KL term needs all forwards of all."""
+        """The groups that can change the gradient; None if there are none. What holds the policy at the base needs
+        all."""
         if len(batch.x0) == 0:
             return None
-        if self.config.kl_weight > 0 or not self.skip_equal_groups:
+        if self.needs_base or not self.skip_equal_groups:
             return batch
         return sort_groups(batch).preferring
 
@@ -117,7 +122,8 @@ class FlowGRPOObjective(Objective):
         the KL term alone must be told of them.
         """
         assert batch.transitions is not None and batch.schedule.noise is not None
-        mean = transition_mean(batch, step, self._policy_v(batch, models, step, constant.get("negative_v")))
+        velocity = self._policy_v(batch, models, step, constant.get("negative_v"))
+        mean = transition_mean(batch, step, velocity)
         ratio, clip = torch.exp(self._log_ratio(batch, step, mean)), self.config.clip_range
         unclipped, clipped = -batch.advantage * ratio, -batch.advantage * ratio.clamp(1 - clip, 1 + clip)
         loss = torch.maximum(unclipped, clipped).mean()
@@ -133,7 +139,12 @@ class FlowGRPOObjective(Objective):
             kl = (weight[:, None, None, None] * (mean - ref_mean).square()).mean() / (
                 2 * diffusion(batch, step).square()
             )
-            metrics |= {"loss": metrics["loss"] + self.config.kl_weight * kl, "kl": kl}
+            sigma, hinge = batch.schedule.sigmas[step], self.norm_hinge > 0
+            both = constant["ref_v"], constant["ref_v"]
+            drift = drift_terms(velocity, *both, sigma, samples=len(weight), hinge=hinge, weight=weight)
+            metrics |= {"loss": metrics["loss"] + self.config.kl_weight * kl, "kl": kl, **drift}
+            if hinge:
+                metrics["loss"] = metrics["loss"] + self.norm_hinge * drift["norm_hinge"]
         return metrics
 
     def _log_ratio(self, batch: Batch, step: int, mean: Tensor) -> Tensor:
@@ -165,7 +176,7 @@ class FlowGRPOObjective(Objective):
         predicted together.
         """
         assert batch.transitions is not None
-        if self.config.kl_weight == 0 and not self.needs.frozen_policy:
+        if not self.needs_base and not self.needs.frozen_policy:
             yield from ({} for _ in steps)
             return
         states, timesteps, forward = batch.transitions.states, batch.schedule.timesteps, partial(self._predict, models)
@@ -175,7 +186,7 @@ class FlowGRPOObjective(Objective):
 
     def _predict(self, models: PolicyModels, x: Tensor, timestep: Tensor, text: TextEmbeds) -> dict[str, Tensor]:
         found = {}
-        if self.config.kl_weight > 0:
+        if self.needs_base:
             found["ref_v"] = self._velocity(models.base, x, timestep, text)
         if self.needs.frozen_policy:
             with autocast(models):

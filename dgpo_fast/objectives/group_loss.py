@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from dgpo_kernels import DGPOLoss, dgpo_loss, group_noise
+from dgpo_kernels import DGPOLoss, dgpo_loss
 from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
 from dgpo_fast.models.forward import batch_slices, predict
 from dgpo_fast.models.policy import PolicyModels, autocast
 from dgpo_fast.objectives.batch import Batch, add_metrics
-from dgpo_fast.objectives.levels import Forward, Inputs, predict_levels
+from dgpo_fast.objectives.drift import drift_terms
+from dgpo_fast.objectives.levels import Forward, Inputs, Level, predict_levels
 
 ReduceScores = Callable[[Tensor], Tensor]
 """A micro-batch's parts of its samples' group scores → the whole scores, (B,) each."""
@@ -31,8 +32,10 @@ class Comparison:
         advantage: (B,) fp32.
         group_index: (B,) int64.
         group_size: samples per group.
-        ref_v, old_v, kl_v: (R, C, H, W) velocities of the reference, of θ_old (None: no clip), and of the KL term's
-            reference (None: `ref_v`).
+        sigma: () or (R,).
+        ref_v, old_v, kl_v, base_v: (R, C, H, W) velocities of the reference, of θ_old (None: no clip), of the KL term's
+            reference (None: `ref_v`), and of the base model without guidance (None: it was not predicted, or is
+            `ref_v`, see `GroupLoss.ref_is_base`).
         seed, draw: () int64 each, of the noise.
         shared: see `Level`.
         part: where these samples stand among those of all processes; None if they are all.
@@ -44,12 +47,14 @@ class Comparison:
     advantage: Tensor
     group_index: Tensor
     group_size: int
+    sigma: Tensor
     ref_v: Tensor
     seed: Tensor
     draw: Tensor
     shared: bool = False
     old_v: Tensor | None = None
     kl_v: Tensor | None = None
+    base_v: Tensor | None = None
     part: BatchPart | None = None
     padding: int = 0
 
@@ -99,29 +104,6 @@ class Comparison:
         return len(self.x0)
 
 
-@dataclass(frozen=True)
-class Level:
-    """A noise level.
-
-    Attributes:
-        sigma, timestep: () or (B,) each; () if it is shared.
-        draw: the number of its noise.
-        shared: whether a group's samples share one row of a forward (`objectives/first_level.py`).
-    """
-
-    sigma: Tensor
-    timestep: Tensor
-    draw: int
-    shared: bool = False
-
-    def inputs(self, batch: Batch, seed: Tensor, draw: Tensor) -> Inputs:
-        """What the transformers read of `batch` at this level; `seed` and `draw` are the noise's, on its device."""
-        if self.shared:
-            batch = batch.group_means()
-        x_t = group_noise(batch.x0, self.sigma, batch.group_index, seed=seed, draw=draw)
-        return Inputs(x_t, self.timestep, batch.text)
-
-
 def compare(
     batch: Batch, levels: Sequence[Level], forward: Forward, *, seed: int, batch_size: int, at_once: int
 ) -> Iterator[Comparison]:
@@ -130,7 +112,7 @@ def compare(
     Args:
         batch: whole groups, each of which shares its noise.
         levels: in this order.
-        forward: predicts `ref_v`, and `old_v` and `kl_v` if they are needed; see `Comparison`.
+        forward: predicts `ref_v`, and `old_v`, `kl_v` and `base_v` if they are needed; see `Comparison`.
         seed: of the noise.
         batch_size: rows per forward.
         at_once: levels that are predicted together.
@@ -152,6 +134,7 @@ def compare(
                 advantage=batch.advantage,
                 group_index=batch.group_index,
                 group_size=batch.group_size,
+                sigma=level.sigma,
                 seed=noise_seed,
                 draw=draw,
                 shared=level.shared,
@@ -168,10 +151,13 @@ def _on_device(number: int, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupLoss:
-    """mean_g softplus(s_g)/β + kl_weight · KL over a whole `Comparison` (`dgpo_kernels.dgpo_loss`).
+    """mean_g softplus(s_g)/β + kl_weight · KL + norm_hinge · hinge over a whole `Comparison` (`dgpo_kernels.dgpo_loss`,
+    `drift.norm_hinge`).
 
     Attributes:
         beta, clip_range, kl_weight: as `dgpo_kernels.dgpo_loss` takes them.
+        norm_hinge: the weight of the hinge; needs the base's velocity.
+        ref_is_base: whether `ref_v` is the base's velocity without guidance, if no `base_v` was predicted.
         micro_batch: rows per forward and backward.
         forward_batch: rows per forward without a gradient.
     """
@@ -181,6 +167,8 @@ class GroupLoss:
     forward_batch: int
     clip_range: float | None = None
     kl_weight: float = 0.0
+    norm_hinge: float = 0.0
+    ref_is_base: bool = True
 
     def backward(self, comparison: Comparison, models: PolicyModels, weight: float) -> dict[str, Tensor]:
         """Adds the gradient of `weight` times the loss to the policy; returns the loss and per-sample means."""
@@ -220,12 +208,26 @@ class GroupLoss:
 
         `scores` gives the scores of groups that are not whole in `rows`; see `dgpo_kernels.dgpo_loss`.
         """
-        loss = self._loss(comparison, _policy_v(comparison, models, rows), rows, scores)
-        (weight * loss.loss).backward()
+        policy_v = _policy_v(comparison, models, rows)
+        loss = self._loss(comparison, policy_v, rows, scores)
+        drift = self._drift(comparison, policy_v, rows)
+        total = loss.loss + self.norm_hinge * drift["norm_hinge"] if self.norm_hinge else loss.loss
+        (weight * total).backward()
         count = (rows.stop - rows.start) * comparison.row_samples
-        metrics = {"loss": loss.loss.detach()}
+        metrics = {"loss": total.detach(), **{name: value.detach() for name, value in drift.items()}}
         add_metrics(metrics, _means(loss, count), count / comparison.samples)
         return metrics
+
+    def _drift(self, comparison: Comparison, policy_v: Tensor, rows: slice) -> dict[str, Tensor]:
+        """`drift_terms` of `rows`; nothing if the base was not predicted."""
+        own_ref_v = comparison.ref_v if self.ref_is_base else comparison.base_v
+        base_v = own_ref_v if comparison.base_v is None else comparison.base_v
+        if base_v is None or own_ref_v is None:
+            return {}
+        ref_v = own_ref_v if comparison.kl_v is None else comparison.kl_v
+        sigma = comparison.sigma.expand(len(comparison.inputs))
+        own = [comparison.spread(values, rows) for values in (policy_v, base_v[rows], ref_v[rows], sigma[rows])]
+        return drift_terms(*own, samples=comparison.samples, hinge=self.norm_hinge > 0)
 
     @torch.no_grad()
     def _group_score(self, comparison: Comparison, models: PolicyModels) -> Tensor:

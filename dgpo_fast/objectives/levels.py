@@ -1,16 +1,18 @@
-"""Predictions of frozen weights at several noise levels, in full batches (`engine.batch_timesteps`)."""
+"""Noise levels, and predictions of frozen weights at several of them, in full batches (`engine.batch_timesteps`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from dgpo_kernels import group_noise
 from torch import Tensor
 
 from dgpo_fast.config.options import Rollout
 from dgpo_fast.models.family import Guidance
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.text_embeds import TextEmbeds
+from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.seeds import stream_seed
 
@@ -38,6 +40,29 @@ class Inputs:
     def __getitem__(self, rows: slice) -> "Inputs":
         """Some of the rows."""
         return Inputs(self.x_t[rows], self.timestep.expand(len(self))[rows], self.text[rows])
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level.
+
+    Attributes:
+        sigma, timestep: () or (B,) each; () if it is shared.
+        draw: the number of its noise.
+        shared: whether a group's samples share one row of a forward (`objectives/first_level.py`).
+    """
+
+    sigma: Tensor
+    timestep: Tensor
+    draw: int
+    shared: bool = False
+
+    def inputs(self, batch: Batch, seed: Tensor, draw: Tensor) -> Inputs:
+        """What the transformers read of `batch` at this level; `seed` and `draw` are the noise's, on its device."""
+        if self.shared:
+            batch = batch.group_means()
+        x_t = group_noise(batch.x0, self.sigma, batch.group_index, seed=seed, draw=draw)
+        return Inputs(x_t, self.timestep, batch.text)
 
 
 def draw_training_steps(iteration: int, *, count: int, among: int, seed: int) -> list[int]:

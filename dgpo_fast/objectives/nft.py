@@ -45,6 +45,7 @@ class NFTObjective(DenoisingObjective):
             levels_at_once=levels_at_once(config, config.nft),
             drawn_by="old",
             optimizer_steps=config.nft.optimizer_steps,
+            norm_hinge=True,
             shardable=True,
         )
 

@@ -12,8 +12,7 @@ from dgpo_kernels import philox_normal
 from torch import Tensor
 
 from dgpo_fast.config.objective_options import Levels, grid_steps
-from dgpo_fast.objectives.group_loss import Level
-from dgpo_fast.objectives.levels import draw_training_steps
+from dgpo_fast.objectives.levels import Level, draw_training_steps
 from dgpo_fast.rollout.schedule import Schedule, shifted
 from dgpo_fast.seeds import stream_seed
 

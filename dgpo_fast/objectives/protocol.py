@@ -29,6 +29,7 @@ class Traits:
             (`objectives/first_level.py`); None if there is none.
         drawn_by: whose rollouts it must learn from: "policy" the policy's own, "old" those of θ_old from the first
             iteration on, "any" any.
+        norm_hinge: whether it adds `regulariser.norm_hinge` to its loss (`objectives/drift.py`).
         shardable: whether it runs on sharded weights, where some rows of a batch may be padding (`Batch.weight`).
     """
 
@@ -40,6 +41,7 @@ class Traits:
     optimizer_steps: int = 1
     shared_sigma: float | None = None
     drawn_by: Literal["any", "policy", "old"] = "any"
+    norm_hinge: bool = False
     shardable: bool = False
 
 

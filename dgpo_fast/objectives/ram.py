@@ -25,6 +25,7 @@ class RAMObjective(DenoisingObjective):
         return Traits(
             levels_at_once=levels_at_once(config, config.ram),
             drawn_by="old" if config.ram.residual == "old" else "any",
+            norm_hinge=True,
             shardable=True,
         )
 

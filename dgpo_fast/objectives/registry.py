@@ -49,6 +49,11 @@ def load_objective(config: Config) -> Objective:
             f"distributed.shard {config.distributed.shard}: {what} does not declare that it runs with sharded weights; "
             "see `shardable` in docs/objectives.md"
         )
+    if config.regulariser.norm_hinge > 0 and not needs.norm_hinge:
+        raise UserError(
+            f"regulariser.norm_hinge {config.regulariser.norm_hinge:g}: {what} does not declare that it adds it to its "
+            "loss; see `norm_hinge` in docs/objectives.md"
+        )
     if needs.needs_transitions:
         _require_steps(config, what)
     if config.data.source == "online":

@@ -18,6 +18,10 @@ EQUAL_TOLD = 3
 """Iterations in a row of equal rewards alone, after which a user is told."""
 
 
+EQUAL_TO = 1e-5
+"""Scores of a group that differ by less than this share of the largest one are equal: float32 has seven digits."""
+
+
 class GroupLog:
     """Gets the scored groups of each iteration in turn.
 
@@ -58,7 +62,7 @@ class GroupLog:
         for name in asked:
             self._count_lost(f"reward {name!r}", bool(np.isfinite(scores.parts[name]).any()), scores.failures, folder)
         self._count_lost("", bool(scores.valid.any()), scores.failures, folder)
-        metrics = _metrics(scores)
+        metrics = _metrics(scores, list(self._reward.rewards))
         self._count_equal(metrics["groups_equal_count"], int(scores.valid.sum()))
         return metrics
 
@@ -87,12 +91,14 @@ class GroupLog:
         raise SharedError(f"{what}; the last failure: {last}; fix the reward{go_on}")
 
 
-def _metrics(scores: GroupScores) -> Metrics:
+def _metrics(scores: GroupScores, rewards: Sequence[str]) -> Metrics:
     kept = scores.rewards[scores.valid].astype(np.float64)
     metrics: Metrics = {
         "reward_mean": float(kept.mean()) if kept.size else None,
         "reward_std": float(kept.std()) if kept.size else None,
+        "reward_group_std": float(kept.std(axis=1).mean()) if kept.size else None,
         "groups_equal_count": int((np.ptp(kept, axis=1) == 0).sum()) if kept.size else 0,
+        "groups_equal_share": float((np.ptp(kept, axis=1) == 0).mean()) if kept.size else None,
         "groups_dropped_count": int((~scores.valid).sum()),
         "images_count": scores.rewards.size,
         "images_not_finite_count": int((scores.faults > 0).sum()),
@@ -101,4 +107,26 @@ def _metrics(scores: GroupScores) -> Metrics:
         # A part may be missing for some prompts, and then says nothing of them.
         present = values[np.isfinite(values) & scores.valid[:, None]]
         metrics[f"reward/{name}_mean"] = float(present.mean()) if present.size else None
+    if len(rewards) > 1:
+        for name in rewards:
+            metrics |= _of_one(name, scores.parts[name][scores.valid].astype(np.float64))
     return metrics
+
+
+def _of_one(name: str, scores: np.ndarray) -> Metrics:
+    """Of one reward among several, (P, G): deviation of all its scores and within a group, and the share of the groups
+    in which they are all equal."""
+    asked = scores[np.isfinite(scores).all(axis=1)]
+    if not asked.size:
+        return {}
+    found = {"std": asked.std(), "group_std": asked.std(axis=1).mean(), "equal_share": are_equal(asked).mean()}
+    return {f"reward/{name}_{what}": float(value) for what, value in found.items()}
+
+
+def are_equal(scores: np.ndarray) -> np.ndarray:
+    """Of (P, G) scores of one reward, in which groups they differ by rounding alone: bool (P,).
+
+    The bound is relative: it does not depend on the reward's scale.
+    """
+    equal: np.ndarray = np.ptp(scores, axis=1) <= EQUAL_TO * np.abs(scores).max(axis=1)
+    return equal

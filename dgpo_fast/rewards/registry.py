@@ -28,6 +28,7 @@ BUILT_IN = {
     "jpeg": "dgpo_fast.rewards.shipped.jpeg:JpegReward",
     "ocr": "dgpo_fast.rewards.shipped.ocr:OcrReward",
     "pickscore": "dgpo_fast.rewards.shipped.clip:PickScoreReward",
+    "pixels": "dgpo_fast.rewards.shipped.pixels:PixelsReward",
     "shapes": "dgpo_fast.tiny.shapes:ShapesReward",
 }
 

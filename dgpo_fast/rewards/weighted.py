@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -260,6 +260,11 @@ def load_rewards(specs: Sequence[str], device: torch.device | None = None) -> We
     found = {spec.name: fingerprint(spec.source, rewards[spec.name]) for spec in parsed}
     fingerprints = {name: one for name, one in found.items() if one is not None}
     return WeightedReward(rewards, weights, {spec.name: spec.source for spec in parsed}, fingerprints)
+
+
+def scored_by_all(prompt: Prompt) -> Prompt:
+    """`prompt` without its own choice of rewards."""
+    return replace(prompt, metadata={key: value for key, value in prompt.metadata.items() if key != REWARD_KEY})
 
 
 def picture_failures(faults: np.ndarray, prompts: Sequence[Prompt]) -> list[str]:

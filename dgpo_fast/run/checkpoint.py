@@ -74,8 +74,11 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.running: Future | None = None
 
-    def save(self, iteration: int, parts: Parts, copied: bool = False) -> None:
-        """Takes a copy of `parts`, unless they are `copied` already, and has it written as `iteration`'s checkpoint."""
+    def save(self, iteration: int, parts: Parts, copied: bool = False, good: int | None = None) -> None:
+        """Takes a copy of `parts`, unless they are `copied` already, and has it written as `iteration`'s checkpoint.
+
+        The newest checkpoint until iteration `good` is kept too.
+        """
         self.wait()
         names = _flat(parts)
         self.copies = (
@@ -83,7 +86,7 @@ class CheckpointWriter:
         )
         if any(tensor.is_cuda for tensor in names.values()):
             torch.cuda.current_stream().synchronize()
-        self.running = self.thread.submit(_write, self.folder, iteration, self.copies, self.keep, self.info)
+        self.running = self.thread.submit(_write, self.folder, iteration, self.copies, self.keep, self.info, good)
 
     def check(self) -> None:
         """Raises errors that have occurred so far, without waiting."""
@@ -109,7 +112,9 @@ def _flat(parts: Parts) -> dict[str, Tensor]:
     return {f"{part}/{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
 
 
-def _write(folder: Path, iteration: int, tensors: dict[str, Tensor], keep: int, info: Mapping[str, object]) -> Path:
+def _write(
+    folder: Path, iteration: int, tensors: dict[str, Tensor], keep: int, info: Mapping[str, object], good: int | None
+) -> Path:
     target = folder / f"{PREFIX}{iteration:06d}"
     if target.exists() and _is_whole(target):
         return target  # the same iteration of a run is the same state
@@ -128,19 +133,26 @@ def _write(folder: Path, iteration: int, tensors: dict[str, Tensor], keep: int, 
             _remove(target)
         staging.rename(target)
         _flush(folder)
-        _keep_newest(folder, iteration, keep)
+        _keep_newest(folder, iteration, keep, good)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(_refusal(target, error)) from None
     return target
 
 
-def _keep_newest(folder: Path, iteration: int, keep: int) -> None:
-    """Removes the checkpoints that are too old, and those of later iterations, which this run skipped as broken."""
+def _keep_newest(folder: Path, iteration: int, keep: int, good: int | None) -> None:
+    """Removes the checkpoints that are too old, but for the newest until iteration `good`, and those of later
+    iterations, which this run skipped as broken."""
     earlier = [path for path in _all(folder) if _iteration(path) <= iteration]
+    kept = [*earlier[:keep], None if good is None else newest_until(folder, good)]
     for path in _all(folder):
-        if path not in earlier[:keep]:
+        if path not in kept:
             _remove(path)
+
+
+def newest_until(folder: Path, iteration: int) -> Path | None:
+    """The newest checkpoint in `folder` that is not of an iteration after `iteration`; None if there is none."""
+    return next((path for path in _all(folder) if _iteration(path) <= iteration), None)
 
 
 def _remove(path: Path) -> None:
@@ -159,13 +171,15 @@ def _refusal(target: Path, error: Exception) -> str:
     return f"checkpoint {target} could not be saved ({_reason(error)}): {remedy}; free space and resume"
 
 
-def load_newest(folder: Path) -> tuple[State, list[str]]:
-    """The newest valid checkpoint in `folder`, and a line for each one passed over.
+def load_newest(folder: Path, until: int | None = None) -> tuple[State, list[str]]:
+    """The newest valid checkpoint in `folder`, or of those `until` an iteration, and a line for each one passed over.
 
     Raises UserError if none is valid.
     """
     passed_over: list[str] = []
     for path in _all(folder):
+        if until is not None and _iteration(path) > until:
+            continue
         try:
             return _load(path), passed_over
         except INVALID as error:

@@ -104,11 +104,14 @@ class Console:
         reward = metrics.get("reward_mean")
         head = f"reward {number(reward)}" if reward is not None else "no group scored"
         speed = f"{metrics['images_per_s']:.3g} img/s"
+        looked = "look/reward_mean" in metrics
+        if looked:
+            head += f" (fixed prompts: {with_interval(of_look(metrics))})"
         if self.progress:
             phases = f"rollout {metrics.get('rollout_s', 0):.1f} train {metrics.get('train_s', 0):.1f} s"
             status = f"{head} · {speed} · {phases} · {duration(eta_s)} left"
             self.progress.update(self.task, completed=done, status=status)
-        elif done == self.total or done == self.first + 1 or now - self.last_line_s >= PLAIN_LINE_EVERY_S:
+        elif looked or done == self.total or done == self.first + 1 or now - self.last_line_s >= PLAIN_LINE_EVERY_S:
             self.last_line_s = now
             phases = " ".join(f"{k.removesuffix('_s')} {v:.2f}" for k, v in metrics.items() if k in PHASE_KEYS)
             self._print(f"iteration {done}/{self.total}  {head}  {speed}  {duration(eta_s)} left  (s: {phases})")
@@ -162,11 +165,21 @@ def with_nan(scores: JsonObject | None) -> JsonObject | None:
 def score_cells(before: JsonObject, after: JsonObject, gain: JsonObject | None) -> list[str]:
     """Before, after, gain, prompts and images, as tables show them; see `Console.before_after`."""
     means = number(after["reward_mean"] - before["reward_mean"], sign="+")
-    shown = means if gain is None else _with_interval(gain, sign="+")
-    return [_with_interval(before), _with_interval(after), shown, str(after["prompts"]), str(after["images"])]
+    shown = means if gain is None else with_interval(gain, sign="+")
+    return [with_interval(before), with_interval(after), shown, str(after["prompts"]), str(after["images"])]
 
 
-def _with_interval(scores: JsonObject, sign: str = "") -> str:
+def of_look(metrics: Metrics) -> JsonObject:
+    """The reward of a look in an iteration's metrics, as `with_interval` takes it."""
+    return {
+        "reward_mean": metrics["look/reward_mean"],
+        "reward_ci95": metrics["look/reward_ci95"],
+        "prompts": metrics["look/prompts_count"],
+    }
+
+
+def with_interval(scores: JsonObject, sign: str = "") -> str:
+    """`0.564 ± 0.053`; of fewer than five prompts, `0.564` alone."""
     low, high = scores["reward_ci95"]
     interval = f" ± {number((high - low) / 2)}" if scores["prompts"] >= FEWEST_PROMPTS else ""
     return f"{number(scores['reward_mean'], sign=sign)}{interval}"

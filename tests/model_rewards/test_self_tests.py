@@ -13,7 +13,7 @@ from dgpo_fast.prompts.geneval import CLASSES
 from dgpo_fast.rewards import golden, load_rewards
 from dgpo_fast.rewards.registry import BUILT_IN
 from dgpo_fast.rewards.shipped import clip as clip_module
-from dgpo_fast.rewards.shipped import geneval, imagereward, jpeg, models, ocr
+from dgpo_fast.rewards.shipped import geneval, imagereward, jpeg, models, ocr, pixels
 from dgpo_fast.rewards.shipped.geneval_rules import Detection
 from dgpo_fast.rewards.shipped.ocr import OcrReward
 from dgpo_fast.tiny import data, shapes
@@ -53,6 +53,11 @@ def swapped_jpeg(monkeypatch, change) -> None:
     monkeypatch.setattr(jpeg, "_jpeg_bytes", lambda image: original(np.ascontiguousarray(change(image))))
 
 
+def swapped_pixels(monkeypatch, change) -> None:
+    original = pixels.luma
+    monkeypatch.setattr(pixels, "luma", lambda images: original(change(images)))
+
+
 def wrong_shapes(monkeypatch) -> None:
     original = shapes._templates
     monkeypatch.setattr(shapes, "_templates", lambda: (original()[0], original()[1][::-1]))
@@ -66,11 +71,16 @@ def wrong_jpeg(monkeypatch) -> None:
     monkeypatch.setattr(jpeg, "_jpeg_bytes", lambda image: 1000)
 
 
+def wrong_pixels(monkeypatch) -> None:
+    monkeypatch.setattr(pixels, "luma", lambda images: images.mean(-1) / 255)
+
+
 # Rewards without weights of their own: how their pictures go astray, and what stands for the wrong model.
 WEIGHTLESS = {
     "shapes": (swapped_shapes, wrong_shapes),
     "ocr": (swapped_ocr, wrong_ocr),
     "jpeg": (swapped_jpeg, wrong_jpeg),
+    "pixels": (swapped_pixels, wrong_pixels),
 }
 
 
