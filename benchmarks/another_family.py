@@ -1,6 +1,6 @@
 """Whether a family other than Stable Diffusion 3 learns: a small Z-Image, pretrained and then reinforced with DGPO.
 
-    python -m benchmarks.another_family pretrain [--minutes 60]
+    python -m benchmarks.another_family pretrain [--processes 2] [--minutes 60]
     python -m benchmarks.another_family train [--seeds 0 1] [--setting value …]
     python -m benchmarks.another_family table
 
@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from dgpo_fast.run.start import iterations_done
 from dgpo_fast.tiny import PIPELINE_DIR, data
 from dgpo_fast.tiny.model import words
 from dgpo_fast.tiny.optimise import OutOfTime, Session, optimise
-from dgpo_fast.tiny.pretrain import progress
+from dgpo_fast.tiny.pretrain import helpers, progress
 from dgpo_fast.tiny.stages import Pretraining, Stage, dataset, flow_matching_stage, latents
 
 WORK = Path("runs/another-family")
@@ -143,15 +145,20 @@ def transformer_stage(pipe: ZImagePipeline, prompts: list[data.Prompt], x0_all: 
     return flow_matching_stage(modules, velocity, (TEXT_TOKENS,), prompts, x0_all, config)
 
 
-def pretrain(config: Pretraining, work: Path, minutes: float) -> None:
-    """Trains from the checkpoint in `work`, if there is one, and saves the pipeline, complete or as far as it came."""
+def pretrain(config: Pretraining, session: Session) -> ZImagePipeline:
+    """Trains from the session's checkpoint, if there is one; the pipeline, complete or as far as it came."""
     pipe, (prompts, pictures) = build_pipeline(config.seed), dataset(config)
+    with suppress(OutOfTime):
+        optimise(transformer_stage(pipe, prompts, latents(pipe, pictures), config), session)
+    return pipe
+
+
+def pretrain_and_save(config: Pretraining, work: Path, minutes: float, processes: int) -> None:
+    """Pretrains for so long at most, and saves the pipeline and a record in `work`."""
     with progress(Console()) as report:
         session = Session(config, work, time.monotonic() + 60 * minutes, report=report)
-        try:
-            optimise(transformer_stage(pipe, prompts, latents(pipe, pictures), config), session)
-        except OutOfTime:
-            print(f"stopped after {minutes:g} minutes: the same command goes on", file=sys.stderr)
+        with helpers(processes - 1, partial(pretrain, config), session):
+            pipe = pretrain(config, session)
     pipe.save_pretrained(work / "pipeline")
     record, checkpoint = work / "pretraining.json", work / "transformer.pt"
     before = json.loads(record.read_text("utf-8"))["core_minutes"] if record.exists() else 0.0
@@ -159,7 +166,7 @@ def pretrain(config: Pretraining, work: Path, minutes: float) -> None:
     found = {
         "config": asdict(config),
         "steps": torch.load(checkpoint, weights_only=True)["step"],
-        "core_minutes": round(before + time.process_time() / 60, 1),
+        "core_minutes": round(before + processes * time.process_time() / 60, 1),
         "weights": parts,
         "machine": machine(),
     }
@@ -210,7 +217,13 @@ def table(report: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {run['seed']} | {run['iterations']} | {' | '.join(scores)} |")
         on = of["machine"]
         measured.append(f"{name}: {on['device']}, torch {on['torch']}, commit {on['commit']}, {on['date']}.")
-    return "\n".join([*lines, "", f"Mean reward of held-out prompts ± 95 %. {' '.join(measured)}"])
+    trained = report["pretraining"]
+    pretrained = (
+        f"Pretraining: {trained['steps']:,} steps of {trained['config']['transformer_batch']} pictures, "
+        f"{trained['core_minutes']:.0f} minutes of one core."
+    )
+    about = ["Mean reward of held-out prompts ± 95 %.", *measured, pretrained]
+    return "\n".join([*lines, "", " ".join(about)])
 
 
 def _with_interval(scores: Mapping[str, Any], sign: str) -> str:
@@ -226,6 +239,7 @@ def main() -> int:
     for command in (first, second):
         command.add_argument("--work", type=Path, default=WORK, help="folder of checkpoints and runs")
     first.add_argument("--minutes", type=float, default=60, help="stop and save after this long")
+    first.add_argument("--processes", type=int, default=1, help="processes that share every batch, one a core")
     for field in ("pictures", "transformer_steps", "transformer_batch"):
         first.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(PRETRAINING, field))
     second.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -237,7 +251,7 @@ def main() -> int:
     try:
         if options.command == "pretrain":
             changed = {name: value for name, value in vars(options).items() if name in asdict(PRETRAINING)}
-            pretrain(replace(PRETRAINING, **changed), options.work, options.minutes)
+            pretrain_and_save(replace(PRETRAINING, **changed), options.work, options.minutes, options.processes)
         elif options.command == "train":
             train(options.seeds, options.work, options.result, more)
         else:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import another_family
+from benchmarks.pages import DOCS, part
 from dgpo_fast.tiny import data
 
 BUDGET = ["--pictures", "16", "--transformer-steps", "2", "--transformer-batch", "4"]
@@ -59,3 +60,10 @@ def test_words_are_tokens_and_are_learnt() -> None:
     stage.loss(*(rows[:8] for rows in stage.draw(torch.Generator().manual_seed(0)))).backward()
     learnt = pipe.text_encoder.embed_tokens.weight.grad.abs().sum(1).nonzero()[:, 0]
     assert set(learnt.tolist()) == set(pipe.tokenizer(f"{prompts[0][0]}<|endoftext|>").input_ids)
+
+
+def test_the_documents_have_the_results() -> None:
+    """As the command `table` wrote them."""
+    report = json.loads(another_family.RESULT.read_text(encoding="utf-8"))
+    assert part("another_family", DOCS / "families.md") == another_family.table(report)
+    assert len(report["runs"]) > 1

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -151,8 +152,8 @@ def pretrain(config: Pretraining, session: Session) -> StableDiffusion3Pipeline:
 
 
 @contextmanager
-def helpers(n: int, config: Pretraining, session: Session) -> Iterator[None]:
-    """Runs `n` more processes that take their share of every batch while the block runs.
+def helpers(n: int, run: Callable[[Session], object], session: Session) -> Iterator[None]:
+    """Starts `n` more processes that take their share of every batch of `run` while the block runs the same.
 
     Layers as small as these are too little work to share among threads, above all on a busy machine.
     """
@@ -166,7 +167,7 @@ def helpers(n: int, config: Pretraining, session: Session) -> Iterator[None]:
         silent = replace(session, saves=False, report=say_nothing)
         context = multiprocessing.get_context("spawn")
         started = [
-            context.Process(target=_help, args=(store, i, n + 1, config, silent), daemon=True) for i in range(1, n + 1)
+            context.Process(target=_help, args=(store, i, n + 1, run, silent), daemon=True) for i in range(1, n + 1)
         ]
         for process in started:
             process.start()
@@ -180,12 +181,12 @@ def helpers(n: int, config: Pretraining, session: Session) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _help(store: str, rank: int, world: int, config: Pretraining, session: Session) -> None:
+def _help(store: str, rank: int, world: int, run: Callable[[Session], object], session: Session) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     # The first process meets the same bad input and tells the user.
     with suppress(UserError):
-        pretrain(config, session)
+        run(session)
     dist.destroy_process_group()
 
 
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{options.work} holds the checkpoints of a run: pass --resume, or another --work folder")
         with progress(Console()) as report:
             session = Session(config, options.work, started + 60 * options.minutes, report=report)
-            with helpers(options.processes - 1, config, session):
+            with helpers(options.processes - 1, partial(pretrain, config), session):
                 pipe = pretrain(config, session)
     except UserError as error:
         print(error, file=sys.stderr)
