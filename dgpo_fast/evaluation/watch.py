@@ -86,7 +86,8 @@ class Watch:
                     with written_to(folder):
                         base.save(home / BASE_FILE, shown=len(base.images))
                         _column(self._first(base)).save(home / _name(0))
-        lines = read_metrics(folder / "metrics.jsonl") if processes.first and iteration else []
+        # A run may go on in another folder than its first iterations.
+        lines = read_metrics(path) if processes.first and (path := folder / "metrics.jsonl").exists() else []
         earlier = [line for line in lines if "look/reward_mean" in line and line["iteration"] <= iteration]
         self.looks = processes.broadcast(earlier, "the looks so far")
         self.told = self._alarms()
