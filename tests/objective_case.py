@@ -11,6 +11,7 @@ from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.drift import as_numbers
 from dgpo_fast.objectives.registry import load_objective
 from dgpo_fast.rollout.schedule import make_schedule
 
@@ -52,10 +53,10 @@ class Case:
         )
         self.encoder = encoder
 
-    def gradient(self, micro_batch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """All of the policy's gradient as one vector, and the metrics."""
+    def gradient(self, micro_batch: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """All of the policy's gradient as one vector, and the metrics as numbers that processes add up."""
         for weight in self.models.weights.values():
             weight.grad = None
         config = replace(self.config, policy=replace(self.config.policy, micro_batch=micro_batch))
         metrics = load_objective(config).accumulate(self.batch, self.models, self.old)
-        return torch.cat([weight.grad.flatten() for weight in self.models.weights.values()]), metrics
+        return torch.cat([weight.grad.flatten() for weight in self.models.weights.values()]), as_numbers(metrics)

@@ -88,4 +88,4 @@ def assert_same(found: tuple, expected: tuple) -> None:
     assert (found[0] - expected[0]).abs().max() < 1e-5 * expected[0].abs().max()
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
-        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+        assert found[1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name

@@ -75,7 +75,7 @@ def learnt_in_parts(case: Case, edges: tuple[int, ...], micro_batch: int, *, pad
         gradient = gradient + mine[0]
         counts.append(mine[2])
         for name, value in mine[1].items():
-            metrics[name] = metrics.get(name, 0.0) + float(value)
+            metrics[name] = metrics.get(name, 0.0) + value
     case.batch = whole
     return gradient, metrics, counts
 

@@ -100,7 +100,7 @@ def test_micro_batches_do_not_change_the_gradient(variant: str, micro_batch: int
     parts, parts_metrics = case.gradient(micro_batch=micro_batch)
     assert (parts - whole).abs().max() < 1e-5 * whole.abs().max()
     for name, value in whole_metrics.items():
-        assert float(parts_metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+        assert parts_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
 def test_equal_rewards_leave_only_the_kl_term(random_pipeline: Path) -> None:
@@ -208,7 +208,7 @@ def test_equal_groups_are_skipped_exactly(variant: str, random_pipeline: Path) -
     assert (gradient - all_gradient).abs().max() < 1e-5 * all_gradient.abs().max()
     assert metrics.keys() == all_metrics.keys()
     for name, value in all_metrics.items():
-        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     timesteps, without_kl = 3, variant == "nothing but groups"
     skipped = {name: (count - rows[name]) // (timesteps * SIZE) for name, count in all_rows.items()}
     assert skipped == {

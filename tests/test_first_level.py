@@ -21,6 +21,7 @@ from dgpo_fast.engine import compile as compiling
 from dgpo_fast.models.forward import Forward, Given, call_around
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.drift import as_numbers
 from dgpo_fast.objectives.first_level import first_sigma, input_error
 from dgpo_fast.objectives.registry import load_objective
 from dgpo_fast.rollout.schedule import make_schedule
@@ -78,7 +79,7 @@ def learnt(case: EngineCase, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         weight.grad = None
     metrics = load_objective(case.config).accumulate(batch, case.models, case.old)
     gradient = torch.cat([weight.grad.flatten() for weight in case.models.weights.values()])  # type: ignore[union-attr]
-    return gradient.double(), {name: float(value) for name, value in metrics.items()}
+    return gradient.double(), as_numbers(metrics)
 
 
 def apart(found: Tensor, expected: Tensor) -> float:

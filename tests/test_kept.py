@@ -117,7 +117,7 @@ def test_processes_keep_what_one_keeps(by: str, padded: bool, random_pipeline: P
         mine = case.gradient(12)
         found = found + mine[0]
         for name, value in mine[1].items():
-            metrics[name] = metrics.get(name, 0.0) + float(value)
+            metrics[name] = metrics.get(name, 0.0) + value
     assert held == images and lengths == ([4, 4] if padded else [4, 2])
     assert_same((found, metrics), expected)
 

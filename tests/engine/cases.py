@@ -17,6 +17,7 @@ from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder
 from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.objectives.drift import as_numbers
 from dgpo_fast.objectives.registry import load_objective
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import Sampler
@@ -179,7 +180,7 @@ class EngineCase:
         for weight in self.models.weights.values():
             weight.grad = None
         metrics = load_objective(self.config).accumulate(self.batch(), self.models, self.old)
-        self.metrics = {name: float(value) for name, value in metrics.items()}
+        self.metrics = as_numbers(metrics)
         gradient = torch.cat([weight.grad.flatten() for weight in self.models.weights.values()])  # type: ignore[union-attr]
         return metrics["loss"].double(), gradient.double()
 
