@@ -4,7 +4,7 @@
 
 Runs `tests/families` with `DGPO_FAST_EVERY_FAMILY=1`: small pipelines with random weights are compared with diffusers'
 own, trained with LoRA and in full, resumed and evaluated, and what they save is drawn by plain diffusers. Without a
-family, all of them; about half an hour on two cores. Writes `families.json`, and the table in docs/families.md.
+family, all of them; about a quarter of an hour on two cores. Writes `families.json`, and the table in docs/families.md.
 """
 
 import argparse
@@ -36,7 +36,8 @@ COLUMNS = {
     "gradient": "test_gradients",
     "run with LoRA": "test_end_to_end.*-lora]",
     "run in full": "test_end_to_end.*-full]",
-    "memory": "test_memory",
+    "simulated memory": "test_memory",
+    "predicted memory": "test_predicted_memory_is_measured",
     "blocks, attention": "test_blocks",
 }
 """Titles, and what the tests' names hold."""

@@ -131,6 +131,6 @@ def small_run(case: Case, train: str) -> dict[str, Any]:
             "batch_size": 4,
         },
         "dgpo": {"timesteps": 1, "high_noise_steps": 2, "kl_guidance_scale": 1.0},
-        "policy": {"train": train, "lora_rank": 4, "micro_batch": 4},
+        "policy": {"train": train, "lora_rank": 4, "micro_batch": 4, "allow_distilled": True},
         "evaluation": {**drawn, "images": 2},
     }
