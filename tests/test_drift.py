@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dgpo_fast.config.objective_options import Regulariser
-from dgpo_fast.objectives.drift import as_numbers, drift_sums, norm_hinge, norm_ratio, with_drift
+from dgpo_fast.objectives.drift import DRIFT, LEVELS, as_numbers, drift_sums, norm_hinge, norm_ratio, with_drift
 from tests.denoising_case import config_of
 from tests.objective_case import Case, make_config
 from tests.objective_configs import grpo_case
@@ -106,7 +106,9 @@ def test_the_distance_is_from_the_base_and_the_norm_over_what_the_kl_term_holds_
     with the guided one if the KL term distils guidance."""
     guided = {"kl_guidance_scale": 2.0, "kl_weight": 0.1}
     variants = [{"kl_weight": 0.1}, guided, {**guided, "guided_reference": True}, {**guided, "reference": "ema"}]
-    plain, *others = (Case(random_pipeline, make_config(**variant)).gradient(12)[1]["drift"] for variant in variants)
+    found = [Case(random_pipeline, make_config(**variant)).gradient(12)[1] for variant in variants]
+    sums = [[value for name, value in metrics.items() if name.startswith(f"{DRIFT}/")] for metrics in found]
+    plain, *others = (torch.tensor(one).reshape(LEVELS, 3) for one in sums)
     for drift in others:
         torch.testing.assert_close(drift[:, [0, 2]], plain[:, [0, 2]])
         torch.testing.assert_close(drift[:, 1], others[0][:, 1])
