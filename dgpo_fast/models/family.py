@@ -336,6 +336,15 @@ class Family(ABC):
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         """Kinds of softmax attention in one forward of `batch` rows, largest first."""
 
+    def joint_attention(
+        self, batch: int, latent: tuple[int, ...], text_tokens: int, *, calls: int, text: int = 0
+    ) -> AttentionShape:
+        """`calls` over text and image tokens together, by the usual names in the transformer's configuration; `text`:
+        how many of them come last, if text and image are still two sequences there."""
+        config = self.architecture.transformer
+        tokens = self.image_tokens(latent) + text_tokens
+        return AttentionShape(batch, tokens, config["num_attention_heads"], config["attention_head_dim"], calls, text)
+
 
 Module = TypeVar("Module", bound=nn.Module)
 

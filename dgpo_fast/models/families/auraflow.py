@@ -78,10 +78,11 @@ class AuraFlow(KLLatents):
 
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         config, text = self.architecture.transformer, text_tokens + REGISTER_TOKENS
-        size = (batch, self.image_tokens(latent) + text, config["num_attention_heads"], config["attention_head_dim"])
         # In single blocks, text and image are one sequence already.
-        joint = AttentionShape(*size, config["num_mmdit_layers"], text)
-        return joint, AttentionShape(*size, config["num_single_dit_layers"])
+        return (
+            self.joint_attention(batch, latent, text, calls=config["num_mmdit_layers"], text=text),
+            self.joint_attention(batch, latent, text, calls=config["num_single_dit_layers"]),
+        )
 
 
 def auraflow_v03() -> Architecture:

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dgpo_fast.models.architecture import Architecture
-from dgpo_fast.models.family import Family
+from dgpo_fast.models.families.packing import UnpackedLatents
 
 PUBLISHED: Mapping[str, Any] = {
     "in_channels": 3,
@@ -49,32 +49,15 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     return (encoded - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-class KLLatents(Family):
-    """A family whose transformer reads these latents as they are, in square patches.
-
-    Attributes:
-        pixels: along each side of one number of a latent.
-        patch: latents along each side of a token.
-    """
+class KLLatents(UnpackedLatents):
+    """A family whose transformer reads these latents."""
 
     vae_class = AutoencoderKL
 
     def __init__(self, architecture: Architecture):
         super().__init__(architecture)
         self.pixels = pixels_per_latent(self.architecture.vae)
-        self.patch = self.architecture.transformer.get("patch_size", 2)
         self.multiple = self.patch * self.pixels
-
-    @property
-    def size(self) -> tuple[int, int]:
-        side = self.architecture.transformer["sample_size"] * self.pixels
-        return side, side
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.architecture.transformer["in_channels"], height // self.pixels, width // self.pixels
-
-    def image_tokens(self, latent: tuple[int, ...]) -> int:
-        return latent[1] * latent[2] // self.patch**2
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         return decode(vae, latents)

@@ -136,17 +136,8 @@ class CogView4(KLLatents):
         return (1000 * sigma / (shift - (shift - 1) * sigma)).round()
 
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
-        config = self.architecture.transformer
-        return (
-            AttentionShape(
-                batch=batch,
-                tokens=self.image_tokens(latent) + text_tokens,
-                heads=config["num_attention_heads"],
-                head_dim=config["attention_head_dim"],
-                calls=config["num_layers"],
-                text=text_tokens,
-            ),
-        )
+        calls = self.architecture.transformer["num_layers"]
+        return (self.joint_attention(batch, latent, text_tokens, calls=calls, text=text_tokens),)
 
 
 class MaskedAttention:

@@ -55,16 +55,10 @@ class Packed(PackedLatents):
 
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         config = self.architecture.transformer
-        size = (
-            batch,
-            self.image_tokens(latent) + text_tokens,
-            config["num_attention_heads"],
-            config["attention_head_dim"],
-        )
         # In single blocks, text and image are one sequence already.
         return (
-            AttentionShape(*size, calls=config["num_layers"], text=text_tokens),
-            AttentionShape(*size, calls=config["num_single_layers"]),
+            self.joint_attention(batch, latent, text_tokens, calls=config["num_layers"], text=text_tokens),
+            self.joint_attention(batch, latent, text_tokens, calls=config["num_single_layers"]),
         )
 
     def predict(

@@ -102,15 +102,8 @@ class _Flux2(Family):
 
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         config = self.architecture.transformer
-        return (
-            AttentionShape(
-                batch=batch,
-                tokens=self.image_tokens(latent) + text_tokens,
-                heads=config["num_attention_heads"],
-                head_dim=config["attention_head_dim"],
-                calls=config["num_layers"] + config["num_single_layers"],
-            ),
-        )
+        calls = config["num_layers"] + config["num_single_layers"]
+        return (self.joint_attention(batch, latent, text_tokens, calls=calls),)
 
     def encode(self, pipeline: Any, text: str, length: int, *, negative: bool) -> Rows:
         with _cut_after(self.text_layers[-1], pipeline.text_encoder):

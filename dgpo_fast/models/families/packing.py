@@ -1,4 +1,5 @@
-"""Latents whose tokens are patches of 2 × 2 (FLUX.1, Chroma, Qwen-Image), and shifts that grow with their number."""
+"""Latents whose tokens are patches, cut by the family (FLUX.1, Chroma, Qwen-Image) or by the transformer (Stable
+Diffusion 3, SANA and others), and shifts that grow with their number."""
 
 from collections.abc import Mapping
 from math import exp
@@ -32,6 +33,32 @@ class PackedLatents(Family):
 
     def image_tokens(self, latent: tuple[int, ...]) -> int:
         return latent[1] * latent[2] // PATCH**2
+
+
+class UnpackedLatents(Family):
+    """A family whose transformer reads the autoencoder's latents as they are, and cuts them into square patches.
+
+    Attributes:
+        pixels: along each side of one number of a latent.
+    """
+
+    pixels: int
+
+    @property
+    def patch(self) -> int:
+        """Latents along each side of a token."""
+        return self.architecture.transformer.get("patch_size", 2)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        side = self.architecture.transformer["sample_size"] * self.pixels
+        return side, side
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return self.architecture.transformer["in_channels"], height // self.pixels, width // self.pixels
+
+    def image_tokens(self, latent: tuple[int, ...]) -> int:
+        return latent[1] * latent[2] // self.patch**2
 
 
 def shift_by_size(scheduler: Mapping[str, Any], tokens: int) -> float:

@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from transformers import Gemma2Config
 
 from dgpo_fast.models.architecture import Architecture
+from dgpo_fast.models.families.packing import UnpackedLatents
 from dgpo_fast.models.families.padding import padded_with_mask
-from dgpo_fast.models.family import AttentionShape, Family, Rows, alike_between, random_tokens
+from dgpo_fast.models.family import AttentionShape, Rows, alike_between, random_tokens
 
 INSTRUCTION: list[str] = signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What stands before a prompt in the text encoder, unless it is a negative one."""
 
 
-class Sana(Family):
-    """SANA.
-
-    Attributes:
-        pixels: on each side of one number of a latent.
-    """
+class Sana(UnpackedLatents):
+    """SANA."""
 
     title = "SANA"
     text_parts = ("text_encoder", "tokenizer")
@@ -49,17 +46,6 @@ class Sana(Family):
 
     def one_of_each_block(self) -> tuple[dict[str, Any], list[int]]:
         return alike_between(self.architecture.transformer, "num_layers")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        side = self.architecture.transformer["sample_size"] * self.pixels
-        return side, side
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.architecture.transformer["in_channels"], height // self.pixels, width // self.pixels
-
-    def image_tokens(self, latent: tuple[int, ...]) -> int:
-        return latent[1] * latent[2] // self.architecture.transformer["patch_size"] ** 2
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         scaled = latents / vae.config.scaling_factor

@@ -145,11 +145,10 @@ class SD3(KLLatents):
 
     def attention_shapes(self, batch: int, latent: tuple[int, ...], text_tokens: int) -> tuple[AttentionShape, ...]:
         """Over image and text together, and over the image alone."""
-        config, tokens = self.architecture.transformer, self.image_tokens(latent)
+        config = self.architecture.transformer
         dual = len(config.get("dual_attention_layers", ()))
-        heads = (config["num_attention_heads"], config["attention_head_dim"])
-        joint = AttentionShape(batch, tokens + text_tokens, *heads, calls=config["num_layers"], text=text_tokens)
-        return (joint, AttentionShape(batch, tokens, *heads, calls=dual)) if dual else (joint,)
+        joint = self.joint_attention(batch, latent, text_tokens, calls=config["num_layers"], text=text_tokens)
+        return (joint, self.joint_attention(batch, latent, 0, calls=dual)) if dual else (joint,)
 
 
 def sd35_medium() -> Architecture:
