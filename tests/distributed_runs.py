@@ -101,7 +101,7 @@ SCENARIOS: dict[str, list[str]] = {
         "--ema.switch-ema-ref",
         "none",
     ],
-    "regression": ["--objective", "nft", "--ema.switch-ema-ref", "0"],
+    "regression": ["--objective", "nft", "--ema.switch-ema-ref", "0", "--optimizer.eps", "1e-5"],
     "centred rewards": [*CENTRED, "--policy.micro-batch", "2"],
     "sharded": [
         *SHARDED,

@@ -51,7 +51,8 @@ def test_the_base_against_itself_passes_no_rule(pictures: np.ndarray) -> None:
 def test_half_blacked_out(pictures: np.ndarray) -> None:
     black = pictures.copy()
     black[:, :16] = 0
-    assert {"brightness", "saturation", "dark_share"} <= passed(look(black, pictures), Watch()).keys()
+    found = passed(look(black, pictures), Watch(diversity=0.2))
+    assert {"brightness", "saturation", "dark_share", "diversity"} <= found.keys()
 
 
 @pytest.mark.parametrize("period", [4, 8])

@@ -12,6 +12,16 @@ CHATML = (
 )
 """Qwen3's chat template, as far as pipelines use it."""
 VOCABULARY = 300
+DECODER_ONLY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+}
+"""Sizes of a small language model that reads these tokens: Qwen3, Gemma 2, GLM."""
 
 
 def byte_tokenizer(

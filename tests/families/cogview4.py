@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProce
 from torch import Tensor
 from transformers import GlmConfig, GlmModel
 
-from tests.families.byte_tokenizer import VOCABULARY, byte_tokenizer
+from tests.families.byte_tokenizer import DECODER_ONLY, byte_tokenizer
 from tests.families.case import Case, fill
 from tests.families.tiny_parts import quiet
 from tests.families.z_image import VAE, draws
@@ -25,17 +25,7 @@ TRANSFORMER = {
     "sample_size": 8,
     "rope_axes_dim": (16, 16),
 }
-ENCODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 12,
-    "pad_token_id": 256,
-    "eos_token_id": [256],
-}
+ENCODER = {**DECODER_ONLY, "pad_token_id": 256, "eos_token_id": [256]}
 
 
 def make() -> CogView4Pipeline:

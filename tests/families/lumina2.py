@@ -5,7 +5,7 @@ from functools import partial
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 from transformers import Gemma2Config, Gemma2Model
 
-from tests.families.byte_tokenizer import VOCABULARY, byte_tokenizer
+from tests.families.byte_tokenizer import DECODER_ONLY, byte_tokenizer
 from tests.families.case import Case, fill
 from tests.families.tiny_parts import quiet
 from tests.families.z_image import VAE, draws
@@ -25,19 +25,7 @@ TRANSFORMER = {
     "axes_lens": (300, 64, 64),
     "cap_feat_dim": 24,
 }
-ENCODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 12,
-    "query_pre_attn_scalar": 12,
-    "pad_token_id": 256,
-    "bos_token_id": 257,
-    "eos_token_id": None,
-}
+ENCODER = {**DECODER_ONLY, "query_pre_attn_scalar": 12, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": None}
 
 
 def make() -> Lumina2Pipeline:

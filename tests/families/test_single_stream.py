@@ -1,42 +1,25 @@
-"""Z-Image and Lumina2: gradients, compiled blocks, saved LoRAs, sizes. Their forward is written anew."""
+"""Z-Image and Lumina2: gradients, recordings, saved LoRAs, sizes. Their forward is written anew."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.flop_counter import FlopCounterMode
 
-from dgpo_fast.build import build
-from dgpo_fast.config.command_line import configure
-from dgpo_fast.config.options import Policy
-from dgpo_fast.engine import compile
-from dgpo_fast.engine.compile import StaticBatches, compile_blocks
 from dgpo_fast.engine.recorded import RecordedRollouts
 from dgpo_fast.errors import UserError
-from dgpo_fast.memory.live import LiveBytes
 from dgpo_fast.models.families import known_models, make_family
 from dgpo_fast.models.family import Family, Rows, attach, even_sigmas
-from dgpo_fast.models.forward import predict
-from dgpo_fast.models.meta import sample_shape
-from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.text_embeds import TextEmbeds
-from dgpo_fast.models.work import FUSED_ATTENTION, ModelWork
 from dgpo_fast.rollout.draw import Draw
 from dgpo_fast.rollout.sampler import sample_latents
 from dgpo_fast.rollout.schedule import make_schedule
-from dgpo_fast.trainer import Trainer
 from tests.engine.tape import TapeRecorder
 from tests.families import lumina2, z_image
 from tests.families.case import Case
 from tests.families.test_pictures import PROMPTS, condition, draw, noise_of, relative
-from tests.families.test_savings import small_run
-from tests.test_memory import tensors_alive
 
 OF = {case.name: case for case in (z_image.CASE, lumina2.CASE)}
 
@@ -122,42 +105,6 @@ def one(family: Family, pipeline: Any) -> Rows:
     return condition(family, pipeline, PROMPTS[:1], 288)
 
 
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
-    """Counts what is compiled."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(compile, "BACKEND", counter)
-    yield counter
-    torch._dynamo.reset()
-
-
-def test_blocks_are_compiled_whole_and_once_for_all_prompts_of_a_length(
-    of: tuple[Case, Any, Family], counter: CompileCounterWithBackend
-) -> None:
-    """For captions of other lengths, other times, and a partial batch; with a LoRA's gradient and without."""
-    case, pipeline, family = of
-    models = PolicyModels(attach(pipeline.transformer, family), Policy(lora_rank=4), seed=0)
-    for transformer in (models.behaviour, models.policy):
-        compile_blocks(transformer, StaticBatches([3], training=[3]))
-    turns = (["a cat", PROMPTS[1], "a"], 900.0), (["a dog", "b" * 40], 350.0), ([PROMPTS[0]], 20.0)
-    graphs = 0
-    for turn, (texts, time) in enumerate(turns):
-        rows = [family.encode(pipeline, text, case.length, negative=False) for text in texts]
-        text = TextEmbeds.of_samples(family.stack(rows, 288))
-        x, timestep = noise_of(family, case.size, len(texts)), torch.tensor(time)
-        with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-            with torch.no_grad():
-                drawn, plain = (predict(module, x, timestep, text) for module in (models.behaviour, models.base))
-            trained = predict(models.policy, x, timestep, text)
-            trained.square().mean().backward()
-        assert relative(drawn, plain) < 1e-5
-        assert relative(trained.detach(), plain) < 1e-5  # B starts at 0
-        graphs = graphs or counter.frame_count
-    # One for each list of blocks; with a gradient, the first block of each refiner has one of its own.
-    assert counter.frame_count == graphs == 3 + 5
-
-
 @torch.no_grad()
 def test_a_recorded_rollout_serves_all_prompts_of_a_length(of: tuple[Case, Any, Family]) -> None:
     """By a recorder that is stricter than CUDA graphs; guided, and the last batch is partial."""
@@ -175,48 +122,6 @@ def test_a_recorded_rollout_serves_all_prompts_of_a_length(of: tuple[Case, Any, 
         found, plain = (solve(transformer, noise, text, draw) for solve in (recorded, sample_latents))
         assert relative(found, plain) < 1e-5
     assert len(recorder.tapes) == 1
-
-
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_torchs_flop_counter_agrees(of: tuple[Case, Any, Family], train: Literal["lora", "full"]) -> None:
-    case, pipeline, family = of
-    shape = sample_shape(family, family.latent_shape(*case.size), case.length, embedded=False)
-    work = ModelWork(attach(pipeline.transformer, family), Policy(train=train, lora_rank=4), torch.float32, shape)
-    with FUSED_ATTENTION, FlopCounterMode(display=False) as forward:
-        out = shape.predict(work.policy, 3, torch.float32)
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    assert work.count("policy forward", 3).total_flops == forward.get_total_flops() > 0
-    assert work.count("backward", 3).total_flops == backward.get_total_flops() > 0
-
-
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_predicted_memory_is_measured(
-    of: tuple[Case, Any, Family], train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With prompts as long as `max_sequence_length`, for which it is predicted: within 15 % on a CPU."""
-    case, pipeline, _ = of
-    monkeypatch.chdir(tmp_path)
-    pipeline.save_pretrained("model")
-    Path("prompts.txt").write_text("".join(letter * 600 + "\n" for letter in "abcd"))
-    Path("small.yaml").write_text(yaml.safe_dump(small_run(case, train)))
-    predicted, measured = predicted_and_measured(tmp_path)
-    assert predicted == pytest.approx(measured, rel=0.15)
-
-
-def predicted_and_measured(folder: Path) -> tuple[int, int]:
-    """Bytes at the peak of the second iteration of `small.yaml`."""
-    others = tensors_alive()  # held, so that no storage of theirs makes room for one of the run's
-    trainer = Trainer(build(configure(["small.yaml"])))
-    trainer.open_logs(folder, {})
-    trainer.console.start_training(0, 2)
-    trainer.step()
-    theirs = {tensor.untyped_storage()._cdata for tensor in others}
-    now = [tensor for tensor in tensors_alive() if tensor.device == trainer.device]
-    with LiveBytes([tensor for tensor in now if tensor.untyped_storage()._cdata not in theirs]) as live:
-        trainer.step()
-    trainer.close()
-    return trainer.memory.predictor.predict(trainer.config, trainer.config.policy.micro_batch_size).peak, live.peak
 
 
 def test_a_saved_lora_draws_the_same_in_plain_diffusers(of: tuple[Case, Any, Family], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
-from tests.families.byte_tokenizer import CHATML, VOCABULARY, byte_tokenizer
+from tests.families.byte_tokenizer import CHATML, DECODER_ONLY, byte_tokenizer
 from tests.families.case import Case, fill
 from tests.families.tiny_parts import drawn, quiet
 
@@ -35,15 +35,6 @@ TRANSFORMER = {
     "axes_dims": [8, 4, 4],
     "axes_lens": [1024, 64, 64],
 }
-ENCODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 12,
-}
 
 
 def make(shift: float = 6.0) -> ZImagePipeline:
@@ -51,7 +42,7 @@ def make(shift: float = 6.0) -> ZImagePipeline:
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False),
         vae=fill(AutoencoderKL(**VAE), 1),
-        text_encoder=fill(Qwen3Model(Qwen3Config(**ENCODER)), 2),
+        text_encoder=fill(Qwen3Model(Qwen3Config(**DECODER_ONLY)), 2),
         tokenizer=byte_tokenizer(template=CHATML),
         transformer=fill(ZImageTransformer2DModel(**TRANSFORMER), 3),
     )
