@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "reinforce a model; without arguments, the shipped one",
     "evaluate": "score images of a model or a run, or compare two",
     "merge": "merge a LoRA into a model, as a folder for diffusers",
-    "export": "hand a run on: weights and model card, as a folder or on the hub",
+    "export": "write a run's weights and model card, or upload them",
     "profile": "show where the time of an iteration goes, on one page",
     "memory": "predict the GPU memory of a run and the cards it fits",
     "recipes": "print all recipes as a table",

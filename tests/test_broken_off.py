@@ -41,7 +41,9 @@ def test_moved_weights_without_their_averages_are_not_saved(
     assert break_off(workspace, monkeypatch, where, "learner") == ([1], 1)
 
 
-@pytest.mark.parametrize("where", ["_compare_processes", "_phases"])
-def test_a_finished_iteration_is_saved_and_logged(where: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "part"), [("_compare_processes", ""), ("take", "phases")])
+def test_a_finished_iteration_is_saved_and_logged(
+    where: str, part: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After its weights and averages have moved, a checkpoint of it has its line in the metrics."""
-    assert break_off(workspace, monkeypatch, where) == ([1, 2], 2)
+    assert break_off(workspace, monkeypatch, where, part) == ([1, 2], 2)

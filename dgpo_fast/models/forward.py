@@ -116,6 +116,11 @@ def _of_family(transformer: nn.Module, given: Given) -> Tensor:
     return family_of(transformer).velocity(transformer, given.x_t, given.timestep, given.condition, given.embedded)
 
 
+def wide(velocity: Tensor) -> Tensor:
+    """In fp32, or as it is if it is wider."""
+    return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+
+
 def batch_slices(total: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover `total` rows in order."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -25,7 +25,7 @@ from dgpo_fast.config.objective_options import Keys, grid_steps
 from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.family import Guidance
-from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
+from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair, wide
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
@@ -230,11 +230,6 @@ def policy_v(models: PolicyModels, read: Inputs) -> Tensor:
     """The policy's velocity (B, C, H, W), in fp32 or wider."""
     with autocast(models):
         return wide(predict(models.policy, read.x_t, read.timestep, read.text))
-
-
-def wide(velocity: Tensor) -> Tensor:
-    """In fp32, or as it is if it is wider."""
-    return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 
 def step_from(anchor: Tensor, k: float | Tensor, target_v: Tensor, from_v: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dgpo_fast.models.forward import wide
 from dgpo_fast.records import Metrics
 
 DRIFT = "drift"
@@ -26,7 +27,7 @@ LEVELS = 4
 
 def norm_ratio(policy_v: Tensor, ref_v: Tensor) -> Tensor:
     """‖v‖ / ‖v_ref‖ of each sample, (B,), from (B, C, H, W) each; differentiable in `policy_v`."""
-    policy_norm, ref_norm = (_wide(velocity).flatten(1).norm(dim=1) for velocity in (policy_v, ref_v))
+    policy_norm, ref_norm = (wide(velocity).flatten(1).norm(dim=1) for velocity in (policy_v, ref_v))
     return policy_norm / ref_norm.clamp(min=torch.finfo(ref_norm.dtype).tiny)
 
 
@@ -43,7 +44,7 @@ def drift_sums(policy_v: Tensor, base_v: Tensor, ref_v: Tensor, sigma: Tensor, w
         sigma: () or (B,).
         weight: (B,), 0 for padding; None: all samples count.
     """
-    policy_v, base_v = _wide(policy_v.detach()), _wide(base_v)
+    policy_v, base_v = wide(policy_v.detach()), wide(base_v)
     distance = (policy_v - base_v).square().flatten(1).mean(1)
     values = torch.stack([torch.ones_like(distance), norm_ratio(policy_v, ref_v), distance], dim=1)
     part = (sigma.expand(len(distance)) * LEVELS).long().clamp(max=LEVELS - 1)
@@ -90,7 +91,3 @@ def with_drift(numbers: Mapping[str, float]) -> Metrics:
         if count > 0:
             metrics |= {f"norm_ratio{suffix}": ratio / count, f"base_distance{suffix}": distance / count}
     return metrics
-
-
-def _wide(velocity: Tensor) -> Tensor:
-    return velocity.to(torch.promote_types(velocity.dtype, torch.float32))

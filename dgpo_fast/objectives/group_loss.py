@@ -12,7 +12,7 @@ from dgpo_kernels import DGPOLoss, dgpo_loss
 from torch import Tensor
 
 from dgpo_fast.distributed import BatchPart
-from dgpo_fast.models.forward import batch_slices, predict
+from dgpo_fast.models.forward import batch_slices, predict, wide
 from dgpo_fast.models.policy import PolicyModels, autocast
 from dgpo_fast.objectives.batch import Batch, add_metrics
 from dgpo_fast.objectives.drift import drift_terms
@@ -226,8 +226,8 @@ class GroupLoss:
             return {}
         ref_v = own_ref_v if comparison.kl_v is None else comparison.kl_v
         sigma = comparison.sigma.expand(len(comparison.inputs))
-        own = [comparison.spread(values, rows) for values in (policy_v, base_v[rows], ref_v[rows], sigma[rows])]
-        return drift_terms(*own, samples=comparison.samples, hinge=self.norm_hinge > 0)
+        own = [comparison.spread(values[rows], rows) for values in (base_v, ref_v, sigma)]
+        return drift_terms(policy_v, *own, samples=comparison.samples, hinge=self.norm_hinge > 0)
 
     @torch.no_grad()
     def _group_score(self, comparison: Comparison, models: PolicyModels) -> Tensor:
@@ -238,7 +238,7 @@ class GroupLoss:
         return self._loss(comparison, policy_v, slice(0, len(comparison.inputs)), scores).group_score
 
     def _loss(self, comparison: Comparison, policy_v: Tensor, rows: slice, scores: ReduceScores | None) -> DGPOLoss:
-        """Of the policy's predictions for `rows`; the padding among them is left out."""
+        """Of the policy's predictions for the own samples of `rows`."""
 
         def of_samples(velocity: Tensor | None) -> Tensor | None:
             return None if velocity is None else comparison.spread(velocity[rows], rows)
@@ -246,7 +246,7 @@ class GroupLoss:
         samples, ref_v = comparison.own(rows), comparison.spread(comparison.ref_v[rows], rows)
         kl_v = ref_v if comparison.kl_v is None else of_samples(comparison.kl_v)
         return dgpo_loss(
-            comparison.spread(policy_v, rows),
+            policy_v,
             ref_v,
             comparison.x0[samples],
             comparison.advantage[samples],
@@ -269,11 +269,12 @@ def _known(group_score: Tensor, _: Tensor) -> Tensor:
 
 
 def _policy_v(comparison: Comparison, models: PolicyModels, rows: slice) -> Tensor:
+    """Of the own samples that the forward's `rows` are of."""
     read = comparison.inputs[rows]
     with autocast(models):
         velocity = predict(models.policy, read.x_t, read.timestep, read.text)
     # The gradients of a group's samples are added in fp32, and rounded once.
-    return velocity.to(torch.promote_types(velocity.dtype, torch.float32)) if comparison.shared else velocity
+    return comparison.spread(wide(velocity) if comparison.shared else velocity, rows)
 
 
 def _means(loss: DGPOLoss, count: int) -> dict[str, Tensor]:

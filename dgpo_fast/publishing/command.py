@@ -14,10 +14,10 @@ from dgpo_fast.wording import one_line, resume_command
 
 USAGE = """Hand a trained run on: its LoRA, or a whole pipeline, with a model card.
 
-  dgpo-fast export runs/NAME                                    write exports/NAME
-  dgpo-fast export runs/NAME --merged                           the LoRA merged into its model, as a pipeline
-  dgpo-fast export runs/NAME --push account/name --dry-run      write what would be uploaded, and upload nothing
-  dgpo-fast export runs/NAME --push account/name                upload it to the Hugging Face hub
+  python -m dgpo_fast.export runs/NAME                                  write exports/NAME
+  python -m dgpo_fast.export runs/NAME --merged                         the LoRA merged into its model, as a pipeline
+  python -m dgpo_fast.export runs/NAME --push account/name --dry-run    write what would be uploaded, upload nothing
+  python -m dgpo_fast.export runs/NAME --push account/name              upload it to the Hugging Face hub
 
 A LoRA is one file that diffusers reads, and ComfyUI too if it maps the names of the model's layers. The card says what
 was trained on which reward and what it gained, from the run's summary.json. An upload needs a token: HF_TOKEN, or

@@ -93,12 +93,13 @@ class GroupLog:
 
 def _metrics(scores: GroupScores, rewards: Sequence[str]) -> Metrics:
     kept = scores.rewards[scores.valid].astype(np.float64)
+    equal = np.ptp(kept, axis=1) == 0 if kept.size else np.zeros(0, bool)
     metrics: Metrics = {
         "reward_mean": float(kept.mean()) if kept.size else None,
         "reward_std": float(kept.std()) if kept.size else None,
         "reward_group_std": float(kept.std(axis=1).mean()) if kept.size else None,
-        "groups_equal_count": int((np.ptp(kept, axis=1) == 0).sum()) if kept.size else 0,
-        "groups_equal_share": float((np.ptp(kept, axis=1) == 0).mean()) if kept.size else None,
+        "groups_equal_count": int(equal.sum()),
+        "groups_equal_share": float(equal.mean()) if kept.size else None,
         "groups_dropped_count": int((~scores.valid).sum()),
         "images_count": scores.rewards.size,
         "images_not_finite_count": int((scores.faults > 0).sum()),

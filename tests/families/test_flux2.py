@@ -123,7 +123,7 @@ def test_layers_that_no_prompt_is_read_from_are_not_kept(made: Made, tmp_path: P
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-@pytest.mark.skipif(find_spec("torchvision") is not None, reason="the package is there")
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed: no part lacks it")
 def test_a_part_that_needs_a_package_is_one_line(tmp_path: Path) -> None:
     """The published dev's processor of pictures needs torchvision."""
     DEV.make().save_pretrained(tmp_path)
