@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_diffusers_own_forward(of: tuple[Case, Any, Fami
     assert len(ours) == 2 * 6 * len(family.lora_targets)
     for name, gradient in ours.items():
         assert gradient.abs().max() > 0, name
-        # In fp32, whose rounding of the smallest gradients depends on the processor; a wrong term is a thousand times it.
+        # In fp32, whose rounding of the smallest gradients depends on the processor; a wrong term shows a thousandfold.
         assert relative(gradient, plain[name]) < 1e-3, name
 
 
