@@ -103,6 +103,7 @@ def test_predicted_memory_is_measured(train: str, made: Made, tmp_path: Path, mo
     others = tensors_alive()  # held, so that no storage of theirs makes room for one of the run's
     trainer = Trainer(build(configure(["small.yaml"])))
     trainer.open_logs(tmp_path, {})
+    trainer.encode_prompts()  # before the training whose memory is predicted
     trainer.console.start_training(0, 2)
     trainer.step()  # the optimizer's states are there from here on
     now = [tensor for tensor in tensors_alive() if tensor.device == trainer.device]
