@@ -83,9 +83,9 @@ def watched(case: Case, micro_batch: int = 12) -> tuple[torch.Tensor, dict[str, 
 
 
 def assert_same(found: tuple, expected: tuple) -> None:
-    """Gradient and metrics, within rounding."""
+    """Gradient and metrics, within the rounding of fp32 on any processor."""
     assert expected[0].abs().max() > 0
-    assert (found[0] - expected[0]).abs().max() < 1e-5 * expected[0].abs().max()
+    assert (found[0] - expected[0]).abs().max() < 1e-4 * expected[0].abs().max()
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         assert found[1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name

@@ -7,7 +7,7 @@ import nbformat
 
 NOTEBOOK = Path(__file__).parents[1] / "examples/quickstart.ipynb"
 SHORT = "--rollout.groups 2 --rollout.group-size 2 --rollout.num-inference-steps 2 --dgpo.timesteps 1"
-SHORT += " --evaluation.images 4 --evaluation.num-inference-steps 2 --device cpu --name"
+SHORT += " --evaluation.images 4 --evaluation.num-inference-steps 2 --watch.every 0 --device cpu --name"
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
