@@ -130,7 +130,7 @@ def rollouts(draws: int = 3) -> list[dict[str, Any]]:
         trainer = Trainer(build(config))
         with tempfile.TemporaryDirectory() as folder:
             trainer.prepare(Path(folder), lambda: False)
-            groups = [trainer.source.collect(draw) for draw in range(draws)]
+            groups = [trainer.source.collect(draw)[0] for draw in range(draws)]
         pictures = np.concatenate([trainer.sampler.decode(of.x0).images for of in groups])
         trainer.close()
         rewards = np.concatenate([of.scores.rewards for of in groups]).reshape(-1, NORMAL.group_size)

@@ -25,6 +25,7 @@ from dgpo_fast.learning.optimizers import state_bytes
 from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.models.family import family_of
 from dgpo_fast.models.fingerprints import sampled_fingerprint, weights_fingerprint
+from dgpo_fast.models.forward import call_around
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import Lora, start_from_lora
 from dgpo_fast.models.own_settings import image_size, in_plain_numbers, require_trainable, with_own_shift
@@ -32,20 +33,21 @@ from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from dgpo_fast.models.prompt_notes import prompt_notes
 from dgpo_fast.models.random_weights import random_weights_note
+from dgpo_fast.models.remembered import RememberedForwards
 from dgpo_fast.models.sharded import ShardedModels
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.objectives.registry import traits
 from dgpo_fast.prompts import PromptSets, load_run_prompts
-from dgpo_fast.prompts.dealing import GroupSampler
+from dgpo_fast.prompts.preferences import check_run_preferences
 from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, WeightedReward, count_workers, load_rewards
 from dgpo_fast.rollout.draw import Draw, run_draws
 from dgpo_fast.rollout.noisy_steps import noise_of
-from dgpo_fast.rollout.offline import OfflineSource
-from dgpo_fast.rollout.online import OnlineSource, RolloutWorker
+from dgpo_fast.rollout.online import RolloutWorker
 from dgpo_fast.rollout.sampler import Sampler
 from dgpo_fast.rollout.source import Source
+from dgpo_fast.rollout.sources import make_source
 from dgpo_fast.run.console import Console
 from dgpo_fast.run.depends import EVALUATION_PROMPTS, STARTING_LORA, TRAINING_PROMPTS, WEIGHTS
 from dgpo_fast.run.metrics import Phases
@@ -112,13 +114,16 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     prompts = load_run_prompts(config)
     device = processes.own_device(pick_device(config.device))
     reward = _load_rewards(config, processes, device)
-    for line in reward.check_prompts(prompts.everything):
+    # With preferences, rewards score nothing in training.
+    scored = prompts.held_out if config.data.source == "preferences" else prompts.everything
+    for line in reward.check_prompts(scored):
         console.note(line)
     family = read_model(config)
     require_trainable(config, family)
     config = with_own_shift(config, family, console.note)
     size = image_size(family, config.rollout.resolution)
-    reward.try_out(prompts.everything, (config.rollout.group_size, 1), size)
+    judged = check_run_preferences(config, size)
+    reward.try_out(scored, (config.rollout.group_size, 1), size)
     workers = count_workers(config.reward_workers, device)
     pool = RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
     dtype = pick_dtype(config.precision, device)
@@ -129,7 +134,7 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     start = start_from_lora(pipeline, config.lora)
     if start:
         model[STARTING_LORA] = start.digest
-    depends = {TRAINING_PROMPTS: digest(prompts.train), EVALUATION_PROMPTS: digest(prompts.held_out), **model}
+    depends = {TRAINING_PROMPTS: digest(prompts.train), EVALUATION_PROMPTS: digest(prompts.held_out), **model, **judged}
     earlier = {WEIGHTS: sampled_fingerprint(pipeline)}
     models = _make_models(pipeline, config, processes, device, start)
     config = memory.measure(config, models)
@@ -160,6 +165,11 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         phases=phases,
         work=work,
     )
+    source = make_source(
+        config, worker, prompts, model, learner.rollout_weights, processes, single_images=needs.single_images
+    )
+    if config.data.noise_passes is not None:
+        call_around(models.base, RememberedForwards())
     evaluations = RunEvaluations(config, prompts, pool, eval_sampler, eval_draw, models, processes, console)
     parts = Parts(
         config=config,
@@ -183,7 +193,7 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         phases=phases,
         work=work,
         learner=learner,
-        source=_make_source(config, worker, prompts, model, learner, processes),
+        source=source,
         checkpoints=Checkpoints(learner, processes, _about_checkpoints(config, processes, engine, depends), earlier),
     )
     _describe(parts)
@@ -244,20 +254,6 @@ def _make_sampler(
         decode=engine.decoder.start,
         decodes_ahead=int(engine.decoder.overlaps),
     )
-
-
-def _make_source(
-    config: Config,
-    worker: RolloutWorker,
-    prompts: PromptSets,
-    model: dict[str, str],
-    learner: Learner,
-    processes: Processes,
-) -> Source:
-    if config.data.source == "offline":
-        return OfflineSource(config, worker, prompts.train, model, processes)
-    dealt = GroupSampler(prompts.train, config.rollout.groups, config.seed)
-    return OnlineSource(worker, dealt, config.seed, learner.rollout_weights, processes)
 
 
 def _about_checkpoints(

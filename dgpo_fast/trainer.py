@@ -4,22 +4,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dgpo_fast.build import Parts
-from dgpo_fast.distributed.batch_part import part_of
 from dgpo_fast.distributed.checks import DriftError, checksum, compare
 from dgpo_fast.distributed.seconds import shared_seconds
 from dgpo_fast.evaluation.held_out import Evaluation
+from dgpo_fast.evaluation.implied import ImpliedPreferences, told
 from dgpo_fast.evaluation.results import written_to
 from dgpo_fast.models.policy import Weights
-from dgpo_fast.objectives.advantages import advantages_of
-from dgpo_fast.objectives.batch import Batch
-from dgpo_fast.objectives.kept import kept
+from dgpo_fast.objectives.batches import BatchMaker
 from dgpo_fast.records import JsonObject, Metrics
-from dgpo_fast.rewards.group_log import GroupLog
-from dgpo_fast.rollout.source import Groups
+from dgpo_fast.rewards.group_log import GroupLog, joined
+from dgpo_fast.rollout.judged import JudgedSource
 from dgpo_fast.run.depends import told_changes
 from dgpo_fast.run.metrics import Loggers, MetricsFile, peak_memory_mib
 
@@ -47,7 +44,19 @@ class Trainer:
         self.sampler, self.draw = parts.sampler, parts.draw
         self.eval_sampler, self.eval_draw = parts.eval_sampler, parts.eval_draw
         self.evaluations, self.watch, self.checkpoints = parts.evaluations, parts.watch, parts.checkpoints
-        self.group_log = GroupLog(self.reward, self.config.max_lost_iterations, self.models.dtype, self.console.note)
+        self.implied: ImpliedPreferences | None = None
+        if isinstance(self.source, JudgedSource):
+            self.implied = ImpliedPreferences(self.source, self.models, self.config.evaluation.seed)
+        scored_by = None if self.implied else self.reward
+        self.batches = BatchMaker(
+            self.config,
+            self.reward.weights,
+            self.draw.schedule,
+            self.processes,
+            self.device,
+            sharded=self.models.shards is not None,
+        )
+        self.group_log = GroupLog(scored_by, self.config.max_lost_iterations, self.models.dtype, self.console.note)
         self.folder: Path | None = None
         self.sinks: tuple[Sink, ...] = ()
         self.loggers: Loggers | None = None
@@ -131,6 +140,7 @@ class Trainer:
             if self.config.evaluation.every and self.iteration % self.config.evaluation.every == 0:
                 with self.phases("evaluation"):
                     metrics |= self.evaluations.between(self.learner.evaluated_weights())
+                    metrics |= {f"heldout_{name}": value for name, value in self._agreement().items()}
             if self.watch.due(self.iteration):
                 with self.phases("look"):
                     metrics |= self.watch.look(self.learner.evaluated_weights(), metrics)
@@ -149,12 +159,13 @@ class Trainer:
         try:
             with self.processes.waiting(f"the shards of iteration {number}", counted=False):
                 self._meet("the groups")
-                groups = self.source.collect(self.iteration)
-                metrics = self.group_log.take(number, groups.prompts, groups.scores, self.folder) | groups.metrics
-                if groups.scores.valid.any():
-                    batch = self._batch(groups)
+                collected = self.source.collect(self.iteration)
+                metrics = joined(
+                    [self.group_log.take(number, of.prompts, of.scores, self.folder) | of.metrics for of in collected]
+                )
+                if batches := self.batches(collected, self.iteration):
                     self._meet("the learning")
-                    metrics |= self.learner.learn(batch, self.folder)
+                    metrics |= self.learner.learn(batches, self.folder)
                     self.learner.average(number)
         except torch.OutOfMemoryError as error:
             raise self.memory.error(error, self.config, self.phases.current, number) from None
@@ -165,33 +176,6 @@ class Trainer:
         if self.models.shards is not None:
             with self.phases("communicate"):
                 self.processes.meet(f"{what} of iteration {self.iteration + 1}", self.device)
-
-    def _batch(self, groups: Groups) -> Batch:
-        """The process's samples of the groups that could be scored, with their advantages: those that are kept."""
-        scores, share = groups.scores, groups.share
-        valid = np.repeat(scores.valid, share.group_size)[share.start : share.stop]
-        rows = torch.from_numpy(np.flatnonzero(valid)).to(self.device)
-        part = part_of(
-            scores.valid,
-            advantages_of(scores, self.reward.weights, self.config.advantage),
-            share.group_size,
-            self.processes,
-            f"the group scores of iteration {self.iteration + 1}",
-            sharded=self.models.shards is not None,
-        )
-        sample_index = torch.arange(share.start, share.stop, device=self.device)
-        drawn = Batch(
-            iteration=self.iteration,
-            x0=groups.x0,
-            text=groups.text,
-            advantage=torch.zeros(len(share), device=self.device),
-            group_index=sample_index // share.group_size,
-            sample_index=sample_index,
-            group_size=share.group_size,
-            schedule=self.draw.schedule,
-            transitions=groups.transitions,
-        )
-        return kept(drawn.taken(rows, part), self.config.advantage, self.config.seed)
 
     def _compare_processes(self) -> None:
         """Compares weights and counters between processes, if it is time to, and before every checkpoint.
@@ -230,7 +214,14 @@ class Trainer:
         weights = self.learner.evaluated_weights()
         self._save_weights(weights, folder)
         facts = self.source.summary() | self.watch.summary()
+        if agreement := self._agreement():
+            facts["held_out_preferences"] = agreement
+            self.console.note(told(agreement))
         self.evaluations.after(weights, folder, before, facts, self.iteration)
+
+    def _agreement(self) -> JsonObject:
+        """How far what would be saved now agrees with held-out preferences; empty if there are none."""
+        return {} if self.implied is None else self.implied.summary(self.learner.evaluated_weights())
 
     def _save_weights(self, weights: Weights, folder: Path) -> None:
         """Writes the trained weights to the run's folder. All processes must call it together."""

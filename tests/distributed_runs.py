@@ -13,12 +13,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import Processes, connect
+from dgpo_fast.prompts import Prompt
+from dgpo_fast.prompts.preferences import Judgement, append_judgement
+from dgpo_fast.rollout.source import Groups
 from dgpo_fast.run.metrics import read_metrics
 from dgpo_fast.trainer import Trainer
 
@@ -89,6 +93,16 @@ SCENARIOS: dict[str, list[str]] = {
     ],
     "groups dropped": ["--rewards", "tests.distributed_runs:Flaky", "--iterations", "4"],
     "pairs": ["--objective", "diffusion_dpo"],
+    "judged groups of any size": [
+        "--data.source",
+        "preferences",
+        "--data.preferences",
+        "votes",
+        "--data.folder",
+        "latents",
+        "--iterations",
+        "2",
+    ],
     "policy gradient": [
         "--objective",
         "flow_grpo",
@@ -178,6 +192,17 @@ def make_workspace(folder: Path, pipeline: Path) -> None:
     factors = {f"transformer_blocks.0.attn.to_q.lora_{n}.weight": torch.full(s, 0.1) for n, s in START.items()}
     save_file(factors, folder / "start.safetensors")
     (folder / "small.yaml").write_text(yaml.safe_dump({"model": str(pipeline), **SETTINGS}))
+    judge_pictures(folder / "votes")
+
+
+def judge_pictures(folder: Path) -> None:
+    """Rated pictures of six prompts: the first has two, the next three, and so on."""
+    for number in range(6):
+        for rating in range(2 + number):
+            image, rng = folder / f"{number}-{rating}.png", np.random.default_rng([number, rating])
+            said = Judgement(Prompt(f"judged {number}"), "rating", (image,), rating)
+            append_judgement(folder / "preferences.jsonl", said)
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(image)
 
 
 class Watched(Trainer):
@@ -195,17 +220,21 @@ class Watched(Trainer):
             return clip()
 
         self.learner._clip = kept_first  # type: ignore[method-assign]
+        collect = self.source.collect
+
+        def watched(iteration: int) -> list[Groups]:
+            groups = collect(iteration)
+            if self.latents is None:
+                self.latents = groups[0].x0
+            return groups
+
+        self.source.collect = watched  # type: ignore[method-assign]
 
     def _keep_gradient(self) -> None:
         if self.gradient is None:
             gradient = {name: weight.grad for name, weight in self.models.weights.items() if weight.grad is not None}
             gradient = self.models.whole(gradient) if self.models.shards else gradient
             self.gradient = torch.cat([tensor.flatten() for tensor in gradient.values()])
-
-    def _batch(self, groups: Any) -> Any:
-        if self.latents is None:
-            self.latents = groups.x0
-        return super()._batch(groups)
 
 
 def trained(config: Config, folder: Path, processes: Processes, resume: Path | None) -> Watched:

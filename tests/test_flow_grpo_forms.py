@@ -163,7 +163,7 @@ def test_groups_may_start_from_one_noise(workspace: Path) -> None:
     grpo = ["--objective", "flow_grpo", "--ema.switch-ema-ref", "none", "--rollout.share-initial-noise"]
     noise = ["--rollout.solver", "euler", "--rollout.noise-level", "0.7", "--rollout.noise-kind", "constant"]
     parts = build(configure(["small.yaml", *grpo, *noise]))
-    groups = parts.source.collect(0)
+    groups = parts.source.collect(0)[0]
     states = groups.transitions.states
     size = parts.config.rollout.group_size
     assert torch.equal(states[0, 0], states[0, size - 1]) and not torch.equal(states[0, 0], states[0, size])

@@ -121,7 +121,7 @@ def test_the_saved_pipeline_has_the_trained_weights(outcomes: dict) -> None:
     [
         (["--policy.train", "lora"], "is for --policy.train full"),
         (["--optimizer.name", "adamw8bit"], "use --optimizer.name adamw"),
-        (["--data.source", "offline"], "offline groups need unsharded weights"),
+        (["--data.source", "offline"], "data.source offline needs unsharded weights"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(settings: list[str], message: str) -> None:

@@ -41,6 +41,32 @@ class LevelSettings(Protocol):
     def timesteps(self) -> int | None: ...
 
 
+class DataSettings(Protocol):
+    """Of `options.Data`, what is checked."""
+
+    source: Literal["online", "offline", "preferences"]
+    preferences: str | None
+    noise_passes: int | None
+
+
+def check_data(objective: str, data: DataSettings, advantage: AdvantageSettings) -> None:
+    """Of what is learned from."""
+    judged, source = data.source == "preferences", f"data.source is {data.source}"
+    if judged and data.preferences is None:
+        raise ValueError(
+            f"{source} but data.preferences is none: name a .jsonl file or a folder, as in --data.preferences my_votes"
+        )
+    for name, given in {"preferences": data.preferences, "noise_passes": data.noise_passes}.items():
+        if given is not None and not judged:
+            raise ValueError(f"data.{name} is {given} but {source}: use --data.source preferences")
+    if objective == "kto" and not judged:
+        raise ValueError(f"objective kto learns from likes and dislikes but {source}: use --data.source preferences")
+    if judged and advantage.of == "each":
+        raise ValueError("advantage.of is each but preferences are no rewards: use --advantage.of sum")
+    if judged and advantage.keep is not None:
+        raise ValueError(f"advantage.keep is {advantage.keep} but judged groups have any size: leave it out")
+
+
 def steps_with_noise(rollout: RolloutSettings) -> int:
     """How many steps of a rollout with noise can be learned from."""
     return rollout.noise_steps or rollout.noise_among or max(rollout.num_inference_steps - 1, 1)

@@ -241,3 +241,20 @@ class CRD:
     """Training noise. sample: each image has its own. group: the images of a group share it, as in DGPO."""
     optimizer_steps: Count = 1
     """Optimizer steps per iteration. The iteration's groups are split evenly over them."""
+
+
+@dataclass(kw_only=True, config=STRICT)
+class KTO:
+    """The KTO objective: single pictures that people like or dislike (`data.source` preferences)."""
+
+    beta: Positive = 100.0
+    """β, the strength of the preference. With a large β, pictures that are already well told apart from the others add
+    little to the gradient."""
+    disliked_weight: Positive = 1.0
+    """Weight of a disliked picture's loss; a liked one has 1. If there are n times more dislikes than likes, 1/n."""
+    levels: Levels = "uniform"
+    """Noise levels to train at, as in `nft.levels`."""
+    timesteps: Count = 4
+    """M: noise levels per image and iteration."""
+    noise: Keys = "sample"
+    """Training noise. sample: each image has its own. group: as sample, since each image is alone."""

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from dgpo_fast.config.agreement import (
     check_advantage,
     check_averages,
+    check_data,
     check_levels,
     check_noise,
     check_timesteps,
@@ -28,7 +29,19 @@ from dgpo_fast.config.bounds import (
     Steps,
     Text,
 )
-from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, Advantage, DiffusionDPO, FlowGRPO, Regulariser
+from dgpo_fast.config.data_options import Data
+from dgpo_fast.config.objective_options import (
+    AWM,
+    CRD,
+    DGPO,
+    KTO,
+    NFT,
+    RAM,
+    Advantage,
+    DiffusionDPO,
+    FlowGRPO,
+    Regulariser,
+)
 from dgpo_fast.config.watch_options import Watch
 
 
@@ -93,19 +106,6 @@ class Rollout:
         if self.shift is None:
             raise ValueError("rollout.shift is still to be read from the model")
         return self.shift
-
-
-@dataclass(kw_only=True, config=STRICT)
-class Data:
-    """Where the training groups come from."""
-
-    source: Literal["online", "offline"] = "online"
-    """online: the behaviour weights draw new groups in every iteration. offline: the base model draws all
-    groups once, before training."""
-    offline_groups: Count = 1024
-    """Number of groups that an offline run draws. Training repeats them as often as needed."""
-    folder: PathText | None = None
-    """Folder of the offline groups. Other runs can reuse them. None: a folder inside the run's folder."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -375,7 +375,8 @@ class Config:
     name: str | None = None
     """Name of the run's folder. None: recipe, date and time."""
     objective: str = "dgpo"
-    """Training objective: dgpo, diffusion_dpo, flow_grpo, nft, awm, ram, crd, or your own `my_module:MyObjective`."""
+    """Training objective: dgpo, diffusion_dpo, flow_grpo, nft, awm, ram, crd, kto, or your own
+    `my_module:MyObjective`."""
     rollout: Rollout = Field(default_factory=Rollout)
     data: Data = Field(default_factory=Data)
     advantage: Advantage = Field(default_factory=Advantage)
@@ -387,6 +388,7 @@ class Config:
     awm: AWM = Field(default_factory=AWM)
     ram: RAM = Field(default_factory=RAM)
     crd: CRD = Field(default_factory=CRD)
+    kto: KTO = Field(default_factory=KTO)
     policy: Policy = Field(default_factory=Policy)
     engine: Engine = Field(default_factory=Engine)
     optimizer: Optimizer = Field(default_factory=Optimizer)
@@ -415,7 +417,8 @@ class Config:
             check_trained_steps(self.flow_grpo.steps, rollout)
         bounded = name in ("nft", "crd") or (name == "awm" and self.awm.kl_weight_worst is not None)
         check_advantage(name, self.advantage, rollout.group_size, bounded=bounded)
-        if name in ("nft", "awm", "ram", "crd"):
+        check_data(name, self.data, self.advantage)
+        if name in ("nft", "awm", "ram", "crd", "kto"):
             check_levels(name, getattr(self, name), grid)
 
     @property

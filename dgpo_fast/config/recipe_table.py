@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from dgpo_fast.config.objective_options import AWM, CRD, NFT, RAM
+from dgpo_fast.config.objective_options import AWM, CRD, KTO, NFT, RAM
 from dgpo_fast.config.options import Config
 from dgpo_fast.config.recipes import RECIPES, prompts_note
 
@@ -70,6 +70,7 @@ def _objective_cells(config: Config) -> tuple[str, str, str, str]:
         "awm": _awm_cells,
         "ram": _ram_cells,
         "crd": _crd_cells,
+        "kto": _kto_cells,
     }
     return rows.get(config.objective, _dgpo_cells)(config)
 
@@ -96,7 +97,7 @@ def _grpo_cells(config: Config) -> tuple[str, str, str, str]:
     return steps, "", f"{grpo.kl_weight:g}, {config.rollout.guidance_scale:g}", f"{grpo.clip_range:g}"
 
 
-def _levels(config: Config, settings: NFT | AWM | RAM | CRD, optimizer_steps: int = 1) -> str:
+def _levels(config: Config, settings: NFT | AWM | RAM | CRD | KTO, optimizer_steps: int = 1) -> str:
     count = settings.timesteps or config.rollout.num_inference_steps - 1
     steps = f", {optimizer_steps} optimizer steps" if optimizer_steps > 1 else ""
     return f"{count} `{settings.levels}` levels{steps}"
@@ -115,6 +116,10 @@ def _awm_cells(config: Config) -> tuple[str, str, str, str]:
 
 def _ram_cells(config: Config) -> tuple[str, str, str, str]:
     return _levels(config, config.ram), f"m {config.ram.multiplier:g}", "", ""
+
+
+def _kto_cells(config: Config) -> tuple[str, str, str, str]:
+    return _levels(config, config.kto), f"{config.kto.beta:g}", "", ""
 
 
 def _crd_cells(config: Config) -> tuple[str, str, str, str]:

@@ -16,9 +16,10 @@ from dataclasses import replace
 from functools import partial, update_wrapper
 
 from dgpo_fast.config import objective_recipes
+from dgpo_fast.config.data_options import Data
 from dgpo_fast.config.family_recipes import OF_SD35M_OCR
 from dgpo_fast.config.objective_options import AWM, CRD, DGPO, NFT, RAM, Advantage, FlowGRPO
-from dgpo_fast.config.options import EMA, Config, Data, Engine, Evaluation, Optimizer, Policy, Rollout
+from dgpo_fast.config.options import EMA, Config, Engine, Evaluation, Optimizer, Policy, Rollout
 from dgpo_fast.config.reading import YAML
 from dgpo_fast.errors import UserError
 

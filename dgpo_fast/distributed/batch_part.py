@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgpo_fast.distributed.placement import place
+from dgpo_fast.distributed.placement import shares
 from dgpo_fast.distributed.processes import ALONE, Processes
 
 
@@ -122,14 +122,14 @@ def part_of(
         what: as `BatchPart.what`.
         sharded: whether weights are.
     """
-    shares, samples = place(len(scored), group_size, processes.count), np.repeat(scored, group_size)
-    starts = tuple(int(samples[: share.start].sum()) for share in shares)
+    everyone, samples = shares(len(scored), group_size, processes.count), np.repeat(scored, group_size)
+    starts = tuple(int(samples[: share.start].sum()) for share in everyone)
     return BatchPart(
         first=starts[processes.rank],
         groups=int(scored.sum()),
         group_size=group_size,
         advantage=advantage,
-        split=any(not share.whole for share in shares),
+        split=any(not share.whole for share in everyone),
         processes=processes,
         what=what,
         edges=(*starts, int(samples.sum())) if sharded else None,

@@ -64,8 +64,13 @@ def place(groups: int, group_size: int, processes: int) -> list[Share]:
             f"{processes} processes share {samples} images an iteration: raise --rollout.groups or "
             f"--rollout.group-size, or start {samples} processes at most"
         )
+    return shares(groups, group_size, processes)
+
+
+def shares(groups: int, group_size: int, processes: int) -> list[Share]:
+    """As `place`; some are empty if there are fewer samples than processes."""
     unit = group_size if groups >= processes else 1
-    return [Share(start, stop, group_size) for start, stop in even_ranges(samples, processes, unit)]
+    return [Share(start, stop, group_size) for start, stop in even_ranges(groups * group_size, processes, unit)]
 
 
 def largest_share(groups: int, group_size: int, processes: int) -> int:

@@ -106,8 +106,10 @@ def shards_for(config: Config, processes: Processes, device: torch.device) -> Sh
         raise UserError(f"{how}: 8-bit optimizer states cannot be sharded; use --optimizer.name adamw")
     if config.policy.weights not in ("auto", "fp32"):
         raise UserError(f"{how} keeps the shards in fp32: use --policy.weights fp32")
-    if config.data.source == "offline":
-        raise UserError(f"{how}: offline groups need unsharded weights; use --distributed.shard none")
+    if config.data.source != "online":
+        raise UserError(
+            f"{how}: data.source {config.data.source} needs unsharded weights; use --distributed.shard none"
+        )
     return make_shards(config.distributed.shard, processes, device)
 
 

@@ -32,15 +32,7 @@ from dgpo_fast.models.lora import changes_text_encoders, find_lora, merge_lora
 from dgpo_fast.models.own_settings import differences, fill_in_shift, own_grid
 from dgpo_fast.models.prompt_encoder import make_prompt_encoder
 from dgpo_fast.models.prompt_notes import prompt_notes
-from dgpo_fast.prompts import (
-    TRAINING_PROMPTS,
-    Prompt,
-    evaluation_prompts,
-    in_turn,
-    load_prompts,
-    load_run_prompts,
-    with_negative,
-)
+from dgpo_fast.prompts import TRAINING_PROMPTS, Prompt, evaluation_prompts, in_turn, load_run_prompts, with_negative
 from dgpo_fast.prompts.prompt import digest
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards import RewardPool, count_workers, load_rewards
@@ -278,8 +270,9 @@ def describe_prompts(settings: EvaluationSettings) -> str:
     config = run_config(settings.model)
     if config.eval_prompts:
         return config.eval_prompts
-    sets = load_prompts(config.prompts, held_out=config.evaluation.images)
-    return f"{TRAINING_PROMPTS if sets.evaluated == TRAINING_PROMPTS else 'held out'} of {config.prompts}"
+    evaluated = load_run_prompts(config).evaluated
+    source = config.data.preferences or config.prompts
+    return f"{TRAINING_PROMPTS if evaluated == TRAINING_PROMPTS else 'held out'} of {source}"
 
 
 def load_evaluated(

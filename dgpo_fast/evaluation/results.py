@@ -116,9 +116,10 @@ def last_lines(summary: JsonObject, metrics: list[Metrics], group_size: int, fol
     """
     iterations = counted(summary["iterations"], "iteration")
     groups, lost = summary["training_images"] // group_size, summary["groups_dropped_count"]
+    shares = [line["groups_equal_share"] for line in metrics if line["groups_equal_share"] is not None]
     trained = f"trained {iterations} in {duration(summary['training_s'])}; "
     trained += f"weights, pictures and metrics are in {folder}"
     lines = [f"{trained}; {lost} of {counted(groups, 'group')} were lost" if lost else trained]
-    if 0 < groups - lost == sum(line["groups_equal_count"] for line in metrics):
+    if shares and min(shares) == 1:
         lines.insert(0, f"every group of {iterations} had equal rewards: nothing was learnt from them")
     return [*lines, f"look: python -m dgpo_fast.evaluate --side-by-side {shlex.quote(str(folder))}"]

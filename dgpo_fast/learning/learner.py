@@ -1,7 +1,8 @@
 """From an iteration's groups to new weights: gradients, optimizer steps and averages."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -67,18 +68,24 @@ class Learner:
         self.iteration = 0
         self.halfway = False
 
-    def learn(self, batch: Batch, folder: Path | None = None) -> Metrics:
-        """The optimizer steps of an iteration's batch; metrics are means over its samples.
+    def learn(self, batches: Sequence[Batch], folder: Path | None = None) -> Metrics:
+        """The optimizer steps of an iteration; metrics are means over its groups.
 
         If gradients that are not finite end the run, what is known of them is written into `folder`.
+
+        Args:
+            batches: of groups of one size each; usually there is one.
+            folder: the run's.
         """
-        rate = learning_rate(self.config.optimizer, batch.iteration, self.config.iterations)
-        number = batch.iteration + 1
+        rate = learning_rate(self.config.optimizer, self.iteration, self.config.iterations)
+        number = self.iteration + 1
+        everything = sum(batch.groups for batch in batches)
         totals: Metrics = {}
         skipped = 0
-        for part in self.objective.optimizer_batches(batch):
+        for each in zip_longest(*map(self.objective.optimizer_batches, batches)):
+            step = [part for part in each if part is not None]
             with self.phases("train"), self.work.training():
-                losses = self.objective.accumulate(part, self.models, self.old.weights)
+                losses = self._accumulate(step)
             with self.phases("communicate"):
                 own_norm = self._sum_gradients(f"the gradients of iteration {number}")
             with self.phases("optimizer"):
@@ -89,12 +96,30 @@ class Learner:
             parts = {**losses, "grad_norm": norm / self.processes.count}
             if kept is not None:
                 parts["lora_merge_kept"] = kept / self.processes.count
-            add_metrics(totals, parts, part.samples / batch.samples)
+            add_metrics(totals, parts, sum(part.groups for part in step) / everything)
         return {
             "learning_rate": rate,
             "steps_skipped_count": skipped,
             **with_drift(self._sum(as_numbers(totals), f"the metrics of iteration {number}")),
         }
+
+    def _accumulate(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+        """Adds the gradient of the mean over all groups of `parts`; returns the metrics, means likewise."""
+        losses: dict[str, Tensor] = {}
+        everything, before = sum(part.groups for part in parts), parts[0].groups
+        for part in parts:
+            self._scale_gradients(before / part.groups)
+            found = self.objective.accumulate(part, self.models, self.old.weights)
+            add_metrics(losses, found, part.groups / everything)
+            before = part.groups
+        self._scale_gradients(before / everything)
+        return losses
+
+    def _scale_gradients(self, factor: float) -> None:
+        if factor != 1:
+            torch._foreach_mul_(
+                [weight.grad for weight in self.models.weights.values() if weight.grad is not None], factor
+            )
 
     def average(self, step: int) -> None:
         """Updates the moving averages after iteration `step`, counted from 1."""

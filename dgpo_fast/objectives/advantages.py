@@ -13,15 +13,18 @@ from dgpo_fast.rewards.group_log import are_equal
 ADVANTAGE_EPS = 1e-4
 
 
-def advantages_of(scores: GroupScores, weights: Mapping[str, float], config: Advantage) -> Tensor:
+def advantages_of(
+    scores: GroupScores, weights: Mapping[str, float], config: Advantage, everyone: np.ndarray | None = None
+) -> Tensor:
     """Advantages of the groups that could be scored, (P'·G,) fp32 on the CPU, as `config.of` says.
 
     Args:
         scores: of P groups.
         weights: of the rewards, by name.
+        everyone: as for `advantages`.
     """
     if config.of == "sum":
-        return advantages(scores.rewards[scores.valid], config)
+        return advantages(scores.rewards[scores.valid], config, everyone)
     return advantages_of_each({name: scores.parts[name][scores.valid] for name in weights}, weights, config)
 
 
@@ -58,11 +61,12 @@ def advantages_of_each(rewards: Mapping[str, np.ndarray], weights: Mapping[str, 
     return torch.from_numpy((total * config.scale).astype(np.float32).reshape(-1))
 
 
-def advantages(rewards: np.ndarray, config: Advantage) -> Tensor:
+def advantages(rewards: np.ndarray, config: Advantage, everyone: np.ndarray | None = None) -> Tensor:
     """A = (r − mean of the group) / (std + 1e-4), clamped and scaled; not divided if `config.std` is off.
 
     Args:
         rewards: (P, G) rewards of whole groups, all finite.
+        everyone: (N,) all rewards of the iteration, if there are groups of other sizes too.
 
     Returns:
         (P·G,) fp32 advantages on the CPU. A group whose rewards are all equal gets exact zeros.
@@ -73,8 +77,9 @@ def advantages(rewards: np.ndarray, config: Advantage) -> Tensor:
     # it.
     centred[np.ptp(rewards, axis=1) == 0] = 0.0
     if config.std != "off":
+        among = rewards if config.std == "group" or everyone is None else everyone
         axis = 1 if config.std == "group" else None
-        centred = centred / (rewards.std(axis=axis, keepdims=True, dtype=np.float64) + ADVANTAGE_EPS)
+        centred = centred / (among.std(axis=axis, keepdims=True, dtype=np.float64) + ADVANTAGE_EPS)
     if config.clamp is not None:
         centred = np.clip(centred, -config.clamp, config.clamp)
     scaled = centred * config.scale

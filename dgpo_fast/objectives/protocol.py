@@ -30,6 +30,7 @@ class Traits:
         drawn_by: whose rollouts it must learn from: "policy" the policy's own, "old" those of θ_old from the first
             iteration on, "any" any.
         norm_hinge: whether it adds `regulariser.norm_hinge` to its loss (`objectives/drift.py`).
+        single_images: whether it learns from single images with the advantage +1 or −1, and not from groups.
         shardable: whether it runs on sharded weights, where some rows of a batch may be padding (`Batch.weight`).
     """
 
@@ -42,6 +43,7 @@ class Traits:
     shared_sigma: float | None = None
     drawn_by: Literal["any", "policy", "old"] = "any"
     norm_hinge: bool = False
+    single_images: bool = False
     shardable: bool = False
 
 

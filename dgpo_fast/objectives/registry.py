@@ -16,6 +16,7 @@ BUILT_IN = {
     "awm": "dgpo_fast.objectives.awm:AWMObjective",
     "ram": "dgpo_fast.objectives.ram:RAMObjective",
     "crd": "dgpo_fast.objectives.crd:CRDObjective",
+    "kto": "dgpo_fast.objectives.kto:KTOObjective",
 }
 
 
@@ -63,9 +64,10 @@ def load_objective(config: Config) -> Objective:
 
 def _require_steps(config: Config, what: str) -> None:
     """Raises UserError if there are no steps of a rollout to learn from."""
-    if config.data.source == "offline":
+    if config.data.source != "online":
         raise UserError(
-            f"data.source offline: {what} learns from the steps of its own rollouts; use --data.source online"
+            f"data.source {config.data.source}: {what} learns from the steps of its own rollouts; use --data.source "
+            "online"
         )
     if config.rollout.noise_level == 0:
         raise UserError(

@@ -12,7 +12,9 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import KINDS, SUFFIXES, in_hash_order, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import require_geneval_metadata
+from dgpo_fast.prompts.preferences import run_preferences
 from dgpo_fast.prompts.prompt import (
+    HELD_OUT,
     TRAINING_PROMPTS,
     Prompt,
     PromptSets,
@@ -51,6 +53,12 @@ def load_run_prompts(config: Config, *, held_out: int = 0) -> PromptSets:
     """The prompts of a run of `config`, with their negative prompts; as many to evaluate on as it evaluates, or
     `held_out` if these are more. Raises UserError as `load_prompts`."""
     count = max(held_out, config.evaluation.images)
+    if config.data.source == "preferences":
+        sets = run_preferences(config)[2]
+        if config.eval_prompts is None:
+            return sets
+        shown = with_negative(_to_evaluate(config.eval_prompts, count)[:count], config.rollout.negative_prompt)
+        return replace(sets, held_out=shown, evaluated=HELD_OUT)
     sets = load_prompts(config.prompts, eval_source=config.eval_prompts, held_out=count)
     train, evaluation = (with_negative(some, config.rollout.negative_prompt) for some in (sets.train, sets.held_out))
     return replace(sets, train=train, held_out=evaluation)
@@ -99,10 +107,7 @@ def evaluation_prompts(source: str, count: int | None) -> list[Prompt]:
 
 def _with_evaluation_from(source: str, eval_source: str, held_out: int) -> PromptSets:
     training = _generated(source, held_out).train if source in GENERATORS else _read(source)
-    if eval_source in GENERATORS:
-        evaluation = _generated(eval_source, held_out).held_out
-    else:
-        evaluation = in_hash_order(_read(eval_source))
+    evaluation = _to_evaluate(eval_source, held_out)
     train = without(training, evaluation)
     if not train:
         raise UserError(f"{source}: every prompt is also in {eval_source}: name a different file for evaluation")
@@ -110,6 +115,11 @@ def _with_evaluation_from(source: str, eval_source: str, held_out: int) -> Promp
     if len(evaluation) > held_out:
         note = f"evaluation uses {held_out} of the {len(evaluation)} prompts in {eval_source}"
     return PromptSets(train=train, held_out=evaluation[:held_out], note=note)
+
+
+def _to_evaluate(source: str, held_out: int) -> list[Prompt]:
+    """All prompts of a file, in the order of their hashes, or those that a generator holds out."""
+    return _generated(source, held_out).held_out if source in GENERATORS else in_hash_order(_read(source))
 
 
 def _generated(name: str, held_out: int) -> PromptSets:

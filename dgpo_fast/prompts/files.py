@@ -62,8 +62,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             f"{path}: unknown kind of prompt file: use .txt (one prompt a line), .jsonl (GenEval), .csv (DrawBench) or "
             ".tsv (PartiPrompts)"
         )
-    lines = ((line, f"{path}:{number}") for number, line in _numbered_lines(path))
-    parse: Callable[[str, str], Prompt] = _parse_json if path.suffix == ".jsonl" else _parse_text
+    lines = ((line, f"{path}:{number}") for number, line in numbered_lines(path))
+    parse: Callable[[str, str], Prompt] = parse_json if path.suffix == ".jsonl" else _parse_text
     if path.suffix in TABLES:
         parse = _table_parser(*next(lines, ("prompt", "")))
     prompts = [parse(line, origin) for line, origin in lines]
@@ -97,7 +97,7 @@ def in_hash_order(prompts: list[Prompt]) -> list[Prompt]:
     return sorted(by_content.values(), key=lambda p: hashlib.sha256(p.content.encode()).hexdigest())
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Non-blank lines with their numbers, which count from 1; holds a bounded part of the file at a time."""
     number = 0
     try:
@@ -149,7 +149,9 @@ def _parse_text(line: str, origin: str) -> Prompt:
     return Prompt(line.strip(), {}, origin)
 
 
-def _parse_json(line: str, origin: str) -> Prompt:
+def parse_json(line: str, origin: str) -> Prompt:
+    """The prompt in a line of a `.jsonl` file, the whole object being its metadata. Raises UserError, which begins with
+    `origin`."""
     if line.lstrip().startswith("["):
         raise UserError(f"{origin}: is a JSON list: write one object a line, without [ ]")
     try:

@@ -71,7 +71,7 @@ def with_negative(prompts: list[Prompt], negative: str) -> list[Prompt]:
     return [p if as_it_is else replace(p, negative=negative) for p, as_it_is in zip(prompts, stays, strict=True)]
 
 
-TRAINING_PROMPTS = "training prompts"
+TRAINING_PROMPTS, HELD_OUT = "training prompts", "held-out prompts"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PromptSets:
     train: list[Prompt]
     held_out: list[Prompt]
     note: str = ""
-    evaluated: str = "held-out prompts"
+    evaluated: str = HELD_OUT
 
     @property
     def everything(self) -> list[Prompt]:

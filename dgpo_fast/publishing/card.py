@@ -72,9 +72,11 @@ def _text(handover: Handover, folder: Path) -> str:
     made = f"{'' if handover.whole else 'A LoRA for '}{_base(handover)}, trained"
     objective = OBJECTIVES.get(config.objective, f"the objective {_code(config.objective)}")
     shown = "".join(f"![{shows}]({name})\n\n" for name, shows in pictures.items())
+    judged = config.data.source == "preferences"
+    aim = "on preferences, beside which it is measured by" if judged else "to raise"
     return f"""# {_plain(handover.name)}
 
-{made} with {objective} to raise the reward {_rewards(handover)}. {_gain(handover.summary)}
+{made} with {objective} {aim} the reward {_rewards(handover)}. {_gain(handover.summary)}
 
 {shown}## Results
 
@@ -205,14 +207,20 @@ def _facts(handover: Handover) -> dict[str, str]:
     settings = ", ".join(f"{name} {_setting(value)}" for name, value in asdict(own).items()) if own else ""
     lora = f"LoRA of rank {policy.lora_rank}, alpha {policy.lora_alpha:g}"
     per_iteration = f"{counted(rollout.groups, 'prompt')} × {counted(rollout.group_size, 'image')}"
+    drawn = f"{counted(rollout.num_inference_steps, 'step')} of {SOLVERS[rollout.solver]}, "
+    drawn += f"guidance {rollout.guidance_scale:g}" + (
+        f", noise {rollout.noise_level:g}" if rollout.noise_level else ""
+    )
+    of = {"prompts": _code(Path(config.prompts).name), "rollouts": drawn}
+    if config.data.preferences is not None:
+        per_iteration = f"{counted(rollout.groups, 'judged group')}"
+        of = {"preferences": _code(Path(config.data.preferences).name), "agreement": _agreement(summary)}
     facts = {
         "trained": lora if policy.train == "lora" else "all weights of the transformer",
         "started from": f"the LoRA {_code(Path(config.lora).name)}" if config.lora else "",
-        "prompts": _code(Path(config.prompts).name),
+        **of,
         "iterations": f"{summary['iterations']}, each with {per_iteration}",
         "images": f"{summary['training_images']:,}" if "training_images" in summary else "",
-        "rollouts": f"{counted(rollout.num_inference_steps, 'step')} of {SOLVERS[rollout.solver]}, "
-        f"guidance {rollout.guidance_scale:g}" + (f", noise {rollout.noise_level:g}" if rollout.noise_level else ""),
         "objective": f"{_plain(config.objective)}{': ' if settings else ''}{settings}",
         "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}",
         "seed": str(config.seed),
@@ -220,6 +228,14 @@ def _facts(handover: Handover) -> dict[str, str]:
         "software": f"dgpo_fast {__version__}",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _agreement(summary: JsonObject) -> str:
+    """With held-out preferences; empty if none were held out."""
+    found = summary.get("held_out_preferences", {})
+    names = [name for name in ("accuracy", "likes_auc") if name in found]
+    shown = (f"{100 * found[n]:.0f} % ({' to '.join(f'{100 * end:.0f}' for end in found[f'{n}_ci95'])})" for n in names)
+    return f"with held-out preferences: {', '.join(shown)}; 50 % is chance" if names else ""
 
 
 def _setting(value: object) -> str:

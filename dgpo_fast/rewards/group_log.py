@@ -26,13 +26,13 @@ class GroupLog:
     """Gets the scored groups of each iteration in turn.
 
     Args:
-        reward: what scores them.
+        reward: what scores them; None if people have.
         most_lost: iterations in a row in which a reward, or all rewards, score nothing before the run ends.
         dtype: of the model's forwards.
         note: called with each line for the user.
     """
 
-    def __init__(self, reward: WeightedReward, most_lost: int, dtype: torch.dtype, note: Callable[[str], None]):
+    def __init__(self, reward: WeightedReward | None, most_lost: int, dtype: torch.dtype, note: Callable[[str], None]):
         self._reward, self._most_lost, self._dtype, self._note = reward, most_lost, dtype, note
         self._lost_in_a_row: Counter[str] = Counter()
         self._equal_in_a_row: int | None = 0  # None once it was told
@@ -58,11 +58,15 @@ class GroupLog:
         for line in scores.failures:
             self._note(f"iteration {iteration}: group dropped: {line}")
         shown = [prompt for prompt, finite in zip(prompts, scores.finite, strict=True) if finite]
-        asked = dict.fromkeys(name for prompt in shown for name in self._reward.chosen(prompt))
+        names: list[str] = []
+        asked: dict[str, None] = {}
+        if self._reward is not None:
+            names = list(self._reward.rewards)
+            asked = dict.fromkeys(name for prompt in shown for name in self._reward.chosen(prompt))
         for name in asked:
             self._count_lost(f"reward {name!r}", bool(np.isfinite(scores.parts[name]).any()), scores.failures, folder)
         self._count_lost("", bool(scores.valid.any()), scores.failures, folder)
-        metrics = _metrics(scores, list(self._reward.rewards))
+        metrics = _metrics(scores, names)
         self._count_equal(metrics["groups_equal_count"], int(scores.valid.sum()))
         return metrics
 
@@ -89,6 +93,20 @@ class GroupLog:
         last = [line for line in failures if line.startswith(reward)][-1]
         go_on = f", then resume with: {resume_command(folder)}" if folder else ""
         raise SharedError(f"{what}; the last failure: {last}; fix the reward{go_on}")
+
+
+def joined(parts: Sequence[Metrics]) -> Metrics:
+    """One iteration's metrics from those of its groups of each size: counts are added, the others are means over
+    images."""
+    if len(parts) == 1:
+        return parts[0]
+    found: Metrics = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        known = [(part[name], part["images_count"]) for part in parts if part.get(name) is not None]
+        total = sum(value if name.endswith("_count") else value * images for value, images in known)
+        images = 1 if name.endswith("_count") else sum(images for _, images in known)
+        found[name] = total / images if known else None
+    return found
 
 
 def _metrics(scores: GroupScores, rewards: Sequence[str]) -> Metrics:

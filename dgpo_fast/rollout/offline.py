@@ -90,7 +90,7 @@ class OfflineSource:
         """See `Source.prompts_of`."""
         return self._dealer(self.wanted).all_drawn(range(len(self.wanted.files)))
 
-    def collect(self, iteration: int) -> Groups:
+    def collect(self, iteration: int) -> list[Groups]:
         """See `Source.collect`."""
         assert self.places is not None, "prepare comes first"
         with self.worker.phases("load"):
@@ -103,7 +103,7 @@ class OfflineSource:
             prompts = [stored[position // size].prompt for position in range(share.start, share.stop)]
             text = self.worker.sampler.encoder([one.text for one in prompts], [one.negative for one in prompts])
             text = text.with_embedded(self.worker.draw.guidance.embedded)
-        return Groups([group.prompt for group in stored], text, x0, _scores(stored), share)
+        return [Groups([group.prompt for group in stored], text, x0, _scores(stored), share)]
 
     def summary(self) -> JsonObject:
         """See `Source.summary`."""

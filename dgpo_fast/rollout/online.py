@@ -136,12 +136,12 @@ class OnlineSource:
         """See `Source.prompts_of`."""
         return self.prompts.all_drawn(iterations)
 
-    def collect(self, iteration: int) -> Groups:
+    def collect(self, iteration: int) -> list[Groups]:
         """See `Source.collect`."""
         prompts = spread(self.prompts.draw(iteration), lambda prompt: tuple(self.worker.rewards.reward.chosen(prompt)))
-        return self.worker.draw_groups(
-            prompts, self.weights(), seed=self.seed, number=iteration, processes=self.processes
-        )
+        return [
+            self.worker.draw_groups(prompts, self.weights(), seed=self.seed, number=iteration, processes=self.processes)
+        ]
 
     def summary(self) -> JsonObject:
         """See `Source.summary`."""

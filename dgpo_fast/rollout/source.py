@@ -1,4 +1,5 @@
-"""Where the scored groups of an iteration come from: drawn now by the behaviour weights, or once by the reference."""
+"""Where the scored groups of an iteration come from: drawn now by the behaviour weights, once by the reference, or
+judged by people."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Groups:
         share: which of the P·G samples are the process's own.
         transitions: every step of the rollout of the process's own samples, if they were kept.
         metrics: additional metrics of drawing them.
+        advantage: (P·G,) fp32 of all samples, on the CPU; None: by the scores.
+        number: keys the noise of training; None: the iteration does.
     """
 
     prompts: list[Prompt]
@@ -37,6 +40,8 @@ class Groups:
     share: Share
     transitions: Transitions | None = None
     metrics: Metrics = field(default_factory=dict)
+    advantage: Tensor | None = None
+    number: int | None = None
 
 
 class Source(Protocol):
@@ -56,8 +61,8 @@ class Source(Protocol):
         """The prompts that `iterations` and the work before the first one need; some may occur twice."""
         ...
 
-    def collect(self, iteration: int) -> Groups:
-        """The groups of iteration `iteration`, counted from 0."""
+    def collect(self, iteration: int) -> list[Groups]:
+        """The groups of iteration `iteration`, counted from 0; those of one size together."""
         ...
 
     def summary(self) -> JsonObject:
