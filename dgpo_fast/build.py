@@ -36,7 +36,7 @@ from dgpo_fast.models.random_weights import random_weights_note
 from dgpo_fast.models.remembered import RememberedForwards
 from dgpo_fast.models.sharded import ShardedModels
 from dgpo_fast.models.work import WorkMeter
-from dgpo_fast.objectives.registry import traits
+from dgpo_fast.objectives.registry import check_kl_term, traits
 from dgpo_fast.prompts import PromptSets, load_run_prompts
 from dgpo_fast.prompts.preferences import check_run_preferences
 from dgpo_fast.prompts.prompt import digest
@@ -209,6 +209,7 @@ def _require_work(config: Config, processes: Processes) -> None:
 
 def _load_rewards(config: Config, processes: Processes, device: torch.device) -> WeightedReward:
     reward = load_rewards(config.rewards, device)
+    check_kl_term(config, reward.weights)
     if config.data.source == "online":  # of offline groups, each is drawn and scored by one process
         reward.check_processes(processes.count, config.rollout.groups)
     return reward

@@ -10,7 +10,8 @@ from dgpo_fast.config.objective_options import AWM, CRD, NFT, RAM
 from dgpo_fast.config.options import Config
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch
-from dgpo_fast.objectives.denoising import Noised, mean_square
+from dgpo_fast.objectives.denoising import Noised
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.levels import Inputs
 from dgpo_fast.rollout.schedule import make_schedule
 from tests.objective_case import make_config

@@ -91,6 +91,17 @@ SCENARIOS: dict[str, list[str]] = {
         "--rollout.group-size",
         "3",
     ],
+    "growing and gated KL": [
+        "--rewards",
+        "tests.distributed_runs:Brightness",
+        "tests.distributed_runs:Redness=0",
+        "--regulariser.kl-gate",
+        "tests.distributed_runs:Redness",
+        "--regulariser.kl-growth",
+        "100",
+        "--dgpo.kl-weight",
+        "1",
+    ],
     "groups dropped": ["--rewards", "tests.distributed_runs:Flaky", "--iterations", "4"],
     "pairs": ["--objective", "diffusion_dpo"],
     "judged groups of any size": [
@@ -175,6 +186,13 @@ class Brightness:
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         return images.mean((1, 2, 3), dtype=np.float64) / 255
+
+
+class Redness(Brightness):
+    """How red an image is."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        return super().__call__(images[..., :1], prompts, metadata)
 
 
 class Flaky(Brightness):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dgpo_fast.config.objective_options import AWM
 from dgpo_fast.models.forward import predict
 from dgpo_fast.objectives.awm import log_surrogate, matching_loss
-from dgpo_fast.objectives.denoising import mean_square
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.seeds import stream_seed
 from tests.denoising_case import assert_is_derivative, config_of, error_gradient, gradient, make_noised, per_sample

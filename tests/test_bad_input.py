@@ -73,6 +73,11 @@ MISTAKES = {
     "--watch.images-per-prompt 1": "error: command line: watch.images_per_prompt: input should be greater than or eq",
     "--advantage.of each --advantage.std off": "error: command line: advantage.of is each but advantage.std is off: ",
     "--regulariser.norm-hinge -1": "error: command line: regulariser.norm_hinge: input should be greater than or eq",
+    "--regulariser.kl-growth -1": "error: command line: regulariser.kl_growth: input should be greater than or equal",
+    "--regulariser.kl-growth 9 --dgpo.kl-weight 0": "error: regulariser.kl_growth 9: objective 'dgpo' has no KL term ",
+    "--objective ram --rewards shapes jpeg --regulariser.kl-gate jpeg": "error: regulariser.kl_gate jpeg: objective 'r",
+    "--regulariser.kl-gate jpeg": "error: regulariser.kl_gate jpeg: no such reward in this run, which has shapes: add ",
+    "--regulariser.kl-gate shapes": "error: regulariser.kl_gate shapes: nothing else is trained on, and a reward alw",
     "--name taken": "error: runs/taken exists: choose another --name, or continue it with --resume runs/taken",
 }
 

@@ -62,7 +62,9 @@ def written_out(case: Case) -> torch.Tensor:
             assert 0 < clipped.sum() < len(clipped), "the case must clip some samples and not others"
             d = torch.where(clipped, d.detach(), d)
         score = config.beta / SIZE * (batch.advantage * (d - d_ref)).reshape(GROUPS, SIZE).sum(1)
-        kl = (policy - kl_v).square().mean((1, 2, 3)).mean()
+        kl = (policy - kl_v).square().mean((1, 2, 3))
+        kl = kl + case.config.regulariser.kl_growth * kl.square() / 2
+        kl = (kl if batch.kl_gate is None else batch.kl_gate * kl).mean()
         losses.append(torch.nn.functional.softplus(score).mean() / config.beta + config.kl_weight * kl)
     return torch.stack(losses).mean()
 
@@ -89,6 +91,21 @@ def test_gradient_is_that_of_the_loss_written_out(variant: str, random_pipeline:
     # In fp32: guidance multiplies the rounding of a difference of two predictions.
     assert torch.linalg.norm(found - expected) < 5e-5 * torch.linalg.norm(expected)
     assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [3, 2 * SIZE + 1, GROUPS * SIZE])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_kl_term_that_grows_and_is_gated_is_that_of_the_loss_written_out(
+    micro_batch: int, guidance: float, random_pipeline: Path
+) -> None:
+    case = Case(random_pipeline, make_config(kl_guidance_scale=guidance, kl_weight=3.0))
+    case.config.regulariser.kl_growth = 50.0
+    case.batch = replace(case.batch, kl_gate=torch.linspace(0, 1, GROUPS * SIZE))
+    loss = written_out(case)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(case.models.weights.values()))])
+    found, metrics = case.gradient(micro_batch)
+    assert torch.linalg.norm(found - expected) < 5e-5 * torch.linalg.norm(expected)
+    assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5) and metrics["kl"] > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -27,6 +27,7 @@ COUNTS = {
         "lora",
         SAME_SHAPES,
         "small micro-batches, std of the iteration",
+        "growing and gated KL",
         "groups dropped",
         "pairs",
         JUDGED,

@@ -11,7 +11,8 @@ from torch import Tensor
 from dgpo_fast.config.objective_options import NFT
 from dgpo_fast.models.forward import predict
 from dgpo_fast.objectives import nft as nft_module
-from dgpo_fast.objectives.denoising import mean_abs, mean_square, preference, step_from
+from dgpo_fast.objectives.denoising import mean_abs, preference, step_from
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.levels import draw_training_steps
 from dgpo_fast.objectives.nft import nft_loss
 from dgpo_fast.seeds import stream_seed

@@ -29,6 +29,10 @@ SYSTEMS = {
     "dgpo-sde": NOISE,
     "dgpo-merged": ["--policy.forward=merged", "--precision=bf16"],
     "dgpo-offline": OFFLINE,
+    "dgpo-held": [
+        *("--rewards=jpeg", "pixels=0", "--regulariser.kl-gate=pixels", "--regulariser.kl-growth=100"),
+        *("--dgpo.kl-weight=1", "--advantage.keep=2"),
+    ],
     "diffusion-dpo": ["--objective=diffusion_dpo", "--optimizer.lr=1e-3"],
     "flow-grpo-window": [
         "--objective=flow_grpo",

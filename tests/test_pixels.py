@@ -1,10 +1,12 @@
 """Statistics of pictures, by hand and on pictures of the small world, and the rules that look at them."""
 
+from math import log
+
 import numpy as np
 import pytest
 
 from dgpo_fast.config.watch_options import Watch
-from dgpo_fast.evaluation.rules import alarms, last_good, passed
+from dgpo_fast.evaluation.rules import alarms, last_good, passed, signs, unconfirmed
 from dgpo_fast.records import Metrics
 from dgpo_fast.rewards.shipped import pixels
 from dgpo_fast.tiny import data
@@ -79,7 +81,8 @@ def test_a_grid_is_seen_in_pictures_of_any_shape() -> None:
 
 
 def test_rules_that_are_off_say_nothing(pictures: np.ndarray) -> None:
-    off = dict.fromkeys(("norm_ratio", "edges", "colours", "brightness", "saturation", "dark", "diversity", "grid"))
+    rules = ("norm_ratio", "edges", "colours", "brightness", "saturation", "dark", "diversity", "grid", "together")
+    off = dict.fromkeys(rules)
     assert passed(look(np.zeros_like(pictures), pictures, norm_ratio=2.0), Watch(**off)) == {}
 
 
@@ -87,18 +90,47 @@ def test_an_alarm_needs_looks_in_a_row(pictures: np.ndarray) -> None:
     fine = look(pictures, pictures, norm_ratio=1.0)
     long = look(pictures, pictures, norm_ratio=1.1)
     looks = [{**one, "iteration": 5 * number} for number, one in enumerate([fine, long, fine, long, long, long], 1)]
-    fired = [list(alarms(looks[:count], Watch(in_a_row=2))) for count in range(1, 7)]
-    assert fired == [[], [], [], [], ["norm_ratio"], ["norm_ratio"]]
+    alone = Watch(in_a_row=2, together=None)
+    assert [list(alarms(looks[:count], alone)) for count in range(1, 7)] == [[], [], [], [], *[["norm_ratio"]] * 2]
+    asked = [unconfirmed(looks[:count], alone) for count in range(7)]
+    assert asked == [False, False, True, False, True, False, False], "another look is to confirm the first"
+    assert not any(unconfirmed(looks[:count], Watch()) for count in range(7))
     assert [last_good(looks[:count], Watch()) for count in range(7)] == [0, 5, 5, 15, 15, 15, 15]
-    assert passed(long, Watch()) == {"norm_ratio": "norm ratio 1.10 (above 1.05)"}
+    assert passed(long, alone) == {"norm_ratio": "norm ratio 1.10 (limit 1.05)"}
+
+
+def test_signs_add_up(pictures: np.ndarray) -> None:
+    """Each of three has six tenths of its threshold: two together have 0.85, three 1.04. A grid does not count."""
+    same = look(pictures, pictures, **{"look/grid_ratio": 2.9})
+    two = same | {"look/edge_density_ratio": 0.7**-0.6, "look/colour_entropy_ratio": 0.6**0.6}
+    three = two | {"norm_ratio": 1.03}
+    shares = {rule: sign.share for rule, sign in signs(three, Watch()).items() if sign.share}
+    assert shares == pytest.approx({"edge_density": 0.6, "colour_entropy": 0.6, "norm_ratio": 0.6, "grid": log(2.9, 3)})
+    for signs_of, settings in ((two, Watch()), (three, Watch(together=None)), (three, Watch(together=1.1))):
+        assert passed(signs_of, settings) == {}
+    (phrase,) = passed(three, Watch()).values()
+    assert phrase.startswith("signs together 1.04 (limit 1), most of all ") and " and " in phrase
+    assert passed(same | {"norm_ratio": 1.06}, Watch())["together"] == "signs together 1.20 (limit 1)"
+
+
+def test_of_rewards_beside_the_trained_one_the_worst_is_added(pictures: np.ndarray) -> None:
+    """Two that have fallen by one half width each are no alarm, beside other signs only one of them counts."""
+    interval = {f"look/watch/{name}_gain_{of}" for name in "ab" for of in ("mean", "ci95")}
+    fallen = look(pictures, pictures, **{name: -1.0 if name.endswith("mean") else [-2.0, 0.0] for name in interval})
+    assert {rule: sign.share for rule, sign in signs(fallen, Watch()).items() if sign.share} == {
+        "reward a": 0.5,
+        "reward b": 0.5,
+    }
+    assert passed(fallen | {"norm_ratio": 1.043}, Watch()) == {}  # 0.86² + 0.5² < 1 < 0.86² + 0.5² + 0.5²
 
 
 @pytest.mark.parametrize(
-    ("gain", "high", "fires"), [(0.1, -0.01, True), (0.1, 0.01, False), (-0.1, -0.01, False), (0.1, None, False)]
+    ("gain", "high", "fires"), [(0.1, -0.11, True), (0.1, -0.09, False), (-0.1, -0.11, False), (0.1, None, False)]
 )
 def test_a_watch_reward_below_the_base_while_the_trained_one_rises(
     gain: float, high: float | None, fires: bool, pictures: np.ndarray
 ) -> None:
+    """Below by more than two half widths of the interval."""
     more = {"look/watch/taste_gain_mean": -0.2, "look/watch/taste_gain_ci95": [-0.4, high]}
-    found = passed(look(pictures, pictures, **more) | {"look/reward_gain_mean": gain}, Watch())
-    assert found == ({"reward taste": "reward taste -0.20 below the base's, with its interval"} if fires else {})
+    found = passed(look(pictures, pictures, **more) | {"look/reward_gain_mean": gain}, Watch(together=None))
+    assert found == ({"reward taste": "reward taste -0.20 below the base's"} if fires else {})

@@ -12,7 +12,8 @@ from dgpo_fast.config.objective_options import Advantage
 from dgpo_fast.models.forward import predict
 from dgpo_fast.objectives import ram as ram_module
 from dgpo_fast.objectives.advantages import advantages
-from dgpo_fast.objectives.denoising import mean_square, step_from
+from dgpo_fast.objectives.denoising import step_from
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.objectives.ram import RAMObjective
 from dgpo_fast.seeds import stream_seed

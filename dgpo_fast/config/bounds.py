@@ -44,6 +44,8 @@ def size_of(resolution: int | str) -> tuple[int, int]:
 
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or a name in its place; `~` is the user's home."""
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given or [])]
+"""Several names, or one."""
 Text = Annotated[str, BeforeValidator(lambda given: "" if given is None else given), AfterValidator(str.strip)]
 """A text; none is the empty one."""
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the docstrings are what `--help` prints

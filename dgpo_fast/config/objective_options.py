@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.bounds import STRICT, Count, Guidance, NonNegative, Positive
+from dgpo_fast.config.bounds import STRICT, Count, Guidance, Names, NonNegative, Positive
 
 Levels = Literal["grid", "strata", "uniform", "linear", "logit_normal"]
 """How noise levels to train at are drawn."""
@@ -58,6 +58,15 @@ class Regulariser:
     """Weight of max(0, ‖v‖/‖v_ref‖ − 1)², the mean over samples and noise levels: it keeps velocities from growing
     longer than the base model's, with the KL term's guidance. After NormGuard; its exact form is inferred
     (docs/reward_hacking.md)."""
+    kl_growth: NonNegative = 0.0
+    """Growth of the KL term's weight with the distance from what it holds the policy to: at a distance D, which is the
+    KL term of an image at a noise level, the weight is kl_weight · (1 + kl_growth · D). With 20 it has doubled at
+    D = 0.05. `kl` in the metrics shows usual distances. 0: the weight does not grow."""
+    kl_gate: Names = ()
+    """Rewards, of those in `rewards`, that are to agree with what is trained. An image's KL weight is kl_weight times
+    the share of its group by which the advantage ranks it higher than these rewards do on average, and 0 if it does
+    not. A reward of weight 0 is scored but not trained on: `--rewards ocr pickscore=0 --regulariser.kl-gate
+    pickscore`. None: all images have the whole weight. After GARDO; its form is inferred (docs/reward_hacking.md)."""
 
 
 @dataclass(kw_only=True, config=STRICT)

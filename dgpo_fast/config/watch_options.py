@@ -2,19 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dgpo_fast.config.bounds import STRICT, Count
+from dgpo_fast.config.bounds import STRICT, Count, Names, Positive
 
 Change = Annotated[float, Field(gt=0, lt=1)] | None
 """A share of the base model's. None: no rule."""
 Factor = Annotated[float, Field(gt=1, allow_inf_nan=False)] | None
 """Above 1. None: no rule."""
-
-
-def _as_list(given: object) -> object:
-    return [given] if isinstance(given, str) else given or []
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -28,16 +24,20 @@ class Watch:
     """Held-out prompts that are drawn, or all if there are fewer."""
     images_per_prompt: Annotated[int, Field(ge=2)] = 4
     """Images of each prompt. Their differences are the diversity."""
-    rewards: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    rewards: Names = ()
     """Rewards that are not trained on, named as `rewards` are. Each is scored in every look; it is a sign of hacking if
-    its mean falls below the base model's, with the 95 % interval of the paired difference, while the trained reward is
-    above."""
+    its mean falls below the base model's while the trained reward is above. The threshold is twice the half width of
+    the 95 % interval of the paired difference."""
     rules: Literal["off", "warn", "stop"] = "warn"
-    """What happens if a number below is passed in `in_a_row` looks. off: nothing. warn: one line, with a picture. stop:
-    the run ends with the weights of the last good checkpoint. The last checkpoint before the first such look is kept
-    with warn and stop."""
-    in_a_row: Count = 2
-    """Looks in a row that must agree."""
+    """What happens if a threshold below is passed in `in_a_row` looks. off: nothing. warn: one line, with a picture.
+    stop: the run ends with the weights of the last good checkpoint. The last checkpoint before the first such look is
+    kept with warn and stop."""
+    in_a_row: Count = 1
+    """Looks in a row that must agree. If more than one, the others follow in the next iterations."""
+    together: Positive | None = 1.0
+    """Largest sum of signs: the root of the sum of their squares, where each is 1 at its threshold, and 0 like the base
+    model. So several smaller changes are an alarm as one large one is. The grid does not count, and of `rewards` the
+    worst. None: each sign counts alone."""
     norm_ratio: Factor = 1.05
     """Largest norm of the policy's velocities over the base model's, with the guidance that a KL term distils."""
     edges: Change = 0.3

@@ -17,7 +17,7 @@ from dgpo_fast.evaluation.before_after import RunEvaluations
 from dgpo_fast.evaluation.figures import before_after_grid, progress_strip
 from dgpo_fast.evaluation.held_out import WATCHED, Evaluation
 from dgpo_fast.evaluation.results import earlier_evaluation, written_to
-from dgpo_fast.evaluation.rules import alarms, last_good
+from dgpo_fast.evaluation.rules import alarms, last_good, unconfirmed
 from dgpo_fast.models.policy import Weights
 from dgpo_fast.prompts import Prompt, in_turn
 from dgpo_fast.records import JsonObject, Metrics
@@ -94,8 +94,12 @@ class Watch:
         self.folder = folder
 
     def due(self, iteration: int) -> bool:
-        """Whether there is a look after `iteration` iterations."""
-        return self.folder is not None and iteration % self.config.every == 0
+        """Whether there is a look after `iteration` iterations: it is its turn, or the look just before it has a sign
+        that another look is to confirm."""
+        if self.folder is None:
+            return False
+        asked = self.config.rules != "off" and unconfirmed(self.looks, self.config)
+        return iteration % self.config.every == 0 or (asked and self.looks[-1]["iteration"] == iteration - 1)
 
     def look(self, weights: Weights, line: Metrics) -> Metrics:
         """Draws with `weights`, and returns the look's metrics; empty, with a note, if nothing could be scored.

@@ -110,6 +110,8 @@ class Learner:
         for part in parts:
             self._scale_gradients(before / part.groups)
             found = self.objective.accumulate(part, self.models, self.old.weights)
+            if part.kl_gate is not None:
+                found["kl_gate_mean"] = (part.weight * part.kl_gate).sum() / part.samples
             add_metrics(losses, found, part.groups / everything)
             before = part.groups
         self._scale_gradients(before / everything)

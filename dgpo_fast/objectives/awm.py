@@ -23,15 +23,8 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.objectives.batch import Batch, add_metrics
-from dgpo_fast.objectives.denoising import (
-    DenoisingObjective,
-    Noised,
-    kl_weights,
-    levels_at_once,
-    mean_square,
-    policy_v,
-    sweep,
-)
+from dgpo_fast.objectives.denoising import DenoisingObjective, Noised, has_kl, levels_at_once, policy_v, sweep
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.protocol import Traits
 
@@ -49,15 +42,14 @@ class AWMObjective(DenoisingObjective):
             levels_at_once=levels_at_once(config, config.awm),
             drawn_by="policy" if config.awm.clip_range is None else "old",
             norm_hinge=True,
+            kl_term=has_kl(config.awm),
             shardable=True,
         )
 
     def __init__(self, config: Config):
         awm = config.awm
-        kl_weight = max(awm.kl_weight, awm.kl_weight_worst or 0.0)
-        super().__init__(config, awm, ref=kl_weight > 0, old=awm.ema_weight > 0 or awm.clip_range is not None)
+        super().__init__(config, awm, ref=has_kl(awm), old=awm.ema_weight > 0 or awm.clip_range is not None)
         self.config, self.skip_equal_groups = awm, config.engine.skip_equal_groups
-        self.bound = config.advantage.bound
 
     def accumulate(self, batch: Batch, models: PolicyModels, old: Weights) -> dict[str, Tensor]:
         """See `Objective.accumulate`. Metrics are means over samples and noise levels.
@@ -105,11 +97,7 @@ class AWMObjective(DenoisingObjective):
     def losses(self, policy_v: Tensor, noised: Noised) -> dict[str, Tensor]:
         """See `DenoisingObjective.losses`."""
         old_v = noised.velocity("old_v") if self.old else None
-        found = matching_loss(policy_v, old_v, noised, self.config)
-        if self.ref:
-            found["kl"] = mean_square(policy_v - noised.velocity("ref_v"))
-            best, worst = self.config.kl_weight, self.config.kl_weight_worst
-            found["loss"] = found["loss"] + kl_weights(noised.batch.advantage, self.bound, best, worst) * found["kl"]
+        found = self.with_kl(matching_loss(policy_v, old_v, noised, self.config), policy_v, noised, self.config)
         if old_v is not None:
             found["old_distance"] = mean_square(policy_v - old_v)
             found["loss"] = found["loss"] + self.config.ema_weight * found["old_distance"]

@@ -31,6 +31,7 @@ class Batch:
         transitions: every step of the rollout, for an objective that `needs_transitions`.
         part: where these samples stand among those of all processes; None if they are all.
         padding: the number of rows at the end that have weight 0; with sharded weights, forwards need them.
+        kl_gate: (B,) fp32 factors of the samples' KL weights (`objectives/kl_term.py`); None if all are 1.
     """
 
     iteration: int
@@ -44,6 +45,7 @@ class Batch:
     transitions: Transitions | None = None
     part: BatchPart | None = None
     padding: int = 0
+    kl_gate: Tensor | None = None
 
     @property
     def own(self) -> int:
@@ -84,6 +86,7 @@ class Batch:
             group_index=self.group_index[rows],
             sample_index=self.sample_index[rows],
             transitions=None if self.transitions is None else self.transitions[rows],
+            kl_gate=None if self.kl_gate is None else self.kl_gate[rows],
             padding=0,
         )
 

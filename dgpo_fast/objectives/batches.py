@@ -12,6 +12,7 @@ from dgpo_fast.distributed.batch_part import part_of
 from dgpo_fast.objectives.advantages import advantages_of
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.kept import kept
+from dgpo_fast.objectives.kl_term import gates
 from dgpo_fast.rollout.schedule import Schedule
 from dgpo_fast.rollout.source import Groups
 
@@ -53,6 +54,7 @@ class BatchMaker:
         advantage = groups.advantage
         if advantage is None:
             advantage = advantages_of(scores, self.weights, self.config.advantage, rewards)
+        gate = gates(scores, advantage, self.config.regulariser.kl_gate)
         valid = np.repeat(scores.valid, share.group_size)[share.start : share.stop]
         rows = torch.from_numpy(np.flatnonzero(valid)).to(self.device)
         part = part_of(
@@ -74,5 +76,6 @@ class BatchMaker:
             group_size=share.group_size,
             schedule=self.schedule,
             transitions=groups.transitions,
+            kl_gate=None if gate is None else gate.flatten()[share.start : share.stop].to(self.device),
         )
         return kept(drawn.taken(rows, part), self.config.advantage, self.config.seed)

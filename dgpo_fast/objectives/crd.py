@@ -33,14 +33,14 @@ from dgpo_fast.objectives.batch import Batch, membership
 from dgpo_fast.objectives.denoising import (
     DenoisingObjective,
     Noised,
-    kl_weights,
+    has_kl,
     levels_at_once,
     mean_abs,
-    mean_square,
     policy_v,
     preference,
     sweep,
 )
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.protocol import Traits
 
 GroupMeans = Callable[[Tensor, Noised], Tensor]
@@ -71,17 +71,18 @@ class CRDObjective(DenoisingObjective):
         """See `Objective.traits`."""
         return Traits(
             levels_at_once=levels_at_once(config, config.crd),
-            guided_base=(_has_kl(config.crd) or config.regulariser.norm_hinge > 0)
+            guided_base=(has_kl(config.crd) or config.regulariser.norm_hinge > 0)
             and Guidance(config.crd.kl_guidance_scale).pairs,
             optimizer_steps=config.crd.optimizer_steps,
             norm_hinge=True,
+            kl_term=has_kl(config.crd),
             shardable=True,
         )
 
     def __init__(self, config: Config):
         crd = config.crd
-        super().__init__(config, crd, ref=_has_kl(crd), old=True, guidance_scale=crd.kl_guidance_scale)
-        self.config, self.bound = crd, config.advantage.bound
+        super().__init__(config, crd, ref=has_kl(crd), old=True, guidance_scale=crd.kl_guidance_scale)
+        self.config = crd
 
     def without_samples(self, batch: Batch) -> dict[str, Tensor]:
         """See `DenoisingObjective.without_samples`: the others may add up the rewards of groups that they share."""
@@ -129,16 +130,11 @@ class CRDObjective(DenoisingObjective):
         reward, beta = implicit_reward(policy_v, noised, self.config), self.config.beta
         centred = reward[:, None] - centres(reward.detach(), noised)
         distance = _distance(beta * centred, noised.predicted["wanted"], self.config.loss).mean(1)
-        found = {
-            "loss": self.bound / beta * distance,
+        found = self.with_kl({"loss": self.bound / beta * distance}, policy_v, noised, self.config)
+        return found | {
             "dsm_policy": mean_square(policy_v.detach() - noised.target_v),
             "old_distance": mean_square(policy_v.detach() - noised.velocity("old_v")),
         }
-        if self.ref:
-            found["kl"] = mean_square(policy_v - noised.velocity("ref_v"))
-            best, worst = self.config.kl_weight, self.config.kl_weight_worst
-            found["loss"] = found["loss"] + kl_weights(noised.batch.advantage, self.bound, best, worst) * found["kl"]
-        return found
 
 
 def group_weights(advantage: Tensor, reward: Tensor, temperature: float | None) -> Tensor:
@@ -166,10 +162,6 @@ def implicit_reward(policy_v: Tensor, noised: Noised, config: CRD) -> Tensor:
         return mean_square(difference) / (mean_abs(difference) if config.adaptive_weight else 1.0)
 
     return error(noised.velocity("old_v")) - error(policy_v)
-
-
-def _has_kl(config: CRD) -> bool:
-    return max(config.kl_weight, config.kl_weight_worst) > 0
 
 
 def _distance(scaled: Tensor, wanted: Tensor, kind: str) -> Tensor:

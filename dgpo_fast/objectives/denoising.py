@@ -29,8 +29,9 @@ from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
-from dgpo_fast.objectives.drift import DRIFT, drift_sums, norm_hinge
+from dgpo_fast.objectives.drift import DRIFT, drift_sums, mean_square, norm_hinge
 from dgpo_fast.objectives.equal_groups import zero_gradients
+from dgpo_fast.objectives.kl_term import weighed
 from dgpo_fast.objectives.levels import Inputs, Level, frozen_batch, predict_levels
 from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.objectives.protocol import Objective
@@ -103,6 +104,15 @@ class Settings(LevelSettings, Protocol):
     noise: Keys
 
 
+class KLSettings(Protocol):
+    """What the settings of those with a KL term have."""
+
+    kl_weight: float
+
+    @property
+    def kl_weight_worst(self) -> float | None: ...
+
+
 def levels_at_once(config: Config, settings: Settings) -> int:
     """Noise levels that frozen weights predict together."""
     if not config.engine.batch_timesteps:
@@ -123,7 +133,8 @@ class DenoisingObjective(Objective):
 
     def __init__(self, config: Config, settings: Settings, *, ref: bool, old: bool, guidance_scale: float = 1.0):
         self.settings, self.old, self.guidance_scale = settings, old, guidance_scale
-        self.norm_hinge = config.regulariser.norm_hinge
+        self.norm_hinge, self.kl_growth = config.regulariser.norm_hinge, config.regulariser.kl_growth
+        self.bound = config.advantage.bound
         self.ref = ref or self.norm_hinge > 0
         self.needs = self.traits(config)
         if settings.levels == "logit_normal" and config.rollout.shift is None:
@@ -139,6 +150,14 @@ class DenoisingObjective(Objective):
     @abstractmethod
     def losses(self, policy_v: Tensor, noised: Noised) -> dict[str, Tensor]:
         """See `Losses`."""
+
+    def with_kl(self, found: dict[str, Tensor], policy_v: Tensor, noised: Noised, kl: KLSettings) -> dict[str, Tensor]:
+        """`found` with `kl`, and in its `loss` with the weights of the settings `kl`, if the base predicts."""
+        if not self.ref:
+            return found
+        each, batch = mean_square(policy_v - noised.velocity("ref_v")), noised.batch
+        weight = kl_weights(batch.advantage, self.bound, kl.kl_weight, kl.kl_weight_worst)
+        return found | {"loss": found["loss"] + weighed(each, weight, self.kl_growth, batch.kl_gate), "kl": each}
 
     def optimizer_batches(self, batch: Batch) -> Sequence[Batch]:
         """As many batches of whole groups as there are optimizer steps."""
@@ -244,11 +263,6 @@ def step_from(anchor: Tensor, k: float | Tensor, target_v: Tensor, from_v: Tenso
     return (anchor + k * (target_v - from_v)).detach()
 
 
-def mean_square(difference: Tensor) -> Tensor:
-    """(B,): the mean of each sample's squares."""
-    return difference.square().flatten(1).mean(1)
-
-
 def mean_abs(difference: Tensor) -> Tensor:
     """(B,): the mean of each sample's absolute values; without a gradient."""
     return difference.detach().abs().flatten(1).mean(1)
@@ -257,6 +271,11 @@ def mean_abs(difference: Tensor) -> Tensor:
 def preference(advantage: Tensor, bound: float) -> Tensor:
     """Advantages in [−bound, bound] as a share in [0, 1], ½ for 0: r = A/(2·bound) + ½."""
     return (advantage / (2 * bound) + 0.5).clamp(0, 1)
+
+
+def has_kl(kl: KLSettings) -> bool:
+    """Whether a KL term has a weight above 0."""
+    return max(kl.kl_weight, kl.kl_weight_worst or 0.0) > 0
 
 
 def kl_weights(advantage: Tensor, bound: float, best: float, worst: float | None) -> float | Tensor:

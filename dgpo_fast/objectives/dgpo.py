@@ -20,9 +20,10 @@ from dgpo_fast.models.forward import guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
+from dgpo_fast.objectives.comparison import compare
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
 from dgpo_fast.objectives.first_level import first_sigma, is_shared
-from dgpo_fast.objectives.group_loss import GroupLoss, compare
+from dgpo_fast.objectives.group_loss import GroupLoss
 from dgpo_fast.objectives.levels import Level, draw_training_steps, frozen_batch, training_sigmas
 from dgpo_fast.objectives.noise_levels import NoiseLevels
 from dgpo_fast.objectives.protocol import Objective, Traits
@@ -42,6 +43,7 @@ class DGPOObjective(Objective):
             and (config.dgpo.kl_weight > 0 or _scores_against_guided(config.dgpo)),
             shared_sigma=first_sigma(config) if config.dgpo.lowest_sigma is None else None,
             norm_hinge=True,
+            kl_term=config.dgpo.kl_weight > 0,
             shardable=True,
         )
 
@@ -58,6 +60,7 @@ class DGPOObjective(Objective):
             forward_batch=config.rollout.batch_size,
             clip_range=self.config.clip_range,
             kl_weight=self.config.kl_weight,
+            kl_growth=config.regulariser.kl_growth,
             norm_hinge=config.regulariser.norm_hinge,
             ref_is_base=self.config.reference == "frozen",
         )

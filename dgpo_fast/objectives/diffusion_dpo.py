@@ -21,8 +21,9 @@ from dgpo_fast.models.forward import predict
 from dgpo_fast.models.policy import PolicyModels, Weights
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
+from dgpo_fast.objectives.comparison import compare
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
-from dgpo_fast.objectives.group_loss import GroupLoss, compare
+from dgpo_fast.objectives.group_loss import GroupLoss
 from dgpo_fast.objectives.levels import Level, frozen_batch
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.seeds import stream_seed

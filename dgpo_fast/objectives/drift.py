@@ -25,6 +25,11 @@ LEVELS = 4
 """Noise levels are told apart by equal parts of σ in [0, 1], of which there are this many."""
 
 
+def mean_square(difference: Tensor) -> Tensor:
+    """(B,): the mean of each sample's squares."""
+    return difference.square().flatten(1).mean(1)
+
+
 def norm_ratio(policy_v: Tensor, ref_v: Tensor) -> Tensor:
     """‖v‖ / ‖v_ref‖ of each sample, (B,), from (B, C, H, W) each; differentiable in `policy_v`."""
     policy_norm, ref_norm = (wide(velocity).flatten(1).norm(dim=1) for velocity in (policy_v, ref_v))
@@ -45,7 +50,7 @@ def drift_sums(policy_v: Tensor, base_v: Tensor, ref_v: Tensor, sigma: Tensor, w
         weight: (B,), 0 for padding; None: all samples count.
     """
     policy_v, base_v = wide(policy_v.detach()), wide(base_v)
-    distance = (policy_v - base_v).square().flatten(1).mean(1)
+    distance = mean_square(policy_v - base_v)
     values = torch.stack([torch.ones_like(distance), norm_ratio(policy_v, ref_v), distance], dim=1)
     part = (sigma.expand(len(distance)) * LEVELS).long().clamp(max=LEVELS - 1)
     inside = (part[:, None] == torch.arange(LEVELS, device=part.device)).to(values.dtype)

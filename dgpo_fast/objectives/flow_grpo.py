@@ -32,8 +32,9 @@ from dgpo_fast.models.forward import batch_slices, guided, predict, predict_pair
 from dgpo_fast.models.policy import PolicyModels, Weights, autocast
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.objectives.batch import Batch, add_metrics
-from dgpo_fast.objectives.drift import drift_terms
+from dgpo_fast.objectives.drift import drift_terms, mean_square
 from dgpo_fast.objectives.equal_groups import sort_groups, zero_gradients
+from dgpo_fast.objectives.kl_term import weighed
 from dgpo_fast.objectives.levels import Inputs, frozen_batch, predict_levels
 from dgpo_fast.objectives.protocol import Objective, Traits
 from dgpo_fast.rollout.noisy_steps import noisy_steps
@@ -57,12 +58,13 @@ class FlowGRPOObjective(Objective):
             optimizer_steps=config.flow_grpo.optimizer_steps,
             drawn_by="policy",
             norm_hinge=True,
+            kl_term=config.flow_grpo.kl_weight > 0,
             shardable=True,
         )
 
     def __init__(self, config: Config):
         self.config, self.needs = config.flow_grpo, self.traits(config)
-        self.norm_hinge = config.regulariser.norm_hinge
+        self.norm_hinge, self.kl_growth = config.regulariser.norm_hinge, config.regulariser.kl_growth
         self.needs_base = self.config.kl_weight > 0 or self.norm_hinge > 0
         self.rollout, self.seed = config.rollout, config.seed
         self.guidance_scale = config.rollout.guidance_scale
@@ -136,13 +138,12 @@ class FlowGRPOObjective(Objective):
         }
         if "ref_v" in constant:
             ref_mean = transition_mean(batch, step, constant["ref_v"])
-            kl = (weight[:, None, None, None] * (mean - ref_mean).square()).mean() / (
-                2 * diffusion(batch, step).square()
-            )
+            kl = mean_square(mean - ref_mean) / (2 * diffusion(batch, step).square())
+            held = weighed(kl, self.config.kl_weight, self.kl_growth, batch.kl_gate)
             sigma, hinge = batch.schedule.sigmas[step], self.norm_hinge > 0
             both = constant["ref_v"], constant["ref_v"]
             drift = drift_terms(velocity, *both, sigma, samples=len(weight), hinge=hinge, weight=weight)
-            metrics |= {"loss": metrics["loss"] + self.config.kl_weight * kl, "kl": kl, **drift}
+            metrics |= {"loss": metrics["loss"] + (weight * held).mean(), "kl": (weight * kl).mean(), **drift}
             if hinge:
                 metrics["loss"] = metrics["loss"] + self.norm_hinge * drift["norm_hinge"]
         return metrics

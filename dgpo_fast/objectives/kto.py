@@ -20,7 +20,8 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.objectives.batch import Batch
-from dgpo_fast.objectives.denoising import DenoisingObjective, Noised, levels_at_once, mean_square, policy_v, sweep
+from dgpo_fast.objectives.denoising import DenoisingObjective, Noised, levels_at_once, policy_v, sweep
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.protocol import Traits
 
 

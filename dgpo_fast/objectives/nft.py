@@ -22,13 +22,13 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.objectives.denoising import (
     DenoisingObjective,
     Noised,
-    kl_weights,
+    has_kl,
     levels_at_once,
     mean_abs,
-    mean_square,
     preference,
     step_from,
 )
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.protocol import Traits
 
 SMALLEST_WEIGHT = 1e-5
@@ -46,23 +46,19 @@ class NFTObjective(DenoisingObjective):
             drawn_by="old",
             optimizer_steps=config.nft.optimizer_steps,
             norm_hinge=True,
+            kl_term=has_kl(config.nft),
             shardable=True,
         )
 
     def __init__(self, config: Config):
-        kl_weight = max(config.nft.kl_weight, config.nft.kl_weight_worst or 0.0)
-        super().__init__(config, config.nft, ref=kl_weight > 0, old=True)
-        self.config, self.bound = config.nft, config.advantage.bound
+        super().__init__(config, config.nft, ref=has_kl(config.nft), old=True)
+        self.config = config.nft
 
     def losses(self, policy_v: Tensor, noised: Noised) -> dict[str, Tensor]:
         """See `DenoisingObjective.losses`."""
         old_v = noised.velocity("old_v")
         found = {"loss": nft_loss(policy_v, old_v, noised, self.config, self.bound)}
-        if self.ref:
-            kl = mean_square(policy_v - noised.velocity("ref_v"))
-            best, worst = self.config.kl_weight, self.config.kl_weight_worst
-            weight = kl_weights(noised.batch.advantage, self.bound, best, worst)
-            found |= {"loss": found["loss"] + weight * kl, "kl": kl}
+        found = self.with_kl(found, policy_v, noised, self.config)
         distances = {"dsm_policy": noised.target_v, "old_distance": old_v}
         return found | {name: mean_square(policy_v.detach() - of) for name, of in distances.items()}
 

@@ -31,6 +31,8 @@ class Traits:
             iteration on, "any" any.
         norm_hinge: whether it adds `regulariser.norm_hinge` to its loss (`objectives/drift.py`).
         single_images: whether it learns from single images with the advantage +1 or −1, and not from groups.
+        kl_term: whether its loss has a KL term of a weight above 0, with `regulariser.kl_growth` and
+            `Batch.kl_gate` (`objectives/kl_term.py`).
         shardable: whether it runs on sharded weights, where some rows of a batch may be padding (`Batch.weight`).
     """
 
@@ -44,6 +46,7 @@ class Traits:
     drawn_by: Literal["any", "policy", "old"] = "any"
     norm_hinge: bool = False
     single_images: bool = False
+    kl_term: bool = False
     shardable: bool = False
 
 

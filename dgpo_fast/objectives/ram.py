@@ -12,7 +12,8 @@ own, the gradient is that of Advantage Weighted Matching with ℓ = −d and the
 from torch import Tensor
 
 from dgpo_fast.config.options import Config
-from dgpo_fast.objectives.denoising import DenoisingObjective, Noised, levels_at_once, mean_square, step_from
+from dgpo_fast.objectives.denoising import DenoisingObjective, Noised, levels_at_once, step_from
+from dgpo_fast.objectives.drift import mean_square
 from dgpo_fast.objectives.protocol import Traits
 
 

@@ -1,5 +1,6 @@
 """Objectives by name or import path."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -60,6 +61,38 @@ def load_objective(config: Config) -> Objective:
     if config.data.source == "online":
         _require_sampler(config, needs, what)
     return objective
+
+
+def check_kl_term(config: Config, weights: Mapping[str, float]) -> None:
+    """Raises UserError, one line, if the KL term cannot be what `regulariser` asks for.
+
+    Args:
+        config: the run's.
+        weights: of its rewards, by name.
+    """
+    regulariser = config.regulariser
+    gate = ", ".join(regulariser.kl_gate)
+    given = f"kl_growth {regulariser.kl_growth:g}" if regulariser.kl_growth else f"kl_gate {gate}" if gate else None
+    if given is not None and not traits(config).kl_term:
+        raise UserError(
+            f"regulariser.{given}: objective {config.objective!r} has no KL term with a weight above 0: raise its "
+            "kl_weight if it has one, or leave this out; see `kl_term` in docs/objectives.md"
+        )
+    if gate and config.data.source == "preferences":
+        raise UserError(
+            f"regulariser.kl_gate {gate}: data.source is preferences, and rewards do not score them: leave it out"
+        )
+    for name in regulariser.kl_gate:
+        if name not in weights:
+            raise UserError(
+                f"regulariser.kl_gate {name}: no such reward in this run, which has {', '.join(weights)}: add it, with "
+                f"the weight 0 if it should not be trained on, as in --rewards {' '.join(config.rewards)} {name}=0"
+            )
+    if gate and not any(weight for name, weight in weights.items() if name not in regulariser.kl_gate):
+        raise UserError(
+            f"regulariser.kl_gate {gate}: nothing else is trained on, and a reward always agrees with itself: name "
+            "another reward in --rewards too"
+        )
 
 
 def _require_steps(config: Config, what: str) -> None:
