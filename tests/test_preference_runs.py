@@ -16,6 +16,7 @@ from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.objective_options import Advantage
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.objectives.batch import Batch
+from dgpo_fast.rewards.group_log import joined
 from dgpo_fast.rollout.judged import encode_picture
 from dgpo_fast.run.checkpoint import load_newest
 from dgpo_fast.train import train
@@ -168,6 +169,16 @@ def test_global_deviations_are_those_of_all_sizes(votes: Path) -> None:
     ratios = torch.cat([(b.advantage / a.advantage).nan_to_num(0) for a, b in zip(found, off, strict=True)])
     assert len({round(ratio, 4) for ratio in ratios.tolist() if ratio}) == 1
     assert Advantage().std == "group"
+
+
+def test_metrics_of_all_sizes_are_means_over_images() -> None:
+    """Counts are added; what is unknown of one size is of the others."""
+    parts = [
+        {"images_count": 2, "reward_mean": 1.0, "groups_equal_count": 1, "only": None},
+        {"images_count": 6, "reward_mean": 2.0, "groups_equal_count": 0, "only": 3.0},
+    ]
+    assert joined(parts) == {"images_count": 8, "reward_mean": 1.75, "groups_equal_count": 1, "only": 3.0}
+    assert joined(parts[:1]) == parts[0]
 
 
 def test_noise_that_repeats_needs_no_forward_of_the_base(votes: Path) -> None:

@@ -103,9 +103,10 @@ def joined(parts: Sequence[Metrics]) -> Metrics:
     found: Metrics = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         known = [(part[name], part["images_count"]) for part in parts if part.get(name) is not None]
-        total = sum(value if name.endswith("_count") else value * images for value, images in known)
-        images = 1 if name.endswith("_count") else sum(images for _, images in known)
-        found[name] = total / images if known else None
+        if name.endswith("_count"):
+            found[name] = sum(value for value, _ in known)
+        else:
+            found[name] = sum(value * images for value, images in known) / sum(i for _, i in known) if known else None
     return found
 
 
