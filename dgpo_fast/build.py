@@ -28,10 +28,11 @@ from dgpo_fast.models.fingerprints import sampled_fingerprint, weights_fingerpri
 from dgpo_fast.models.forward import call_around
 from dgpo_fast.models.loading import make_pipeline, pick_device, pick_dtype, read_model
 from dgpo_fast.models.lora import Lora, start_from_lora
-from dgpo_fast.models.own_settings import image_size, in_plain_numbers, require_trainable, with_own_shift
+from dgpo_fast.models.own_settings import image_sizes, in_plain_numbers, require_trainable, with_own_shift
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from dgpo_fast.models.prompt_notes import prompt_notes
+from dgpo_fast.models.quantised import numel, quantise_base
 from dgpo_fast.models.random_weights import random_weights_note
 from dgpo_fast.models.remembered import RememberedForwards
 from dgpo_fast.models.sharded import ShardedModels
@@ -121,9 +122,9 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
     family = read_model(config)
     require_trainable(config, family)
     config = with_own_shift(config, family, console.note)
-    size = image_size(family, config.rollout.resolution)
-    judged = check_run_preferences(config, size)
-    reward.try_out(scored, (config.rollout.group_size, 1), size)
+    learnt, shown = image_sizes(family, config)
+    judged = check_run_preferences(config, learnt)
+    reward.try_out(scored, {config.rollout.group_size: learnt, 1: shown})
     workers = count_workers(config.reward_workers, device)
     pool = RewardPool(reward, workers=workers, deadline_s=config.reward_deadline_s, device=device, note=console.note)
     dtype = pick_dtype(config.precision, device)
@@ -136,12 +137,13 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         model[STARTING_LORA] = start.digest
     depends = {TRAINING_PROMPTS: digest(prompts.train), EVALUATION_PROMPTS: digest(prompts.held_out), **model, **judged}
     earlier = {WEIGHTS: sampled_fingerprint(pipeline)}
+    quantise_base(pipeline, config.policy.base_precision, device)
     models = _make_models(pipeline, config, processes, device, start)
     config = memory.measure(config, models)
     encoder = make_prompt_encoder(pipeline, config, console.note)
     engine = _start_engine(config, models, pipeline, encoder, processes, console)
-    sampler = _make_sampler(config, pipeline, engine.rollout_transformer, encoder, engine)
-    eval_sampler = _make_sampler(config, pipeline, models.behaviour, encoder, engine)
+    sampler = _make_sampler(config.rollout.resolution, pipeline, engine.rollout_transformer, encoder, engine)
+    eval_sampler = _make_sampler(config.evaluation_resolution, pipeline, models.behaviour, encoder, engine)
     draw, eval_draw = run_draws(config, family, device, engine.sizes.rollout, engine.sizes.evaluation)
     phases = Phases(device)
     plain = in_plain_numbers(config, family)
@@ -189,7 +191,7 @@ def build(config: Config, processes: Processes = ALONE) -> Parts:
         eval_sampler=eval_sampler,
         eval_draw=eval_draw,
         evaluations=evaluations,
-        watch=make_watch(evaluations, device, size),
+        watch=make_watch(evaluations, device, shown),
         phases=phases,
         work=work,
         learner=learner,
@@ -244,13 +246,13 @@ def _start_engine(
 
 
 def _make_sampler(
-    config: Config, pipeline: DiffusionPipeline, transformer: ModelMixin, encoder: PromptEncoder, engine: Engine
+    size: int | str | None, pipeline: DiffusionPipeline, transformer: ModelMixin, encoder: PromptEncoder, engine: Engine
 ) -> Sampler:
     return Sampler(
         pipeline,
         transformer,
         encoder,
-        resolution=config.rollout.resolution,
+        resolution=size,
         solve=engine.solve,
         decode=engine.decoder.start,
         decodes_ahead=int(engine.decoder.overlaps),
@@ -274,11 +276,10 @@ def _about_checkpoints(
 def _describe(parts: Parts) -> None:
     """Prints what will be trained, and what was chosen for it."""
     config, models, note = parts.config, parts.models, parts.console.note
-    total = sum(parameter.numel() for parameter in models.base.parameters())
     model = f"{config.model} with {config.lora}" if config.lora else config.model
     note(
         f"{model} on {parts.device} in {str(models.dtype).removeprefix('torch.')}: training "
-        f"{models.trained_numel / 1e6:.2f} M weights ({config.policy.train}) of {total / 1e6:.1f} M; "
+        f"{models.trained_numel / 1e6:.2f} M weights ({config.policy.train}) of {numel(models.base) / 1e6:.1f} M; "
         f"{config.rollout.groups} groups of {config.rollout.group_size} images an iteration"
     )
     state = sum(state_bytes(shape.numel(), config.optimizer.name) for shape in models.shapes.values())

@@ -17,7 +17,7 @@ from dgpo_fast.objectives.batches import BatchMaker
 from dgpo_fast.records import JsonObject, Metrics
 from dgpo_fast.rewards.group_log import GroupLog, joined
 from dgpo_fast.rollout.judged import JudgedSource
-from dgpo_fast.run.depends import told_changes
+from dgpo_fast.run.depends import rounding_note, told_changes
 from dgpo_fast.run.metrics import Loggers, MetricsFile, peak_memory_mib
 
 Sink = Callable[[Metrics], None]
@@ -72,8 +72,11 @@ class Trainer:
         for line in passed_over:
             self.console.note(line)
         self.engine.adopt(about.get("engine"))
-        if told := told_changes(about, self.checkpoints.about()):
+        now = self.checkpoints.about()
+        if told := told_changes(about, now):
             self.console.note(f"changed since the checkpoint was written: {', '.join(told)}: results may differ")
+        if note := rounding_note(about, now):
+            self.console.note(note)
         self.console.note(f"resuming after iteration {self.iteration}")
 
     def encode_prompts(self) -> None:

@@ -144,6 +144,13 @@ ON_THE_COMMAND_LINE = {
     "unable to parse string as a number, not 'fast'",
     "--optimizer.lr nan": "command line: optimizer.lr: input should be a finite number, not 'nan'",
     "--precision fp8": "command line: precision: input should be 'auto', 'fp32' or 'bf16', not 'fp8'",
+    "--policy.base-precision fp4": "command line: policy.base_precision: input should be 'same', 'int8' or 'nf4', "
+    "not 'fp4'",
+    "--policy.base-precision nf4 --policy.train full": "command line: policy.base_precision is nf4 but policy.train is "
+    "full: only a frozen base is quantised; use --policy.train lora",
+    "--policy.train lora --policy.base-precision int8 --engine.rollout-precision fp8": "command line: "
+    "policy.base_precision is int8 but engine.rollout_precision is fp8: weights would be rounded twice; use "
+    "--engine.rollout-precision same",
     "--reward-workers many": "command line: reward_workers: input should be 'auto' or a valid integer, "
     "unable to parse string as an integer, not 'many'",
     "--reward-workers -1": "command line: reward_workers: input should be 'auto' or greater than or equal to 0, "

@@ -15,9 +15,9 @@ from dgpo_fast.distributed import ALONE
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.__main__ import memory
 from dgpo_fast.memory.advice import remedies
+from dgpo_fast.memory.card import with_low_memory
 from dgpo_fast.memory.cards import CARDS_GB, fit_on
 from dgpo_fast.memory.live import LiveBytes
-from dgpo_fast.memory.low import with_low_memory
 from dgpo_fast.memory.micro_batch import MemoryLine
 from dgpo_fast.memory.plan import MemoryPlan
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
@@ -192,6 +192,8 @@ RUNS = {
         "0.1",
     ],
     "low memory": [*LORA, "--low-memory"],
+    "a base in 4 bits": [*LORA, "--policy.base-precision", "nf4", "--policy.behaviour", "adapter"],
+    "a base in 8 bits": [*LORA, "--policy.base-precision", "int8", "--policy.forward", "merged"],
     "images of two by one": ["--rollout.resolution", "64x32"],
 }
 
@@ -218,15 +220,17 @@ def test_predicted_is_measured(name: str, tmp_path: Path) -> None:
 
 def test_what_is_held_is_what_the_parts_of_a_run_hold(workspace: Path) -> None:
     """Weights, states and averages by name, to the byte; gradients as many in fp32."""
-    for what in ("lora", "full"):
-        trainer = Trainer(build(configure(["small.yaml", "--policy.train", what])))
+    for what, precision in (("lora", "same"), ("lora", "nf4"), ("full", "same")):
+        few_bits = ["--policy.base-precision", precision]
+        trainer = Trainer(build(configure(["small.yaml", "--policy.train", what, *few_bits])))
         trainer.open_logs(workspace, {})
         trainer.console.start_training(0, 1)
         trainer.step()
         held = trainer.memory.predictor.predict(trainer.config, 1).held
         models = trainer.models
         trained = sum(weight.nbytes for weight in models.weights.values())
-        base = [*models.base.parameters(), *models.base.buffers()]
+        own = [*models.base.named_parameters(), *models.base.named_buffers()]
+        base = [tensor for name, tensor in own if not name.endswith(".table")]  # 1 KiB for all layers
         assert held["base weights"] == sum(tensor.nbytes for tensor in base)
         assert held["behaviour weights"] == sum(tensor.nbytes for tensor in models.behaviour.parameters())
         assert held["trained weights"] == held["gradients"] == trained

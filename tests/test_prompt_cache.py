@@ -346,8 +346,8 @@ def test_text_encoders_that_do_not_fit_pass_layer_by_layer(
     plain = make_encoder(random_pipeline)(["a cat", ""])
     load = text_module.load_text_encoders
 
-    def load_as_on_a_small_gpu(pipeline: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        whole = load(pipeline, device, dtype)
+    def load_as_on_a_small_gpu(pipeline: Any, device: torch.device, *others: Any) -> Any:
+        whole = load(pipeline, device, *others)
         for module in text_encoders(whole):
             cpu_offload(module, device)
         return whole
@@ -370,7 +370,7 @@ def test_text_encoders_that_do_not_fit_are_known_before(
 ) -> None:
     placed: list[str] = []
     monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: free)
-    monkeypatch.setattr(pipeline_module, "cpu_offload", lambda module, device: placed.append("by layer"))
+    monkeypatch.setattr(pipeline_module, "cpu_offload", lambda module, device, **_: placed.append("by layer"))
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: placed.append("whole") or self)
     pipeline = load_pipeline(str(random_pipeline), revision=None, device=CPU, dtype=torch.float32, with_text=False)
     placed.clear()

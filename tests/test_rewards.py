@@ -213,7 +213,7 @@ TRIED += "cannot score such pictures (docs/rewards.md)"
     ids=["of one picture", "of several pictures", "nothing", "of what the prompts lack"],
 )
 def test_own_rewards_are_tried_out_as_they_will_be_asked(own, count, reason):
-    line = message(weighted(mean=mean, own=own).try_out, PROMPTS, (6, 1), (32, 32))
+    line = message(weighted(mean=mean, own=own).try_out, PROMPTS, {6: (32, 32), 1: (32, 32)})
     squares = "1 coloured square" if count == 1 else f"{count} coloured squares"
     assert (
         re.sub(r"\([^()]*test_rewards\.py, line \d+\)", "(HERE)", line)
@@ -237,7 +237,7 @@ def test_what_rewards_are_tried_out_on():
             raise ValueError("no face")
 
     rewards = weighted(length=Ranks(), faces=Faces(), mean=mean, jpeg=JpegReward(), never=Faces())
-    rewards.try_out([MIXED[1], MIXED[0]], (5, 1), (32, 32))
+    rewards.try_out([MIXED[1], MIXED[0]], {5: (32, 32), 1: (32, 32)})
     assert seen == [((5, 32, 32, 3), "zero", [0, 1, 2, 0, 0], [225] * 3), ((1, 32, 32, 3), "zero", [0], [225] * 3)]
 
 

@@ -140,6 +140,35 @@ def check_trained_steps(steps: int | None, rollout: RolloutSettings) -> None:
         )
 
 
+class PolicySettings(Protocol):
+    """Of `options.Policy`, what is checked."""
+
+    train: Literal["lora", "full"]
+    base_precision: Literal["same", "int8", "nf4"]
+
+
+class EngineSettings(Protocol):
+    """Of `options.Engine`, what is checked."""
+
+    rollout_precision: Literal["same", "fp8"]
+
+
+def check_base(policy: PolicySettings, engine: EngineSettings) -> None:
+    """Of a base in few bits."""
+    if policy.base_precision == "same":
+        return
+    setting = f"policy.base_precision is {policy.base_precision}"
+    if policy.train == "full":
+        raise ValueError(
+            f"{setting} but policy.train is full: only a frozen base is quantised; use --policy.train lora"
+        )
+    if engine.rollout_precision == "fp8":
+        raise ValueError(
+            f"{setting} but engine.rollout_precision is fp8: weights would be rounded twice; use "
+            "--engine.rollout-precision same"
+        )
+
+
 class WatchSettings(Protocol):
     """Of `watch_options.Watch`, what is checked."""
 

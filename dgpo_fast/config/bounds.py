@@ -42,6 +42,29 @@ def size_of(resolution: int | str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
+CARD_GB = range(1, 1025)
+
+
+def _as_card(given: object) -> str | None:
+    """`24GB` for `24GB`, `24 gb` and 24. Raises ValueError for anything but that, "auto" and None."""
+    text = str(given).strip().lower()
+    memory = re.fullmatch("([0-9]{1,4}) ?(?:gi?b)?", text)
+    if given is None or text == "auto":
+        return None if given is None else text
+    if memory is None or int(memory[1]) not in CARD_GB:
+        raise ValueError("write the memory of the card, as 24GB, or auto for the GPU that is here")
+    return f"{int(memory[1])}GB"
+
+
+Card = Annotated[str | None, BeforeValidator(_as_card)]
+"""The memory of a GPU as `24GB`; "auto": what is free on the one that is here."""
+
+
+def card_bytes(card: str) -> int:
+    """Of a card `24GB`: makers' GB of a GPU's memory are 2³⁰ bytes."""
+    return int(card.removesuffix("GB")) * 2**30
+
+
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or a name in its place; `~` is the user's home."""
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given or [])]

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from dgpo_fast.config.agreement import (
     check_advantage,
     check_averages,
+    check_base,
     check_data,
     check_levels,
     check_noise,
@@ -18,6 +19,7 @@ from dgpo_fast.config.agreement import (
 )
 from dgpo_fast.config.bounds import (
     STRICT,
+    Card,
     Count,
     Decay,
     ModelGuidance,
@@ -135,6 +137,10 @@ class Policy:
     micro_batch: Count | Literal["auto"] = 16
     """Images per training forward and backward pass. The gradient does not depend on it. auto: the largest size that
     fits in memory."""
+    base_precision: Literal["same", "int8", "nf4"] = "same"
+    """Precision in which the frozen base is kept when LoRA is trained. same: the run's. int8, nf4: the weights of its
+    blocks in 8 or 4 bits, through bitsandbytes (QLoRA). They are rounded: reference, rollouts and gradients are those
+    of the rounded model."""
     allow_distilled: bool = False
     """Train a model that is distilled to a few steps. It loses that: a denoising loss blurs its pictures."""
 
@@ -219,6 +225,9 @@ class Evaluation:
     """Solver steps per image."""
     guidance_scale: ModelGuidance = 4.5
     """Guidance scale, as the model's card has it. With classifier-free guidance, 1 turns it off."""
+    resolution: Resolution | None = None
+    """Size of held-out images in pixels, as `rollout.resolution`. None: that of the rollouts. Training at a smaller
+    size takes less memory and time; docs/recipes.md says what carries over."""
     seed: int = 0
     """Seed of the initial noise. It is separate from the run's `seed`, so that runs with different seeds can be
     compared."""
@@ -343,6 +352,9 @@ class Config:
     rewards: Rewards = ("shapes",)
     """Rewards to maximise, each with an optional weight (`NAME=0.5`, default 1): names (shapes, ocr, geneval-hf,
     pickscore, …), your own `my_module:MyReward`, a judge's .yaml file, or the address of a reward server."""
+    text_precision: Literal["same", "int8", "nf4"] = "same"
+    """Precision of the text encoders while they encode the run's prompts. same: the run's. int8, nf4: their weights
+    rounded to 8 or 4 bits, through bitsandbytes, which changes the embeddings."""
     prompt_cache: Annotated[str, Field(min_length=1)] = "auto"
     """Where encoded prompts are stored for later runs. auto: $DGPO_FAST_CACHE, or the user's cache folder. off: in
     memory only. Anything else: a folder."""
@@ -364,10 +376,14 @@ class Config:
     """Seed of the prompt order, initial noise, training noise and timesteps."""
     device: str = "auto"
     """cpu, cuda or cuda:N. auto: a GPU if there is one, else the CPU."""
+    card: Card = None
+    """Choose settings with which the run is predicted to fit on a GPU of this memory, as 24GB; auto: on the one that is
+    here. The fewest and cheapest are taken: first exact ones, as of `low_memory`, then INEXACT ones, 8-bit optimizer
+    states and a base in 8 or 4 bits. The run says what it took and what each costs, and keeps these settings."""
     low_memory: bool = False
-    """Use less memory at the cost of speed, for small GPUs: no merged copy of the model (policy.behaviour adapter),
-    checkpointed blocks, images decoded one at a time, the slow average in CPU memory, the largest micro-batch that
-    fits, smaller rollout batches and no CUDA graphs."""
+    """Use less memory at the cost of speed, with all exact savings that `card` may choose: no merged copy of the model
+    (policy.behaviour adapter), checkpointed blocks, images decoded one at a time, the slow average in CPU memory, the
+    largest micro-batch that fits, smaller rollout batches and no CUDA graphs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the model. auto: bf16 on a GPU that supports it, else fp32."""
     runs_dir: PathText = "runs"
@@ -409,6 +425,7 @@ class Config:
         check_noise(rollout)
         check_averages(self.ema)
         check_watch(self.watch)
+        check_base(self.policy, self.engine)
         grid = rollout.num_inference_steps
         if name == "dgpo" and self.dgpo.lowest_sigma is None:
             available = min(self.dgpo.high_noise_steps or grid, grid)
@@ -420,6 +437,11 @@ class Config:
         check_data(name, self.data, self.advantage)
         if name in ("nft", "awm", "ram", "crd", "kto"):
             check_levels(name, getattr(self, name), grid)
+
+    @property
+    def evaluation_resolution(self) -> int | str | None:
+        """Of held-out images; None: the model's own."""
+        return self.rollout.resolution if self.evaluation.resolution is None else self.evaluation.resolution
 
     @property
     def kept_images(self) -> int:

@@ -32,6 +32,16 @@ MUST_STAY = ("optimizer.name", "watch.prompts", "watch.images_per_prompt", "watc
 """The optimizer's state is another's; looks are compared with earlier ones."""
 
 
+SAME_STATE = ("adamw8bit", "paged_adamw8bit")
+"""Optimizers whose states are one another's."""
+
+
+def may_change(setting: str, before: object, after: object) -> bool:
+    """Whether a resumed run may change `setting`, given by its dotted name, in this way."""
+    exchanged = setting == "optimizer.name" and {before, after} <= set(SAME_STATE)
+    return exchanged or effect(setting) is not None
+
+
 def effect(setting: str) -> str | None:
     """What changes if a resumed run changes `setting`, given by its dotted name; None if it cannot be changed."""
     group = setting.partition(".")[0] + "."

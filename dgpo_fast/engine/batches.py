@@ -1,7 +1,9 @@
 """Samples in the whole batches of a run: its settings', or what a process has if that is less."""
 
 from dataclasses import dataclass
+from math import prod
 
+from dgpo_fast.config.bounds import size_of
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.placement import largest_share, place
 from dgpo_fast.objectives.levels import frozen_batch
@@ -48,12 +50,20 @@ def batch_sizes(config: Config, processes: int) -> BatchSizes:
     trained = min(share, groups * config.kept_images)
     return BatchSizes(
         rollout=min(most, drawn),
-        evaluation=min(most, -(-config.evaluation.images // processes)),
+        evaluation=shown_at_once(config, processes),
         frozen=frozen_samples(config, trained),
         policy=min(most, trained),
         training=min(config.policy.micro_batch_size, trained),
         groups=groups,
     )
+
+
+def shown_at_once(config: Config, processes: int) -> int:
+    """Held-out images in a forward: with no more pixels than a rollout's have, if they are larger."""
+    learnt, shown, most = config.rollout.resolution, config.evaluation.resolution, config.rollout.batch_size
+    if learnt is not None and shown is not None:
+        most = max(1, min(most, most * prod(size_of(learnt)) // prod(size_of(shown))))
+    return min(most, -(-config.evaluation.images // processes))
 
 
 def frozen_samples(config: Config, trained: int) -> int:

@@ -57,7 +57,8 @@ class Workload:
     Attributes:
         device: the run's.
         dtype: of the forwards without a gradient.
-        rollout_shapes, train_shapes: attention of one forward of the rollout and of one micro-batch.
+        rollout_shapes, train_shapes: attention of one forward of the rollout, and of evaluations if their images are of
+            another size, and of one micro-batch.
         width: of the transformer.
         images: drawn in the whole run.
         sharded: whether weights are cut over processes.

@@ -26,6 +26,7 @@ from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.meta import FusedAttention, flash_attention
 from dgpo_fast.models.own_settings import in_plain_numbers
 from dgpo_fast.models.policy import PolicyModels
+from dgpo_fast.models.quantised import quantised_layers
 from dgpo_fast.objectives.registry import traits
 from dgpo_fast.records import JsonObject
 from dgpo_fast.rollout.sampler import Solve, sample_latents
@@ -67,13 +68,19 @@ class Engine:
         if config.engine.keep_memory and models.device.type == "cpu":
             keep_freed_memory()
         latent = latent_shape(self.family, config.rollout.resolution)
-        self.choices, self.reasons = choose(config.engine, self._workload(latent, text_tokens, pipeline))
+        shown = latent_shape(self.family, config.evaluation_resolution, "evaluation.resolution")
+        self.choices, self.reasons = choose(config.engine, self._workload(latent, shown, text_tokens, pipeline))
         if models.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(models.device).multi_processor_count
             self.reasons.lines.append(rows_line(config, self.sizes, text_tokens, self._width, multiprocessors))
         if config.policy.train == "lora":
             how = "merged weights" if models.merged else "adapters"
             self.reasons.lines.append(f"the policy computes with {how} (policy.forward {config.policy.forward})")
+        if few_bits := quantised_layers(models.base):
+            self.reasons.lines.append(
+                f"base in {config.policy.base_precision}, INEXACT: {len(few_bits)} linear layers are rounded; pictures "
+                "and gradients are those of the rounded model"
+            )
         self.rollout_transformer = models.behaviour
         if config.engine.rollout_precision == "fp8":
             self.rollout_transformer = self._float8()
@@ -82,7 +89,7 @@ class Engine:
             for transformer in self._transformers():
                 compile_blocks(transformer, self._batches(transformer))
         self.solve: Solve = RecordedRollouts(CudaGraphs(models.device)) if self.choices.cuda_graphs else sample_latents
-        pictures = decode_batch(config, latent)
+        pictures = min(decode_batch(config, of) for of in (latent, shown))
         self.decoder = Decoder(
             pipeline.vae,
             min(pictures, self.sizes.rollout) if self.choices.compile else pictures,
@@ -220,15 +227,21 @@ class Engine:
         layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, torch.nn.Linear))
         return next(layers).in_features
 
-    def _workload(self, latent: tuple[int, ...], text_tokens: int, pipeline: DiffusionPipeline) -> Workload:
+    def _workload(
+        self, latent: tuple[int, ...], shown: tuple[int, ...], text_tokens: int, pipeline: DiffusionPipeline
+    ) -> Workload:
         config, family, rollout = self.config, self.family, self.config.rollout
         # Kernels differ in rounding: any number of processes takes those that one alone would take.
         sizes = batch_sizes(config, processes=1)
         rows = sizes.rollout * Guidance(rollout.guidance_scale).forwards
+        drawn = family.attention_shapes(rows, latent, text_tokens)
+        if shown != latent:
+            rows = sizes.evaluation * Guidance(config.evaluation.guidance_scale).forwards
+            drawn += family.attention_shapes(rows, shown, text_tokens)
         return Workload(
             device=self.models.device,
             dtype=self.models.dtype,
-            rollout_shapes=family.attention_shapes(rows, latent, text_tokens),
+            rollout_shapes=drawn,
             train_shapes=family.attention_shapes(sizes.training, latent, text_tokens),
             width=self._width,
             images=config.iterations * rollout.groups * rollout.group_size,

@@ -102,7 +102,7 @@ class Drawing:
         guided = family.guidance(settings.guidance_scale).pairs
         for line in prompt_notes(pipeline, settings.max_sequence_length, distinct, guided):
             console.note(line)
-        reward.try_out(self.prompts, (1,), self.sampler.image_size)
+        reward.try_out(self.prompts, {1: self.sampler.image_size})
         grid = own_grid(family, shift, settings.num_inference_steps, settings.resolution)
         self.draw = make_draw(family, settings, grid, settings.batch_size, self.device)
         self.made_with = {

@@ -224,7 +224,7 @@ def _from_config(config: Config, *, model: str, prompts: str | None) -> Evaluati
         guidance_scale=evaluation.guidance_scale,
         negative_prompt=rollout.negative_prompt,
         shift=rollout.shift,
-        resolution=rollout.resolution,
+        resolution=config.evaluation_resolution,
         max_sequence_length=rollout.max_sequence_length,
         precision=config.precision,
         device=config.device,

@@ -246,7 +246,7 @@ def make_watch(evaluations: RunEvaluations, device: torch.device, size: tuple[in
     asked = [scored_by_all(prompt) for prompt in watch.prompts]
     for line in reward.check_prompts(asked):
         note(line)
-    reward.try_out(asked, (1,), size)
+    reward.try_out(asked, {1: size})
     watch.beside = RewardPool(reward, workers=0, deadline_s=config.reward_deadline_s, device=device, note=note)
     return watch
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dgpo_fast.distributed import Processes, SharedError
 from dgpo_fast.learning.learner import Learner
-from dgpo_fast.learning.optimizers import load_optimizer, optimizer_tensors
+from dgpo_fast.learning.optimizers import in_storage, load_optimizer, optimizer_tensors
 from dgpo_fast.models.policy import Weights
 from dgpo_fast.records import JsonObject
 from dgpo_fast.run.checkpoint import CheckpointWriter, State, load_newest
@@ -85,10 +85,13 @@ class Checkpoints:
             for part in learner.weights:
                 if {name: tensor.shape for name, tensor in state.part(part).items()} != models.shapes:
                     raise ValueError(f"its {part} weights have other names or shapes")
-            models.load_weights(models.parts(state.part("policy")))
+            found = state.part("policy")
+            in_order = {name: found[name] for name in models.weights}
+            policy, optimizer = in_storage(in_order, state.part("optimizer"), models.storage)
+            models.load_weights(models.parts(policy))
             for part, average in learner.averages.items():
                 average.load(models.parts(state.part(part)))
-            load_optimizer(learner.optimizer, models.parts(state.part("optimizer")))
+            load_optimizer(learner.optimizer, models.parts(optimizer))
         except (ValueError, KeyError, RuntimeError) as error:
             reason = one_line(error)
             raise SharedError(

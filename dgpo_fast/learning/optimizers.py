@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dgpo_fast.config.options import Optimizer as OptimizerConfig
 from dgpo_fast.errors import UserError
-from dgpo_fast.learning.rounding import Rounding, SplitMaster, StochasticRounding
+from dgpo_fast.learning.rounding import Rounding, SplitMaster, StochasticRounding, join_fp32, split_fp32
 
 CHUNK_NUMEL = 64 * 2**20
 """bf16 weights stepped at once: their fp32 values take 256 MiB."""
@@ -152,6 +152,30 @@ def load_optimizer(optimizer: AnyOptimizer, tensors: Mapping[str, Tensor]) -> No
     if isinstance(optimizer, Bf16Optimizer):
         optimizer.steps = int(kept.pop("steps", 0))  # none in the checkpoint of a run that was in fp32
         optimizer.rounding.load(kept, device)
+
+
+def in_storage(
+    weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], storage: str
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """A checkpoint's weights and optimizer state for a run that keeps its weights otherwise, to the last bit.
+
+    Args:
+        weights: in bf16 or in fp32, by name in the order of the optimizer's positions.
+        optimizer: of `optimizer_tensors`.
+        storage: of the run, see `policy.weight_storage`.
+    """
+    was_bf16 = next(iter(weights.values())).dtype == torch.bfloat16
+    if was_bf16 == (storage != "fp32") or storage == "bf16_stochastic":
+        return weights, optimizer
+    halves = [f"{ROUNDING}/{index}" for index in range(len(weights))]
+    if was_bf16:
+        lower = (optimizer.get(name) for name in halves)  # none before the first step
+        pairs = zip(weights.items(), lower, strict=True)
+        whole = {name: high.float() if low is None else join_fp32(high, low) for (name, high), low in pairs}
+        return whole, {name: tensor for name, tensor in optimizer.items() if name not in halves}
+    split = [split_fp32(weight) for weight in weights.values()]
+    upper = {name: high for name, (high, _) in zip(weights, split, strict=True)}
+    return upper, {**optimizer, **{half: low for half, (_, low) in zip(halves, split, strict=True)}}
 
 
 def _state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, slots: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ USAGE = """Predict how much GPU memory a run needs, and which cards it fits on. 
   python -m dgpo_fast.memory sd35m-geneval --low-memory     LoRA, with as little as possible
   python -m dgpo_fast.memory sd35m-geneval --policy.train full --optimizer.name adamw8bit
   python -m dgpo_fast.memory my.yaml --processes 8          each of eight GPUs
+  python -m dgpo_fast.memory z-image-ocr --card 24GB        the settings with which it fits on a card of 24 GB
 
 The sizes of the models in docs/families.md are known. Any other model on the hub is downloaded first."""
 
@@ -24,7 +25,7 @@ def memory(args: list[str]) -> int:
 
     import torch  # after the command line is known to be good
 
-    from dgpo_fast.memory.cards import CARDS_GB, fit_on
+    from dgpo_fast.memory.cards import CARDS_GB, fit_on, plan_on
     from dgpo_fast.models.loading import known_model, read_model
 
     family = known_model(config)
@@ -33,6 +34,9 @@ def memory(args: list[str]) -> int:
     elif not config.random_weights:
         print(f"{config.model} is not downloaded: its sizes are known")
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    if config.card is not None:
+        print("\n".join(plan_on(config, family, dtype, processes).lines()))
+        return 0
     fits = [fit_on(config, family, dtype, card_gb, processes) for card_gb in CARDS_GB]
     print(fits[-1].prediction.line())
     rows = [["card", "micro-batch", "predicted peak", "fits"], *(fit.cells() for fit in fits)]

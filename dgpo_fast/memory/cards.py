@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from dgpo_fast.config.bounds import card_bytes
 from dgpo_fast.config.options import Config
-from dgpo_fast.engine.choices import GRAPH_MEMORY_GIB
+from dgpo_fast.errors import UserError
 from dgpo_fast.memory.advice import remedies
-from dgpo_fast.memory.low import with_low_memory
+from dgpo_fast.memory.card import CardPlan, on_card, plan_card, with_low_memory
 from dgpo_fast.memory.micro_batch import MemoryLine, fit
-from dgpo_fast.memory.plan import headroom
 from dgpo_fast.memory.predict import Prediction, Predictor, readable
 from dgpo_fast.models.family import Family
 
@@ -46,10 +46,7 @@ class Fit:
 def fit_on(config: Config, family: Family, dtype: torch.dtype, card_gb: int, processes: int = 1) -> Fit:
     """`config` on a card of `card_gb`, one of `processes` on machines of eight."""
     config = with_low_memory(config)
-    predictor = Predictor(
-        family, dtype, processes=processes, local_processes=min(processes, 8), graphs=card_gb >= GRAPH_MEMORY_GIB
-    )
-    available = card_gb * 2**30 - headroom(card_gb * 2**30)
+    predictor, available = _on(family, dtype, card_gb * 2**30, processes)
     micro_batch = config.policy.micro_batch
     if micro_batch == "auto":
         training = MemoryLine.predicted(predictor, config)
@@ -59,3 +56,19 @@ def fit_on(config: Config, family: Family, dtype: torch.dtype, card_gb: int, pro
     fits = prediction.peak <= available
     helpful = () if fits else tuple(remedy.setting for remedy in remedies(predictor, config, micro_batch, None))
     return Fit(card_gb, micro_batch, prediction, fits, helpful)
+
+
+def plan_on(config: Config, family: Family, dtype: torch.dtype, processes: int = 1) -> CardPlan:
+    """What `config` takes to fit on its card, one of `processes` as above.
+
+    Raises UserError if nothing is enough, or if the card is the one that is here, which is none.
+    """
+    if config.card is None or config.card == "auto":
+        raise UserError("card auto: nothing is loaded here; name a card's memory, as --card 24GB")
+    predictor, available = _on(family, dtype, card_bytes(config.card), processes)
+    return plan_card(predictor, with_low_memory(config), available)
+
+
+def _on(family: Family, dtype: torch.dtype, total: int, processes: int) -> tuple[Predictor, int]:
+    alone = Predictor(family, dtype, processes=processes, local_processes=min(processes, 8))
+    return on_card(alone, total)

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import torch
 
+from dgpo_fast.config.bounds import card_bytes
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed import Processes
 from dgpo_fast.engine.choices import room_for_graphs
 from dgpo_fast.errors import UserError
 from dgpo_fast.memory.advice import remedies, sentence
-from dgpo_fast.memory.low import with_low_memory
+from dgpo_fast.memory.card import headroom, on_card, plan_card, with_low_memory
 from dgpo_fast.memory.micro_batch import MOST_ON_A_CPU, MemoryLine, TrainingMemory, fit, in_groups
 from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.models.family import Family
@@ -21,16 +22,9 @@ from dgpo_fast.objectives.registry import traits
 
 CPU_SHARE = 0.5
 """Share of a CPU's free memory that a micro-batch may take: other programs need some too."""
-HEADROOM_SHARE, HEADROOM_BYTES = 0.05, 2**30
-"""Share of a GPU's memory that is left for fragmentation and workspaces."""
 
 MADE_LATER = ("gradients", "optimizer states", "averages", "recorded rollouts", "float8 copy", "decoder's copy")
 """Of what a prediction holds: made after the micro-batch is measured."""
-
-
-def headroom(total: int) -> float:
-    """Bytes that stay free of a GPU's `total`."""
-    return HEADROOM_BYTES + HEADROOM_SHARE * total
 
 
 class MemoryPlan:
@@ -64,9 +58,12 @@ class MemoryPlan:
         self.auto = False
 
     def predict(self, config: Config) -> Config:
-        """Prints the predicted memory. Returns `config` with `low_memory` expanded into its settings and
-        `policy.micro_batch` "auto" replaced by the largest that is predicted to fit."""
-        config = with_low_memory(config)
+        """Prints the predicted memory. Returns `config` with `low_memory` and `card` expanded into their settings and
+        `policy.micro_batch` "auto" replaced by the largest that is predicted to fit.
+
+        Raises UserError if nothing makes it fit on the card.
+        """
+        config = self._for_card(with_low_memory(config))
         free, chosen = self.free_bytes(), ""
         self.auto = config.policy.micro_batch == "auto"
         if self.auto:
@@ -81,6 +78,25 @@ class MemoryPlan:
         if prediction.peak > free:
             self.note(f"that is more than the {readable(free)} that are free. {self.advice(config, None)}")
         return config
+
+    def _for_card(self, config: Config) -> Config:
+        """`config` with what makes it fit on its card, which has no further meaning then: a resumed run keeps that."""
+        if config.card is None:
+            return config
+        if config.card == "auto":
+            if self.device.type != "cuda":
+                raise UserError("card auto: this run is on a CPU; name a card's memory, as --card 24GB")
+            predictor, available = self.predictor, self.free_bytes() - self._headroom()
+            available = min(self.processes.gather(int(available), "the memory of the cards"))
+        else:
+            predictor, available = on_card(self.predictor, card_bytes(config.card))
+        plan = plan_card(predictor, config, available)
+        for line in plan.lines():
+            self.note(f"card {config.card}: {line}")
+        policy = plan.config.policy
+        if config.card == "auto":
+            policy = replace(policy, micro_batch="auto")  # to be measured
+        return replace(plan.config, card=None, policy=policy)
 
     def predicted_bytes(self, config: Config) -> int:
         """Predicted for `config` at its peak, once the micro-batch is chosen."""

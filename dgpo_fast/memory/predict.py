@@ -4,8 +4,9 @@ Predictions are bytes of tensors on the run's device. They exclude workspaces in
 rounding, the CUDA context, and reward models.
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from dgpo_fast.config.options import Config
 from dgpo_fast.distributed.placement import largest_share, place
-from dgpo_fast.engine.batches import decode_batch, frozen_samples
+from dgpo_fast.engine.batches import decode_batch, frozen_samples, shown_at_once
 from dgpo_fast.engine.decoder import has_own_decoder
 from dgpo_fast.engine.fp8 import quantised
 from dgpo_fast.learning.optimizers import CHUNK_NUMEL, state_bytes
@@ -25,6 +26,7 @@ from dgpo_fast.models.latents import latent_shape
 from dgpo_fast.models.meta import SampleShape, sample_shape
 from dgpo_fast.models.own_settings import in_plain_numbers
 from dgpo_fast.models.policy import adapted_layers, is_merged, lora_targets, weight_storage
+from dgpo_fast.models.quantised import SAME, block_starts, linear_layers, packed_bytes
 from dgpo_fast.objectives.first_level import is_shared
 from dgpo_fast.objectives.registry import traits
 
@@ -111,6 +113,12 @@ class Predictor:
         with torch.device("meta"):
             self.transformer, self.vae = family.build_transformer(), family.build_vae()
 
+    def on_a_gpu(self, *, graphs: bool) -> "Predictor":
+        """The same for a GPU."""
+        other = copy.copy(self)
+        other.on_gpu, other.graphs = True, graphs
+        return other
+
     def predict(self, config: Config, micro_batch: int) -> Prediction:
         """The memory of `config` with micro-batches of `micro_batch` samples."""
         config = in_plain_numbers(config, self.family)
@@ -121,7 +129,7 @@ class Predictor:
         trained = trained_sizes(self.transformer, config)
         total, width = sum(trained), FP32 if storage == "fp32" else 2
         lora = policy.train == "lora"
-        base = _bytes(self.transformer, self.dtype)
+        base = _bytes(self.transformer, self.dtype) - self._saved_by_rounding(config)
         copy = total * self.dtype.itemsize if lora and policy.behaviour == "adapter" else self._copy_bytes
         held = {
             "base weights": base,
@@ -149,6 +157,21 @@ class Predictor:
             held["optimizer states"] += 2 * total
         return held if self._shards(config) == 1 else self._shared_out(held, self._shards(config))
 
+    def _saved_by_rounding(self, config: Config) -> int:
+        """What a quantised base takes less."""
+        precision = config.policy.base_precision
+        if precision == SAME:
+            return 0
+        layers = linear_layers(self.transformer, block_starts(self.transformer))
+        return sum(layer.weight.numel() * self.dtype.itemsize - packed_bytes(layer, precision) for _, layer in layers)
+
+    def _widened(self, config: Config) -> int:
+        """The weight that a backward pass through a quantised base has widened, at most."""
+        if config.policy.base_precision == SAME:
+            return 0
+        layers = linear_layers(self.transformer, block_starts(self.transformer))
+        return max(layer.weight.numel() for _, layer in layers) * self.dtype.itemsize
+
     def _averages(self, config: Config) -> int:
         """Moving averages that are kept on the device."""
         apart = config.ema.rollout_decay_per_step is not None
@@ -173,11 +196,13 @@ class Predictor:
         return wanted and self._shards(config) == 1
 
     def _rollout_forward(self, config: Config) -> int:
+        return self._drawing(config, min(config.rollout.batch_size, self.local_samples(config)))
+
+    def _drawing(self, config: Config, batch: int) -> int:
+        """A forward of the behaviour weights for `batch` images."""
         adapter = config.policy.train == "lora" and config.policy.behaviour == "adapter"
-        batch = min(config.rollout.batch_size, self.local_samples(config))
-        return self._simulation(config).forward(
-            batch * Guidance(config.rollout.guidance_scale).forwards, policy=adapter
-        )
+        rows = batch * Guidance(config.rollout.guidance_scale).forwards
+        return self._simulation(config).forward(rows, policy=adapter)
 
     def _storage(self, config: Config) -> str:
         return weight_storage(config.policy, self.dtype, sharded=self._shards(config) > 1)
@@ -216,12 +241,29 @@ class Predictor:
             "decoding": drawn + simulated.decoding(min(decode_batch(config, shape.latent), batch)),
             "reference forwards": self._inputs(config) + frozen,
             "training": self._inputs(config)
+            + self._widened(config)
             + max(
                 simulated.training(rows).peak + of_samples * latent * LOSS_TENSORS * FP32
                 for rows, of_samples in self._micro_batches(config, micro_batch)
             ),
             "optimizer": self._stepping(config),
+            **self._evaluation(config),
         }
+
+    def _evaluation(self, config: Config) -> dict[str, int]:
+        """The phase of evaluations, if they draw images of another size than rollouts."""
+        rollout, evaluation = config.rollout, config.evaluation
+        if rollout.resolution == evaluation.resolution:
+            return {}
+        batch = shown_at_once(config, self.processes)
+        of_them = replace(
+            rollout, resolution=evaluation.resolution, guidance_scale=evaluation.guidance_scale, batch_size=batch
+        )
+        shown = replace(config, rollout=of_them)
+        pictures = min(decode_batch(of, self.shape(of).latent) for of in (config, shown))
+        forward, decoding = self._drawing(shown, batch), self._simulation(shown).decoding(min(pictures, batch))
+        states = batch * SOLVER_STATES * prod(self.shape(shown).latent) * FP32
+        return {"evaluation": self._texts(config) + states + max(forward, decoding)}
 
     def inputs(self, config: Config) -> int:
         """What training holds of an iteration's samples: text, latents and what the policy is compared with."""
@@ -255,6 +297,7 @@ class Predictor:
             lora=(policy.lora_rank, policy.lora_targets) if policy.train == "lora" else None,
             checkpointing=config.engine.checkpointing,
             merged=self._merged(config),
+            base_precision=policy.base_precision,
         )
         return simulation(self.family, trained, self.dtype, self.shape(config))
 

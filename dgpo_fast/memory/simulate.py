@@ -25,6 +25,7 @@ from dgpo_fast.models.family import Family
 from dgpo_fast.models.merged_lora import use_merged_weights
 from dgpo_fast.models.meta import FusedAttention, SampleShape
 from dgpo_fast.models.policy import with_lora
+from dgpo_fast.models.quantised import SAME, quantise_blocks
 
 Counted = TypeVar("Counted")
 
@@ -38,12 +39,14 @@ class Trained:
         lora: rank and targets of the adapters; None if all weights are trained.
         checkpointing: as `engine.checkpointing`.
         merged: whether the policy computes with merged weights, see `policy.is_merged`.
+        base_precision: as `policy.base_precision`.
     """
 
     storage: str
     lora: tuple[int, tuple[str, ...]] | None
     checkpointing: str = "none"
     merged: bool = False
+    base_precision: str = SAME
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ class Simulation:
             self.vae = family.build_vae().requires_grad_(False)
         for module in (self.base, self.policy, self.vae):
             nn.Module.to(module, dtype)
+        if trained.base_precision != SAME:
+            for transformer in (self.base, self.policy):
+                quantise_blocks(transformer, trained.base_precision, "meta")
         if trained.lora is not None:
             with_lora(self.policy, PolicyConfig(lora_rank=trained.lora[0], lora_targets=trained.lora[1]), seed=0)
         self.adapted = copy.deepcopy(self.policy) if trained.merged else self.policy

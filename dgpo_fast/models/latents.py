@@ -74,8 +74,8 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def latent_shape(family: Family, resolution: int | str | None) -> tuple[int, ...]:
-    """(C, H, W) of a latent at `resolution`, or at the size that the model's own files name.
+def latent_shape(family: Family, resolution: int | str | None, setting: str = "rollout.resolution") -> tuple[int, ...]:
+    """(C, H, W) of a latent at `resolution`, the value of `setting`, or at the size that the model's own files name.
 
     Raises UserError, with the nearest sizes, for a resolution that the model cannot draw.
     """
@@ -88,7 +88,7 @@ def latent_shape(family: Family, resolution: int | str | None) -> tuple[int, ...
         high, wide = (" or ".join(map(str, sides)) for sides in allowed)
         limit = f" up to {largest} pixels" if largest else " pixels"
         raise UserError(
-            f"rollout.resolution {resolution}: this model draws multiples of {step}{limit}; "
+            f"{setting} {resolution}: this model draws multiples of {step}{limit}; "
             + (f"the nearest: {high}" if height == width else f"the nearest: {high} high, {wide} wide")
         )
     return family.latent_shape(height, width)

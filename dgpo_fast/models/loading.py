@@ -24,6 +24,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.architecture import INDEX_FILE, TEXT_ENCODER, absent_parts, read_architecture, read_json
 from dgpo_fast.models.families import AUTO, BUILT_IN, find_class, known_models, make_family
 from dgpo_fast.models.family import Family, attach, family_of
+from dgpo_fast.models.quantised import SAME, quantise
 from dgpo_fast.models.random_weights import find_architecture, random_pipeline
 from dgpo_fast.seeds import stream_seed
 from dgpo_fast.wording import NO_HUB_NAME
@@ -78,7 +79,12 @@ def free_bytes(device: torch.device) -> int:
 def make_pipeline(
     config: Config, *, device: torch.device, dtype: torch.dtype, with_text: bool = True
 ) -> DiffusionPipeline:
-    """The pipeline that `config` names, with trained or with random weights. Raises UserError as `load_pipeline`."""
+    """The pipeline that `config` names, with trained or with random weights. Raises UserError as `load_pipeline`.
+
+    It stays on the CPU for `quantise_base`: whole, it may not fit on `device`.
+    """
+    if config.policy.base_precision != SAME:
+        device = torch.device("cpu")
     if not config.random_weights:
         return load_pipeline(
             config.model,
@@ -161,7 +167,7 @@ def load_pipeline(
 
 
 def load_text_encoders(
-    pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, *, whole: bool = False
+    pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, precision: str = SAME, *, whole: bool = False
 ) -> DiffusionPipeline:
     """`pipeline`, loaded without its text encoders, with them: a new pipeline that shares all other modules.
 
@@ -172,6 +178,7 @@ def load_text_encoders(
         pipeline: stays as it is.
         device: where the text encoders go.
         dtype: of their weights.
+        precision: as `text_precision`.
         whole: with the layers that no prompt is read from, as for saving them.
 
     Raises UserError if they cannot be loaded.
@@ -193,10 +200,12 @@ def load_text_encoders(
     encoders = [module.requires_grad_(False).eval() for module in text_encoders(loaded)]
     for module in encoders:
         require_finite(f"model '{folder}': its {type(module).__name__}", module.named_parameters())
-    needed = sum(parameter.nbytes for module in encoders for parameter in module.parameters())
+        if precision != SAME:
+            quantise(module, precision, "cpu")
+    needed = sum(tensor.nbytes for module in encoders for tensor in [*module.parameters(), *module.buffers()])
     fit = device.type == "cpu" or needed + ENCODING_BYTES < free_bytes(device)
     for module in encoders:
-        module.to(device) if fit else cpu_offload(module, device)
+        module.to(device) if fit else cpu_offload(module, device, offload_buffers=precision != SAME)
     return loaded
 
 

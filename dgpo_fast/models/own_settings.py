@@ -32,20 +32,21 @@ UNREAD = (
 
 def with_own_shift(config: Config, family: Family, note: Callable[[str], None]) -> Config:
     """A run's `config` with the model's own shift, if it has none and the model's file has one. Notes what differs from
-    the model's own settings.
+    the model's own settings, and sizes of images that differ.
 
     Raises UserError as `fill_in_shift`.
     """
     rollout = config.rollout
     shift = fill_in_shift(rollout.shift, family, "rollout.shift")
-    for line in differences(
+    differing = differences(
         family,
         shift=shift,
         resolution=rollout.resolution,
         max_sequence_length=rollout.max_sequence_length,
         prefix="rollout.",
         recipe=config.recipe,
-    ):
+    )
+    for line in filter(None, (*differing, sizes_note(config, family))):
         note(line)
     return replace(config, rollout=replace(rollout, shift=shift))
 
@@ -94,15 +95,16 @@ def own_grid(family: Family, shift: float | None, steps: int, resolution: int | 
 
 def in_plain_numbers(config: Config, family: Family) -> Config:
     """`config` as objectives and the engine read it: guidance as g of v_neg + g·(v_cond − v_neg), 1 if the negative
-    prompt is not predicted, and the shift of the rollout's own grid."""
+    prompt is not predicted, the shift of the rollout's own grid, and both sizes of images."""
     rollout, evaluation = config.rollout, config.evaluation
     grid = own_grid(family, rollout.shift, rollout.num_inference_steps, rollout.resolution)
-    scale = family.guidance(rollout.guidance_scale).scale
-    shown = family.guidance(evaluation.guidance_scale).scale
+    _shown_shape(family, config)  # raises if the model cannot draw that
+    scale, shown = (family.guidance(of.guidance_scale).scale for of in (rollout, evaluation))
+    sizes = [f"{height}x{width}" for height, width in image_sizes(family, config)]
     return replace(
         config,
-        rollout=replace(rollout, guidance_scale=scale, shift=grid.shift),
-        evaluation=replace(evaluation, guidance_scale=shown),
+        rollout=replace(rollout, guidance_scale=scale, shift=grid.shift, resolution=sizes[0]),
+        evaluation=replace(evaluation, guidance_scale=shown, resolution=sizes[1]),
     )
 
 
@@ -119,6 +121,30 @@ def require_trainable(config: Config, family: Family) -> None:
             f"dgpo.kl_guidance_scale {config.dgpo.kl_guidance_scale:g}: this model reads its guidance as a number "
             "(rollout.guidance_scale), and has it already; use --dgpo.kl-guidance-scale 1"
         )
+
+
+def _shown_shape(family: Family, config: Config) -> tuple[int, ...]:
+    return latent_shape(family, config.evaluation_resolution, "evaluation.resolution")
+
+
+def sizes_note(config: Config, family: Family) -> str:
+    """What a run says that draws held-out images of another size than those that it learns from; else empty."""
+    sizes = image_sizes(family, config)
+    if sizes[0] == sizes[1]:
+        return ""
+    latents = latent_shape(family, config.rollout.resolution), _shown_shape(family, config)
+    steps, shift = config.evaluation.num_inference_steps, config.rollout.shift
+    learnt, shown = (
+        f"{size_in_words(*size)} ({family.image_tokens(latent)} image tokens, "
+        f"shift {shift or family.grid(steps, latent).shift:.3g})"
+        for size, latent in zip(sizes, latents, strict=True)
+    )
+    return f"trained at {learnt}, evaluated at {shown}: the gain is what carries over to that size"
+
+
+def image_sizes(family: Family, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    """As `image_size`, of the images that a run learns from, and of held-out ones."""
+    return image_size(family, config.rollout.resolution), image_size(family, config.evaluation_resolution)
 
 
 def image_size(family: Family, resolution: int | str | None) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """The three sets of weights of a run.
 
-* **base**: the frozen pretrained transformer W. It is the reference, and carries no adapter.
+* **base**: the frozen pretrained transformer W, whole or quantised (`policy.base_precision`). It is the reference, and
+  carries no adapter.
 * **policy**: what is trained. With LoRA it is W + (alpha / rank)·B·A, where W are the *same tensors* as the base's. It
   computes with adapters, or with merged weights of its own (`policy.forward`, `merged_lora`). The behaviour's copy
   cannot serve for that: it holds θ_old while the policy learns.
-* **behaviour**: a merged copy without adapters. It draws the rollouts and makes the old predictions. To save memory, it
-  can instead be the base's tensors with a second adapter (`policy.behaviour`).
+* **behaviour**: a merged copy without adapters, never quantised. It draws the rollouts and makes the old predictions.
+  To save memory, it can instead be the base's tensors with a second adapter (`policy.behaviour`).
 
 No adapter is switched on or off: `load_behaviour` writes weights into the behaviour copy, in fp32 arithmetic, once or
 twice per iteration.
@@ -29,6 +30,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.family import family_of
 from dgpo_fast.models.lora import Factors, Lora, join, write_lora
 from dgpo_fast.models.merged_lora import MergedLoraLinear, merge_all, merged_weight, use_merged_weights
+from dgpo_fast.models.quantised import widen
 
 if TYPE_CHECKING:
     from dgpo_fast.distributed.shards import Shards
@@ -224,8 +226,11 @@ class PolicyModels:
 
 
 def own_copy(module: ModelMixin) -> ModelMixin:
-    """A copy with parameters of its own; buffers, which nothing ever changes, are the original's."""
-    return copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
+    """A copy with parameters of its own, none of them quantised; buffers, which nothing ever changes, are the
+    original's."""
+    copied = copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
+    widen(copied)
+    return copied
 
 
 def _sharing_copy(module: ModelMixin) -> ModelMixin:

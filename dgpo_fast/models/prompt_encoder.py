@@ -15,8 +15,15 @@ from dgpo_fast.distributed.guard import finite_remedy
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.device_rows import DeviceRows
 from dgpo_fast.models.family import family_of
-from dgpo_fast.models.loading import lacks_text_encoders, load_text_encoders, passes_by_layer, reads_no_text
+from dgpo_fast.models.loading import (
+    lacks_text_encoders,
+    load_text_encoders,
+    passes_by_layer,
+    reads_no_text,
+    text_encoders,
+)
 from dgpo_fast.models.prompt_cache import PromptCache, Row, content_digest, default_folder
+from dgpo_fast.models.quantised import SAME, quantise
 from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.prompts.prompt import Prompt, shorten
 from dgpo_fast.wording import counted
@@ -42,6 +49,7 @@ class PromptEncoder:
         max_sequence_length: as `rollout.max_sequence_length`.
         cache: encoded prompts on disk, if wanted.
         memory_mib: CPU memory for remembered prompts, in MiB; the least recently used are forgotten.
+        precision: as `text_precision`.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class PromptEncoder:
         max_sequence_length: int,
         cache: PromptCache | None = None,
         memory_mib: int = 2048,
+        precision: str = SAME,
     ):
         self.pipeline, self.family = pipeline, family_of(pipeline.transformer)
         self.reads_no_text = reads_no_text(pipeline)
@@ -57,7 +66,7 @@ class PromptEncoder:
             self.family.check_length(max_sequence_length)
         self.encoders = None if lacks_text_encoders(pipeline) else pipeline
         self.device, self.dtype = pipeline.transformer.device, pipeline.transformer.dtype
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length, self.precision = max_sequence_length, precision
         self.cache = cache
         self.memory_bytes = memory_mib * 2**20
         self.memory: OrderedDict[str, Row] = OrderedDict()
@@ -154,7 +163,7 @@ class PromptEncoder:
         # run, which has other prompts left to encode, would drift away from one that was never stopped.
         negative, text = key.startswith(NEGATIVE), key.removeprefix(NEGATIVE)
         if self.encoders is None:
-            self.encoders = load_text_encoders(self.pipeline, self.device, self.dtype)
+            self.encoders = load_text_encoders(self.pipeline, self.device, self.dtype, self.precision)
         if self.reads_no_text:
             found = self.family.random_condition(key, self.max_sequence_length)
             found = {name: tensor.to(self._dtype_of(tensor)) for name, tensor in found.items()}
@@ -206,18 +215,24 @@ def make_prompt_encoder(pipeline: DiffusionPipeline, config: Config, note: Calla
         config: the run's settings.
         note: called with one line for each problem with the cache.
     """
-    length = config.rollout.max_sequence_length
+    length, precision = config.rollout.max_sequence_length, config.text_precision
+    if precision != SAME:
+        for module in text_encoders(pipeline):  # random ones, which are there already
+            quantise(module, precision, pipeline.transformer.device)
     if config.prompt_cache == "off" or not lacks_text_encoders(pipeline):
-        return PromptEncoder(pipeline, length)
+        return PromptEncoder(pipeline, length, precision=precision)
     folder = default_folder() if config.prompt_cache == "auto" else Path(config.prompt_cache).expanduser()
     try:
-        scope = cache_scope(pipeline, length, content_digest(Path(pipeline.name_or_path), folder))
+        scope = cache_scope(pipeline, length, content_digest(Path(pipeline.name_or_path), folder), precision)
     except OSError as error:
         raise UserError(f"model '{config.model}' cannot be read: {error.filename}: {error.strerror}") from None
-    return PromptEncoder(pipeline, length, PromptCache(folder, scope, int(config.prompt_cache_gib * 2**30), note))
+    cache = PromptCache(folder, scope, int(config.prompt_cache_gib * 2**30), note)
+    return PromptEncoder(pipeline, length, cache, precision=precision)
 
 
-def cache_scope(pipeline: DiffusionPipeline, max_sequence_length: int, encoders: str) -> dict[str, str | int]:
+def cache_scope(
+    pipeline: DiffusionPipeline, max_sequence_length: int, encoders: str, precision: str = SAME
+) -> dict[str, str | int]:
     """All that the bits of an embedding depend on, but the prompt: a cached run equals one without a cache."""
     device = pipeline.transformer.device
     on_cpu = f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -229,6 +244,7 @@ def cache_scope(pipeline: DiffusionPipeline, max_sequence_length: int, encoders:
         "max_sequence_length": max_sequence_length,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "matmul_precision": torch.get_float32_matmul_precision(),
+        **({} if precision == SAME else {"text_precision": precision}),
         **{library.__name__: library.__version__ for library in (torch, transformers, diffusers)},
     }
 

@@ -17,7 +17,7 @@ from dgpo_fast.records import JsonObject
 from dgpo_fast.rewards.registry import parse_spec
 from dgpo_fast.run.console import duration, score_cells
 from dgpo_fast.run.pictures import pictures_of
-from dgpo_fast.wording import counted, number, one_line
+from dgpo_fast.wording import counted, number, one_line, size_in_words
 
 OBJECTIVES = {
     "dgpo": "[DGPO](https://arxiv.org/abs/2510.08425)",
@@ -155,7 +155,7 @@ def _known(value: float | None) -> float:
 
 def _size(handover: Handover) -> tuple[int, int]:
     """(height, width) in pixels."""
-    resolution = handover.config.rollout.resolution
+    resolution = handover.config.evaluation_resolution
     return size_of(resolution) if resolution else handover.family.size
 
 
@@ -177,8 +177,8 @@ def _python(handover: Handover, folder: Path) -> str:
         given["guidance_scale"] = evaluation.guidance_scale
     if config.rollout.negative_prompt:
         given["negative_prompt"] = config.rollout.negative_prompt
-    if config.rollout.resolution:
-        given |= dict(zip(("height", "width"), size_of(config.rollout.resolution), strict=True))
+    if config.evaluation_resolution:
+        given |= dict(zip(("height", "width"), _size(handover), strict=True))
     given["max_sequence_length"] = config.rollout.max_sequence_length
     options = [f"{name}={value!r}" for name, value in given.items() if name in takes and takes[name].default != value]
     lines = [*handover.how_to_load(folder, handover.target).split("; "), *_scheduler(handover)]
@@ -206,11 +206,14 @@ def _facts(handover: Handover) -> dict[str, str]:
     own = getattr(config, config.objective, None)
     settings = ", ".join(f"{name} {_setting(value)}" for name, value in asdict(own).items()) if own else ""
     lora = f"LoRA of rank {policy.lora_rank}, alpha {policy.lora_alpha:g}"
+    learnt = size_of(rollout.resolution) if rollout.resolution else handover.family.size
+    same_size = learnt == _size(handover)
     per_iteration = f"{counted(rollout.groups, 'prompt')} × {counted(rollout.group_size, 'image')}"
     drawn = f"{counted(rollout.num_inference_steps, 'step')} of {SOLVERS[rollout.solver]}, "
     drawn += f"guidance {rollout.guidance_scale:g}" + (
         f", noise {rollout.noise_level:g}" if rollout.noise_level else ""
     )
+    drawn += "" if same_size else f", {size_in_words(*learnt)}"
     of = {"prompts": _code(Path(config.prompts).name), "rollouts": drawn}
     if config.data.preferences is not None:
         per_iteration = f"{counted(rollout.groups, 'judged group')}"
@@ -221,6 +224,7 @@ def _facts(handover: Handover) -> dict[str, str]:
         **of,
         "iterations": f"{summary['iterations']}, each with {per_iteration}",
         "images": f"{summary['training_images']:,}" if "training_images" in summary else "",
+        "base model": "" if policy.base_precision == "same" else f"with its blocks rounded to {policy.base_precision}",
         "objective": f"{_plain(config.objective)}{': ' if settings else ''}{settings}",
         "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}",
         "seed": str(config.seed),

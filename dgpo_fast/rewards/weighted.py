@@ -93,24 +93,23 @@ class WeightedReward:
                 lines += [f"reward {name!r}: {line}"] if isinstance(line, str) else []
         return lines
 
-    def try_out(self, prompts: Sequence[Prompt], counts: Sequence[int], size: tuple[int, int]) -> None:
+    def try_out(self, prompts: Sequence[Prompt], sizes: Mapping[int, tuple[int, int]]) -> None:
         """Tests each of the user's own rewards with coloured squares, for the first prompt that it is chosen for.
 
         A wrong answer is then found before a model is loaded. Rewards with `needs_real_pictures` are skipped.
 
         Args:
             prompts: those of the run.
-            counts: numbers of pictures that the rewards will get at a time.
-            size: (height, width) of the pictures, in pixels.
+            sizes: (height, width) in pixels of the pictures that the rewards will get so many of at a time.
 
         Raises UserError, one line, if a reward fails on them.
         """
-        squares = golden.squares(*size)
         for name, reward in self.rewards.items():
             prompt = next((one for one in prompts if name in self.chosen(one)), None)
             if prompt is None or not is_own(reward) or getattr(reward, "needs_real_pictures", False):
                 continue
-            for count in counts:
+            for count, size in sizes.items():
+                squares = golden.squares(*size)
                 answer = score_group(name, reward, squares[np.arange(count) % len(squares)], prompt)
                 if isinstance(answer, str):
                     raise UserError(

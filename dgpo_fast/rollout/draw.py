@@ -69,7 +69,8 @@ def run_draws(
     """How a run of `config` draws images to learn from, and how it draws held-out ones."""
     rollout, evaluation = config.rollout, config.evaluation
     grids = [
-        own_grid(family, rollout.shift, of.num_inference_steps, rollout.resolution) for of in (rollout, evaluation)
+        own_grid(family, rollout.shift, rollout.num_inference_steps, rollout.resolution),
+        own_grid(family, rollout.shift, evaluation.num_inference_steps, config.evaluation_resolution),
     ]
     return (
         make_draw(family, rollout, grids[0], batch_size, device, (rollout.noise_level, rollout.noise_kind)),

@@ -59,6 +59,27 @@ def change(where: object, names: list[str], since: str, remedy: str) -> str:
     return f"{where}: {listed} changed since {since}: {remedy}"
 
 
+OTHERWISE = {
+    "processes": "sums over processes have another order",
+    "dtype": "forwards are rounded to another precision",
+    "device": "another device's kernels round otherwise",
+}
+"""Why a resumed run is not equal to an undisturbed one in every bit."""
+
+
+def rounding_note(before: JsonObject, now: JsonObject) -> str:
+    """What goes on to the last bit on another device, in another precision or on other processes, and what cannot;
+    empty if a run is resumed as it was. Arguments as of `told_changes`."""
+    was, found = ({**about, "device": (about.get("engine") or {}).get("device")} for about in (before, now))
+    differs = [name for name in OTHERWISE if None is not was.get(name) != found[name]]
+    reasons = [OTHERWISE[name] for name in differs]
+    precision = flat_dict(now["config"]).get("policy.base_precision", "same")
+    if precision != "same" and {"dtype", "device"} & set(differs):
+        reasons.append(f"the base is rounded to {precision} anew")
+    kept = "weights, averages, optimizer states and draws of prompts and noise go on to the last bit"
+    return f"{kept}; what follows cannot: {', '.join(reasons)}" if reasons else ""
+
+
 def told_changes(before: JsonObject, now: JsonObject) -> list[str]:
     """What is not the same as when a checkpoint was written, and may show in results: code, machine and settings.
 

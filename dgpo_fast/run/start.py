@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dgpo_fast.config.command_line import configure, take_option
 from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import flat, parse_overrides, read_yaml, resolve, to_dict, write_yaml
-from dgpo_fast.config.resuming import effect, listed
+from dgpo_fast.config.resuming import listed, may_change
 from dgpo_fast.errors import UserError
 from dgpo_fast.run.folder import LOCK, FolderLock, read_lock
 from dgpo_fast.run.search import runs_there
@@ -144,7 +144,7 @@ def resumed_config(folder: Path, args: list[str]) -> Config:
     after = resolve(before, parse_overrides(args), "command line")
     wanted = flat(after)
     for name, value in flat(before).items():
-        if wanted[name] != value and effect(name) is None:
+        if wanted[name] != value and not may_change(name, value, wanted[name]):
             raise UserError(
                 f"--resume {folder}: '{name}' cannot change within a run: start a new run for that; what can change is "
                 f"{listed().replace('`', '')}"

@@ -16,6 +16,7 @@ from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.loading import load_pipeline
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.prompt_encoder import PromptEncoder
+from dgpo_fast.models.quantised import SAME, quantise_blocks
 from dgpo_fast.objectives.batch import Batch
 from dgpo_fast.objectives.drift import as_numbers
 from dgpo_fast.objectives.registry import load_objective
@@ -94,6 +95,8 @@ class EngineCase:
             config = replace(config, rollout=replace(config.rollout, max_sequence_length=0))
         self.config, self.dtype, self.device = config, dtype, device
         self.pipeline = load_pipeline(str(folder), revision=None, device=device, dtype=dtype)
+        if config.policy.base_precision != SAME:
+            quantise_blocks(self.pipeline.transformer, config.policy.base_precision, device)
         self.models = PolicyModels(self.pipeline.transformer, config.policy, seed=0)
         if dtype == torch.float64:
             self.models.policy.double()
