@@ -14,6 +14,7 @@ from dgpo_fast.errors import UserError
 COMMANDS = {
     "train": "reinforce a model; without arguments, the shipped one",
     "evaluate": "score images of a model or a run, or compare two",
+    "vote": "judge a model's pictures in the browser, to train on",
     "merge": "merge a LoRA into a model, as a folder for diffusers",
     "export": "write a run's weights and model card, or upload them",
     "profile": "show where the time of an iteration goes, on one page",

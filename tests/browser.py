@@ -18,7 +18,7 @@ from tests.servers import wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Escape": 27, "f": 70}
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Escape": 27, "Enter": 13, "Backspace": 8}
 
 
 class Browser:
@@ -53,15 +53,16 @@ class Browser:
                 assert "error" not in answer, (method, answer)
                 return answer["result"]
 
-    def open(self, page: Path, width: int, height: int) -> None:
-        """Shows a file in a window of this size in pixels, and forgets the notes of the page before."""
+    def open(self, page: Path | str, width: int, height: int) -> None:
+        """Shows a file or an address in a window of this size in pixels, and forgets the notes of the page before."""
         self._go_to("about:blank")
         self.complaints.clear()
         self.requests.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
-        self._go_to(page.as_uri())
+        self.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
+        self._go_to(page if isinstance(page, str) else page.as_uri())
 
     def _go_to(self, address: str) -> None:
         self.call("Page.navigate", url=address)
@@ -74,7 +75,8 @@ class Browser:
     def press(self, key: str) -> None:
         """A key, as from a keyboard."""
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key])
+            code = KEYS[key] if key in KEYS else ord(key.upper())
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code)
 
     def type(self, text: str) -> None:
         """Letters, into what has the focus."""
@@ -82,11 +84,21 @@ class Browser:
 
     def click(self, element_id: str) -> None:
         """A click of the mouse into the middle of an element."""
-        self.run(f"document.getElementById('{element_id}').scrollIntoView({{block: 'center'}})")
-        box = self.run(f"document.getElementById('{element_id}').getBoundingClientRect().toJSON()")
-        place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        place = self._middle(f"#{element_id}")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+
+    def tap(self, selector: str) -> None:
+        """A finger on the middle of an element."""
+        place = self._middle(selector)
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[place])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def _middle(self, selector: str) -> dict[str, float]:
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{block: 'center'}})")
+        box = self.run(f"{element}.getBoundingClientRect().toJSON()")
+        return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
 
     def screenshot(self, path: Path) -> None:
         """Saves a PNG of the whole page."""
@@ -126,7 +138,7 @@ def browser(profile: Path) -> Iterator[Browser]:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         "--remote-debugging-pipe",
         f"--user-data-dir={profile}",
         "about:blank",

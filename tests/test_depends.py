@@ -17,7 +17,7 @@ from dgpo_fast.config.reading import flat
 from dgpo_fast.config.resuming import LEARNS, MAY_CHANGE, MUST_STAY, NOTHING, ROUNDS, effect, listed
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
-from dgpo_fast.evaluation.drawing import _digest_of_tensors
+from dgpo_fast.evaluation.drawer import _digest_of_tensors
 from dgpo_fast.models import prompt_cache
 from dgpo_fast.models.fingerprints import sampled_fingerprint, weights_fingerprint
 from dgpo_fast.models.loading import load_pipeline

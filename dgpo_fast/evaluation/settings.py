@@ -202,8 +202,13 @@ def _of_run(folder: str) -> EvaluationSettings:
     return replace(_from_config(run_config(folder), model=folder, prompts=None), weights="after")
 
 
+def default_recipe(model: str) -> str:
+    """The recipe whose settings a model has that is no run."""
+    return "tiny-shapes" if model == "tiny" else "sd35m-geneval"
+
+
 def _of_recipe(model: str, recipe: str | None) -> EvaluationSettings:
-    config = get_recipe(recipe or ("tiny-shapes" if model == "tiny" else "sd35m-geneval"))
+    config = get_recipe(recipe or default_recipe(model))
     settings = _from_config(config, model=model, prompts=config.prompts)
     # Of a recipe that nobody asked for, these are for its own model.
     return settings if recipe or model == config.model else replace(settings, shift=None, resolution=None)

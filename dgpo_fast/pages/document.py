@@ -12,7 +12,9 @@ MOST_IN_A_ROW = 6
 """Tiles."""
 
 
-def document(title: str, body: str, *, pictures: bool = False, reload_s: int | None = None) -> str:
+def document(
+    title: str, body: str, *, pictures: bool = False, reload_s: int | None = None, served: tuple[str, str] | None = None
+) -> str:
     """A whole HTML document with the style and the script inside it.
 
     Args:
@@ -20,10 +22,13 @@ def document(title: str, body: str, *, pictures: bool = False, reload_s: int | N
         body: HTML.
         pictures: whether the page shows files that lie beside it.
         reload_s: seconds after which the page loads itself again; None: it does not.
+        served: style and script of a page that speaks with the server that it comes from; None: it needs none.
     """
     static = files("dgpo_fast.pages")
     style, script = (static.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = POLICY_HEADER + (PICTURES_BESIDE if pictures else "")
+    if served:
+        style, script, policy = style + served[0], script + served[1], f"{policy}; connect-src 'self'"
     reload = f' data-reload="{reload_s}"' if reload_s else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

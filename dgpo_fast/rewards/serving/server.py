@@ -7,6 +7,8 @@ only this machine can send requests.
 import asyncio
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -83,17 +85,12 @@ def serve(args: list[str]) -> int:
 
     from dgpo_fast.rewards import load_rewards  # after the command line is known to be good
 
-    try:
+    with needs_server("reward_server"):
         from dgpo_fast.rewards.serving.http_server import Server
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in ("h11", "starlette", "uvicorn"):
-            raise
-        install = 'pip install "dgpo_fast[server]"'
-        raise UserError(f"python -m dgpo_fast.reward_server needs starlette and uvicorn: {install}") from None
 
     limits = Limits(settings.max_images, int(settings.max_megapixels * 1e6), settings.max_waiting, settings.deadline_s)
     service = RewardService(load_rewards(settings.reward), limits)
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port, f"--host {settings.host} --port {settings.port}")
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     greeting = f"serving {' '.join(settings.reward)} at http://{shown}:{port}{' with a token' if token else ''}"
@@ -103,8 +100,20 @@ def serve(args: list[str]) -> int:
     return 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket at the first address of `host`."""
+@contextmanager
+def needs_server(command: str) -> Iterator[None]:
+    """Imports of the HTTP libraries. Raises UserError, which names the command, if they are not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in ("h11", "starlette", "uvicorn"):
+            raise
+        install = 'pip install "dgpo_fast[server]"'
+        raise UserError(f"python -m dgpo_fast.{command} needs starlette and uvicorn: {install}") from None
+
+
+def listen(host: str, port: int, setting: str) -> socket.socket:
+    """A socket at the first address of `host`. Raises UserError, which begins with `setting`, if there is none."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -113,6 +122,5 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen()
     except OSError as error:
-        place = f"--host {host} --port {port}"
-        raise UserError(f"{place}: cannot listen there ({error.strerror or error}): choose another") from None
+        raise UserError(f"{setting}: cannot listen there ({error.strerror or error}): choose another") from None
     return listener
