@@ -179,7 +179,7 @@ class _Gate:
         self._app, self._token = app, token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = scope["path"].split("/")[1] if scope["type"] == "http" else ""
+        given = scope["path"].removeprefix("/").partition("/")[0] if scope["type"] == "http" else ""
         if hmac.compare_digest(given.encode(), self._token):
             await self._app(scope, receive, send)
         else:
