@@ -14,6 +14,7 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.config.reading import flat, parse_overrides
 from dgpo_fast.evaluation.settings import EvaluationSettings
 from dgpo_fast.rewards.serving.server import ServerSettings
+from dgpo_fast.voting.settings import VoteSettings
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -83,7 +84,9 @@ def test_all_of_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert "\n  python -m room --chairs 2  with two chairs\n  python -m room\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("settings", [Config(), EvaluationSettings(), ServerSettings(), CompareSettings()])
+@pytest.mark.parametrize(
+    "settings", [Config(), EvaluationSettings(), ServerSettings(), CompareSettings(), VoteSettings()]
+)
 def test_every_setting_is_shown_as_it_is_typed(
     settings: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,20 +2,16 @@
 
 import json
 import os
-import secrets
 import shlex
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
-from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
 from dgpo_fast.config.command_line import configure
@@ -23,7 +19,6 @@ from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.preferences import groups_of, read_preferences
 from dgpo_fast.rewards.serving.server import listen
 from dgpo_fast.run.console import Console
-from dgpo_fast.train import train
 from dgpo_fast.voting.command import vote
 from dgpo_fast.voting.drawing import GroupDrawing
 from dgpo_fast.voting.folder import VoteFolder
@@ -31,7 +26,7 @@ from dgpo_fast.voting.page import vote_page
 from dgpo_fast.voting.server import Session, application
 from dgpo_fast.voting.settings import prompts_to_vote_on, read_vote_settings, train_command
 from tests.browser import Browser, needs_chromium
-from tests.servers import free_port, wait_for
+from tests.servers import wait_for
 from tests.texts import message
 
 TOKEN = "a-token-of-the-test"
@@ -294,57 +289,6 @@ def test_the_command_that_trains(args: str, expected: str, tmp_path: Path, monke
     assert own.group_size == settings.images_per_prompt
 
 
-def test_from_a_run_to_votes_to_a_lora(
-    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A person votes on what a run has learned to draw, ends with Ctrl-C, goes on, and trains with the printed line.
-    Pictures are drawn as an undisturbed vote draws them, of prompts that the run has trained on."""
-    assert train(["small.yaml", "--iterations=1"]) == 0
-    monkeypatch.setattr(secrets, "token_urlsafe", lambda size: TOKEN)
-    args = ["runs/run", "--group-size", "2", "--groups"]
-
-    def run(groups: int, port: int) -> str:
-        def person() -> None:
-            address = f"http://127.0.0.1:{port}/{TOKEN}/"
-            wait_for(lambda: _answers(address))
-            while (state := httpx.get(f"{address}state").json())["voted"] < groups:
-                if state["group"]:
-                    body = {"group": state["group"]["number"], "said": "rank", "values": [2, 1]}
-                    httpx.post(f"{address}vote", json=body).raise_for_status()
-            os.kill(os.getpid(), signal.SIGINT)
-
-        hand = threading.Thread(target=person)
-        hand.start()
-        capsys.readouterr()
-        assert vote([*args, str(groups), "--port", str(port)]) == 0
-        hand.join()
-        return capsys.readouterr().out
-
-    out = run(2, free_port())
-    assert "2 votes of 2 groups in votes/run" in out and "go on" not in out
-    first = {path.name: path.read_bytes() for path in Path("votes/run/pictures").iterdir()}
-    out = run(5, free_port())
-    assert "5 votes of 5 groups in votes/run" in out
-    pictures = {path.name: path.read_bytes() for path in Path("votes/run/pictures").iterdir()}
-    assert len(pictures) == 10 and first.items() <= pictures.items() and len(set(pictures.values())) == 10
-    found = groups_of(read_preferences("votes/run"))
-    assert [group.scores for group in found] == [(-1.0, 1.0)] * 5
-    (command,) = [line.partition("train on them: ")[2] for line in out.splitlines() if "train on them: " in line]
-    capsys.readouterr()
-    assert train([*shlex.split(command)[3:], "--iterations=1", "--runs-dir=learned"]) == 0
-    (learned,) = Path("learned").iterdir()
-    before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (Path("runs/run"), learned))
-    ranks = [{len(weight) for name, weight in lora.items() if "lora_A" in name} for lora in (before, after)]
-    assert ranks == [{4}, {8}], "the new LoRA holds the run's and what the votes have added"
-
-
-def _answers(address: str) -> bool:
-    try:
-        return httpx.get(address).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 # The page
 
 
@@ -352,11 +296,11 @@ def _answers(address: str) -> bool:
 def served(folder: VoteFolder) -> Iterator[str]:
     """The address of a page whose votes go to `folder`."""
     with listen("127.0.0.1", 0, "") as listener:
-        server = uvicorn.Server(uvicorn.Config(app_of(folder), log_config=None, lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        serving = uvicorn.Server(uvicorn.Config(app_of(folder), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=serving.run, kwargs={"sockets": [listener]})
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/"
-        server.should_exit = True
+        serving.should_exit = True
         thread.join()
 
 
