@@ -53,7 +53,7 @@ WIDTH, HEADS, LAYERS = 96, 3, 3
 SHIFT = 4.0
 """Between Stable Diffusion 3's shift, which would mark a Z-Image-Turbo, and the 6 of Z-Image's published scheduler."""
 # No signs: their letters take longest to learn, and the reward does not read them.
-PRETRAINING = Pretraining(pictures=20_000, sign_share=0.0, transformer_steps=12_000, transformer_batch=64)
+PRETRAINING = Pretraining(sign_share=0.0, transformer_steps=16_000, transformer_batch=64)
 SETTINGS = {
     "rollout.resolution": data.SIZE,
     "rollout.max-sequence-length": TEXT_TOKENS,
