@@ -3,17 +3,20 @@
   const $ = (id) => document.getElementById(id);
   const TASKS = { best: "Which picture is best?", rank: "Pick the best, then the next.", rate: "Give each picture 1 to 5 stars." };
   const ENDED = "The command does not answer. Your votes are kept: start it again, and open the address that it prints.";
-  let state = null, ask = null, said = [], at = 0, busy = false;
+  let state = null, ask = null, said = [], at = 0, busy = false, sent = 0;
 
   const count = () => state.group.pictures.length;
 
+  // A look at the server never holds up a vote, and what it finds is left out if a vote was sent meanwhile.
   async function request(path, body) {
-    busy = true;
+    const looks = body === undefined, mine = looks ? sent : ++sent;
+    if (!looks) busy = true;
     try {
-      const given = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
-      const answer = await fetch(path, given);
-      if (answer.ok) apply(await answer.json());
-      else {
+      const answer = await fetch(path, looks ? {} : { method: "POST", body: JSON.stringify(body) });
+      if (answer.ok) {
+        const next = await answer.json();
+        if (mine === sent) apply(next);
+      } else {
         const why = await answer.text();
         if (answer.status === 409) apply(await (await fetch("state")).json());
         tell(why);
@@ -21,7 +24,7 @@
     } catch {
       tell(ENDED);
     } finally {
-      busy = false;
+      if (!looks) busy = false;
     }
   }
 
