@@ -2,8 +2,10 @@
 
 import json
 import os
+import secrets
 import shlex
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from safetensors.numpy import load_file
 from starlette.testclient import TestClient
 
 from dgpo_fast.config.command_line import configure
@@ -19,6 +22,8 @@ from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.preferences import groups_of, read_preferences
 from dgpo_fast.rewards.serving.server import listen
 from dgpo_fast.run.console import Console
+from dgpo_fast.train import train
+from dgpo_fast.voting import server
 from dgpo_fast.voting.command import vote
 from dgpo_fast.voting.drawing import GroupDrawing
 from dgpo_fast.voting.folder import VoteFolder
@@ -362,3 +367,46 @@ def test_by_touch(chromium: Browser, served: str, folder: VoteFolder) -> None:
     chromium.tap("#group .undo")
     wait_for(lambda: len(folder.votes) == 2)
     assert chromium.complaints == []
+
+
+def test_from_a_run_to_votes_to_a_lora(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person votes on what a run has learned to draw, goes on with more groups, and trains with the printed line.
+    Pictures are drawn as an undisturbed vote draws them, of prompts that the run has trained on."""
+    assert train(["small.yaml", "--iterations=1"]) == 0
+    monkeypatch.setattr(secrets, "token_urlsafe", lambda size: TOKEN)
+    args = ["runs/run", "--group-size", "2", "--groups"]
+
+    def person(app: Any, listener: Any) -> None:
+        client = TestClient(app, base_url=f"http://127.0.0.1/{TOKEN}/")
+        while (state := client.get("state").json())["voted"] < state["total"]:
+            assert not state["fault"]
+            if state["group"]:
+                say(client, state["group"]["number"], "rank", 2, 1)
+            else:
+                time.sleep(0.02)  # the next group is being drawn
+
+    monkeypatch.setattr(server, "serve", person)
+
+    def run(groups: int) -> str:
+        capsys.readouterr()
+        assert vote([*args, str(groups), "--port", "0"]) == 0
+        return capsys.readouterr().out
+
+    out = run(2)
+    assert "2 votes of 2 groups in votes/run" in out and "go on" not in out
+    first = {path.name: path.read_bytes() for path in Path("votes/run/pictures").iterdir()}
+    out = run(5)
+    assert "5 votes of 5 groups in votes/run" in out
+    pictures = {path.name: path.read_bytes() for path in Path("votes/run/pictures").iterdir()}
+    assert len(pictures) == 10 and first.items() <= pictures.items() and len(set(pictures.values())) == 10
+    found = groups_of(read_preferences("votes/run"))
+    assert [group.scores for group in found] == [(-1.0, 1.0)] * 5
+    (command,) = [line.partition("train on them: ")[2] for line in out.splitlines() if "train on them: " in line]
+    capsys.readouterr()
+    assert train([*shlex.split(command)[3:], "--iterations=1", "--runs-dir=learned"]) == 0
+    (learned,) = Path("learned").iterdir()
+    before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (Path("runs/run"), learned))
+    ranks = [{len(weight) for name, weight in lora.items() if "lora_A" in name} for lora in (before, after)]
+    assert ranks == [{4}, {8}], "the new LoRA holds the run's and what the votes have added"
