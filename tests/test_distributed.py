@@ -146,4 +146,5 @@ def same_metrics(mine: list[dict], alone: list[dict]) -> None:
             # Differences of two nearly equal losses have the rounding of the losses. The loss itself can be near 0.
             floor = {"dsm_gap": abs(expected.get("dsm_policy", 0.0)), "loss": 1e-3}
             scale = max(floor.get(name, 0.0), abs(value))
-            assert abs(line[name] - value) <= 1e-3 * scale + 1e-6, (line["iteration"], name, line[name], value)
+            bound = 1e-2 if name.startswith("look/") else 1e-3  # pictures are rounded to 256 levels
+            assert abs(line[name] - value) <= bound * scale + 1e-6, (line["iteration"], name, line[name], value)

@@ -245,7 +245,7 @@ def test_a_run_in_bf16_resumes_exactly(
     said = re.search(rf"{name}: ([0-9.]+) MiB of optimizer state", capsys.readouterr().out)
     assert train([*settings, "--iterations", "1"]) == 0
     with pytest.raises(UserError, match=r"'optimizer\.name' cannot change within a run"):
-        train(["--resume", "runs/run", "--optimizer.name", "paged_adamw8bit"])
+        train(["--resume", "runs/run", "--optimizer.name", "adamw" if name == "adamw8bit" else "adamw8bit"])
     assert train(["--resume", "runs/run", "--iterations", "3"]) == 0
     ends = [load_newest(tmp_path / "runs" / name / "checkpoints")[0].tensors for name in ("run", "whole")]
     assert ends[0].keys() == ends[1].keys()

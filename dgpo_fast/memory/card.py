@@ -189,13 +189,13 @@ def _micro_batch(predictor: Predictor, config: Config, available: int, savings: 
     smallest = predictor.predict(config, 1)
     if any(smallest.at(phase) > available for phase in smallest.phases):
         return None  # the other phases do not depend on the micro-batch
-    most = MemoryLine.predicted(predictor, config).largest(available)
     least = 1 if BELOW_A_GROUP in savings else min(group, samples)
+    most = max(MemoryLine.predicted(predictor, config).largest(available), least)
     while most >= least:
         size = fit(most, samples, group)
         if predictor.predict(config, size).peak <= available:
             return size
-        most = size - 1  # the line through two sizes is not exact
+        most = size - 1  # the line through two sizes is not exact: it may also lie above what a group needs
     return None
 
 

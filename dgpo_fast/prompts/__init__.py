@@ -12,7 +12,6 @@ from dgpo_fast.config.options import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.files import KINDS, SUFFIXES, in_hash_order, read_prompts, split_held_out
 from dgpo_fast.prompts.geneval import require_geneval_metadata
-from dgpo_fast.prompts.preferences import run_preferences
 from dgpo_fast.prompts.prompt import (
     HELD_OUT,
     TRAINING_PROMPTS,
@@ -54,6 +53,8 @@ def load_run_prompts(config: Config, *, held_out: int = 0) -> PromptSets:
     `held_out` if these are more. Raises UserError as `load_prompts`."""
     count = max(held_out, config.evaluation.images)
     if config.data.source == "preferences":
+        from dgpo_fast.prompts.preferences import run_preferences  # its imports take as long as all others here
+
         sets = run_preferences(config)[2]
         if config.eval_prompts is None:
             return sets

@@ -55,7 +55,7 @@ def test_forwards_are_padded_to_a_process_s_share(random_pipeline: Path) -> None
     with torch.no_grad():
         assert drawn.padded(6) == 8
     assert trained.padded(3) == 4
-    alike = [each._workload((16, 8, 8), tokens, case.pipeline) for each in (engine, case.engine)]
+    alike = [each._workload((16, 8, 8), (16, 8, 8), tokens, case.pipeline) for each in (engine, case.engine)]
     assert alike[0] == alike[1], "kernels are chosen alike"
 
 
