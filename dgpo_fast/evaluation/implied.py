@@ -121,7 +121,8 @@ def told(found: JsonObject) -> str:
     ):
         if name in found:
             low, high = found[f"{name}_ci95"]
-            parts.append(f"{100 * found[name]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {of.format(**found)}")
+            interval = f" ({100 * low:.1f} to {100 * high:.1f})" if math.isfinite(low) else ""  # one prompt has none
+            parts.append(f"{100 * found[name]:.1f} %{interval} of {of.format(**found)}")
     return f"held-out preferences: the model agrees with {' and '.join(parts)}; 50 % is chance"
 
 

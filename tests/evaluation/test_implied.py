@@ -37,7 +37,7 @@ def test_single_likes_are_compared_over_prompts() -> None:
     assert (found["liked"], found["disliked"], found["accuracy"], found["pairs"]) == (3, 2, 1.0, 1)
     low, high = found["likes_auc_ci95"]
     assert low < 4 / 6 < high and (low + high) / 2 == pytest.approx(4 / 6)
-    assert told(found).startswith("held-out preferences: the model agrees with 100.0 % (")
+    assert " 100.0 % of 1 pairs of 1 prompts and 66.7 % (" in told(found)
 
 
 def test_before_training_all_is_chance_and_nothing_held_out_is_nothing() -> None:
