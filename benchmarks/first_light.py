@@ -39,6 +39,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def short_runs_parser(about: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark that trains the shipped pipeline briefly, once for each of its cases and seeds."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="a folder in place of that of the results")
+    parser.add_argument("--table", action="store_true", help="print the results that are there")
+    return parser
+
+
 def run_name(recipe: str, seed: int) -> str:
     """What its folder is called; `recipe` may be a file."""
     return f"{Path(recipe).stem}-seed{seed}"

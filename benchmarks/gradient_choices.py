@@ -23,9 +23,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # this folder has a `kernels.py`, which would stand before a library
 
 import numpy as np
-import torch
 
-from benchmarks.first_light import RESULTS, machine
+from benchmarks.first_light import RESULTS, machine, short_runs_parser
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.run.metrics import read_metrics
@@ -103,14 +102,7 @@ def _row(arm: str, name: str, seeds: list[int], rewards: dict[int, float], defau
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=16)
-    parser.add_argument("--groups", type=int, default=4)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a folder in place of that of the results")
-    parser.add_argument("--table", action="store_true", help="print the results that are there")
+    parser = short_runs_parser(__doc__)
     options = parser.parse_args()
     if len(options.seeds) < 2:
         parser.error("--seeds: a standard error needs two seeds at least")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.first_light import RESULTS, machine
+from benchmarks.first_light import RESULTS, machine, short_runs_parser
 from benchmarks.pages import PERFORMANCE, replace_part
 from dgpo_fast.build import build
 from dgpo_fast.config.command_line import configure
@@ -177,14 +177,7 @@ def measure(path: Path, options: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=16)
-    parser.add_argument("--groups", type=int, default=4)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a folder in place of that of the results")
-    parser.add_argument("--table", action="store_true", help="print the results that are there")
+    parser = short_runs_parser(__doc__)
     options = parser.parse_args(args)
     path = (options.out or RESULTS / ("gpu" if options.device.startswith("cuda") else "cpu")) / "quantised_base.json"
     if not options.table:

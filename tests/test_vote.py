@@ -313,29 +313,35 @@ def said_of(folder: VoteFolder) -> list[tuple[str, tuple[int, ...]]]:
     return [(one.said, one.values) for one in folder.votes.values()]
 
 
+def wait_for_group(chromium: Browser, number: int) -> None:
+    """Until the page shows its prompt."""
+    shown = "document.getElementById('prompt').textContent"
+    wait_for(lambda: chromium.run(shown) == HOSTILE.format(number))
+
+
 @needs_chromium
 def test_by_keyboard_alone(chromium: Browser, served: str, folder: VoteFolder) -> None:
     """All three ways, undo and skip. A prompt is never more than text, and nobody else is asked for anything."""
     chromium.open(served, 1280, 900)
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(0))
+    wait_for_group(chromium, 0)
     chromium.press("2")
     wait_for(lambda: said_of(folder) == [("rank", (2, 1, 2))])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(1))
+    wait_for_group(chromium, 1)
     chromium.press("u")
     wait_for(lambda: said_of(folder) == [])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(0))
+    wait_for_group(chromium, 0)
     for key in "m31":
         chromium.press(key)
     wait_for(lambda: said_of(folder) == [("rank", (2, 3, 1))])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(1))
+    wait_for_group(chromium, 1)
     for key in ("3", "Enter"):
         chromium.press(key)
     wait_for(lambda: said_of(folder)[1:] == [("rank", (2, 2, 1))])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(2))
+    wait_for_group(chromium, 2)
     for key in ("m", "4", "1", "5", "ArrowLeft", "2", "Enter"):
         chromium.press(key)
     wait_for(lambda: said_of(folder)[2:] == [("rating", (4, 2, 5))])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(3))
+    wait_for_group(chromium, 3)
     chromium.press("s")
     wait_for(lambda: said_of(folder)[3:] == [("skip", ())])
     wait_for(lambda: not chromium.run("document.getElementById('wait').hidden"))
@@ -350,20 +356,20 @@ def test_by_touch(chromium: Browser, served: str, folder: VoteFolder) -> None:
     chromium.open(served, 390, 844)
     chromium.run("sessionStorage.clear()")
     chromium.open(served, 390, 844)
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(0))
+    wait_for_group(chromium, 0)
     chromium.tap("#pictures figure:nth-child(2) .pick")
     wait_for(lambda: said_of(folder) == [("rank", (2, 1, 2))])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(1))
+    wait_for_group(chromium, 1)
     chromium.tap("fieldset label:nth-child(3)")
     for picture, star in enumerate((3, 1, 5), start=1):
         chromium.tap(f"#pictures figure:nth-child({picture}) .stars button:nth-child({star})")
     assert chromium.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     chromium.tap("#next")
     wait_for(lambda: said_of(folder)[1:] == [("rating", (3, 1, 5))])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(2))
+    wait_for_group(chromium, 2)
     chromium.tap("#skip")
     wait_for(lambda: said_of(folder)[2:] == [("skip", ())])
-    wait_for(lambda: chromium.run("document.getElementById('prompt').textContent") == HOSTILE.format(3))
+    wait_for_group(chromium, 3)
     chromium.tap("#group .undo")
     wait_for(lambda: len(folder.votes) == 2)
     assert chromium.complaints == []

@@ -36,7 +36,7 @@ class Drawer:
         settings: what to draw with.
         prompts: distinct ones, which are noted if the model does not read all of one.
         console: where notes go.
-        earlier: what a folder that is gone on with was made with; empty for a new one.
+        earlier: what the pictures that exist already were made with; empty if there are none.
 
     Attributes:
         made_with: what the pictures depend on that only the model's files say.
@@ -133,8 +133,8 @@ def _what_to_load(settings: EvaluationSettings) -> tuple[Config, Path | None]:
 
 
 def _digest_of_weights(pipeline: DiffusionPipeline, earlier: Mapping[str, object]) -> str:
-    """The model's fingerprint; that of an earlier version, of the transformer's weights alone, if what is gone on with
-    was begun with it."""
+    """The model's fingerprint. Earlier versions took the transformer's weights alone: that one, if `earlier` has it and
+    the weights are the same."""
     now = weights_fingerprint(pipeline)
     kept = str(earlier.get("weights_sha256", now))
     return kept if kept != now and kept == _digest_of_tensors(pipeline.transformer) else now

@@ -62,9 +62,7 @@ class ImpliedPreferences:
         found = torch.zeros(len(images), LEVELS, device=self.models.device)
         for rows in batch_slices(len(images), worker.draw.batch_size):
             x0, key = self.source.latents(images[rows]), torch.tensor(numbers[rows], device=self.models.device)
-            some = prompts[rows]
-            text = worker.sampler.encoder([one.text for one in some], [one.negative for one in some])
-            text = text.with_embedded(worker.draw.guidance.embedded)
+            text = worker.texts(prompts[rows])
             for level in range(LEVELS):
                 sigma = torch.full((), (level + 0.5) / LEVELS, device=x0.device)
                 x_t = group_noise(x0, sigma, key, seed=self.seed, draw=level)

@@ -4,12 +4,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dgpo_fast.config.options import Config
+from dgpo_fast.memory.card import SAVINGS
 from dgpo_fast.memory.predict import Predictor, readable
 from dgpo_fast.records import JsonObject
 
 SHOWN = 3
 WORTHWHILE = 0.005
 """Share of the needed memory: settings that save less are not named."""
+NAMED = {
+    "policy.behaviour": False,
+    "engine.checkpointing": False,
+    "engine.decode_batch": False,
+    "ema.offload": False,
+    "optimizer.name": True,
+}
+"""Of `card.SAVINGS`, those that are named, and whether each needs a new run."""
 PREDICTED_PHASE = {"rollout": "rollout", "decode": "decoding", "train": "training", "optimizer": "optimizer"}
 
 
@@ -68,18 +77,11 @@ def _alternatives(config: Config, micro_batch: int, processes: int) -> Iterator[
     if rollout.batch_size > 1:
         half = rollout.batch_size // 2
         changes.append((f"--rollout.batch-size {half}", {"rollout": replace(rollout, batch_size=half)}, False))
-    if policy.train == "lora" and policy.behaviour == "merged":
-        changes.append(("--policy.behaviour adapter", {"policy": replace(policy, behaviour="adapter")}, False))
-    if config.engine.checkpointing != "blocks":
-        engine = replace(config.engine, checkpointing="blocks")
-        changes.append(("--engine.checkpointing blocks", {"engine": engine}, False))
-    if (config.engine.decode_batch or rollout.batch_size) > 1:
-        changes.append(("--engine.decode-batch 1", {"engine": replace(config.engine, decode_batch=1)}, False))
-    if not config.ema.offload:
-        changes.append(("--ema.offload", {"ema": replace(config.ema, offload=True)}, False))
     whole = config.distributed.shard == "none"
-    if config.optimizer.name == "adamw" and whole:
-        changes.append(("--optimizer.name adamw8bit", {"optimizer": replace(config.optimizer, name="adamw8bit")}, True))
+    for saving in SAVINGS:
+        in_new_run = NAMED.get(saving.setting)
+        if in_new_run is not None and (whole or saving.exact) and (other := saving.applied(config)) is not None:
+            yield str(saving), other, micro_batch, in_new_run
     if processes > 1 and whole and policy.train == "full" and config.optimizer.name == "adamw":
         shard = {"distributed": replace(config.distributed, shard="full")}
         changes.append(("--distributed.shard full", shard, False))

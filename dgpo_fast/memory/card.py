@@ -85,6 +85,7 @@ SAVINGS = (
     ),
 )
 """The cheapest first."""
+EXACT = tuple(saving for saving in SAVINGS if saving.exact)
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ def with_low_memory(config: Config) -> Config:
     """`config` with all exact savings, if `low_memory` is set. What it learns stays the same."""
     if not config.low_memory:
         return config
-    exact = [saving for saving in SAVINGS if saving.exact]
-    return _set(with_savings(config, exact), MICRO_BATCH, "auto")
+    return _set(with_savings(config, EXACT), MICRO_BATCH, "auto")
 
 
 def plan_card(predictor: Predictor, config: Config, available: int) -> CardPlan:
@@ -156,8 +156,7 @@ def plan_card(predictor: Predictor, config: Config, available: int) -> CardPlan:
     taken = tuple(
         Taken(saving, _without(predictor, config, savings, saving, micro_batch) - prediction.peak) for saving in savings
     )
-    exact = [saving for saving in SAVINGS if saving.exact]
-    proposed = None if all(saving.exact for saving in savings) else _smaller(predictor, config, available, exact)
+    proposed = None if all(saving.exact for saving in savings) else _smaller(predictor, config, available, EXACT)
     return CardPlan(_set(chosen, MICRO_BATCH, micro_batch), taken, prediction, available, proposed)
 
 

@@ -100,7 +100,7 @@ class WeightedReward:
 
         Args:
             prompts: those of the run.
-            sizes: (height, width) in pixels of the pictures that the rewards will get so many of at a time.
+            sizes: number of pictures that a reward gets at a time → their (height, width) in pixels.
 
         Raises UserError, one line, if a reward fails on them.
         """

@@ -6,7 +6,8 @@ complete or absent, so drawing that was stopped continues with the next file. No
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,14 +129,8 @@ class GroupFolder:
             "dropped": str(len(groups.prompts) - len(valid)),
             "seconds": str(seconds),
         }
-        path = self.path(number)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, metadata=about)
-            staged.replace(path)
-        except (OSError, SafetensorError) as error:
-            staged.unlink(missing_ok=True)
-            raise UserError(f"{path} could not be written ({one_line(error)}): free space and --resume") from None
+        with written_whole(self.path(number)) as file:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=about)
 
     def index(self, drawing: Drawing) -> tuple[list[GroupPlace], float, int]:
         """Where every group lies, the seconds that drawing took, and how many could not be scored."""
@@ -164,6 +159,18 @@ def load(place: GroupPlace) -> Stored:
             rewards=file.get_slice("rewards")[place.row].numpy(),
             parts={name.removeprefix(PART): file.get_slice(name)[place.row].numpy() for name in names},
         )
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` at the end of the block. Raises UserError if it cannot be written."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield staged
+        staged.replace(path)
+    except (OSError, SafetensorError) as error:
+        staged.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({one_line(error)}): free space and --resume") from None
 
 
 def _opened(path: Path) -> safe_open:

@@ -121,8 +121,7 @@ class JudgedSource:
         with self.worker.phases("load"):
             x0 = self.latents(images)
         with self.worker.phases("encode"):
-            text = self.worker.sampler.encoder([one.text for one in prompts], [one.negative for one in prompts])
-            text = text.with_embedded(self.worker.draw.guidance.embedded)
+            text = self.worker.texts(prompts)
         rewards = np.array([group.scores for group in some], np.float32)
         scores = GroupScores(rewards, {}, np.ones(len(some), bool), [], np.zeros(rewards.shape, np.uint8))
         advantage = torch.from_numpy(rewards.reshape(-1)) if self.single_images else None

@@ -5,7 +5,6 @@ folder can be out of date. Nothing is unpickled.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.preferences import picture_digest
+from dgpo_fast.rollout.group_folder import written_whole
 from dgpo_fast.wording import one_line
 
 
@@ -34,15 +34,9 @@ class LatentFolder:
 
     def save(self, picture: Path, latent: Tensor) -> None:
         """Keeps the latent (C, H, W) of `picture`."""
-        path = self._path(picture)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with written_whole(self._path(picture)) as file:
             self.home.mkdir(parents=True, exist_ok=True)
-            save_file({"x0": latent.contiguous().cpu()}, staged)
-            staged.replace(path)
-        except (OSError, SafetensorError) as error:
-            staged.unlink(missing_ok=True)
-            raise UserError(f"{path} could not be written ({one_line(error)}): free space and --resume") from None
+            save_file({"x0": latent.contiguous().cpu()}, file)
 
     def load(self, picture: Path) -> Tensor:
         """The latent (C, H, W) of `picture`, on the CPU."""

@@ -100,9 +100,7 @@ class OfflineSource:
             mine = [stored[group].x0[first % size : first % size + end - first] for group, first, end in share.parts]
             x0 = torch.cat(mine).to(self.worker.models.device)
         with self.worker.phases("encode"):
-            prompts = [stored[position // size].prompt for position in range(share.start, share.stop)]
-            text = self.worker.sampler.encoder([one.text for one in prompts], [one.negative for one in prompts])
-            text = text.with_embedded(self.worker.draw.guidance.embedded)
+            text = self.worker.texts([stored[position // size].prompt for position in range(share.start, share.stop)])
         return [Groups([group.prompt for group in stored], text, x0, _scores(stored), share)]
 
     def summary(self) -> JsonObject:

@@ -12,6 +12,7 @@ from dgpo_fast.distributed.batch_part import filled
 from dgpo_fast.models.forward import batch_slices
 from dgpo_fast.models.latents import Pictures
 from dgpo_fast.models.policy import PolicyModels, Weights
+from dgpo_fast.models.text_embeds import TextEmbeds
 from dgpo_fast.models.work import WorkMeter
 from dgpo_fast.prompts import Prompt
 from dgpo_fast.prompts.dealing import GroupSampler, spread
@@ -53,6 +54,11 @@ class RolloutWorker:
     phases: Phases
     work: WorkMeter
 
+    def texts(self, prompts: Sequence[Prompt]) -> TextEmbeds:
+        """What the transformer reads of `prompts`, a row each, as the objective needs it."""
+        text = self.sampler.encoder([prompt.text for prompt in prompts], [prompt.negative for prompt in prompts])
+        return text.with_embedded(self.draw.guidance.embedded)
+
     def draw_groups(
         self, prompts: Sequence[Prompt], weights: Weights, *, seed: int, number: int, processes: Processes = ALONE
     ) -> Groups:
@@ -66,9 +72,7 @@ class RolloutWorker:
         positions = filled(ranges, processes.rank, sharded=self.models.shards is not None)
         scoring = self.rewards.start([prompts[position // size] for position in share.pieces], share.piece_size)
         with self.phases("encode"):
-            drawn = [prompts[position // size] for position in positions]
-            text = self.sampler.encoder([prompt.text for prompt in drawn], [prompt.negative for prompt in drawn])
-            text = text.with_embedded(self.draw.guidance.embedded)  # as the objective reads it
+            text = self.texts([prompts[position // size] for position in positions])
         with self.phases("rollout"):
             self.models.load_behaviour(weights)
         if self.noise.window is not None:
