@@ -57,7 +57,7 @@ def train_to_the_end(trainer: Trainer, start: Start) -> bool:
     processes, folder, lock = trainer.processes, start.folder, None
     with processes.together("the run's folder"):
         if processes.first:
-            lock = open_folder(trainer.config, folder, start.resumed)
+            lock = open_folder(trainer.config, start)
     try:
         if start.resumed:
             trainer.resume(folder)

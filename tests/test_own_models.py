@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dgpo_fast.build import Parts, build
 from dgpo_fast.config.command_line import configure
 from dgpo_fast.config.options import Policy
-from dgpo_fast.config.reading import read_yaml, write_yaml
+from dgpo_fast.config.reading import read_yaml
 from dgpo_fast.config.recipes import RECIPES
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation.command import evaluate
@@ -26,7 +25,7 @@ from dgpo_fast.models.own_settings import differences
 from dgpo_fast.models.policy import PolicyModels
 from dgpo_fast.models.random_weights import random_pipeline as make_random_pipeline
 from dgpo_fast.rollout.schedule import make_schedule
-from dgpo_fast.run.start import is_same_job, read_start
+from dgpo_fast.run.start import read_start
 from dgpo_fast.train import train
 from tests.sd3 import family_in, medium
 
@@ -353,18 +352,6 @@ def test_a_run_keeps_its_shift_though_the_models_file_changes(model: Path, works
     assert read_yaml(Path("runs/run/config.yaml"))["rollout"]["shift"] == 3.0
     resumed = read_start(["--resume", "runs/run", "--iterations", "2"])
     assert resumed.config.rollout.shift == 3.0
-
-
-def test_a_job_that_is_started_again_is_known_by_the_settings_it_was_given(
-    model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They have no shift, and those that its run keeps have the model's own."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    config = configure(["small.yaml", "--model", str(model)])
-    Path("runs/run").mkdir(parents=True)
-    write_yaml(replace(config, rollout=replace(config.rollout, shift=5.0)), Path("runs/run/config.yaml"))
-    assert is_same_job(config, Path("runs/run"))
-    assert not is_same_job(replace(config, rollout=replace(config.rollout, shift=3.0)), Path("runs/run"))
 
 
 def test_random_weights_have_the_models_own_scheduler(model: Path) -> None:

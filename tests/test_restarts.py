@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.run.folder import FolderLock
+from dgpo_fast.run.folder import FolderLock, read_lock
 from dgpo_fast.run.start import read_start
 from dgpo_fast.train import train
 
@@ -43,14 +43,27 @@ def test_who_goes_on(launched: Launched) -> None:
             read_start(ARGS)
 
 
+def test_a_job_is_known_by_what_its_command_asked_for(launched: Launched) -> None:
+    """The shift is the model's own then, and the card has not chosen its settings; resuming changes nothing of that."""
+    args = [*ARGS, "--card", "24GB"]
+    launched("job-7", 0)
+    assert train(args) == 0
+    for _ in range(2):
+        assert read_start(args).resumed
+        assert train(args) == 0
+    with pytest.raises(UserError, match="runs/run exists"):
+        read_start(ARGS)
+
+
 def test_a_run_without_a_checkpoint_begins_again(launched: Launched) -> None:
     """Unless a process is still at work in it."""
     launched("job-7", 0)
     assert train(ARGS) == 0
     shutil.rmtree("runs/run/checkpoints")
-    lock = FolderLock(Path("runs/run"), {"launcher": "job-7"})
+    note = read_lock(Path("runs/run"))
+    lock = FolderLock(Path("runs/run"), note)
     with pytest.raises(UserError, match="is at work in it"):
         read_start(ARGS)
     lock.release()
-    FolderLock(Path("runs/run"), {"launcher": "job-7"}).release()
+    FolderLock(Path("runs/run"), note).release()
     assert not read_start(ARGS).resumed and not Path("runs/run").exists()

@@ -19,8 +19,8 @@ from dgpo_fast.run.search import runs_there
 if TYPE_CHECKING:
     from dgpo_fast.distributed import Processes
 
-FROM_MODEL = "rollout.shift"
-"""None in the settings that are given, and the model's own in those that a run keeps."""
+ASKED = "asked"
+"""In the note of a run's lock: the settings as its command gave them, before the model and the card completed them."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ def is_same_job(config: Config, folder: Path) -> bool:
     """Whether `config`, including its name, is what the run in `folder` began with."""
     if config.name != folder.name or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
         return False
-    begun = flat(resolve(Config(), read_yaml(folder / "config.yaml"), str(folder)))
-    return all(
-        value in (begun[name], "auto") or (name == FROM_MODEL and value is None) for name, value in flat(config).items()
-    )
+    return read_lock(folder).get(ASKED) == to_dict(config)
 
 
 def shared_start(start: Start | None, processes: "Processes") -> Start:
@@ -103,18 +100,24 @@ def shared_start(start: Start | None, processes: "Processes") -> Start:
     return Start(resolve(Config(), settings, "process 0"), Path(folder), resumed)
 
 
-def open_folder(config: Config, folder: Path, resumed: bool) -> FolderLock:
+def open_folder(config: Config, start: Start) -> FolderLock:
     """Makes the folder of a new run, with its settings, and locks the run's folder for this process.
+
+    Args:
+        config: the settings that the run keeps.
+        start: what its command asked for.
 
     Raises UserError if another run has it.
     """
-    if not resumed:
+    folder = start.folder
+    if not start.resumed:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             raise UserError(f"{folder} exists: choose another --name") from None
-    lock = FolderLock(folder, {"launcher": launcher_id()})
-    if not resumed:
+    asked = read_lock(folder).get(ASKED) if start.resumed else to_dict(start.config)
+    lock = FolderLock(folder, {"launcher": launcher_id(), ASKED: asked})
+    if not start.resumed:
         write_yaml(config, folder / "config.yaml")
     return lock
 
