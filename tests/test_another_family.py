@@ -67,3 +67,10 @@ def test_the_documents_have_the_results() -> None:
     report = json.loads(another_family.RESULT.read_text(encoding="utf-8"))
     assert part("another_family", DOCS / "families.md") == another_family.table(report)
     assert len(report["runs"]) > 1
+
+
+def test_the_results_show_that_it_learns() -> None:
+    """The whole interval of each seed's gain lies above 0."""
+    for run in json.loads(another_family.RESULT.read_text(encoding="utf-8"))["runs"]:
+        low, high = run["gain"]["reward_ci95"]
+        assert 0 < low < run["gain"]["reward_mean"] < high
