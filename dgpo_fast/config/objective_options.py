@@ -80,8 +80,8 @@ class DGPO:
     """Weight of the KL term: the mean squared distance between the velocities of the policy and the frozen base
     model."""
     kl_guidance_scale: Guidance = 1.0
-    """Guidance scale of the base model in the KL term (`kl_cfg` in the released code). Above 1, guidance is
-    distilled into the policy."""
+    """Guidance scale g of the base model in the KL term (`kl_cfg` in the released code): v_neg + g·(v_cond − v_neg),
+    also for a family whose own number begins at 0. Above 1, guidance is distilled into the policy."""
     guided_reference: bool = False
     """If `kl_guidance_scale` is above 1, the base model's guided prediction is the reference in the group score too, as
     in the released code. False: the reference in the group score is its unguided prediction. No effect with
