@@ -51,8 +51,9 @@ def test_a_job_is_known_by_what_its_command_asked_for(launched: Launched) -> Non
     for _ in range(2):
         assert read_start(args).resumed
         assert train(args) == 0
-    with pytest.raises(UserError, match="runs/run exists"):
-        read_start(ARGS)
+    for other in (ARGS, [*args, "--rollout.shift", "3"]):
+        with pytest.raises(UserError, match="runs/run exists"):
+            read_start(other)
 
 
 def test_a_run_without_a_checkpoint_begins_again(launched: Launched) -> None:
